@@ -1,0 +1,319 @@
+"""Seals, and the state of the chain that follows from them.
+
+A seal is the record of what one round decided; each names its parent, so a tip names a whole history. Everything
+here is a pure function of seals: two peers that applied the same seals hold the same `ChainState`, to the byte, and
+therefore agree on the members, the partition, the sealer order and the pace of the next two rounds without asking
+anybody. `shape(t)` comes from seal t-2, so that contributions of round t survive a fork of depth one at t-1.
+
+All arithmetic is in integers. The partition in particular is a largest-remainder apportionment rather than a linear
+program: it must come out the same on every machine, and floating-point solvers promise no such thing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+SEAL_VERSION = 1
+HASH_BYTES = 32
+ABSENCES_ALLOWED = 3  # consecutive seals without a member before it is no longer one
+MEMBERS_MAX = 1024
+JOINS_MAX = 32  # newcomers one seal may admit
+SEAL_MAX_BYTES = 256 * 1024
+UPLINK_MAX_KBIT = 10_000_000
+THROUGHPUT_MAX_MILLI = 1_000_000_000
+
+Hash = Annotated[bytes, Meta(min_length=HASH_BYTES, max_length=HASH_BYTES)]
+OptionalHash = Annotated[bytes, Meta(max_length=HASH_BYTES)]
+PeerId = Annotated[bytes, Meta(min_length=34, max_length=64)]
+
+
+class SealError(ValueError):
+    """A seal that no honest peer would have made, or that does not continue the chain it was checked against."""
+
+
+class Row(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What a member said of itself with its last contribution."""
+
+    weight: Annotated[int, Meta(ge=0, le=1_000_000)]
+    """Sequences behind the contribution."""
+    throughput: Annotated[int, Meta(ge=0, le=THROUGHPUT_MAX_MILLI)]
+    """Sequences computed per 1000 seconds."""
+    uplink: Annotated[int, Meta(ge=0, le=UPLINK_MAX_KBIT)]
+    """Upload rate in kbit/s; 0: this peer cannot be dialled, so it reduces nothing."""
+
+
+class Join(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A newcomer that a seal admits; a member from two rounds later."""
+
+    peer_id: PeerId
+    row: Row
+
+
+class Seal(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The record of what one round decided. Its id is the hash of its encoding, its signature apart."""
+
+    version: int
+    run_id: Hash
+    round: Annotated[int, Meta(ge=1, le=2**48)]
+    parent: Hash
+    total: Annotated[int, Meta(ge=0, le=2**62)]
+    sealer: PeerId
+    solo: bool
+    included: Annotated[bytes, Meta(max_length=MEMBERS_MAX // 8)]
+    parts: Annotated[tuple[OptionalHash, ...], Meta(max_length=MEMBERS_MAX)]
+    rows: Annotated[tuple[Row, ...], Meta(max_length=MEMBERS_MAX)]
+    joins: Annotated[tuple[Join, ...], Meta(max_length=JOINS_MAX)]
+    root: OptionalHash
+
+
+class SignedSeal(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A seal as it travels: the encoded body that was hashed, and the sealer's signature over its id."""
+
+    body: Annotated[bytes, Meta(max_length=SEAL_MAX_BYTES)]
+    signature: Annotated[bytes, Meta(min_length=64, max_length=64)]
+
+
+class Member(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One peer of the group, as the chain lists it."""
+
+    peer_id: PeerId
+    row: Row
+    absent: int
+    """Consecutive seals of its membership that left it out."""
+    included: bool
+    """Whether the last seal included it."""
+
+    @property
+    def dialable(self) -> bool:
+        return self.row.uplink > 0
+
+
+class ChainState(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Where a chain stands after a seal. Part of every snapshot, under its root."""
+
+    run_id: Hash
+    round: int
+    id: Hash
+    parent: Hash
+    total: int
+    now: tuple[Member, ...]
+    """Members of round `round + 1`."""
+    following: tuple[Member, ...]
+    """Members of round `round + 2`, as far as this seal knows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The contiguous chunks [start, end) that one reducer (an index into the round's members) reduces."""
+
+    reducer: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class RoundShape:
+    """Everything of a round that is fixed before it starts."""
+
+    round: int
+    base: bytes
+    """id(t-2): what a contribution to this round names."""
+    members: tuple[Member, ...]
+    parts: tuple[Part, ...]
+    sealer_order: tuple[int, ...]
+    """Indices into `members`, place 0 first."""
+
+    def index(self, peer_id: bytes) -> int | None:
+        """Position of `peer_id` among the members, or None."""
+        for position, member in enumerate(self.members):
+            if member.peer_id == peer_id:
+                return position
+        return None
+
+    def place(self, peer_id: bytes) -> int | None:
+        """Place of `peer_id` in the sealer order, or None."""
+        position = self.index(peer_id)
+        return None if position is None else self.sealer_order.index(position)
+
+
+Verify = Callable[[bytes, bytes, bytes], bool]
+"""(peer id, data, signature) -> whether that peer signed that data."""
+
+_seal_decoder = msgspec.msgpack.Decoder(Seal)
+_signed_decoder = msgspec.msgpack.Decoder(SignedSeal)
+
+
+def seal_id(body: bytes) -> bytes:
+    """Id of the seal encoded in `body`."""
+    return hashlib.sha256(b"p2ptrain seal 1\0" + body).digest()
+
+
+def encode_seal(seal: Seal, sign: Callable[[bytes], bytes]) -> SignedSeal:
+    """Encode and sign a seal."""
+    body = msgspec.msgpack.encode(seal)
+    return SignedSeal(body, sign(seal_id(body)))
+
+
+def open_seal(signed: SignedSeal, verify: Verify) -> tuple[bytes, Seal]:
+    """Check the form and the signature of a seal; returns its id and content.
+
+    Raises:
+        SealError: not canonical, not a seal, or not signed by the sealer that it names.
+    """
+    try:
+        seal = _seal_decoder.decode(signed.body)
+    except msgspec.MsgspecError as error:
+        raise SealError(f"not a seal: {error}") from error
+    if msgspec.msgpack.encode(seal) != signed.body:
+        raise SealError("seal is not in canonical form")
+    identifier = seal_id(signed.body)
+    if not verify(seal.sealer, identifier, signed.signature):
+        raise SealError("seal is not signed by its sealer")
+    return identifier, seal
+
+
+def decode_signed_seal(data: bytes) -> SignedSeal:
+    """Parse a signed seal from the wire.
+
+    Raises:
+        SealError: malformed.
+    """
+    try:
+        return _signed_decoder.decode(data)
+    except msgspec.MsgspecError as error:
+        raise SealError(f"not a signed seal: {error}") from error
+
+
+def genesis(run_id: bytes) -> ChainState:
+    """The chain before its first seal: nobody is a member, so the first seal is a solo seal by whoever bootstraps."""
+    return ChainState(run_id=run_id, round=0, id=run_id, parent=run_id, total=0, now=(), following=())
+
+
+def bitmap(indices: Sequence[int] | set[int] | frozenset[int], size: int) -> bytes:
+    """Pack member indices into a bitmap of `size` bits, least significant bit first."""
+    packed = bytearray((size + 7) // 8)
+    for index in indices:
+        packed[index // 8] |= 1 << (index % 8)
+    return bytes(packed)
+
+
+def bits(packed: bytes, size: int) -> frozenset[int]:
+    """Unpack a bitmap of `size` bits.
+
+    Raises:
+        SealError: wrong length, or a bit set beyond `size`.
+    """
+    if len(packed) != (size + 7) // 8:
+        raise SealError(f"bitmap of {len(packed)} bytes for {size} members")
+    found = frozenset(i for i in range(len(packed) * 8) if packed[i // 8] >> (i % 8) & 1)
+    if any(i >= size for i in found):
+        raise SealError("bitmap names members that are not there")
+    return found
+
+
+def partition(chunks: int, uplinks: Sequence[int]) -> list[tuple[int, int]]:
+    """Contiguous chunk ranges [start, end) in proportion to `uplinks` (kbit/s), by largest remainder, in integers."""
+    shares = [min(max(uplink, 1), UPLINK_MAX_KBIT) for uplink in uplinks]
+    whole = sum(shares)
+    sizes = [chunks * share // whole for share in shares]
+    remainders = sorted(range(len(shares)), key=lambda i: (-(chunks * shares[i] % whole), i))
+    for i in remainders[: chunks - sum(sizes)]:
+        sizes[i] += 1
+    ranges, start = [], 0
+    for size in sizes:
+        ranges.append((start, start + size))
+        start += size
+    return ranges
+
+
+def _rotated(indices: list[int], by: int) -> list[int]:
+    if not indices:
+        return []
+    by %= len(indices)
+    return indices[by:] + indices[:by]
+
+
+def shape_of(state: ChainState, chunks: int) -> RoundShape:
+    """The round that follows `state`, for a model of `chunks` chunks."""
+    members = state.now
+    dialable = [i for i, m in enumerate(members) if m.dialable]
+    # A lone peer that cannot be dialled still reduces for itself.
+    reducers = [i for i in dialable if members[i].included] or dialable or list(range(min(1, len(members))))
+    ranges = partition(chunks, [members[i].row.uplink for i in reducers]) if reducers else []
+    parts = tuple(Part(i, start, end) for i, (start, end) in zip(reducers, ranges, strict=True) if end > start)
+    first = [i for i in dialable if members[i].included]
+    rest = [i for i in range(len(members)) if i not in set(first)]
+    order = _rotated(first, state.round + 1) + _rotated(rest, state.round + 1)
+    return RoundShape(state.round + 1, state.parent, members, parts, tuple(order))
+
+
+def length_seconds(shape: RoundShape, target_batch: int, min_seconds: float, max_seconds: float) -> float:
+    """How long every member computes in this round: the target batch over the group's throughput, within bounds."""
+    throughput = sum(m.row.throughput for m in shape.members) / 1000
+    if throughput <= 0:
+        return min_seconds
+    return min(max(target_batch / throughput, min_seconds), max_seconds)
+
+
+def extend(state: ChainState, identifier: bytes, seal: Seal, chunks: int) -> ChainState:
+    """The chain after one more seal.
+
+    Raises:
+        SealError: the seal does not continue this chain, or breaks a rule of design section 4.
+    """
+    shape = shape_of(state, chunks)
+    count = len(shape.members)
+    if seal.version != SEAL_VERSION or seal.run_id != state.run_id:
+        raise SealError("seal of another run or version")
+    if seal.round != state.round + 1 or seal.parent != state.id:
+        raise SealError("seal does not follow this chain")
+    if len(seal.parts) != len(shape.parts) or any(len(part) not in (0, HASH_BYTES) for part in seal.parts):
+        raise SealError("seal lists the wrong parts")
+    if len(seal.rows) != count or len(seal.root) not in (0, HASH_BYTES):
+        raise SealError("seal lists the wrong members")
+    included = bits(seal.included, count)
+    if seal.total != state.total + len(included):
+        raise SealError("seal's total is not its parent's plus the members included")
+    sealer = shape.index(seal.sealer)
+    if seal.solo:
+        if included - {sealer}:
+            raise SealError("a solo seal includes its sealer alone")
+    elif sealer is None:
+        raise SealError("sealed by a stranger")
+    elif count > 1 and len(included - {sealer}) == 0:
+        raise SealError("a seal of its sealer alone must be a solo seal")
+    listed = {m.peer_id for m in state.following}
+    newcomers = [join.peer_id for join in seal.joins]
+    if len(set(newcomers)) != len(newcomers) or (not seal.solo and listed & set(newcomers)):
+        raise SealError("seal admits a peer that is a member already")
+
+    if seal.solo:
+        row = seal.rows[sealer] if sealer is not None else Row(0, 0, 1)
+        alone = Member(seal.sealer, row, absent=0, included=True)
+        now: tuple[Member, ...] = (alone,)
+        following: tuple[Member, ...] = (alone,)
+    else:
+        now = state.following
+        absent = {m.peer_id: 0 if i in included else m.absent + 1 for i, m in enumerate(shape.members)}
+        rows = {m.peer_id: seal.rows[i] for i, m in enumerate(shape.members)}
+        present = {shape.members[i].peer_id for i in included}
+        following = tuple(
+            Member(m.peer_id, rows.get(m.peer_id, m.row), absent.get(m.peer_id, m.absent), m.peer_id in present)
+            for m in state.following
+            if absent.get(m.peer_id, m.absent) < ABSENCES_ALLOWED
+        )
+    following += tuple(Member(j.peer_id, j.row, 0, False) for j in seal.joins if j.peer_id != seal.sealer)
+    if len(following) > MEMBERS_MAX:
+        raise SealError("too many members")
+    return ChainState(state.run_id, seal.round, identifier, state.id, seal.total, now, following)
+
+
+def better(total: int, identifier: bytes, than_total: int, than_identifier: bytes) -> bool:
+    """Fork choice: the larger total; at a tie the smaller id."""
+    return (-total, identifier) < (-than_total, than_identifier)
