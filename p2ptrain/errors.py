@@ -1,0 +1,84 @@
+"""Errors that a user can act on: what failed, the likely cause, the next command, and an exit code.
+
+Exit codes are part of the interface and listed in docs/quickstart.md.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class P2PTrainError(Exception):
+    """A failure with a cause that the user can read. `hint` is the next thing to type or do."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class UsageError(P2PTrainError):
+    """The command line does not make sense."""
+
+    exit_code = 2
+
+
+class ManifestError(P2PTrainError):
+    """The manifest is malformed, impossible, or not the one it claims to be."""
+
+    exit_code = 3
+
+
+class AddressError(P2PTrainError):
+    """Something that should be a peer's address is not one."""
+
+    exit_code = 4
+
+
+class UnreachableError(P2PTrainError):
+    """Nobody answers at the addresses given."""
+
+    exit_code = 5
+
+
+class ClockSkewError(P2PTrainError):
+    """This machine's clock differs from the swarm's by more than the DHT tolerates."""
+
+    exit_code = 6
+
+
+class PortInUseError(P2PTrainError):
+    """The port asked for is taken."""
+
+    exit_code = 7
+
+
+class RunChoiceError(P2PTrainError):
+    """No run, or several, where one was expected."""
+
+    exit_code = 8
+
+
+class DataError(P2PTrainError):
+    """The run's data is missing or is not what the manifest names."""
+
+    exit_code = 9
+
+
+class HomeError(P2PTrainError):
+    """The home directory is in use, or lacks what the command needs."""
+
+    exit_code = 10
+
+
+class DivergenceError(P2PTrainError):
+    """This machine does not compute the bits that the run requires."""
+
+    exit_code = 11
+
+
+class DaemonError(P2PTrainError):
+    """The libp2p daemon does not start or does not stay up."""
+
+    exit_code = 12
