@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 INDEX_BITS = 12
 REPLY_VALUE_MAX = 127
 SCALE_STEPS = 8  # per octave
-SCALE_LOWEST_EXPONENT = -24
+SCALE_LOWEST_EXPONENT = -28
 # Nearest floats to 2**(i/8), as exact hexadecimal literals.
 _MANTISSAS = tuple(
     float.fromhex(text)
