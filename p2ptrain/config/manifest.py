@@ -1,0 +1,272 @@
+"""The manifest: what all peers of a run must agree on. Its canonical form is hashed to the run id and signed.
+
+The owner's key lives in the home that first bootstrapped the run (`owner.key`); peers need only its public half, which
+the manifest carries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Annotated, Literal
+
+import msgspec
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from msgspec import Meta
+
+from p2ptrain.errors import ManifestError
+
+PROTOCOL_VERSION = 1
+MANIFEST_MAX_BYTES = 16 * 1024
+PARAMETERS_MAX = 2**31
+
+Count = Annotated[int, Meta(ge=1, le=2**20)]
+Seconds = Annotated[float, Meta(gt=0, le=86_400)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Hex = Annotated[str, Meta(pattern="^[0-9a-f]*$", max_length=64)]
+Topk = Annotated[int, Meta(ge=1, le=4096)]
+
+
+class _Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A table of the manifest: unknown keys are errors."""
+
+
+class ModelConfig(_Table):
+    """The GPT to build."""
+
+    layers: Annotated[int, Meta(ge=1, le=256)] = 4
+    """Blocks."""
+    heads: Annotated[int, Meta(ge=1, le=256)] = 4
+    """Attention heads a block; must divide `embedding` into even widths."""
+    embedding: Annotated[int, Meta(ge=8, le=32_768)] = 128
+    """Width of the model."""
+    context: Annotated[int, Meta(ge=8, le=65_536)] = 128
+    """Tokens in a sequence."""
+    vocabulary: Annotated[int, Meta(ge=257, le=65_536)] = 4096
+    """Tokens the tokenizer knows; the one shipped has 4096."""
+    mlp_ratio: Annotated[int, Meta(ge=1, le=16)] = 4
+    """Hidden width of the MLP over `embedding`."""
+
+    def __post_init__(self) -> None:
+        if self.embedding % (2 * self.heads):
+            raise ValueError(
+                f"model.embedding = {self.embedding} must be a multiple of 2 * model.heads = {2 * self.heads}"
+            )
+        if self.parameters > PARAMETERS_MAX:
+            raise ValueError(f"model has {self.parameters:,} parameters; at most {PARAMETERS_MAX:,} are supported")
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        block = self.embedding**2 * (4 + 2 * self.mlp_ratio) + 2 * self.embedding
+        return 2 * self.vocabulary * self.embedding + self.layers * block + self.embedding
+
+
+class DataConfig(_Table):
+    """The text to train on, by hash."""
+
+    name: Annotated[str, Meta(max_length=80)] = "state-of-the-union"
+    """Name of the corpus; `state-of-the-union` is shipped with p2ptrain."""
+    license: Annotated[str, Meta(max_length=80)] = "LicenseRef-Public-Domain"
+    """SPDX licence expression of the text."""
+    sha256: Hex = ""
+    """Hash of the training text; empty: that of the shipped corpus."""
+    bytes: Annotated[int, Meta(ge=0, le=2**34)] = 0
+    """Length of the training text."""
+    heldout_sha256: Hex = ""
+    """Hash of the held-out text."""
+    heldout_bytes: Annotated[int, Meta(ge=0, le=2**32)] = 0
+    """Length of the held-out text."""
+
+
+class GroupConfig(_Table):
+    """How parameters of one kind are compressed and stepped."""
+
+    transform: Literal["dct", "none"] = "dct"
+    """Whether chunks are transformed before selection."""
+    direction: Literal["sign", "rms", "muon"] = "sign"
+    """From update to step; `muon` is not exact across devices."""
+    learning_rate_scale: Annotated[float, Meta(gt=0, le=1000)] = 1.0
+    """Step size over `optimizer.learning_rate`."""
+    topk: Topk = 64
+    """Coefficients sent per chunk of 4096."""
+    reply_topk: Topk = 128
+    """Coefficients a reducer keeps per chunk, at most."""
+
+
+class OptimizerConfig(_Table):
+    """DeMo, and how each kind of parameter is treated."""
+
+    learning_rate: Annotated[float, Meta(gt=0, le=10)] = 1e-3
+    """Peak step size."""
+    beta: Share = 0.95
+    """Momentum decay a round."""
+    weight_decay: Annotated[float, Meta(ge=0, le=10)] = 0.0
+    """Decoupled, times the learning rate."""
+    warmup_rounds: Annotated[int, Meta(ge=1, le=1_000_000)] = 10
+    """Rounds of linear warm-up."""
+    total_rounds: Annotated[int, Meta(ge=1, le=100_000_000)] = 2000
+    """Round at which the cosine reaches its end."""
+    final_fraction: Share = 0.1
+    """Learning rate at the end over its peak."""
+    rms_beta: Share = 0.95
+    """Decay of the second moment of direction `rms`."""
+    rms_epsilon: Annotated[float, Meta(gt=0, le=1)] = 1e-8
+    """Added to the root of that second moment."""
+    matrix: GroupConfig = GroupConfig()
+    """Hidden matrices."""
+    embedding: GroupConfig = GroupConfig()
+    """Token embedding."""
+    head: GroupConfig = GroupConfig()
+    """Output head."""
+    vector: GroupConfig = GroupConfig()
+    """Gains and other vectors."""
+
+
+class CodecConfig(_Table):
+    """How contributions are encoded."""
+
+    value_bits: Literal[1, 2] = 2
+    """Bits a value: sign, and with 2 a magnitude bit."""
+
+
+class RoundConfig(_Table):
+    """How long rounds are and how long peers wait."""
+
+    pace: Literal["time", "fixed"] = "time"
+    """`time`: all compute equally long; `fixed`: each computes `sequences_per_peer` and all are waited for."""
+    sequences_per_peer: Count = 8
+    """Sequences a peer computes in a round, with pace `fixed`."""
+    micro_batch: Count = 4
+    """Sequences in one forward and backward pass."""
+    target_batch: Count = 32
+    """Sequences the whole swarm should compute in a round, with pace `time`."""
+    min_seconds: Seconds = 0.5
+    """Shortest computing time of a round."""
+    max_seconds: Seconds = 60.0
+    """Longest computing time of a round."""
+    round_max_seconds: Seconds = 30.0
+    """After its own contribution a reducer waits at most this long for half of the others."""
+    grace_seconds: Seconds = 2.0
+    """And this much longer for the rest."""
+    reply_timeout_seconds: Seconds = 4.0
+    """After the first reply a sealer waits this long for the others."""
+    seal_timeout_seconds: Seconds = 2.0
+    """Each place in the sealer order waits this much longer than the one before."""
+    alone_after_seconds: Seconds = 8.0
+    """Silence of all members after which a peer seals alone."""
+    root_interval: Annotated[int, Meta(ge=1, le=100_000)] = 64
+    """Rounds between snapshots."""
+    clip_ratio: Annotated[float, Meta(ge=1, le=1000)] = 3.0
+    """A contribution's norm is clipped to this many times the median."""
+    weight_cap_ratio: Annotated[float, Meta(ge=1, le=1000)] = 4.0
+    """A contribution's weight is capped at this many times the median."""
+
+
+class AccessConfig(_Table):
+    """Who may contribute."""
+
+    mode: Literal["open", "list"] = "open"
+    """`open`: anyone; `list`: the peers listed."""
+    peers: Annotated[tuple[Annotated[str, Meta(max_length=80)], ...], Meta(max_length=150)] = ()
+    """Peer ids that may join, with mode `list`."""
+
+
+class Manifest(_Table):
+    """See the module docstring."""
+
+    protocol: Annotated[int, Meta(ge=1, le=2**16)] = PROTOCOL_VERSION
+    """Protocol version."""
+    name: Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$")]
+    """Name of the run, for people."""
+    nonce: Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
+    """Random; makes the run unique and seeds its initialisation and its data order."""
+    owner: Annotated[str, Meta(pattern="^([0-9a-f]{64})?$")] = ""
+    """Public key that signs the manifest; filled in by `bootstrap`."""
+    last_round: Annotated[int, Meta(ge=0, le=2**40)] = 0
+    """Stop after this round; 0: never."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    codec: CodecConfig = CodecConfig()
+    round: RoundConfig = RoundConfig()
+    access: AccessConfig = AccessConfig()
+
+
+class SignedManifest(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A manifest as it travels."""
+
+    body: Annotated[bytes, Meta(max_length=MANIFEST_MAX_BYTES)]
+    signature: Annotated[bytes, Meta(min_length=64, max_length=64)]
+
+
+_decoder = msgspec.msgpack.Decoder(Manifest)
+_signed_decoder = msgspec.msgpack.Decoder(SignedManifest)
+
+
+def canonical_bytes(manifest: Manifest) -> bytes:
+    """The one encoding of a manifest: every field, in the order declared."""
+    return msgspec.msgpack.encode(manifest)
+
+
+def run_id(body: bytes) -> bytes:
+    """Id of the run whose canonical manifest is `body` [32 bytes]."""
+    return hashlib.sha256(b"p2ptrain manifest 1\0" + body).digest()
+
+
+def sign_manifest(manifest: Manifest, key: Ed25519PrivateKey) -> bytes:
+    """Fill in the owner, sign, and encode for travel.
+
+    Raises:
+        ManifestError: larger than peers accept.
+    """
+    owner = key.public_key().public_bytes_raw().hex()
+    body = canonical_bytes(msgspec.structs.replace(manifest, owner=owner))
+    encoded = msgspec.msgpack.encode(SignedManifest(body, key.sign(run_id(body))))
+    if len(encoded) > MANIFEST_MAX_BYTES:
+        raise ManifestError(
+            f"the manifest takes {len(encoded)} bytes; peers accept {MANIFEST_MAX_BYTES}",
+            hint="shorten access.peers",
+        )
+    return encoded
+
+
+def open_manifest(encoded: bytes, expected_run_id: bytes | None = None) -> tuple[Manifest, bytes]:
+    """Check a signed manifest from anywhere; returns it and its run id.
+
+    Raises:
+        ManifestError: too large, malformed, not canonical, another run's, or not signed by the owner it names.
+    """
+    if len(encoded) > MANIFEST_MAX_BYTES:
+        raise ManifestError(f"manifest of {len(encoded)} bytes refused; at most {MANIFEST_MAX_BYTES}")
+    try:
+        signed = _signed_decoder.decode(encoded)
+        manifest = _decoder.decode(signed.body)
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise ManifestError(f"not a manifest: {error}", hint="do both sides run the same p2ptrain version?") from error
+    identifier = run_id(signed.body)
+    if canonical_bytes(manifest) != signed.body or not all(map(math.isfinite, _numbers(manifest))):
+        raise ManifestError("manifest is not in canonical form")
+    if expected_run_id is not None and identifier != expected_run_id:
+        raise ManifestError(f"manifest hashes to {identifier.hex()[:16]}, not to {expected_run_id.hex()[:16]}")
+    try:
+        Ed25519PublicKey.from_public_bytes(bytes.fromhex(manifest.owner)).verify(signed.signature, identifier)
+    except (InvalidSignature, ValueError) as error:
+        raise ManifestError("manifest is not signed by the owner that it names") from error
+    if manifest.protocol != PROTOCOL_VERSION:
+        raise ManifestError(
+            f"the run speaks protocol {manifest.protocol}, this p2ptrain speaks {PROTOCOL_VERSION}",
+            hint="install the p2ptrain version that the run uses",
+        )
+    return manifest, identifier
+
+
+def _numbers(table: msgspec.Struct) -> list[float]:
+    found: list[float] = []
+    for value in msgspec.structs.astuple(table):
+        if isinstance(value, msgspec.Struct):
+            found += _numbers(value)
+        elif isinstance(value, float):
+            found.append(value)
+    return found
