@@ -3,18 +3,24 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test clean
+.DEFAULT_GOAL := help
+.PHONY: help venv install demo test clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@sed -n 's/^\([a-z]*\):.*##/make \1\t/p' $(MAKEFILE_LIST)
 
-install: $(STAMP)  ## create .venv and install p2ptrain with its pinned dependencies
-
-$(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] == (3, 11) else "p2ptrain needs Python 3.11, found %d.%d; set PYTHON=/path/to/python3.11" % sys.version_info[:2])'
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] == (3, 11) else "p2ptrain needs Python 3.11, found %d.%d; try: make PYTHON=/path/to/python3.11" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
-	@touch $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing p2ptrain and what it needs into $(VENV); the first time takes some minutes"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+venv: $(BIN)/python  ## create .venv
+
+install: $(STAMP)  ## install p2ptrain, with its pinned dependencies, into .venv
 
 demo: $(STAMP)  ## train a swarm of three peers on this machine
 	$(BIN)/python scripts/demo.py
@@ -25,5 +31,5 @@ test: $(STAMP)  ## lint, format, types and the test suite
 	$(BIN)/mypy p2ptrain
 	$(BIN)/pytest
 
-clean:  ## remove the virtual environment and demo output
+clean:  ## remove the virtual environment and the demo's output
 	rm -rf $(VENV) demo-output

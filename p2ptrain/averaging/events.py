@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from p2ptrain.averaging.chain import ChainState, Row, RoundShape, Seal, SignedSeal
+from p2ptrain.averaging.chain import ChainState, RoundShape, Row, Seal, SignedSeal
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,14 +258,5 @@ class Note:
 
 
 Effect = (
-    StartRound
-    | SendContribution
-    | Reduce
-    | PublishSeal
-    | Apply
-    | Rollback
-    | FetchRounds
-    | Resync
-    | SendJoin
-    | Note
+    StartRound | SendContribution | Reduce | PublishSeal | Apply | Rollback | FetchRounds | Resync | SendJoin | Note
 )

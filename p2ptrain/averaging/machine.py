@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from p2ptrain.averaging import chain
-from p2ptrain.averaging.chain import ChainState, Join, Row, RoundShape, Seal, SealError, SignedSeal
+from p2ptrain.averaging.chain import ChainState, Join, RoundShape, Row, Seal, SealError, SignedSeal
 from p2ptrain.averaging.events import (
     Apply,
     ContributionReady,
@@ -45,8 +45,8 @@ from p2ptrain.averaging.events import (
     SendJoin,
     StartRound,
     Synced,
-    TipHeard,
     Tick,
+    TipHeard,
 )
 
 JOINS_PENDING_MAX = 256
@@ -518,9 +518,7 @@ class RoundMachine:
             place = {m.peer_id: i for i, m in enumerate(exchange.shape.members)}
             messages = sorted((place[p], m.row.weight, m.payload) for p, m in part.received.items())
             spec = exchange.shape.parts[number]
-            self._effects.append(
-                Reduce(exchange.key, number, spec.start, spec.end, len(members), tuple(messages))
-            )
+            self._effects.append(Reduce(exchange.key, number, spec.start, spec.end, len(members), tuple(messages)))
 
     def _stand_in(self, now: float) -> None:
         """Send a weight-0 message when our trainer is slower than the group, so that we stay a member (4.3)."""
@@ -603,7 +601,7 @@ class RoundMachine:
                 if not part.closed:
                     return self._close_alone(exchange, number, part)
             return False
-        return self._seal(exchange, included & {exchange.index}, now, solo=True)  # type: ignore[arg-type]
+        return self._seal(exchange, included & {exchange.index}, now, solo=True)
 
     def _silence_floor(self, now: float) -> float:
         """Silence is counted from when we began to listen, not from before."""

@@ -58,11 +58,11 @@ def reduce_part(
             if norm > limit:
                 factor = int(CLIP_UNIT * limit / norm)
                 clips[member] = factor
-            weight = min(float(weight), cap)
-            weight_included += weight
+            capped = min(float(weight), cap)
+            weight_included += capped
             # Indices are unique within one sender, so plain fancy addition is a correct scatter-add.
             flat = (part.chunk - start) * CHUNK_SIZE + part.index
-            total[flat] += part.value * np.float32(weight * factor / CLIP_UNIT)
+            total[flat] += part.value * np.float32(capped * factor / CLIP_UNIT)
         total /= np.float32(weight_included)
     return _freeze(total.reshape(chunks, CHUNK_SIZE), reply_topk, start, end, members, included, clips)
 
@@ -76,7 +76,7 @@ def _freeze(
     included: frozenset[int],
     clips: dict[int, int],
 ) -> bytes:
-    """Keep at most `reply_topk` coefficients a chunk, as signed bytes with one scale; rounded-to-zero ones are dropped."""
+    """Keep at most `reply_topk` coefficients a chunk, as signed bytes with one scale; none that round to zero."""
     magnitude = np.abs(total)
     largest = magnitude.max(1) if len(total) else np.zeros(0, np.float32)
     codes = coding.encode_scale((largest / coding.REPLY_VALUE_MAX).astype(np.float32))

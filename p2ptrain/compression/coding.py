@@ -1,8 +1,8 @@
 """Indices, values and scales as bits.
 
 Indices inside a chunk take 12 bits. A contribution's value is a sign and, with 2 bits, one magnitude bit around the
-chunk's scale; a reply's value is a signed byte. The scale of a chunk is one byte: scales are the powers of two and seven
-steps between each (ratio 2**(1/8)), from a table of exact float32 values, so that a scale never depends on a libm.
+chunk's scale; a reply's value is a signed byte. The scale of a chunk is one byte: scales are the powers of two and
+seven steps between each (ratio 2**(1/8)), from a table of exact float32 values, so that none depends on a libm.
 """
 
 from __future__ import annotations

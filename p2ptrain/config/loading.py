@@ -1,19 +1,28 @@
-"""run.toml to a manifest and back: a commented template, and errors that name the key."""
+"""run.toml to a manifest and back: a commented template, and errors that name the key, the value and the limit.
+
+The comments of the template are the strings under the fields of the manifest's classes, so that there is one place that
+says what a key means.
+"""
 
 from __future__ import annotations
 
 import ast
 import difflib
 import inspect
+import re
 import secrets
 import textwrap
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import msgspec
 
 from p2ptrain.config.manifest import Manifest
-from p2ptrain.errors import ManifestError
+from p2ptrain.errors import ManifestError, P2PTrainError
+
+Toml = dict[str, object]
 
 
 def load_manifest(path: Path) -> Manifest:
@@ -23,28 +32,103 @@ def load_manifest(path: Path) -> Manifest:
         ManifestError: no such file, not TOML, an unknown key, or a value out of range.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        return parse_manifest(path.read_text(encoding="utf-8"), path)
     except FileNotFoundError as error:
         raise ManifestError(f"no manifest at {path}", hint=f"p2ptrain init {path}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ManifestError(f"{path} is not TOML: {error}", hint=f"correct {path}, or write a new one: p2ptrain init") from error
-    _check_keys(table, Manifest, "", path)
+    except OSError as error:
+        raise ManifestError(f"cannot read {path}: {error.strerror}", hint="p2ptrain init run.toml") from error
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{path} is not UTF-8 text", hint=f"p2ptrain init {path} --force") from error
+
+
+def parse_manifest(text: str, path: Path) -> Manifest:
+    """The manifest that `text`, from the run.toml at `path`, describes.
+
+    Raises:
+        ManifestError: not TOML, an unknown key, or a value out of range.
+    """
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ManifestError(
+            f"{path} is not TOML: {error}", hint=f"correct it, or: p2ptrain init {path} --force"
+        ) from error
+    reject_unknown_keys(table, Manifest, path)
     try:
         return msgspec.convert(table, Manifest)
-    except (msgspec.ValidationError, ValueError) as error:
-        raise ManifestError(f"{path}: {error}", hint=f"correct the value in {path}") from error
+    except msgspec.ValidationError as error:
+        problem, meaning = explain(error, table)
+        raise ManifestError(f"{path}: {problem}", hint=f"correct it in {path}{meaning}") from error
 
 
-def _check_keys(table: dict[str, object], kind: type[msgspec.Struct], prefix: str, path: Path) -> None:
+def reject_unknown_keys(
+    table: Toml,
+    kind: type[msgspec.Struct],
+    path: Path,
+    *,
+    prefix: str = "",
+    error: type[P2PTrainError] = ManifestError,
+) -> None:
+    """Compare the keys of `table`, and of the tables in it, with the fields of `kind`.
+
+    Raises:
+        error: naming the unknown key and the known one that it resembles most.
+    """
     fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
     for key, value in table.items():
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, 1, 0.5)
+            near = _elsewhere(key, kind) or difflib.get_close_matches(key, fields, 1, 0.5)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys here: {', '.join(fields)}"
-            raise ManifestError(f"{path}: unknown key {prefix}{key}", hint=hint)
+            raise error(f"{path}: unknown key {prefix}{key}", hint=hint)
         inner = fields[key]
         if isinstance(value, dict) and isinstance(inner, type) and issubclass(inner, msgspec.Struct):
-            _check_keys(value, inner, f"{prefix}{key}.", path)
+            reject_unknown_keys(value, inner, path, prefix=f"{prefix}{key}.", error=error)
+
+
+def _elsewhere(key: str, kind: type[msgspec.Struct]) -> list[str]:
+    """A key of this name in one of the tables below: what was left out is its table's name."""
+    return [
+        f"{field.name}.{key}"
+        for field in msgspec.structs.fields(kind)
+        if isinstance(field.type, type)
+        and issubclass(field.type, msgspec.Struct)
+        and key in field.type.__struct_fields__
+    ][:1]
+
+
+def explain(error: msgspec.ValidationError, table: Toml) -> tuple[str, str]:
+    """What is wrong with which value of `table`, in the words of a TOML file; and what that key means, or ""."""
+    reason, _, position = str(error).partition(" - at `$")
+    key = position.rstrip("`").removeprefix(".")
+    if not key:
+        return reason.removeprefix("Object is "), ""
+    value, kind, doc = _look_up(table, key)
+    if isinstance(value, dict) and not reason.startswith("Expected"):
+        # From a check across keys, whose message names them.
+        return f"{key}.{reason}", ""
+    return f"{key} = {toml_value(value)}: {expectation(error, kind)}", f" ({key}: {doc})" if doc else ""
+
+
+def expectation(error: msgspec.ValidationError, kind: object) -> str:
+    """What a value of type `kind` should have been."""
+    if get_origin(kind) is Literal:
+        return f"expected one of {', '.join(map(repr, get_args(kind)))}"
+    reason = str(error).partition(" - at `$")[0]
+    return f"{reason[0].lower()}{reason[1:]}"
+
+
+def _look_up(table: Toml, key: str) -> tuple[object, object, str]:
+    """Value, type and meaning of a key such as `optimizer.matrix.topk` or `access.peers[0]`."""
+    value: object = table
+    kind: object = Manifest
+    doc = ""
+    for name, index in re.findall(r"(\w+)|\[(\d+)\]", key):
+        if isinstance(value, list):
+            value = value[int(index)]
+        elif isinstance(value, dict) and isinstance(kind, type):
+            value, doc = value.get(name), field_docs(kind).get(name, "")
+            kind = next(field.type for field in msgspec.structs.fields(kind) if field.name == name)
+    return value, kind, doc
 
 
 def new_manifest(name: str) -> Manifest:
@@ -53,49 +137,59 @@ def new_manifest(name: str) -> Manifest:
 
 
 def render(manifest: Manifest) -> str:
-    """The commented run.toml of a manifest: every key with its meaning; `load_manifest` gives the manifest back."""
+    """The commented run.toml of a manifest: every key with its meaning; `load_manifest` gives the manifest back.
+
+    The owner is left out: `bootstrap` fills it in with the key of the home that signs.
+    """
     head = (
-        "# What all peers of this run agree on. Its hash is the run's id: once bootstrapped, a change makes a new run.\n"
-        "# Start it with: p2ptrain bootstrap run.toml\n\n"
+        "# What all peers of this run agree on. Its hash is the run's id: once bootstrapped,\n"
+        "# a change makes a new run. Start it with: p2ptrain bootstrap run.toml\n\n"
     )
     return head + "\n".join(_render(manifest, "")).strip() + "\n"
 
 
-def _render(table: msgspec.Struct, prefix: str) -> list[str]:
-    docs = _field_docs(type(table))
-    lines: list[str] = []
-    tables: list[str] = []
-    for field in msgspec.structs.fields(table):
-        value = getattr(table, field.name)
-        doc = textwrap.wrap(docs.get(field.name, ""), 110)
-        comments = [f"# {line}" for line in doc]
+def _render(table: msgspec.Struct, prefix: str) -> Iterator[str]:
+    docs = field_docs(type(table))
+    inner = []
+    for name in table.__struct_fields__:
+        value = getattr(table, name)
         if isinstance(value, msgspec.Struct):
-            inner = _render(value, f"{prefix}{field.name}.")
-            tables += ["", *comments, f"[{prefix}{field.name}]", *inner]
-        elif field.name == "owner":
-            continue
-        else:
-            lines += [*comments, f"{field.name} = {_toml(value)}"]
-    return lines + tables
+            inner.append((name, value))
+        elif name != "owner":
+            yield from _comment(docs[name])
+            yield f"{name} = {toml_value(value)}"
+    # In TOML, what follows a table's header belongs to it: keys first.
+    for name, value in inner:
+        yield ""
+        yield from _comment(docs.get(name) or inspect.getdoc(type(value)) or "")
+        yield f"[{prefix}{name}]"
+        yield from _render(value, f"{prefix}{name}.")
 
 
-def _toml(value: object) -> str:
-    if isinstance(value, tuple):
-        return "[" + ", ".join(_toml(v) for v in value) + "]"
-    return msgspec.json.encode(value).decode()
+def _comment(text: str) -> list[str]:
+    return [f"# {line}" for line in textwrap.wrap(text, 100)]
 
 
-def _field_docs(kind: type) -> dict[str, str]:
-    """The string under each field of a class."""
+def toml_value(value: object) -> str:
+    """`value` as TOML writes it."""
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
+    if isinstance(value, (str, int)):
+        # JSON's strings, numbers and booleans are TOML's, except that it leaves DEL as it is.
+        return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")
+    return str(value)
+
+
+def field_docs(kind: type) -> dict[str, str]:
+    """The string under each field of a class: {field: text on one line}."""
     body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
     assert isinstance(body, ast.ClassDef)
     found, last = {}, ""
     for node in body.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             last = node.target.id
-        elif last and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue
+        if last and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             found[last] = " ".join(str(node.value.value).split())
-            last = ""
-        else:
-            last = ""
+        last = ""
     return found

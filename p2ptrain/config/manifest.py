@@ -2,12 +2,14 @@
 
 The owner's key lives in the home that first bootstrapped the run (`owner.key`); peers need only its public half, which
 the manifest carries.
+
+Whoever joins reads a manifest written by a stranger: every number is bounded at both ends (which keeps out NaN and
+infinity too), every text has an alphabet, and a value is refused before anything is built from it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 from typing import Annotated, Literal
 
 import msgspec
@@ -20,11 +22,15 @@ from p2ptrain.errors import ManifestError
 PROTOCOL_VERSION = 1
 MANIFEST_MAX_BYTES = 16 * 1024
 PARAMETERS_MAX = 2**31
+TOKENIZER_VOCABULARY = 4096
+"""Tokens of the tokenizer shipped, the only one there is."""
 
 Count = Annotated[int, Meta(ge=1, le=2**20)]
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 Share = Annotated[float, Meta(ge=0, le=1)]
-Hex = Annotated[str, Meta(pattern="^[0-9a-f]*$", max_length=64)]
+Hex256 = Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")]
+PeerId = Annotated[str, Meta(pattern=r"^12D3KooW[1-9A-HJ-NP-Za-km-z]{44}\Z")]
+RunName = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*\Z")]
 Topk = Annotated[int, Meta(ge=1, le=4096)]
 
 
@@ -32,29 +38,30 @@ class _Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """A table of the manifest: unknown keys are errors."""
 
 
-class ModelConfig(_Table):
+class ModelConfig(_Table, frozen=True, kw_only=True):
     """The GPT to build."""
 
     layers: Annotated[int, Meta(ge=1, le=256)] = 4
-    """Blocks."""
+    """Transformer blocks."""
     heads: Annotated[int, Meta(ge=1, le=256)] = 4
     """Attention heads a block; must divide `embedding` into even widths."""
     embedding: Annotated[int, Meta(ge=8, le=32_768)] = 128
     """Width of the model."""
     context: Annotated[int, Meta(ge=8, le=65_536)] = 128
     """Tokens in a sequence."""
-    vocabulary: Annotated[int, Meta(ge=257, le=65_536)] = 4096
-    """Tokens the tokenizer knows; the one shipped has 4096."""
+    vocabulary: Annotated[int, Meta(ge=257, le=65_536)] = TOKENIZER_VOCABULARY
+    """Rows of the embedding and of the head; at least the 4096 tokens of the tokenizer."""
     mlp_ratio: Annotated[int, Meta(ge=1, le=16)] = 4
     """Hidden width of the MLP over `embedding`."""
 
     def __post_init__(self) -> None:
         if self.embedding % (2 * self.heads):
-            raise ValueError(
-                f"model.embedding = {self.embedding} must be a multiple of 2 * model.heads = {2 * self.heads}"
-            )
+            raise ValueError(f"embedding = {self.embedding} must be a multiple of 2 * heads = {2 * self.heads}")
         if self.parameters > PARAMETERS_MAX:
-            raise ValueError(f"model has {self.parameters:,} parameters; at most {PARAMETERS_MAX:,} are supported")
+            raise ValueError(
+                f"layers = {self.layers} and embedding = {self.embedding}, with vocabulary = {self.vocabulary}, make "
+                f"{self.parameters:,} parameters; at most {PARAMETERS_MAX:,} are supported"
+            )
 
     @property
     def parameters(self) -> int:
@@ -63,54 +70,56 @@ class ModelConfig(_Table):
         return 2 * self.vocabulary * self.embedding + self.layers * block + self.embedding
 
 
-class DataConfig(_Table):
+class DataConfig(_Table, frozen=True, kw_only=True):
     """The text to train on, by hash."""
 
-    name: Annotated[str, Meta(max_length=80)] = "state-of-the-union"
+    name: Annotated[str, Meta(min_length=1, max_length=80, pattern=r"^[\w.-][\w .-]*\Z")] = "state-of-the-union"
     """Name of the corpus; `state-of-the-union` is shipped with p2ptrain."""
-    license: Annotated[str, Meta(max_length=80)] = "LicenseRef-Public-Domain"
+    license: Annotated[str, Meta(max_length=80, pattern=r"^[A-Za-z0-9][A-Za-z0-9 .+-]*\Z")] = "LicenseRef-Public-Domain"
     """SPDX licence expression of the text."""
-    sha256: Hex = ""
+    sha256: Hex256 = ""
     """Hash of the training text; empty: that of the shipped corpus."""
     bytes: Annotated[int, Meta(ge=0, le=2**34)] = 0
-    """Length of the training text."""
-    heldout_sha256: Hex = ""
+    """Length of the training text in bytes."""
+    heldout_sha256: Hex256 = ""
     """Hash of the held-out text."""
     heldout_bytes: Annotated[int, Meta(ge=0, le=2**32)] = 0
-    """Length of the held-out text."""
+    """Length of the held-out text in bytes."""
+    tokenizer_sha256: Hex256 = ""
+    """Hash of the tokenizer; empty: that of the one shipped."""
 
 
-class GroupConfig(_Table):
+class GroupConfig(_Table, frozen=True, kw_only=True):
     """How parameters of one kind are compressed and stepped."""
 
     transform: Literal["dct", "none"] = "dct"
-    """Whether chunks are transformed before selection."""
+    """`dct`: chunks are transformed before the largest entries are selected; `none`: they are not."""
     direction: Literal["sign", "rms", "muon"] = "sign"
-    """From update to step; `muon` is not exact across devices."""
+    """From update to step: `sign`, `rms` (as in Adam), or `muon` (for matrices; not exact across devices)."""
     learning_rate_scale: Annotated[float, Meta(gt=0, le=1000)] = 1.0
-    """Step size over `optimizer.learning_rate`."""
+    """Factor on `optimizer.learning_rate`."""
     topk: Topk = 64
     """Coefficients sent per chunk of 4096."""
     reply_topk: Topk = 128
     """Coefficients a reducer keeps per chunk, at most."""
 
 
-class OptimizerConfig(_Table):
+class OptimizerConfig(_Table, frozen=True, kw_only=True):
     """DeMo, and how each kind of parameter is treated."""
 
     learning_rate: Annotated[float, Meta(gt=0, le=10)] = 1e-3
-    """Peak step size."""
+    """Peak learning rate: the size of a step of direction `sign`."""
     beta: Share = 0.95
-    """Momentum decay a round."""
+    """Factor on the momentum, each round."""
     weight_decay: Annotated[float, Meta(ge=0, le=10)] = 0.0
-    """Decoupled, times the learning rate."""
+    """Share of a parameter taken off each round, times the learning rate."""
     warmup_rounds: Annotated[int, Meta(ge=1, le=1_000_000)] = 10
     """Rounds of linear warm-up."""
     total_rounds: Annotated[int, Meta(ge=1, le=100_000_000)] = 2000
     """Round at which the cosine reaches its end."""
     final_fraction: Share = 0.1
     """Learning rate at the end over its peak."""
-    rms_beta: Share = 0.95
+    rms_beta: Annotated[float, Meta(ge=0, lt=1)] = 0.95
     """Decay of the second moment of direction `rms`."""
     rms_epsilon: Annotated[float, Meta(gt=0, le=1)] = 1e-8
     """Added to the root of that second moment."""
@@ -123,15 +132,19 @@ class OptimizerConfig(_Table):
     vector: GroupConfig = GroupConfig()
     """Gains and other vectors."""
 
+    def __post_init__(self) -> None:
+        if self.vector.direction == "muon":
+            raise ValueError('vector.direction = "muon" needs matrices; use "sign" or "rms"')
 
-class CodecConfig(_Table):
+
+class CodecConfig(_Table, frozen=True, kw_only=True):
     """How contributions are encoded."""
 
     value_bits: Literal[1, 2] = 2
     """Bits a value: sign, and with 2 a magnitude bit."""
 
 
-class RoundConfig(_Table):
+class RoundConfig(_Table, frozen=True, kw_only=True):
     """How long rounds are and how long peers wait."""
 
     pace: Literal["time", "fixed"] = "time"
@@ -157,32 +170,40 @@ class RoundConfig(_Table):
     alone_after_seconds: Seconds = 8.0
     """Silence of all members after which a peer seals alone."""
     root_interval: Annotated[int, Meta(ge=1, le=100_000)] = 64
-    """Rounds between snapshots."""
+    """Rounds between roots: hashes of all replicas, compared, and snapshots for those who join."""
     clip_ratio: Annotated[float, Meta(ge=1, le=1000)] = 3.0
     """A contribution's norm is clipped to this many times the median."""
     weight_cap_ratio: Annotated[float, Meta(ge=1, le=1000)] = 4.0
     """A contribution's weight is capped at this many times the median."""
 
+    def __post_init__(self) -> None:
+        if self.min_seconds > self.max_seconds:
+            raise ValueError(f"min_seconds = {self.min_seconds} is above max_seconds = {self.max_seconds}")
 
-class AccessConfig(_Table):
+
+class AccessConfig(_Table, frozen=True, kw_only=True):
     """Who may contribute."""
 
     mode: Literal["open", "list"] = "open"
     """`open`: anyone; `list`: the peers listed."""
-    peers: Annotated[tuple[Annotated[str, Meta(max_length=80)], ...], Meta(max_length=150)] = ()
+    peers: Annotated[tuple[PeerId, ...], Meta(max_length=150)] = ()
     """Peer ids that may join, with mode `list`."""
 
+    def __post_init__(self) -> None:
+        if (self.mode == "list") != bool(self.peers):
+            raise ValueError(f'mode = "{self.mode}" contradicts peers, which lists {len(self.peers)}')
 
-class Manifest(_Table):
+
+class Manifest(_Table, frozen=True, kw_only=True):
     """See the module docstring."""
 
     protocol: Annotated[int, Meta(ge=1, le=2**16)] = PROTOCOL_VERSION
     """Protocol version."""
-    name: Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$")]
+    name: RunName
     """Name of the run, for people."""
-    nonce: Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
+    nonce: Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
     """Random; makes the run unique and seeds its initialisation and its data order."""
-    owner: Annotated[str, Meta(pattern="^([0-9a-f]{64})?$")] = ""
+    owner: Hex256 = ""
     """Public key that signs the manifest; filled in by `bootstrap`."""
     last_round: Annotated[int, Meta(ge=0, le=2**40)] = 0
     """Stop after this round; 0: never."""
@@ -193,6 +214,12 @@ class Manifest(_Table):
     round: RoundConfig = RoundConfig()
     access: AccessConfig = AccessConfig()
 
+    def __post_init__(self) -> None:
+        if self.model.vocabulary < TOKENIZER_VOCABULARY:
+            raise ValueError(
+                f"model.vocabulary = {self.model.vocabulary} is below the tokenizer's {TOKENIZER_VOCABULARY} tokens"
+            )
+
 
 class SignedManifest(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """A manifest as it travels."""
@@ -201,8 +228,13 @@ class SignedManifest(msgspec.Struct, frozen=True, array_like=True, forbid_unknow
     signature: Annotated[bytes, Meta(min_length=64, max_length=64)]
 
 
+class _ProtocolOnly(msgspec.Struct, frozen=True):
+    protocol: int
+
+
 _decoder = msgspec.msgpack.Decoder(Manifest)
 _signed_decoder = msgspec.msgpack.Decoder(SignedManifest)
+_protocol_decoder = msgspec.msgpack.Decoder(_ProtocolOnly)
 
 
 def canonical_bytes(manifest: Manifest) -> bytes:
@@ -242,11 +274,13 @@ def open_manifest(encoded: bytes, expected_run_id: bytes | None = None) -> tuple
         raise ManifestError(f"manifest of {len(encoded)} bytes refused; at most {MANIFEST_MAX_BYTES}")
     try:
         signed = _signed_decoder.decode(encoded)
+        # First, because the fields of another protocol's manifest may differ.
+        _check_protocol(_protocol_decoder.decode(signed.body).protocol)
         manifest = _decoder.decode(signed.body)
-    except (msgspec.MsgspecError, ValueError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ManifestError(f"not a manifest: {error}", hint="do both sides run the same p2ptrain version?") from error
     identifier = run_id(signed.body)
-    if canonical_bytes(manifest) != signed.body or not all(map(math.isfinite, _numbers(manifest))):
+    if canonical_bytes(manifest) != signed.body:
         raise ManifestError("manifest is not in canonical form")
     if expected_run_id is not None and identifier != expected_run_id:
         raise ManifestError(f"manifest hashes to {identifier.hex()[:16]}, not to {expected_run_id.hex()[:16]}")
@@ -254,19 +288,12 @@ def open_manifest(encoded: bytes, expected_run_id: bytes | None = None) -> tuple
         Ed25519PublicKey.from_public_bytes(bytes.fromhex(manifest.owner)).verify(signed.signature, identifier)
     except (InvalidSignature, ValueError) as error:
         raise ManifestError("manifest is not signed by the owner that it names") from error
-    if manifest.protocol != PROTOCOL_VERSION:
-        raise ManifestError(
-            f"the run speaks protocol {manifest.protocol}, this p2ptrain speaks {PROTOCOL_VERSION}",
-            hint="install the p2ptrain version that the run uses",
-        )
     return manifest, identifier
 
 
-def _numbers(table: msgspec.Struct) -> list[float]:
-    found: list[float] = []
-    for value in msgspec.structs.astuple(table):
-        if isinstance(value, msgspec.Struct):
-            found += _numbers(value)
-        elif isinstance(value, float):
-            found.append(value)
-    return found
+def _check_protocol(protocol: int) -> None:
+    if protocol != PROTOCOL_VERSION:
+        raise ManifestError(
+            f"the run speaks protocol {protocol}, this p2ptrain speaks {PROTOCOL_VERSION}",
+            hint="install the p2ptrain version that the run uses",
+        )

@@ -100,7 +100,8 @@ class DeMo(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
         self.beta, self.value_bits, self.exact = beta, value_bits, exact
-        specs, treatments = [], {}
+        specs: list[ParameterSpec] = []
+        treatments: dict[str, Treatment] = {}
         self._params: list[Tensor] = []
         self._groups: list[dict[str, Any]] = []
         for number, group in enumerate(self.param_groups):

@@ -16,7 +16,7 @@ from p2ptrain.compression.layout import CHUNK_SIZE, ChunkLayout, Segment
 
 
 class Direction(Protocol):
-    """One parameter's direction. `update` is [chunks of the parameter, 64 * 64]; `live` [chunks] is False for a SKIP."""
+    """One parameter's direction: `update` is [its chunks, 64 * 64]; `live` [its chunks] is False for a SKIP."""
 
     exact: ClassVar[bool]
 
@@ -32,7 +32,9 @@ class Sign:
 
     exact: ClassVar[bool] = True
 
-    def __init__(self, layout: ChunkLayout, segment: Segment, beta: float, epsilon: float, device: torch.device) -> None:
+    def __init__(
+        self, layout: ChunkLayout, segment: Segment, beta: float, epsilon: float, device: torch.device
+    ) -> None:
         pass
 
     def step(self, update: Tensor, live: Tensor) -> Tensor:
@@ -54,7 +56,9 @@ class Rms:
 
     exact: ClassVar[bool] = True
 
-    def __init__(self, layout: ChunkLayout, segment: Segment, beta: float, epsilon: float, device: torch.device) -> None:
+    def __init__(
+        self, layout: ChunkLayout, segment: Segment, beta: float, epsilon: float, device: torch.device
+    ) -> None:
         self._beta, self._epsilon = beta, epsilon
         self._moment = torch.zeros(segment.end - segment.start, CHUNK_SIZE, device=device)
         #: beta**steps per chunk, by repeated multiplication: a power function may differ between machines
@@ -87,7 +91,9 @@ class Muon:
 
     exact: ClassVar[bool] = False
 
-    def __init__(self, layout: ChunkLayout, segment: Segment, beta: float, epsilon: float, device: torch.device) -> None:
+    def __init__(
+        self, layout: ChunkLayout, segment: Segment, beta: float, epsilon: float, device: torch.device
+    ) -> None:
         if segment.is_vector:
             raise ValueError(f"direction muon needs a matrix; {segment.spec.name} has shape {segment.spec.shape}")
         self._layout, self._segment, self._epsilon = layout, segment, epsilon

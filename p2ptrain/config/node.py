@@ -1,0 +1,126 @@
+"""Settings of one node, which are its owner's business alone: port, name, device. The manifest has what peers agree on.
+
+Every value comes from the first place that has it: flag, environment (`P2PTRAIN_*`), `node.toml` in the home, what the
+home remembers, default. Each keeps a note of that place, for error messages and for `explain`.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from p2ptrain.config.home import Home, default_home
+from p2ptrain.config.loading import expectation, field_docs, reject_unknown_keys, toml_value
+from p2ptrain.errors import UsageError
+
+ENVIRONMENT_PREFIX = "P2PTRAIN_"
+
+
+class NodeTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What node.toml may hold."""
+
+    name: Annotated[str, Meta(max_length=64, pattern=r"^[ -~]*\Z")] = ""
+    """Name that other peers show, in printable ASCII; empty: the end of the peer id."""
+    port: Annotated[int, Meta(ge=0, le=65535)] = 0
+    """TCP port to listen on; 0: a free one, remembered in the home."""
+    host: Annotated[str, Meta(min_length=1, max_length=64)] = "0.0.0.0"
+    """IP address to listen on; 127.0.0.1 keeps the peer on this machine."""
+    announce: tuple[Annotated[str, Meta(min_length=1, max_length=256)], ...] = ()
+    """Addresses to hand out instead of those found, as multiaddr or HOST:PORT, for a port forwarded by a router."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute; auto: cuda, else mps, else cpu."""
+    threads: Annotated[int, Meta(ge=0, le=1024)] = 0
+    """CPU threads to compute with; 0: one per core."""
+    log_format: Literal["text", "json"] = "text"
+    """Form of the log on stderr."""
+
+
+class NodeSettings(NodeTable, frozen=True, kw_only=True):
+    """The settings in force."""
+
+    home: Path
+    """Directory of identity, checkpoints and journal."""
+    origins: dict[str, str]
+    """{setting: where its value comes from}."""
+
+
+def resolve_settings(
+    home: Path | None = None, flags: Mapping[str, object] | None = None, environment: Mapping[str, str] = os.environ
+) -> NodeSettings:
+    """Settle every setting. In `flags`, None and empty sequences mean that the flag was not given. Reads, never writes.
+
+    Raises:
+        UsageError: a value that does not fit, or an unknown key in node.toml.
+    """
+    origins: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    if home is None:
+        home = default_home(environment)
+        origins["home"] = f"{ENVIRONMENT_PREFIX}HOME" if environment.get(f"{ENVIRONMENT_PREFIX}HOME") else "default"
+    else:
+        origins["home"] = "--home"
+    given = {key: value for key, value in (flags or {}).items() if value is not None and value != [] and value != ()}
+    from_file = _read_node_toml(Home(home).node_settings)
+    remembered = {"port": port} if (port := Home(home).remembered_port()) else {}
+    if remembered and from_file.get("port") == 0:
+        del from_file["port"]
+    for field in msgspec.structs.fields(NodeTable):
+        key = field.name
+        variable = f"{ENVIRONMENT_PREFIX}{key.upper()}"
+        if key in given:
+            origin, value = f"--{key.replace('_', '-')}", given[key]
+        elif environment.get(variable):
+            origin, value = variable, _from_text(environment[variable], field.type)
+        elif key in from_file:
+            origin, value = str(home / "node.toml"), from_file[key]
+        elif key in remembered:
+            origin, value = str(Home(home).port), remembered[key]
+        else:
+            origin, value = "default", field.default
+        origins[key] = origin
+        values[key] = _checked(key, value, field.type, origin)
+    return NodeSettings(home=home, origins=origins, **values)
+
+
+def explain(settings: NodeSettings) -> Iterator[tuple[str, str, str]]:
+    """Rows (setting, value as TOML, where it comes from)."""
+    yield "home", toml_value(str(settings.home)), settings.origins["home"]
+    for key in NodeTable.__struct_fields__:
+        yield key, toml_value(getattr(settings, key)), settings.origins[key]
+
+
+def _read_node_toml(path: Path) -> dict[str, object]:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}", hint="choose another home with --home DIR") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not TOML: {error}", hint=f"correct {path}") from error
+    reject_unknown_keys(table, NodeTable, path, error=UsageError)
+    return table
+
+
+def _from_text(text: str, kind: object) -> object:
+    """Variables are text: lists are separated by commas, and what should be a number is read as one later."""
+    if kind is not str and getattr(kind, "__origin__", None) is tuple:
+        return [part.strip() for part in text.split(",") if part.strip()]
+    return text
+
+
+def _checked(key: str, value: object, kind: Any, origin: str) -> object:
+    try:
+        return msgspec.convert(value, kind, strict=not origin.startswith(ENVIRONMENT_PREFIX))
+    except msgspec.ValidationError as error:
+        place = f"{origin}: {key}" if "/" in origin else origin
+        raise UsageError(
+            f"{place} = {toml_value(value)}: {expectation(error, kind)}",
+            hint=f"correct {origin} ({key}: {field_docs(NodeTable)[key]})",
+        ) from error

@@ -1,0 +1,91 @@
+"""Limits that hivemind 1.1.12 lacks and that a stranger could use to crash or fill a node. Install before any node.
+
+1. msgpack extension types that nest recurse through Python and C without bound: one 4 KB message ends the process with
+   a segmentation fault. Nesting is cut at `MAX_EXTENSION_DEPTH`.
+2. A stream frame states its own length, and the reader buffers until it is there. Frames are cut at `MAX_FRAME_BYTES`.
+3. A node stores whatever it is asked to, for as long as it is asked to. Keys, and bytes under one key, are capped.
+
+They change hivemind's classes in place, because the node creates these objects itself, deep inside `DHTNode.create`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+import hivemind.dht.protocol as dht_protocol
+import msgpack
+from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
+from hivemind.p2p import P2P
+from hivemind.utils.logging import use_hivemind_log_handler
+from hivemind.utils.serializer import MSGPackSerializer
+
+MAX_EXTENSION_DEPTH = 8
+"""Extension types inside extension types; honest records need two."""
+MAX_FRAME_BYTES = 1024 * 1024 + 64 * 1024
+"""One protobuf message in a stream: 1 MiB of payload and some slack for its fields."""
+MAX_UNARY_BYTES = 2 * 1024 * 1024
+"""One unary request or response, as libp2p's daemon counts it."""
+MAX_STORED_KEYS = 4096
+"""Keys one node stores for others; the ones that expire first go first."""
+MAX_DICTIONARY_BYTES = 1024 * 1024
+"""All records under one key: a reader asks for them in one unary response."""
+
+_depth = threading.local()
+_installed = threading.Lock()
+
+
+class BoundedStorage(DHTLocalStorage):
+    """hivemind's storage with a limit on keys, and on bytes under one key; what is listed already may refresh."""
+
+    def __init__(self, maxsize: int | None = None) -> None:
+        super().__init__(maxsize or MAX_STORED_KEYS)
+
+    def store_subkey(self, key: Any, subkey: Any, value: bytes, expiration_time: float) -> bool:
+        """As in hivemind; False when a new record does not fit under its key."""
+        present = self.get(key)
+        if present is not None and isinstance(present.value, DictionaryDHTValue) and subkey not in present.value:
+            used = sum(len(item.value) for _, item in present.value.items())
+            if used + len(value) > MAX_DICTIONARY_BYTES:
+                return False
+        return bool(super().store_subkey(key, subkey, value, expiration_time))
+
+
+def _decode_extension(cls: type[MSGPackSerializer], type_code: int, data: bytes) -> Any:
+    depth = getattr(_depth, "value", 0)
+    if depth >= MAX_EXTENSION_DEPTH:
+        raise ValueError(f"msgpack extension types nested deeper than {MAX_EXTENSION_DEPTH}")
+    _depth.value = depth + 1
+    try:
+        if type_code in cls._ext_type_codes:
+            return cls._ext_type_codes[type_code].unpackb(data)
+        if type_code == cls._TUPLE_EXT_TYPE_CODE:
+            return tuple(msgpack.unpackb(data, ext_hook=cls._decode_ext_types, raw=False))
+        # hivemind logs a warning here, which would let a stranger fill the log.
+        return data
+    finally:
+        _depth.value = depth
+
+
+async def _receive_raw_data(reader: Any) -> bytes:
+    length = int.from_bytes(await reader.readexactly(P2P.HEADER_LEN), P2P.BYTEORDER)
+    if length > MAX_FRAME_BYTES:
+        raise ValueError(f"a stream frame of {length} bytes, where at most {MAX_FRAME_BYTES} are allowed")
+    return bytes(await reader.readexactly(length))
+
+
+def install_guards() -> None:
+    """Puts the limits in place and hands hivemind's log to ours. Idempotent; any thread."""
+    with _installed:
+        if dht_protocol.DHTLocalStorage is BoundedStorage:
+            return
+        MSGPackSerializer._decode_ext_types = classmethod(_decode_extension)
+        P2P.receive_raw_data = staticmethod(_receive_raw_data)
+        dht_protocol.DHTLocalStorage = BoundedStorage
+        use_hivemind_log_handler("nowhere")
+        # Its import renames the level for the whole process.
+        logging.addLevelName(logging.WARNING, "WARNING")
+        if logging.getLogger("hivemind").level == logging.NOTSET:
+            # Below errors it reports, with tracebacks, what strangers and the network do all day.
+            logging.getLogger("hivemind").setLevel(logging.ERROR)

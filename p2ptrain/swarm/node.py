@@ -1,0 +1,375 @@
+"""A peer's place in the network: one libp2p daemon, one DHT node, the servicers of this process, and their upkeep.
+
+Everything runs on the loop that called `SwarmNode.create`. The daemon is watched and, when it dies, started again with
+the same identity and port; the DHT node outlives it, with all it stores, and the servicers are registered again. Peers
+once seen are dialled again when the routing table has lost them, so two halves of a network find together. Cost: a join
+takes about 0.5 s on a local network; upkeep is one small request to a few peers every `UPKEEP_SECONDS`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hivemind.dht import DHTID, DHTNode
+from hivemind.p2p import PeerID, ServicerBase
+from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
+from hivemind.utils.auth import AuthRole, AuthRPCWrapper
+
+from p2ptrain.config.manifest import open_manifest
+from p2ptrain.errors import AddressError, ManifestError, P2PTrainError, UnreachableError
+from p2ptrain.swarm import crawl, meeting
+from p2ptrain.swarm.addresses import (
+    claim_port,
+    is_loopback_host,
+    order_for_dialling,
+    parse_addresses,
+    parse_announced,
+)
+from p2ptrain.swarm.daemon import Daemon, DaemonSettings, SocketDirectory
+from p2ptrain.swarm.guards import install_guards
+from p2ptrain.swarm.identity import Identity, format_peer_id, load_or_create_identity
+from p2ptrain.swarm.records import (
+    MANIFEST_SECONDS,
+    MANIFEST_SUBKEY,
+    PEER_RECORD_SECONDS,
+    RUN_RECORD_SECONDS,
+    RUNS_KEY,
+    PeerRecord,
+    R,
+    Record,
+    RecordError,
+    RunRecord,
+    encode_record,
+    manifest_key,
+    open_record,
+    peer_of,
+    peers_key,
+    subkey_of,
+)
+from p2ptrain.swarm.validator import SignedRecordValidator
+
+UPKEEP_SECONDS = 10.0
+UPKEEP_PEERS = 3
+"""Peers missing from the routing table that are dialled again at each upkeep."""
+MAX_KNOWN_PEERS = 256
+RESTART_SECONDS = 0.5
+"""Wait before the second attempt to restart the daemon; doubles up to `MAX_RESTART_SECONDS`."""
+MAX_RESTART_SECONDS = 10.0
+_REGISTER_SECONDS = 10.0
+
+_logger = logging.getLogger(__name__)
+
+
+class SwarmNode:
+    """Made by `create`, ended by `close`. Methods are for the loop that made it."""
+
+    def __init__(self, identity: Identity, settings: DaemonSettings, sockets: SocketDirectory, daemon: Daemon) -> None:
+        """Use `create`."""
+        self.identity = identity
+        self.peer_id = identity.peer_id
+        self.port = settings.port
+        """TCP port, the one to remember for the next start; meaningless for an observer."""
+        self.observer = not settings.listen
+        self.dht: DHTNode
+        #: Coroutines to run after the daemon was restarted, in order; servicers are registered again before them.
+        self.on_restart: list[Callable[[], Awaitable[None]]] = []
+        #: {peer id: routes without /p2p/ID} of peers once heard of, the most recent last.
+        self.known_peers: dict[bytes, list[str]] = {}
+        #: Times the daemon has been restarted.
+        self.restarts = 0
+        self._settings = settings
+        self._sockets = sockets
+        self._daemon = daemon
+        self._servicers: list[tuple[ServicerBase, str | None]] = []
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @classmethod
+    async def create(
+        cls,
+        identity_path: Path | None,
+        initial_peers: Iterable[str] = (),
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        announce: Sequence[str] = (),
+        observer: bool = False,
+        nat: bool | None = None,
+        timeout_seconds: float = 5.0,
+    ) -> SwarmNode:
+        """Starts a node and, given `initial_peers` (full multiaddrs, any one of which suffices), joins their DHT.
+
+        `identity_path` None is an identity for this process only. `host` is the IP address to listen on and `port` the
+        TCP port (0: a free one). `announce` replaces the addresses found. An observer listens nowhere and is listed by
+        nobody. `nat` (default: unless `host` is loopback) opens ports by UPnP and uses relays.
+
+        Raises AddressError, PortInUseError, UnreachableError (within about twice `timeout_seconds`), ClockSkewError,
+        HomeError, DaemonError; nothing is left running then.
+        """
+        install_guards()
+        sockets = SocketDirectory()
+        daemon = None
+        try:
+            identity_path = sockets.path / "identity" if identity_path is None else identity_path
+            identity = load_or_create_identity(identity_path)
+            peers = parse_addresses(initial_peers, own_peer_id=identity.peer_id)
+            settings = DaemonSettings(
+                identity_path=identity_path,
+                sockets=sockets.path,
+                host=host,
+                port=0 if observer else claim_port(host, port),
+                announce=[parse_announced(text, identity.peer_id) for text in announce],
+                listen=not observer,
+                nat=not is_loopback_host(host) if nat is None else nat,
+                relays=[f"{route}/p2p/{PeerID(peer_id)}" for peer_id, routes in peers.items() for route in routes],
+            )
+            daemon = await Daemon.start(settings)
+            self = cls(identity, settings, sockets, daemon)
+            self.dht = await DHTNode.create(
+                p2p=daemon.p2p,
+                client_mode=observer,
+                record_validator=SignedRecordValidator(),
+                # Readers want what is true now, and what is cached at others is not merged when it changes.
+                cache_locally=False,
+                cache_nearest=0,
+                cache_on_store=False,
+            )
+            if peers:
+                await meeting.meet(self.dht, peers, timeout_seconds)
+                for peer_id, routes in peers.items():
+                    self.remember(peer_id, routes)
+                await self._explore(timeout_seconds)
+        except BaseException:
+            if daemon is not None:
+                await daemon.stop()
+            sockets.remove()
+            raise
+        self._tasks = [asyncio.create_task(self._watch_daemon()), asyncio.create_task(self._keep_up())]
+        for task in self._tasks:
+            task.add_done_callback(_report)
+        return self
+
+    async def close(self) -> None:
+        """Ends the daemon and removes its sockets. Idempotent."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+        self.dht.is_alive = False
+        await self._daemon.stop()
+        self._sockets.remove()
+
+    # Reaching, and being reached
+
+    @property
+    def daemon_pid(self) -> int:
+        """Process id of the libp2p daemon that runs now."""
+        return self._daemon.pid
+
+    @property
+    def dialable(self) -> bool:
+        """Whether this peer accepts connections at all; whether a firewall lets them through, it cannot know."""
+        return not self.observer
+
+    async def join_addresses(self) -> list[str]:
+        """Full multiaddrs by which others may dial this peer, those that work for most first; [] when none."""
+        if self.observer:
+            return []
+        routes = []
+        # hivemind raises ValueError where libp2p knows no address, for example without any network interface.
+        with contextlib.suppress(ValueError, P2PDaemonError, OSError, EOFError):
+            found = await self._daemon.p2p.get_visible_maddrs(latest=True)
+            routes = [str(address).rpartition("/p2p/")[0] for address in found]
+        return [f"{route}/p2p/{format_peer_id(self.peer_id)}" for route in order_for_dialling(routes)]
+
+    async def connect(self, peer_id: bytes, addresses: Iterable[str] = (), *, timeout_seconds: float = 5.0) -> None:
+        """Makes sure of a connection to `peer_id`, by `addresses` (full multiaddrs), known ones, or the DHT's.
+
+        Raises UnreachableError, AddressError.
+        """
+        given = parse_addresses(addresses, own_peer_id=self.peer_id).get(peer_id, [])
+        routes = list(dict.fromkeys([*given, *self.known_peers.get(peer_id, [])]))
+        await meeting.dial(self._daemon.p2p, peer_id, routes, timeout_seconds)
+        self.remember(peer_id, routes)
+
+    async def ping(self, peer_id: bytes) -> bool:
+        """Whether the DHT node of `peer_id` answers, within 3 s."""
+        return await self.dht.protocol.call_ping(PeerID(peer_id)) is not None
+
+    async def crawl(self, *, timeout_seconds: float = 8.0) -> crawl.Census:
+        """Who is in the DHT and who of them answers; includes this node, unless it is an observer."""
+        census = await crawl.crawl(self.dht, timeout_seconds)
+        return census if self.observer else crawl.Census(census.alive | {self.peer_id}, census.dead)
+
+    def remember(self, peer_id: bytes, routes: Sequence[str]) -> None:
+        """Keeps `routes` (multiaddrs without /p2p/ID), for when the DHT has lost `peer_id`. Forgets the oldest."""
+        if peer_id == self.peer_id or not routes:
+            return
+        self.known_peers.pop(peer_id, None)
+        self.known_peers[peer_id] = list(routes)
+        while len(self.known_peers) > MAX_KNOWN_PEERS:
+            del self.known_peers[next(iter(self.known_peers))]
+
+    def known_addresses(self) -> list[str]:
+        """Full multiaddrs of peers once seen, the most recent first: what to keep on disk for the next start."""
+        known = reversed(self.known_peers.items())
+        return [f"{route}/p2p/{PeerID(peer_id)}" for peer_id, routes in known for route in routes]
+
+    # Calls between peers
+
+    async def add_servicer(self, servicer: ServicerBase, namespace: str | None = None) -> None:
+        """Lets others call the rpc_* methods of `servicer` in `namespace`, also after the daemon was restarted."""
+        await asyncio.wait_for(servicer.add_p2p_handlers(self._daemon.p2p, namespace=namespace), _REGISTER_SECONDS)
+        self._servicers.append((servicer, namespace))
+
+    def stub(self, servicer_type: type[ServicerBase], peer_id: bytes, namespace: str | None = None) -> Any:
+        """An object whose rpc_* methods call those of `peer_id`. Ask anew for each call: a restart outdates it."""
+        return servicer_type.get_stub(self._daemon.p2p, PeerID(peer_id), namespace=namespace)
+
+    # Records
+
+    async def publish(self, key: str, record: Record, seconds: float, *, timeout_seconds: float = 10.0) -> bool:
+        """Signs `record` and stores it under `key` for `seconds`; False when no node took it in time."""
+        expires = time.time() + seconds
+        data = encode_record(self.identity, key, record, expires)
+        return await self._store(key, data, expires, subkey_of(self.peer_id), timeout_seconds)
+
+    async def read(self, key: str, record_type: type[R], *, timeout_seconds: float = 10.0) -> dict[bytes, R]:
+        """All valid records of one type under `key`, by publisher; empty also when nobody answers in time."""
+        now = time.time()
+        records = {}
+        for subkey, data in (await self._get(key, timeout_seconds)).items():
+            peer_id = peer_of(subkey)
+            if peer_id is not None:
+                try:
+                    records[peer_id] = open_record(data, key, peer_id, record_type, now=now)
+                except RecordError as error:
+                    _logger.debug("record of %s under %s: %s", format_peer_id(peer_id), key, error)
+        return records
+
+    async def publish_peer(self, record: PeerRecord) -> bool:
+        """Tells the run's peers about this one, for `PEER_RECORD_SECONDS`."""
+        return await self.publish(peers_key(record.run_id), record, PEER_RECORD_SECONDS)
+
+    async def read_peers(self, run_id: bytes, *, timeout_seconds: float = 10.0) -> dict[bytes, PeerRecord]:
+        """{peer id: its record} of a run; killed peers stay until their records expire."""
+        records = await self.read(peers_key(run_id), PeerRecord, timeout_seconds=timeout_seconds)
+        for peer_id, record in records.items():
+            # An address that cannot be read is that peer's affair.
+            with contextlib.suppress(AddressError):
+                self.remember(peer_id, parse_addresses(record.addresses).get(peer_id, []))
+        return records
+
+    async def publish_run(self, record: RunRecord) -> bool:
+        """Lists the run in the DHT's index, for `RUN_RECORD_SECONDS`."""
+        return await self.publish(RUNS_KEY, record, RUN_RECORD_SECONDS)
+
+    async def read_runs(self, *, timeout_seconds: float = 10.0) -> dict[bytes, list[RunRecord]]:
+        """{run id: what each of its peers published} for all runs in this DHT."""
+        runs: dict[bytes, list[RunRecord]] = {}
+        for record in (await self.read(RUNS_KEY, RunRecord, timeout_seconds=timeout_seconds)).values():
+            runs.setdefault(record.run_id, []).append(record)
+        return runs
+
+    async def store_manifest(self, encoded: bytes, *, timeout_seconds: float = 10.0) -> bool:
+        """Keeps a signed manifest in the DHT for `MANIFEST_SECONDS`. ManifestError when it is not valid."""
+        _, run_id = open_manifest(encoded)
+        expires = time.time() + MANIFEST_SECONDS
+        return await self._store(manifest_key(run_id), encoded, expires, MANIFEST_SUBKEY, timeout_seconds)
+
+    async def get_manifest(self, run_id: bytes, *, timeout_seconds: float = 10.0) -> bytes | None:
+        """The signed manifest of `run_id`, checked; None when the DHT does not have it."""
+        encoded = (await self._get(manifest_key(run_id), timeout_seconds)).get(MANIFEST_SUBKEY)
+        if isinstance(encoded, bytes):
+            with contextlib.suppress(ManifestError):
+                open_manifest(encoded, run_id)
+                return encoded
+        return None
+
+    async def _store(self, key: str, value: bytes, expires: float, subkey: bytes, timeout_seconds: float) -> bool:
+        # An observer's own storage is one that nobody can ask.
+        storing = self.dht.store(key.encode(), value, expires, subkey=subkey, exclude_self=self.observer)
+        try:
+            return bool(await asyncio.wait_for(storing, timeout_seconds))
+        except TimeoutError:
+            return False
+
+    async def _get(self, key: str, timeout_seconds: float) -> dict[Any, Any]:
+        """{subkey: value} under `key`, unchecked."""
+        try:
+            found = await asyncio.wait_for(self.dht.get(key.encode(), latest=True), timeout_seconds)
+        except TimeoutError:
+            return {}
+        if found is None or not isinstance(found.value, dict):
+            return {}
+        return {subkey: item.value for subkey, item in found.value.items()}
+
+    # Upkeep
+
+    async def _watch_daemon(self) -> None:
+        while True:
+            await self._daemon.died()
+            _logger.warning("the libp2p daemon has died; starting it again")
+            delay = RESTART_SECONDS
+            while True:
+                try:
+                    await self._restart()
+                    break
+                except (P2PTrainError, P2PDaemonError, OSError, EOFError, TimeoutError) as error:
+                    _logger.warning("the libp2p daemon does not come back, next attempt in %.1f s: %s", delay, error)
+                    await asyncio.sleep(delay)
+                    delay = min(2 * delay, MAX_RESTART_SECONDS)
+
+    async def _restart(self) -> None:
+        await self._daemon.stop()
+        if not self.observer:
+            claim_port(self._settings.host, self.port)
+        self._daemon = await Daemon.start(self._settings)
+        p2p = self.dht.p2p = self.dht.protocol.p2p = self._daemon.p2p
+        self.dht.blacklist.clear()
+        protocol = self.dht.protocol
+        registrations = [servicer.add_p2p_handlers(p2p, namespace=namespace) for servicer, namespace in self._servicers]
+        if not self.observer:
+            registrations.append(protocol.add_p2p_handlers(p2p, AuthRPCWrapper(protocol, AuthRole.SERVICER, None)))
+        await asyncio.wait_for(asyncio.gather(*registrations), _REGISTER_SECONDS)
+        self.restarts += 1
+        # The new daemon knows no addresses but those that we remember.
+        await asyncio.gather(*(self._greet(peer_id) for peer_id in list(self.known_peers)[-16:]))
+        for callback in self.on_restart:
+            await callback()
+
+    async def _keep_up(self) -> None:
+        while True:
+            await asyncio.sleep(UPKEEP_SECONDS * random.uniform(0.8, 1.2))
+            with contextlib.suppress(P2PDaemonError, OSError, EOFError, ValueError):
+                for peer in await self._daemon.p2p.list_peers():
+                    if peer.peer_id.to_bytes() not in self.known_peers:
+                        self.remember(peer.peer_id.to_bytes(), [str(address) for address in peer.addrs])
+            table = self.dht.protocol.routing_table
+            lost = [peer_id for peer_id in self.known_peers if PeerID(peer_id) not in table]
+            await asyncio.gather(*(self._greet(peer) for peer in random.sample(lost, min(UPKEEP_PEERS, len(lost)))))
+            await self._explore(UPKEEP_SECONDS)
+
+    async def _greet(self, peer_id: bytes) -> None:
+        """Dials a peer and has it and us list each other; it may well be gone."""
+        with contextlib.suppress(UnreachableError):
+            await meeting.dial(self._daemon.p2p, peer_id, self.known_peers.get(peer_id, []), 3.0)
+            await self.dht.protocol.call_ping(PeerID(peer_id))
+
+    async def _explore(self, timeout_seconds: float) -> None:
+        """Fills the routing table with the neighbours of this node and of a random place."""
+        with contextlib.suppress(TimeoutError):
+            places = [self.dht.node_id, DHTID.generate()]
+            await asyncio.wait_for(self.dht.find_nearest_nodes(places), timeout_seconds)
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    """Upkeep ends with the node only; anything else is a fault that must not pass in silence."""
+    if not task.cancelled() and task.exception() is not None:
+        _logger.error("the node's upkeep has failed", exc_info=task.exception())
