@@ -65,7 +65,9 @@ class PeerProcess:
 
 
 @pytest.fixture
-def sockets_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def sockets_in(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    # pytest makes its own directory when first asked: not inside ours, which goes with the test.
+    tmp_path_factory.getbasetemp()
     # Short, as sockets need it, and for this test alone.
     directory = Path(tempfile.mkdtemp(prefix="p2ptest-", dir="/tmp"))
     monkeypatch.setenv("TMPDIR", str(directory))
