@@ -1,0 +1,174 @@
+"""The calls that this peer makes. Every one ends: with what was asked for, or with CallError within its deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf.wrappers_pb2 import BytesValue
+from hivemind.p2p import P2PHandlerError
+from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
+
+from p2ptrain.averaging.chain import Row
+from p2ptrain.averaging.messages import (
+    NAMESPACE,
+    Answer,
+    CallError,
+    ContributionHeader,
+    DataRequest,
+    Follow,
+    FrameReader,
+    Hello,
+    JoinRequest,
+    News,
+    RefusedError,
+    RoundsHeader,
+    RoundsRequest,
+    SnapshotRequest,
+    Tip,
+    Traffic,
+    Welcome,
+    decode_message,
+)
+from p2ptrain.averaging.servicer import PeerServicer
+from p2ptrain.config.manifest import PROTOCOL_VERSION
+from p2ptrain.errors import P2PTrainError
+from p2ptrain.state.snapshot import PIECE_BYTES, piece_hashes, root_of
+from p2ptrain.swarm.node import SwarmNode
+
+SECONDS = 8.0
+"""For an answer, and for each frame of a stream."""
+NEWS_SECONDS = 4.0
+"""Silence of a peer we follow after which we hang up; it says something every second."""
+_SEALED_ROUND_SLACK_BYTES = 512 * 1024
+
+#: what hivemind and its daemon raise when a call fails
+_FAILURES = (P2PHandlerError, P2PDaemonError, OSError, EOFError, TimeoutError, P2PTrainError, ValueError)
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """Calls in the name of one peer, for one run."""
+
+    node: SwarmNode
+    traffic: Traffic
+    run_id: bytes
+
+    async def join(self, peer: bytes, row: Row) -> None:
+        """Ask `peer` to admit us by its next seal. Raises RefusedError, CallError."""
+        answer = await self._unary(peer, "rpc_join", self.traffic.message(JoinRequest(self.run_id, row)), Answer)
+        if answer.refusal:
+            raise RefusedError(answer.refusal)
+
+    async def contribute(
+        self, peer: bytes, header: ContributionHeader, payload: bytes, reply_max_bytes: int, reply_seconds: float
+    ) -> bytes:
+        """Send a contribution and wait for the reply of its part, at most `reply_seconds`.
+
+        Raises:
+            RefusedError: with the reducer's reason.
+            CallError: no answer, or no reply.
+        """
+
+        async def frames() -> AsyncIterator[BytesValue]:
+            yield self.traffic.message(header)
+            if header.row.weight:
+                for frame in self.traffic.blob(payload):
+                    yield frame
+
+        async with self._stream(peer, "rpc_contribute", frames()) as reader:
+            await reader.accepted(reply_seconds)
+            return await reader.blob(reply_max_bytes, reply_seconds)
+
+    async def follow(self, peer: bytes, tip: Tip) -> AsyncIterator[News]:
+        """News of `peer` for as long as it gives any. Raises RefusedError, CallError."""
+        async with self._stream(peer, "rpc_follow", self.traffic.message(Follow(self.run_id, tip))) as reader:
+            await reader.accepted()
+            while True:
+                yield await reader.message(News, NEWS_SECONDS)
+
+    async def rounds(
+        self, peer: bytes, locator: tuple[bytes, ...], round_max_bytes: int
+    ) -> tuple[RoundsHeader, list[bytes]]:
+        """Sealed rounds, still encoded, after the newest id of `locator` that `peer` keeps. Raises CallError."""
+        request = self.traffic.message(RoundsRequest(self.run_id, locator))
+        async with self._stream(peer, "rpc_rounds", request) as reader:
+            await reader.accepted()
+            header = await reader.message(RoundsHeader)
+            limit = round_max_bytes + _SEALED_ROUND_SLACK_BYTES
+            return header, [await reader.blob(limit) for _ in range(header.count)]
+
+    async def snapshot(
+        self, peer: bytes, identifier: bytes, length: int, root: bytes, progress: Callable[[int, int], None]
+    ) -> bytes:
+        """A snapshot of `length` bytes, each piece checked on arrival against the hashes under `root`.
+
+        Raises:
+            CallError: the donor does not have it, is gone, or its pieces are not those of the root.
+        """
+        pieces = -(-length // PIECE_BYTES)
+        request = self.traffic.message(SnapshotRequest(self.run_id, identifier, 0, pieces))
+        async with self._stream(peer, "rpc_snapshot", request) as reader:
+            await reader.accepted()
+            joined = await reader.blob(32 * pieces)
+            hashes = [joined[i : i + 32] for i in range(0, len(joined), 32)]
+            if len(hashes) != pieces or root_of(length, hashes) != root:
+                raise CallError("the snapshot's pieces are not those of its root")
+            data = bytearray()
+            for expected in hashes:
+                piece = await reader.blob(PIECE_BYTES)
+                if piece_hashes(piece) != [expected]:
+                    raise CallError("a piece of the snapshot is not the one under the root")
+                data += piece
+                progress(len(data), length)
+        if len(data) != length:
+            raise CallError("the snapshot has another length than announced")
+        return bytes(data)
+
+    async def data(self, peer: bytes, max_bytes: int, progress: Callable[[int, int], None]) -> bytes:
+        """The run's corpus, packed. Raises RefusedError, CallError."""
+        async with self._stream(peer, "rpc_data", self.traffic.message(DataRequest(self.run_id))) as reader:
+            # The donor may have to pack it first.
+            await reader.accepted(60.0)
+            return await reader.blob(max_bytes, progress=progress)
+
+    async def _unary(self, peer: bytes, name: str, request: BytesValue, kind: type[Any]) -> Any:
+        return await unary(self.node, peer, name, request, kind, self.traffic)
+
+    @contextlib.asynccontextmanager
+    async def _stream(
+        self, peer: bytes, name: str, request: BytesValue | AsyncIterator[BytesValue]
+    ) -> AsyncIterator[FrameReader]:
+        """Open a stream to `peer`, and close it whatever happens. Raises CallError for all that hivemind may raise."""
+        frames: Any = None
+        try:
+            async with asyncio.timeout(SECONDS):
+                stub = self.node.stub(PeerServicer, peer, NAMESPACE)
+                frames = await getattr(stub, name)(request)
+            yield FrameReader(frames, self.traffic, SECONDS)
+        except _FAILURES as error:
+            raise CallError(str(error) or type(error).__name__) from error
+        finally:
+            if frames is not None:
+                with contextlib.suppress(*_FAILURES, RuntimeError):
+                    await frames.aclose()
+
+
+async def unary(node: SwarmNode, peer: bytes, name: str, request: BytesValue, kind: type[Any], traffic: Traffic) -> Any:
+    """One request and one answer of type `kind`. Raises CallError."""
+    try:
+        stub = node.stub(PeerServicer, peer, NAMESPACE)
+        answer = await getattr(stub, name)(request, timeout=SECONDS)
+    except _FAILURES as error:
+        raise CallError(str(error) or type(error).__name__) from error
+    traffic.received += answer.ByteSize()
+    return decode_message(answer.value, kind)
+
+
+async def hello(node: SwarmNode, peer: bytes) -> Welcome:
+    """Ask a peer which run it is in. Raises CallError, also when it is no p2ptrain peer at all."""
+    traffic = Traffic()
+    return await unary(node, peer, "rpc_hello", traffic.message(Hello(PROTOCOL_VERSION)), Welcome, traffic)

@@ -1,0 +1,738 @@
+"""Runs the round's state machine over the network: messages and timers in, its effects out.
+
+Lives on the network thread. The machine decides; the driver journals, sends, receives, checks form and size, and passes
+to the trainer, through a queue, what the trainer has to do: `StartRound`, `Apply`, `Rollback`, `Restore`. A round is in
+the journal before the trainer hears of it, and a contribution in the own log before its first byte leaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import queue
+import signal
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass
+
+from p2ptrain.averaging import chain
+from p2ptrain.averaging.chain import ChainState, SealError
+from p2ptrain.averaging.client import Client
+from p2ptrain.averaging.events import (
+    Apply,
+    ContributionReady,
+    ContributionReceived,
+    Effect,
+    Event,
+    FetchFailed,
+    FetchRounds,
+    JoinReceived,
+    Key,
+    Note,
+    PeerLeft,
+    PublishSeal,
+    Reduce,
+    Reply,
+    ReplyHeld,
+    Resync,
+    Rollback,
+    RootComputed,
+    RoundsFetched,
+    SealedRound,
+    SealHeard,
+    SendContribution,
+    SendJoin,
+    StartRound,
+    Synced,
+    Tick,
+    TipHeard,
+)
+from p2ptrain.averaging.machine import RoundMachine
+from p2ptrain.averaging.messages import (
+    LOCATOR_MAX,
+    NAMESPACE,
+    ROUNDS_MAX,
+    SNAPSHOTS_MAX,
+    CallError,
+    ContributionHeader,
+    JoinRequest,
+    News,
+    RefusedError,
+    SnapshotOffer,
+    Tip,
+    Traffic,
+    Welcome,
+)
+from p2ptrain.averaging.reduce import reduce_part
+from p2ptrain.averaging.sealed import (
+    SealedRoundError,
+    check_continues,
+    decode_sealed,
+    make_reply,
+    reply_digest,
+)
+from p2ptrain.averaging.servicer import PeerServicer
+from p2ptrain.compression import wire
+from p2ptrain.compression.layout import ChunkLayout
+from p2ptrain.config.manifest import PROTOCOL_VERSION, Manifest
+from p2ptrain.state.journal import Journal
+from p2ptrain.state.own_log import OwnEntry, OwnLog
+from p2ptrain.state.snapshot import PIECE_BYTES, SnapshotFile, SnapshotStore, piece_hashes
+from p2ptrain.state.tensors import TensorFileError
+from p2ptrain.swarm.identity import format_peer_id, verify
+from p2ptrain.swarm.node import SwarmNode
+
+FOLLOWERS_MAX = 256
+FOLLOWED_MAX = 64
+NEWS_EVERY_SECONDS = 1.0
+ROUNDS_ANSWER_BYTES = 64 * 1024 * 1024
+"""Sealed rounds in one answer stop here, after at least one."""
+SYNC_BYTES = 1024 * 1024 * 1024
+"""Rounds held in memory while switching to another chain."""
+_RETRY_SECONDS = (0.25, 0.5, 1.0, 2.0)
+_TRANSIENT = ("foreign", "too early", "too many calls at once")
+"""Reasons of a reducer that may pass: it has not seen the last seal yet."""
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """For the trainer: go to a snapshot, or the run's beginning, and apply these rounds from there."""
+
+    snapshot: SnapshotFile | None
+    chain: ChainState
+    rounds: tuple[SealedRound, ...]
+
+
+TrainerMessage = StartRound | Apply | Rollback | Restore
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSnapshot:
+    """A snapshot being handed out."""
+
+    hashes: list[bytes]
+    data: bytes
+
+    def piece(self, number: int) -> bytes:
+        return self.data[number * PIECE_BYTES : (number + 1) * PIECE_BYTES]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriverParts:
+    """What a driver works with."""
+
+    node: SwarmNode
+    manifest: Manifest
+    signed_manifest: bytes
+    run_id: bytes
+    layout: ChunkLayout
+    machine: RoundMachine
+    journal: Journal
+    own_log: OwnLog
+    snapshots: SnapshotStore
+    inbox: queue.SimpleQueue[TrainerMessage | None]
+    traffic: Traffic
+    snapshot_max_bytes: int
+    snapshot_chain: Callable[[bytes], ChainState]
+    packed_corpus: Callable[[], bytes | None]
+    sync_progress: Callable[[str, int, int], None]
+
+
+class RoundDriver:
+    """See the module docstring. All methods are for the network thread, except those that say otherwise."""
+
+    def __init__(self, parts: DriverParts) -> None:
+        self._p = parts
+        self.machine = parts.machine
+        self._client = Client(parts.node, parts.traffic, parts.run_id)
+        self._me = parts.node.peer_id
+        self._tasks: set[asyncio.Task[None]] = set()
+        #: deliveries under way -> their round
+        self._deliveries: dict[asyncio.Task[None], int] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_due = 0.0
+        #: replies frozen here: waiters by round and part
+        self._reply_waiters: dict[tuple[Key, int], asyncio.Future[Reply]] = {}
+        self._followers: dict[bytes, asyncio.Queue[News | None]] = {}
+        self._followed: dict[bytes, asyncio.Task[None]] = {}
+        #: round -> root that a seal of our chain names
+        self._sealed_roots: dict[int, bytes] = {}
+        self._round_started = time.monotonic()
+        self._traffic_mark = (0, 0)
+        #: bytes (sent, received) during the last round
+        self.last_round_bytes = (0, 0)
+        self.syncing = False
+        self.leaving = False
+        #: seconds between the last two seals applied
+        self.last_round_seconds = 0.0
+        for number in range(parts.journal.first, parts.journal.last + 1):
+            self._note_root(parts.journal.read(number))
+
+    async def start(self) -> None:
+        """Answer calls, and begin at the chain state that the machine was given."""
+        await self._p.node.add_servicer(PeerServicer(self, self._p.traffic), NAMESPACE)
+        self._do(self.machine.start(time.monotonic()))
+
+    async def stop(self) -> None:
+        """Say goodbye to all who follow us, and end everything."""
+        self.leaving = True
+        for news in self._followers.values():
+            news.put_nowait(News(self.tip, None, True))
+            news.put_nowait(None)
+        if self._timer is not None:
+            self._timer.cancel()
+        await asyncio.sleep(0.2 if self._followers else 0)
+        tasks = [*self._tasks, *self._deliveries, *self._followed.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    @property
+    def tip(self) -> Tip:
+        """Where our chain stands."""
+        head = self.machine.head
+        return Tip(head.round, head.id, head.total)
+
+    # ---- from the trainer -------------------------------------------------------------------------------------
+
+    def contribute(self, ready: ContributionReady, entry: OwnEntry) -> None:
+        """The trainer's contribution to the round under way; dropped where it comes too late for it."""
+        if not self.machine.awaits(ready.key):
+            return
+        if self._p.own_log.find(ready.key) is None:
+            self._p.own_log.write(entry)
+        self.dispatch(ready)
+
+    def root_computed(self, round: int, root: bytes) -> None:
+        """The trainer has written the snapshot of this round."""
+        self.dispatch(RootComputed(round, root))
+        keep_from = min((snapshot.round for snapshot in self._p.snapshots.all()), default=0)
+        if len(self._p.snapshots.all()) >= 3:
+            self._p.journal.prune(keep_from + 1)
+
+    # ---- events and effects -----------------------------------------------------------------------------------
+
+    def dispatch(self, event: Event) -> None:
+        """Let the machine hear an event, and do what it asks for."""
+        if not self.leaving:
+            self._do(self.machine.handle(event, time.monotonic()))
+
+    def _do(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            self._perform(effect)
+        self._set_timer()
+
+    def _perform(self, effect: Effect) -> None:
+        match effect:
+            case StartRound():
+                self._p.inbox.put(effect)
+                self._repeat_own(effect)
+            case SendContribution():
+                self._log_stand_in(effect)
+                task = asyncio.create_task(self._deliver(effect))
+                self._deliveries[task] = effect.key.round
+                task.add_done_callback(lambda done: self._deliveries.pop(done, None))
+                task.add_done_callback(_report)
+            case Reduce():
+                self._spawn(self._reduce(effect))
+            case PublishSeal():
+                self._tell(News(self.tip, effect.sealed.signed, False))
+            case Apply():
+                self._apply(effect)
+            case Rollback():
+                self._p.journal.truncate(effect.state.round)
+                self._p.inbox.put(effect)
+            case FetchRounds():
+                self._spawn(self._fetch(effect))
+            case Resync():
+                _logger.warning("fetching the state of the swarm: %s", effect.why)
+                self._spawn(self._resync(effect))
+            case SendJoin():
+                self._spawn(self._ask_to_join(effect.sealer))
+            case Note():
+                _logger.info(effect.text)
+
+    def _apply(self, effect: Apply) -> None:
+        self._p.journal.append(effect.sealed)
+        self._note_root(effect.sealed)
+        self._end_rounds_before(effect.state.round + 1)
+        now = time.monotonic()
+        self.last_round_seconds, self._round_started = now - self._round_started, now
+        sent, received = self._p.traffic.sent, self._p.traffic.received
+        self.last_round_bytes = (sent - self._traffic_mark[0], received - self._traffic_mark[1])
+        self._traffic_mark = (sent, received)
+        self._p.inbox.put(effect)
+        if effect.sealed.seal.sealer != self._me:
+            self._tell(News(self.tip, None, False))
+        self.follow_members()
+
+    def _note_root(self, sealed: SealedRound) -> None:
+        if sealed.seal.root:
+            interval = self._p.manifest.round.root_interval
+            self._sealed_roots[(sealed.seal.round - 1) // interval * interval] = sealed.seal.root
+            for old in sorted(self._sealed_roots)[:-SNAPSHOTS_MAX]:
+                del self._sealed_roots[old]
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self.machine.wake_at is not None and not self.leaving:
+            self._timer_due = self.machine.wake_at
+            delay = max(0.0, self._timer_due - time.monotonic())
+            self._timer = asyncio.get_running_loop().call_later(delay, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self.dispatch(Tick(late=time.monotonic() - self._timer_due > 1.0))
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(_report)
+
+    # ---- contributions and replies ----------------------------------------------------------------------------
+
+    def _repeat_own(self, effect: StartRound) -> None:
+        """After a restart: a message of weight 0 that was sent stays the only one of its round."""
+        entry = self._p.own_log.find(effect.key)
+        if entry is not None and entry.stood_in:
+            self.dispatch(ContributionReady(effect.key, entry.row, tuple(b"" for _ in effect.shape.parts)))
+
+    def _log_stand_in(self, effect: SendContribution) -> None:
+        """A message in the trainer's stead is journaled before its first byte, as the trainer's are."""
+        if effect.row.weight == 0 and self._p.own_log.find(effect.key) is None:
+            entry = OwnEntry(effect.key.round, effect.key.base, effect.row, (), (), 0, 0)
+            self._p.own_log.write(entry)
+
+    def _end_rounds_before(self, round: int) -> None:
+        """Stop sending, and let go of who still waits, for rounds that are over."""
+        for task in [t for t, of in self._deliveries.items() if of < round]:
+            task.cancel()
+        for key in [k for k in self._reply_waiters if k[0].round < round]:
+            self._reply_waiters.pop(key).cancel()
+
+    async def _deliver(self, effect: SendContribution) -> None:
+        """Send one part to its reducer until it answers with the reply; the round's end cancels this."""
+        shape = self.machine.shape
+        if shape is None or self.machine.exchange_key != effect.key:
+            return
+        root_round, root = self.machine.newest_root
+        spec = shape.parts[effect.part]
+        reply_max = wire.reply_max_bytes(self._p.layout.reply_topk, spec.start, spec.end, len(shape.members))
+        rules = self.machine.rules
+        reply_seconds = rules.max_seconds + rules.round_max_seconds + rules.grace_seconds + rules.reply_timeout_seconds
+        attempt = 0
+        while self.machine.exchange_key == effect.key:
+            header = ContributionHeader(
+                run_id=self._p.run_id,
+                round=effect.key.round,
+                base=effect.key.base,
+                part=effect.part,
+                row=effect.row,
+                root_round=root_round,
+                root=root,
+                tip=self.tip,
+            )
+            try:
+                data = await self._client.contribute(effect.reducer, header, effect.payload, reply_max, reply_seconds)
+                reply = make_reply(data, self._p.layout, shape, effect.part)
+                self.dispatch(ReplyHeld(effect.key, effect.part, reply))
+                return
+            except RefusedError as error:
+                if str(error) not in _TRANSIENT:
+                    _logger.info("%s refuses our contribution: %s", format_peer_id(effect.reducer)[-8:], error)
+                    return
+            except (CallError, SealedRoundError) as error:
+                _logger.debug("contribution to %s: %s", format_peer_id(effect.reducer)[-8:], error)
+            await asyncio.sleep(_RETRY_SECONDS[min(attempt, len(_RETRY_SECONDS) - 1)])
+            attempt += 1
+
+    async def _reduce(self, effect: Reduce) -> None:
+        config = self._p.manifest
+
+        def work() -> bytes:
+            return reduce_part(
+                effect.contributions,
+                topk=self._p.layout.topk,
+                reply_topk=self._p.layout.reply_topk,
+                start=effect.start,
+                end=effect.end,
+                members=effect.members,
+                value_bits=config.codec.value_bits,
+                clip_ratio=config.round.clip_ratio,
+                weight_cap_ratio=config.round.weight_cap_ratio,
+            )
+
+        data = await asyncio.to_thread(work)
+        reply = Reply(reply_digest(data), wire.reply_members(data, effect.members), data)
+        waiter = self._reply_waiters.get((effect.key, effect.part))
+        if waiter is None:
+            waiter = self._reply_waiters.setdefault((effect.key, effect.part), self._future())
+        if not waiter.done():
+            waiter.set_result(reply)
+        self.dispatch(ReplyHeld(effect.key, effect.part, reply))
+
+    def _future(self) -> asyncio.Future[Reply]:
+        return asyncio.get_running_loop().create_future()
+
+    async def frozen_reply(self, key: Key, part: int) -> Reply | None:
+        """The reply of a part that we reduce, once it is frozen; None when the round ended without."""
+        sealed = self._from_journal(key, part)
+        if sealed is not None:
+            return sealed
+        if key.round <= self.machine.head.round or part > chain.MEMBERS_MAX:
+            return None
+        waiter = self._reply_waiters.setdefault((key, part), self._future())
+        try:
+            return await asyncio.shield(waiter)
+        except asyncio.CancelledError:
+            if waiter.cancelled():
+                return self._from_journal(key, part)
+            raise
+
+    def _from_journal(self, key: Key, part: int) -> Reply | None:
+        """The reply in a round that is sealed already."""
+        journal = self._p.journal
+        if not journal.first <= key.round <= journal.last or journal.position(key.base) not in (key.round - 2, None):
+            return None
+        data = journal.read(key.round).replies
+        if part >= len(data) or data[part] is None:
+            return None
+        reply = data[part]
+        assert reply is not None
+        return Reply(reply_digest(reply), frozenset(), reply)
+
+    # ---- what others ask (called by the servicer) -------------------------------------------------------------
+
+    def welcome(self) -> Welcome:
+        """Answer to hello."""
+        return Welcome(PROTOCOL_VERSION, self._p.run_id, self._p.signed_manifest, self.tip)
+
+    def wrong_run(self, run_id: bytes) -> str | None:
+        """Why a request for this run is refused, or None."""
+        return None if run_id == self._p.run_id else "this peer is in another run"
+
+    def allowed(self, peer: bytes) -> bool:
+        """Whether the run's access list lets `peer` contribute."""
+        access = self._p.manifest.access
+        return access.mode == "open" or format_peer_id(peer) in access.peers
+
+    def take_join(self, wanted: JoinRequest, peer: bytes) -> str:
+        """A peer asks to be admitted; returns a refusal or ""."""
+        refusal = self.wrong_run(wanted.run_id)
+        if refusal is None and not self.allowed(peer):
+            refusal = "this run is for listed peers only"
+        if refusal is not None:
+            return refusal
+        self.follow(peer)
+        self.dispatch(JoinReceived(peer, wanted.row))
+        return ""
+
+    def refuse(self, header: ContributionHeader, peer: bytes) -> str | None:
+        """Why a contribution is refused before its payload is read, or None."""
+        refusal = self.wrong_run(header.run_id)
+        if refusal is not None:
+            return refusal
+        if not self.allowed(peer):
+            return "this run is for listed peers only"
+        self.hear_tip(peer, header.tip)
+        return self.machine.refusal(Key(header.round, header.base), header.part, peer)
+
+    def contribution_max_bytes(self, header: ContributionHeader) -> int:
+        """No payload for that part is longer."""
+        start, end, bits = 0, self._p.layout.chunks, self._p.manifest.codec.value_bits
+        shape = self.machine.shape
+        if shape is not None and header.round == shape.round and header.part < len(shape.parts):
+            start, end = shape.parts[header.part].start, shape.parts[header.part].end
+        return wire.contribution_bytes(self._p.layout.topk, start, end, bits)
+
+    def take_contribution(self, header: ContributionHeader, peer: bytes, payload: bytes) -> str | None:
+        """A contribution arrived whole; returns a refusal or None."""
+        key = Key(header.round, header.base)
+        refusal = self.machine.refusal(key, header.part, peer)
+        if refusal is None and bool(payload) != bool(header.row.weight):
+            refusal = "malformed"
+        if refusal is None:
+            self.dispatch(
+                ContributionReceived(key, header.part, peer, header.row, header.root_round, header.root, payload)
+            )
+        return refusal
+
+    def hear_tip(self, peer: bytes, tip: Tip) -> None:
+        """A peer said where it stands."""
+        self.follow(peer)
+        self.dispatch(TipHeard(peer, tip.round, tip.id, tip.total))
+
+    def refuse_follower(self, peer: bytes) -> str | None:
+        """Why a peer may not follow, or None."""
+        if peer not in self._followers and len(self._followers) >= FOLLOWERS_MAX:
+            return "too many follow this peer already"
+        return None
+
+    async def news(self, peer: bytes) -> AsyncIterator[News]:
+        """What a follower hears until it hangs up, follows anew, or we leave."""
+        previous = self._followers.pop(peer, None)
+        if previous is not None:
+            previous.put_nowait(None)
+        news: asyncio.Queue[News | None] = asyncio.Queue()
+        self._followers[peer] = news
+        try:
+            yield News(self.tip, None, False)
+            while True:
+                try:
+                    async with asyncio.timeout(NEWS_EVERY_SECONDS):
+                        item = await news.get()
+                except TimeoutError:
+                    item = News(self.tip, None, self.leaving)
+                if item is None:
+                    return
+                yield item
+        finally:
+            if self._followers.get(peer) is news:
+                del self._followers[peer]
+
+    def _tell(self, news: News) -> None:
+        for follower in self._followers.values():
+            # A follower that does not read is one that will ask for rounds later.
+            if follower.qsize() < ROUNDS_MAX:
+                follower.put_nowait(news)
+
+    def offer_rounds(self, locator: tuple[bytes, ...]) -> tuple[bytes, list[bytes], Tip, tuple[SnapshotOffer, ...]]:
+        """(ancestor, encoded rounds after it, our tip, snapshots to start from instead). Any thread."""
+        journal, snapshots = self._p.journal, self._offers()
+        for identifier in locator:
+            position = journal.position(identifier)
+            if position is None:
+                continue
+            rounds: list[bytes] = []
+            try:
+                for _, encoded in journal.after(position):
+                    rounds.append(encoded)
+                    if len(rounds) >= ROUNDS_MAX or sum(map(len, rounds)) > ROUNDS_ANSWER_BYTES:
+                        break
+            except FileNotFoundError:
+                break  # rolled back or pruned meanwhile
+            return identifier, rounds, self.tip, snapshots
+        return b"", [], self.tip, snapshots
+
+    def _offers(self) -> tuple[SnapshotOffer, ...]:
+        """Our snapshots whose root is sealed, newest first."""
+        found = self._sealed_snapshots()
+        return tuple(SnapshotOffer(s.round, s.id, s.root, s.path.stat().st_size) for s in found)
+
+    def _sealed_snapshots(self) -> list[SnapshotFile]:
+        return [s for s in self._p.snapshots.all() if self._sealed_roots.get(s.round) == s.root]
+
+    def open_snapshot(self, identifier: bytes) -> OpenSnapshot | None:
+        """One of our snapshots, read from disk. Any thread."""
+        found = self._p.snapshots.find(identifier)
+        try:
+            data = found.read() if found else None
+        except FileNotFoundError:
+            data = None
+        return OpenSnapshot(piece_hashes(data), data) if data is not None else None
+
+    def packed_corpus(self) -> bytes | None:
+        """The corpus to hand out. Any thread."""
+        return self._p.packed_corpus()
+
+    def failpoint(self, name: str, round: int, reached: bool) -> None:
+        """For tests of crashes: P2PTRAIN_FAILPOINT=NAME:ROUND ends this process at once when NAME is reached."""
+        wanted, _, number = os.environ.get("P2PTRAIN_FAILPOINT", "").partition(":")
+        if reached and wanted == name and round >= int(number):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    # ---- following others -------------------------------------------------------------------------------------
+
+    def follow(self, peer: bytes) -> None:
+        """Keep hearing news of `peer` for as long as it gives any."""
+        if peer == self._me or peer in self._followed or len(self._followed) >= FOLLOWED_MAX or self.leaving:
+            return
+        task = asyncio.create_task(self._hear_news(peer))
+        self._followed[peer] = task
+        task.add_done_callback(lambda _: self._followed.pop(peer, None))
+        task.add_done_callback(_report)
+
+    def follow_members(self) -> None:
+        """Follow every member of this round and the next."""
+        shape = self.machine.shape
+        for member in (*(shape.members if shape else ()), *self.machine.head.following):
+            self.follow(member.peer_id)
+
+    async def _hear_news(self, peer: bytes) -> None:
+        """Listen to one peer; ends after it has been silent for a while, and whoever hears of it begins anew."""
+        failures = 0
+        while failures < 4:
+            try:
+                async for news in self._client.follow(peer, self.tip):
+                    failures = 0
+                    self._take_news(peer, news)
+                    if news.leaving:
+                        return
+            except RefusedError as error:
+                _logger.debug("%s cannot be followed: %s", format_peer_id(peer)[-8:], error)
+                return
+            except CallError as error:
+                _logger.debug("no news of %s: %s", format_peer_id(peer)[-8:], error)
+            failures += 1
+            await asyncio.sleep(_RETRY_SECONDS[min(failures, len(_RETRY_SECONDS)) - 1])
+            await self._try_to_connect(peer)
+
+    async def _try_to_connect(self, peer: bytes) -> None:
+        try:
+            await self._p.node.connect(peer, timeout_seconds=3.0)
+        except Exception as error:
+            _logger.debug("no connection to %s: %s", format_peer_id(peer)[-8:], error)
+
+    def _take_news(self, peer: bytes, news: News) -> None:
+        if news.seal is not None:
+            try:
+                identifier, seal = chain.open_seal(news.seal, verify)
+            except SealError as error:
+                _logger.info("%s sent a bad seal: %s", format_peer_id(peer)[-8:], error)
+                return
+            self.dispatch(SealHeard(identifier, seal, news.seal, peer))
+        self.dispatch(TipHeard(peer, news.tip.round, news.tip.id, news.tip.total))
+        if news.leaving:
+            self.dispatch(PeerLeft(peer))
+
+    async def _ask_to_join(self, sealer: bytes) -> None:
+        try:
+            await self._client.join(sealer, self.machine.row)
+        except RefusedError as error:
+            _logger.warning("not admitted: %s", error)
+        except CallError as error:
+            _logger.debug("could not ask %s to admit us: %s", format_peer_id(sealer)[-8:], error)
+            await self._try_to_connect(sealer)
+
+    # ---- catching up ------------------------------------------------------------------------------------------
+
+    def _round_max_bytes(self) -> int:
+        layout = self._p.layout
+        return chain.SEAL_MAX_BYTES + wire.reply_max_bytes(layout.reply_topk, 0, layout.chunks, chain.MEMBERS_MAX) * 2
+
+    async def _fetch(self, effect: FetchRounds) -> None:
+        """Rounds that continue our head, or its parent, from one donor."""
+        donor = effect.donor
+        try:
+            header, encoded = await self._client.rounds(donor, tuple(effect.locator), self._round_max_bytes())
+            behind = header.tip.round - self.machine.head.round
+            far = behind > 2 * self._p.manifest.round.root_interval
+            if not header.ancestor or (far and any(s.round > self.machine.head.round for s in header.snapshots)):
+                # From far behind, a snapshot is less to fetch and to compute than all the rounds.
+                self.dispatch(RoundsFetched(donor, None, ()))
+                return
+            rounds = await asyncio.to_thread(self._decode_all, encoded)
+            state = self.machine.known_state(header.ancestor)
+            if state is not None:
+                await asyncio.to_thread(self._check_chain, state, rounds)
+            self.dispatch(RoundsFetched(donor, header.ancestor, rounds))
+        except (CallError, SealedRoundError) as error:
+            _logger.debug("no rounds from %s: %s", format_peer_id(donor)[-8:], error)
+            self.dispatch(FetchFailed(donor))
+            await self._try_to_connect(donor)
+
+    def _decode_all(self, encoded: list[bytes]) -> tuple[SealedRound, ...]:
+        return tuple(decode_sealed(one, verify) for one in encoded)
+
+    def _check_chain(self, state: ChainState, rounds: tuple[SealedRound, ...]) -> ChainState:
+        """The chain after `rounds`. Raises SealedRoundError."""
+        for sealed in rounds:
+            state = check_continues(state, sealed, self._p.layout)
+        return state
+
+    async def _resync(self, effect: Resync) -> None:
+        """Go over to a donor's chain, from a snapshot that both have, or one of the donor's."""
+        self.syncing = True
+        try:
+            await self._change_chain(effect.donor)
+        except (CallError, SealedRoundError, TensorFileError, OSError) as error:
+            _logger.warning("could not fetch the state of %s: %s", format_peer_id(effect.donor)[-8:], error)
+            self.dispatch(FetchFailed(effect.donor))
+        finally:
+            self.syncing = False
+
+    async def _change_chain(self, donor: bytes) -> None:
+        ours = {snapshot.id: snapshot for snapshot in self._sealed_snapshots()}
+        locator = (*list(ours)[: LOCATOR_MAX - 1], self._p.run_id)
+        header, encoded = await self._client.rounds(donor, locator, self._round_max_bytes())
+        base_round = ours[header.ancestor].round if header.ancestor in ours else 0
+        newest = max(header.snapshots, key=lambda s: s.round, default=None)
+        far = header.tip.round - base_round > 2 * self._p.manifest.round.root_interval
+        snapshot: SnapshotFile | None = None
+        if newest is not None and (not header.ancestor or far) and newest.id not in ours:
+            snapshot = await self._download(donor, newest)
+            header, encoded = await self._client.rounds(donor, (snapshot.id,), self._round_max_bytes())
+        elif header.ancestor:
+            snapshot = ours.get(header.ancestor)
+        else:
+            raise CallError("it has neither our history nor a snapshot to start from")
+        base = chain.genesis(self._p.run_id)
+        if snapshot is not None:
+            base = self._p.snapshot_chain(await asyncio.to_thread(snapshot.read))
+        rounds, state = await self._fetch_to_tip(donor, base, header.tip.round, encoded)
+        if snapshot is not None and newest is not None and snapshot.id == newest.id:
+            interval = self._p.manifest.round.root_interval
+            sealed = {s.seal.root for s in rounds if (s.seal.round - 1) // interval * interval == snapshot.round}
+            if snapshot.root not in sealed:
+                snapshot.path.unlink(missing_ok=True)
+                raise CallError("the root of its snapshot is not sealed")
+        self._switch(Restore(snapshot, base, rounds), state)
+
+    async def _download(self, donor: bytes, offer: SnapshotOffer) -> SnapshotFile:
+        if offer.length > self._p.snapshot_max_bytes:
+            raise CallError(f"a snapshot of {offer.length} bytes, at most {self._p.snapshot_max_bytes} are possible")
+
+        def progress(done: int, total: int) -> None:
+            self._p.sync_progress("snapshot", done, total)
+
+        data = await self._client.snapshot(donor, offer.id, offer.length, offer.root, progress)
+        state = await asyncio.to_thread(self._p.snapshot_chain, data)
+        if (state.round, state.id) != (offer.round, offer.id):
+            raise CallError("the snapshot stands elsewhere than announced")
+        return await asyncio.to_thread(self._p.snapshots.save, state.round, state.id, data)
+
+    async def _fetch_to_tip(
+        self, donor: bytes, base: ChainState, tip_round: int, encoded: list[bytes]
+    ) -> tuple[tuple[SealedRound, ...], ChainState]:
+        """All rounds from `base` on, checked, and the chain after them."""
+        rounds: list[SealedRound] = []
+        state, size = base, 0
+        while encoded:
+            batch = await asyncio.to_thread(self._decode_all, encoded)
+            state = await asyncio.to_thread(self._check_chain, state, batch)
+            rounds += batch
+            size += sum(map(len, encoded))
+            self._p.sync_progress("rounds", state.round, max(state.round, tip_round))
+            if size > SYNC_BYTES:
+                raise CallError("its rounds since the last snapshot are too long")
+            header, encoded = await self._client.rounds(donor, (state.id,), self._round_max_bytes())
+            if header.ancestor != state.id:
+                raise CallError("its chain changed meanwhile")
+        return tuple(rounds), state
+
+    def _switch(self, restore: Restore, state: ChainState) -> None:
+        """Make the fetched chain ours: on disk first, then in the trainer's queue, then in the machine."""
+        journal = self._p.journal
+        if journal.position(restore.chain.id) is not None:
+            journal.truncate(restore.chain.round)
+        else:
+            journal.restart_at(restore.chain.id)
+        self._p.snapshots.drop_after(restore.chain.round)
+        for sealed in restore.rounds:
+            journal.append(sealed)
+            self._note_root(sealed)
+        self._p.inbox.put(restore)
+        self.dispatch(Synced(state))
+        self.follow_members()
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    """Nothing that this driver does may fail in silence."""
+    if not task.cancelled() and task.exception() is not None:
+        _logger.error("a task of the round has failed", exc_info=task.exception())

@@ -1,0 +1,83 @@
+"""What this peer has sent and no checkpoint covers yet: one file for each round it contributed to.
+
+Written before the first byte leaves, so that after a crash the same bytes are sent again and nothing is counted twice.
+A message of weight 0, sent in the stead of a late trainer, is kept too: it says that nothing of that round was used.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import msgspec
+
+from p2ptrain.averaging.chain import Row
+from p2ptrain.averaging.events import Key
+from p2ptrain.state.files import atomic_write
+
+_logger = logging.getLogger(__name__)
+
+
+class OwnEntry(msgspec.Struct, frozen=True, array_like=True):
+    """One round's messages of this peer."""
+
+    round: int
+    base: bytes
+    row: Row
+    ranges: tuple[tuple[int, int], ...]
+    """Chunks [start, end) of each payload."""
+    payloads: tuple[bytes, ...]
+    """One a part; all empty where the message had weight 0."""
+    decays: int
+    """Decays of the momentum at the time of sending."""
+    sequences_read: int
+    """Sequences this peer had read by then, in all."""
+
+    @property
+    def key(self) -> Key:
+        return Key(self.round, self.base)
+
+    @property
+    def stood_in(self) -> bool:
+        """A message of weight 0 in the trainer's stead."""
+        return not any(self.payloads)
+
+
+_decoder = msgspec.msgpack.Decoder(OwnEntry)
+
+
+class OwnLog:
+    """The entries in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def write(self, entry: OwnEntry) -> None:
+        """Keep an entry."""
+        atomic_write(self._path(entry.key), msgspec.msgpack.encode(entry))
+
+    def find(self, key: Key) -> OwnEntry | None:
+        """The entry of a round."""
+        path = self._path(key)
+        return self._read(path) if path.exists() else None
+
+    def all(self) -> list[OwnEntry]:
+        """In the order of sending."""
+        entries = [self._read(path) for path in sorted(self._folder.glob("sent-*"))]
+        return sorted((e for e in entries if e is not None), key=lambda e: (e.decays, e.round))
+
+    def prune(self, before: int) -> None:
+        """Forget the rounds before this one."""
+        for path in self._folder.glob("sent-*"):
+            if int(path.name.split("-")[1]) < before:
+                path.unlink(missing_ok=True)
+
+    def _path(self, key: Key) -> Path:
+        return self._folder / f"sent-{key.round:012d}-{key.base.hex()[:16]}"
+
+    def _read(self, path: Path) -> OwnEntry | None:
+        try:
+            return _decoder.decode(path.read_bytes())
+        except msgspec.MsgspecError as error:
+            _logger.warning("%s is damaged and left out: %s", path, error)
+            return None

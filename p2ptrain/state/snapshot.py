@@ -1,0 +1,81 @@
+"""Snapshots: what all replicas hold alike after a round, in hashed pieces under one root.
+
+A snapshot holds the chain's state, the parameters and the directions' replicated state. Its root goes into a later
+seal, so that a newcomer can check each piece from anyone against the chain. The newest `KEPT` are on disk, each with
+the journal since; peers with nothing of a chain in common but a snapshot can still tell where they parted.
+
+Cost: one write of the parameters every `root_interval` rounds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from p2ptrain.state.files import atomic_write
+
+KEPT = 3
+PIECE_BYTES = 512 * 1024
+_NAME = re.compile(r"snapshot-(\d{12})-([0-9a-f]{64})-([0-9a-f]{64})")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class SnapshotFile:
+    """One snapshot on disk."""
+
+    round: int
+    id: bytes
+    """State id it stands at."""
+    root: bytes
+    path: Path
+
+    def read(self) -> bytes:
+        """Raises OSError when it is gone."""
+        return self.path.read_bytes()
+
+
+def piece_hashes(data: bytes) -> list[bytes]:
+    """SHA-256 of each `PIECE_BYTES` of a snapshot."""
+    return [hashlib.sha256(data[i : i + PIECE_BYTES]).digest() for i in range(0, len(data), PIECE_BYTES)]
+
+
+def root_of(size: int, hashes: list[bytes]) -> bytes:
+    """The root over a snapshot of `size` bytes [32 bytes]."""
+    return hashlib.sha256(b"p2ptrain root 1\0" + size.to_bytes(8, "little") + b"".join(hashes)).digest()
+
+
+class SnapshotStore:
+    """The newest snapshots in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def all(self) -> list[SnapshotFile]:
+        """Newest first."""
+        found = []
+        for path in self._folder.glob("snapshot-*"):
+            match = _NAME.fullmatch(path.name)
+            if match:
+                found.append(SnapshotFile(int(match[1]), bytes.fromhex(match[2]), bytes.fromhex(match[3]), path))
+        return sorted(found, reverse=True)
+
+    def find(self, identifier: bytes) -> SnapshotFile | None:
+        """The snapshot that stands at this state id."""
+        return next((snapshot for snapshot in self.all() if snapshot.id == identifier), None)
+
+    def save(self, round: int, identifier: bytes, data: bytes) -> SnapshotFile:
+        """Keep a snapshot, and of the older ones those that belong to the newest."""
+        root = root_of(len(data), piece_hashes(data))
+        path = self._folder / f"snapshot-{round:012d}-{identifier.hex()}-{root.hex()}"
+        atomic_write(path, data)
+        for old in self.all()[KEPT:]:
+            old.path.unlink(missing_ok=True)
+        return SnapshotFile(round, identifier, root, path)
+
+    def drop_after(self, round: int) -> None:
+        """Forget the snapshots of a branch that was left at `round`."""
+        for snapshot in self.all():
+            if snapshot.round > round:
+                snapshot.path.unlink(missing_ok=True)

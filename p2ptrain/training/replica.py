@@ -1,0 +1,203 @@
+"""The replica: model and optimizer as the manifest describes them, and where on the chain they stand.
+
+Everything here is the same bits on every peer at the same state id, except for the optimizer's momentum, which is this
+peer's own. A step can be undone once: parameters from before the last seal are kept, one copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from p2ptrain.averaging.chain import ChainState, RoundShape, genesis
+from p2ptrain.averaging.events import SealedRound
+from p2ptrain.compression import wire
+from p2ptrain.compression.layout import ChunkLayout, Kind
+from p2ptrain.config.manifest import GroupConfig, Manifest
+from p2ptrain.models.gpt import GPT, kind_of
+from p2ptrain.models.init import initialise
+from p2ptrain.optim.demo import DeMo, PartReply
+from p2ptrain.optim.schedule import learning_rate
+from p2ptrain.state.tensors import Arrays, TensorFileError, pack_tensors, packed_bytes, unpack_tensors
+
+_KINDS: tuple[Kind, ...] = ("matrix", "embedding", "head", "vector")
+_CHAIN_STATE_MAX_BYTES = 1024 * 1024
+_chain_decoder = msgspec.msgpack.Decoder(ChainState)
+
+
+@dataclass(frozen=True, slots=True)
+class _Before:
+    """What it takes to undo one step."""
+
+    chain: ChainState
+    parameters: list[Tensor]
+    replicated: dict[str, Tensor]
+
+
+class Replica:
+    """See the module docstring.
+
+    Args:
+        run_id: id of the chain's beginning.
+        device: where to compute.
+    """
+
+    def __init__(self, manifest: Manifest, run_id: bytes, device: torch.device) -> None:
+        self.manifest, self.run_id = manifest, run_id
+        self.model = GPT(manifest.model)
+        initialise(self.model, bytes.fromhex(manifest.nonce))
+        self.model.to(device)
+        self.optimizer = build_optimizer(self.model, manifest)
+        #: where the parameters stand
+        self.chain: ChainState = genesis(run_id)
+        self._before: _Before | None = None
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in self._replicated().items()}
+
+    @property
+    def layout(self) -> ChunkLayout:
+        """Chunks of all parameters."""
+        return self.optimizer.layout
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what all replicas hold alike."""
+        return self._shapes
+
+    def reset(self) -> None:
+        """Back to the run's beginning; the momentum stays."""
+        initialise(self.model, bytes.fromhex(self.manifest.nonce))
+        fresh = build_optimizer(self.model, self.manifest)
+        self.optimizer.load_replicated_state(fresh.replicated_state())
+        self.chain, self._before = genesis(self.run_id), None
+
+    # ---- steps ------------------------------------------------------------------------------------------------
+
+    def apply(self, sealed: SealedRound, shape: RoundShape, state: ChainState) -> list[PartReply]:
+        """Take the step of a sealed round that continues `chain`, after which it is `state`; returns its replies."""
+        replies: list[PartReply] = []
+        for part, data in zip(shape.parts, sealed.replies, strict=True):
+            content = None
+            if data is not None:
+                content = wire.decode_reply(data, self.layout.reply_topk, part.start, part.end, len(shape.members))
+            replies.append((part.start, part.end, content))
+        parameters = [parameter.detach().clone() for parameter in self.model.parameters()]
+        # Directions replace their state and never change it in place, so references are copies enough.
+        self._before = _Before(self.chain, parameters, self.optimizer.replicated_state())
+        optimizer = self.manifest.optimizer
+        rate = learning_rate(
+            sealed.seal.round,
+            peak=optimizer.learning_rate,
+            warmup_rounds=optimizer.warmup_rounds,
+            total_rounds=optimizer.total_rounds,
+            final_fraction=optimizer.final_fraction,
+        )
+        if sealed.seal.included.strip(b"\0"):
+            self.optimizer.apply(replies, rate)
+        self.chain = state
+        return replies
+
+    def undo(self) -> None:
+        """Undo the last `apply`.
+
+        Raises:
+            ValueError: nothing to undo.
+        """
+        if self._before is None:
+            raise ValueError("no step to undo")
+        with torch.no_grad():
+            for parameter, before in zip(self.model.parameters(), self._before.parameters, strict=True):
+                parameter.copy_(before)
+        self.optimizer.load_replicated_state(self._before.replicated)
+        self.chain, self._before = self._before.chain, None
+
+    # ---- as bytes ---------------------------------------------------------------------------------------------
+
+    def arrays(self) -> Arrays:
+        """What all replicas hold alike, as float32 arrays; on the CPU they are views of the live tensors."""
+        return {name: tensor.detach().cpu().numpy() for name, tensor in self._replicated().items()}
+
+    def load_arrays(self, arrays: Arrays, chain: ChainState) -> None:
+        """Inverse of `arrays`, for a replica at `chain`."""
+        tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(tensors[f"p.{name}"])
+        state = {name.removeprefix("r."): tensor for name, tensor in tensors.items() if name.startswith("r.")}
+        self.optimizer.load_replicated_state(state)
+        self.chain, self._before = chain, None
+
+    def snapshot(self) -> bytes:
+        """The replica and its place on the chain; the same bytes on every peer."""
+        return pack_tensors(msgspec.msgpack.encode(self.chain), self.arrays())
+
+    @property
+    def snapshot_max_bytes(self) -> int:
+        """No snapshot of this run is longer."""
+        return packed_bytes(self._shapes, _CHAIN_STATE_MAX_BYTES)
+
+    def load_snapshot(self, data: bytes) -> None:
+        """Inverse of `snapshot`.
+
+        Raises:
+            TensorFileError: not a snapshot of this run.
+        """
+        meta, arrays = unpack_tensors(data, self._shapes)
+        self.load_arrays(arrays, chain_of(meta, self.run_id))
+
+    def snapshot_chain(self, data: bytes) -> ChainState:
+        """Where on the chain a snapshot stands. Raises TensorFileError."""
+        return chain_of(unpack_tensors(data, self._shapes)[0], self.run_id)
+
+    def parameters_sha256(self) -> str:
+        """Hash of all parameters in the model's order."""
+        digest = hashlib.sha256()
+        for parameter in self.model.parameters():
+            digest.update(np.ascontiguousarray(parameter.detach().cpu().numpy(), "<f4").data)
+        return digest.hexdigest()
+
+    def _replicated(self) -> dict[str, Tensor]:
+        named = {f"p.{name}": parameter.data for name, parameter in self.model.named_parameters()}
+        return named | {f"r.{name}": tensor for name, tensor in self.optimizer.replicated_state().items()}
+
+
+def chain_of(meta: bytes, run_id: bytes) -> ChainState:
+    """The chain state in a snapshot's meta. Raises TensorFileError."""
+    try:
+        state = _chain_decoder.decode(meta)
+    except msgspec.MsgspecError as error:
+        raise TensorFileError(f"without a chain state: {error}") from error
+    if state.run_id != run_id:
+        raise TensorFileError("of another run")
+    return state
+
+
+def build_optimizer(model: GPT, manifest: Manifest) -> DeMo:
+    """DeMo as the manifest sets it: one parameter group for each kind of parameter."""
+    config = manifest.optimizer
+    groups = []
+    for kind in _KINDS:
+        treatment: GroupConfig = getattr(config, kind)
+        groups.append(
+            {
+                "params": [p for name, p in model.named_parameters() if kind_of(name, p) == kind],
+                "transform": treatment.transform,
+                "direction": treatment.direction,
+                "topk": treatment.topk,
+                "reply_topk": treatment.reply_topk,
+                "learning_rate_scale": treatment.learning_rate_scale,
+            }
+        )
+    return DeMo(
+        groups,
+        config.learning_rate,
+        beta=config.beta,
+        weight_decay=config.weight_decay,
+        value_bits=manifest.codec.value_bits,
+        rms_beta=config.rms_beta,
+        rms_epsilon=config.rms_epsilon,
+    )
