@@ -90,6 +90,7 @@ ROUNDS_ANSWER_BYTES = 64 * 1024 * 1024
 """Sealed rounds in one answer stop here, after at least one."""
 SYNC_BYTES = 1024 * 1024 * 1024
 """Rounds held in memory while switching to another chain."""
+_GOODBYE_SECONDS = 3.0
 _RETRY_SECONDS = (0.25, 0.5, 1.0, 2.0)
 _TRANSIENT = ("foreign", "too early", "too many calls at once")
 """Reasons of a reducer that may pass: it has not seen the last seal yet."""
@@ -154,6 +155,10 @@ class RoundDriver:
         self._deliveries: dict[asyncio.Task[None], int] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = 0.0
+        #: where others said they stand
+        self.tips: dict[bytes, Tip] = {}
+        #: calls by which our replies are being handed out
+        self.handing_out: set[asyncio.Future[None]] = set()
         #: replies frozen here: waiters by round and part
         self._reply_waiters: dict[tuple[Key, int], asyncio.Future[Reply]] = {}
         self._followers: dict[bytes, asyncio.Queue[News | None]] = {}
@@ -184,6 +189,8 @@ class RoundDriver:
             news.put_nowait(None)
         if self._timer is not None:
             self._timer.cancel()
+        if self.handing_out:
+            await asyncio.wait(self.handing_out, timeout=_GOODBYE_SECONDS)
         await asyncio.sleep(0.2 if self._followers else 0)
         tasks = [*self._tasks, *self._deliveries, *self._followed.values()]
         for task in tasks:
@@ -466,6 +473,13 @@ class RoundDriver:
     def hear_tip(self, peer: bytes, tip: Tip) -> None:
         """A peer said where it stands."""
         self.follow(peer)
+        self._hear_tip(peer, tip)
+
+    def _hear_tip(self, peer: bytes, tip: Tip) -> None:
+        self.tips.pop(peer, None)
+        self.tips[peer] = tip
+        while len(self.tips) > FOLLOWERS_MAX:
+            del self.tips[next(iter(self.tips))]
         self.dispatch(TipHeard(peer, tip.round, tip.id, tip.total))
 
     def refuse_follower(self, peer: bytes) -> str | None:
@@ -493,6 +507,7 @@ class RoundDriver:
                     return
                 yield item
         finally:
+            self.tips.pop(peer, None)
             if self._followers.get(peer) is news:
                 del self._followers[peer]
 
@@ -597,8 +612,9 @@ class RoundDriver:
                 _logger.info("%s sent a bad seal: %s", format_peer_id(peer)[-8:], error)
                 return
             self.dispatch(SealHeard(identifier, seal, news.seal, peer))
-        self.dispatch(TipHeard(peer, news.tip.round, news.tip.id, news.tip.total))
+        self._hear_tip(peer, news.tip)
         if news.leaving:
+            self.tips.pop(peer, None)
             self.dispatch(PeerLeft(peer))
 
     async def _ask_to_join(self, sealer: bytes) -> None:

@@ -121,9 +121,15 @@ class PeerServicer(ServicerBase):
         reply = await self._driver.frozen_reply(Key(header.round, header.base), header.part)
         if reply is None:
             return
-        for number, frame in enumerate(self._traffic.blob(reply.data, pieces=2)):
-            self._driver.failpoint("reply_half_sent", header.round, number == 2)
-            yield frame
+        done = asyncio.get_running_loop().create_future()
+        self._driver.handing_out.add(done)
+        try:
+            for number, frame in enumerate(self._traffic.blob(reply.data, pieces=2)):
+                self._driver.failpoint("reply_half_sent", header.round, number == 2)
+                yield frame
+        finally:
+            self._driver.handing_out.discard(done)
+            done.set_result(None)
 
     async def _follow(self, request: bytes, peer: bytes) -> Frames:
         wanted = decode_message(request, Follow)

@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from p2ptrain import __version__
-from p2ptrain.cli import init
+from p2ptrain.cli import bootstrap, init, join
 from p2ptrain.cli.output import errors_reported
 
 app = typer.Typer(
@@ -24,6 +24,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("init")(init.init)
+app.command("bootstrap")(bootstrap.bootstrap)
+app.command("join")(join.join)
 
 
 def _print_version(wanted: bool) -> None:

@@ -75,7 +75,7 @@ class Trainer:
         self.replica = replica
         self.ledger = Ledger(replica.optimizer)
         self.status = status
-        #: rounds applied by this process as they were sealed
+        #: rounds applied in which this peer had a part; those caught up on do not count
         self.rounds_applied = 0
         self._peer_id, self._tokens, self._bytes_per_token = peer_id, tokens, bytes_per_token
         self._uplink_kbit = uplink_kbit
@@ -95,6 +95,8 @@ class Trainer:
         self._computing_seconds = 0.0
         self._applied_at = time.monotonic()
         self._saved_at = time.monotonic()
+        #: there is a checkpoint, so `sample` and `eval` have one to read
+        self._saved = False
 
     # ---- where this home stands -------------------------------------------------------------------------------
 
@@ -169,13 +171,14 @@ class Trainer:
         momentum = optimizer.momentum.cpu().numpy()
         save_checkpoint(self._checkpoints, Checkpoint(meta, self.replica.arrays() | {"momentum": momentum}))
         self._own_log.prune(self.replica.chain.round - WINDOW)
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved = time.monotonic(), True
 
     # ---- the loop ---------------------------------------------------------------------------------------------
 
-    def run(self, swarm: Swarm, stop: Callable[[], bool]) -> None:
-        """Train until `stop` says so, which is asked after each message, or None is in the queue."""
-        while not stop():
+    def run(self, swarm: Swarm, after_round: Callable[[], bool]) -> None:
+        """Train until `after_round`, called when a round was applied, is false, or None is in the queue."""
+        going_on = True
+        while going_on:
             work = self._current is not None and self._inbox.empty()
             if work:
                 self._compute(swarm)
@@ -184,6 +187,8 @@ class Trainer:
             if message is None:
                 return
             self._take(message, swarm)
+            if isinstance(message, Apply):
+                going_on = after_round()
 
     def _take(self, message: TrainerMessage, swarm: Swarm) -> None:
         match message:
@@ -216,7 +221,8 @@ class Trainer:
     def _on_apply(self, message: Apply, swarm: Swarm) -> None:
         sealed = message.sealed
         self._apply(sealed, message)
-        self.rounds_applied += 1
+        if message.index is not None or sealed.seal.sealer == self._peer_id:
+            self.rounds_applied += 1
         if self._current is not None and self._current.key.round <= sealed.seal.round:
             self._current = None
         now = time.monotonic()
@@ -226,7 +232,7 @@ class Trainer:
         if sealed.seal.round % self._rules.root_interval == 0:
             snapshot = self._snapshots.save(sealed.seal.round, sealed.id, self.replica.snapshot())
             swarm.root_computed(snapshot.round, snapshot.root)
-        if now - self._saved_at > CHECKPOINT_SECONDS or self.rounds_applied == 1:
+        if now - self._saved_at > CHECKPOINT_SECONDS or not self._saved:
             self.save()
 
     def _on_restore(self, message: Restore, swarm: Swarm) -> None:
@@ -308,9 +314,8 @@ class Trainer:
         payloads = tuple(optimizer.payload(pending, *piece) for piece in ranges)
         seconds = self._computing_seconds + time.monotonic() - began
         rate = self._sequences / max(seconds, 1e-6)
-        self._sequences_per_second = (
-            0.7 * self._sequences_per_second + 0.3 * rate if self._sequences_per_second else rate
-        )
+        before = self._sequences_per_second or rate
+        self._sequences_per_second = 0.7 * before + 0.3 * rate
         row = Row(
             weight=min(self._sequences, _WEIGHT_MAX),
             throughput=min(int(1000 * self._sequences_per_second), THROUGHPUT_MAX_MILLI),

@@ -1,0 +1,70 @@
+"""`p2ptrain bootstrap`: start a run and train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from p2ptrain.cli.options import (
+    AnnounceOption,
+    DeviceOption,
+    HomeOption,
+    HostOption,
+    LogFormatOption,
+    NameOption,
+    PortOption,
+    QuietOption,
+    RoundsOption,
+    ThreadsOption,
+    VerboseOption,
+)
+from p2ptrain.cli.peer import run_peer
+from p2ptrain.config.loading import load_manifest
+
+if TYPE_CHECKING:
+    from p2ptrain.training.session import PeerSession, Run
+
+
+def bootstrap(
+    manifest: Annotated[Path, typer.Argument(metavar="RUN.TOML", help="Manifest, as `p2ptrain init` writes it.")],
+    initial_peers: Annotated[
+        list[str] | None,
+        typer.Option("--initial-peers", metavar="ADDR", help="Peer of an existing DHT to meet in; repeatable."),
+    ] = None,
+    home: HomeOption = None,
+    name: NameOption = None,
+    port: PortOption = None,
+    host: HostOption = None,
+    announce: AnnounceOption = None,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+    rounds: RoundsOption = None,
+    log_format: LogFormatOption = None,
+    verbose: VerboseOption = 0,
+    quiet: QuietOption = False,
+) -> None:
+    """Start the run that RUN.TOML describes, and train. If the run lives already, take part in it."""
+    loaded = load_manifest(manifest)
+
+    def find(session: PeerSession) -> Run:
+        return session.found_run(loaded)
+
+    run_peer(
+        {
+            "name": name,
+            "port": port,
+            "host": host,
+            "announce": announce,
+            "device": device,
+            "threads": threads,
+            "log_format": log_format,
+        },
+        home=home,
+        rounds=rounds,
+        verbose=verbose,
+        quiet=quiet,
+        addresses=initial_peers or [],
+        find_run=find,
+    )

@@ -1,0 +1,83 @@
+"""`p2ptrain join`: take part in a run with nothing but an address."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from p2ptrain.cli.options import (
+    AnnounceOption,
+    DeviceOption,
+    HomeOption,
+    HostOption,
+    LogFormatOption,
+    NameOption,
+    PortOption,
+    QuietOption,
+    RoundsOption,
+    ThreadsOption,
+    VerboseOption,
+)
+from p2ptrain.cli.peer import run_peer
+from p2ptrain.errors import UsageError
+
+if TYPE_CHECKING:
+    from p2ptrain.training.session import PeerSession, Run
+
+
+def join(
+    addresses: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="ADDR...", help="Address that a peer printed; none: the peers that this home has met before."
+        ),
+    ] = None,
+    run: Annotated[
+        str | None, typer.Option("--run", metavar="NAME|ID", help="Which run, where the network has several.")
+    ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option("--data", metavar="PATH", help="Local copy of the run's text, instead of fetching; repeatable."),
+    ] = None,
+    home: HomeOption = None,
+    name: NameOption = None,
+    port: PortOption = None,
+    host: HostOption = None,
+    announce: AnnounceOption = None,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+    rounds: RoundsOption = None,
+    log_format: LogFormatOption = None,
+    verbose: VerboseOption = 0,
+    quiet: QuietOption = False,
+) -> None:
+    """Train with the swarm at ADDR: manifest, text and model come from it."""
+
+    def find(session: PeerSession) -> Run:
+        own = session.own_run()
+        if not addresses and run is None:
+            if own is None:
+                raise UsageError(f"which swarm? Home {session.home.path} has met none yet", hint="p2ptrain join ADDR")
+            return own
+        return session.find_run(addresses or [], run)
+
+    run_peer(
+        {
+            "name": name,
+            "port": port,
+            "host": host,
+            "announce": announce,
+            "device": device,
+            "threads": threads,
+            "log_format": log_format,
+        },
+        home=home,
+        rounds=rounds,
+        verbose=verbose,
+        quiet=quiet,
+        addresses=addresses or [],
+        find_run=find,
+        data=data,
+    )

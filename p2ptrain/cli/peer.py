@@ -1,0 +1,50 @@
+"""What `bootstrap` and `join` share: the flags of a peer, and one peer's life."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from p2ptrain.cli.output import set_up_logging
+from p2ptrain.config.node import resolve_settings
+
+if TYPE_CHECKING:
+    from p2ptrain.training.session import PeerSession, Run
+
+
+def run_peer(
+    flags: dict[str, Any],
+    *,
+    home: Path | None,
+    rounds: int | None,
+    verbose: int,
+    quiet: bool,
+    addresses: list[str],
+    find_run: Callable[[PeerSession], Run],
+    data: list[Path] | None = None,
+) -> None:
+    """Connect, find the run, fetch what is missing, train, leave.
+
+    Args:
+        flags: of the node's settings, by name.
+        addresses: to meet at.
+    """
+    settings = resolve_settings(home, flags)
+    set_up_logging(verbose, quiet, settings.log_format)
+    if addresses:
+        # Before anything slow is imported: a mistyped address is answered at once.
+        from p2ptrain.swarm.addresses import parse_addresses
+
+        parse_addresses(addresses)
+    from p2ptrain.training.joining import describe
+    from p2ptrain.training.progress import Display
+    from p2ptrain.training.session import PeerSession
+
+    display = Display(log_format=settings.log_format, quiet=quiet)
+    with PeerSession(settings, display, rounds) as session:
+        session.connect(addresses)
+        run = find_run(session)
+        session.enter_run(run)
+        display.say(describe(run.manifest, run.run_id))
+        session.train(run, session.fetch_corpus(run, data))

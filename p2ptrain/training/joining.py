@@ -1,0 +1,136 @@
+"""What a newcomer asks before it can follow the chain: which run, and where its text is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from p2ptrain.averaging import client
+from p2ptrain.averaging.client import Client
+from p2ptrain.averaging.messages import CallError, Traffic
+from p2ptrain.config.home import Home
+from p2ptrain.config.manifest import DataConfig, Manifest, open_manifest
+from p2ptrain.data.corpus import Corpus, check, load_embedded, load_files, unpack
+from p2ptrain.errors import DataError, ManifestError, RunChoiceError, UnreachableError
+from p2ptrain.state.files import atomic_write
+from p2ptrain.swarm.addresses import parse_addresses
+from p2ptrain.swarm.identity import format_peer_id
+from p2ptrain.swarm.node import SwarmNode
+
+PACKING_SLACK_BYTES = 1024 * 1024
+"""A packed corpus is never longer than the text and this."""
+
+_logger = logging.getLogger(__name__)
+
+
+async def find_run(node: SwarmNode, addresses: list[str], choice: str | None) -> bytes:
+    """The signed manifest of the run at `addresses`, or of the one in their DHT that `choice` (name or id) names.
+
+    Raises:
+        RunChoiceError: no run, several and no choice, or none of that name.
+        ManifestError: what peers hand out as the run's manifest is none.
+    """
+    manifests: dict[bytes, bytes] = {}
+    names: dict[bytes, str] = {}
+    for peer in parse_addresses(addresses, own_peer_id=node.peer_id):
+        try:
+            welcome = await client.hello(node, peer)
+        except CallError as error:
+            _logger.debug("%s is in no run: %s", format_peer_id(peer), error)
+            continue
+        manifest, run_id = open_manifest(welcome.manifest, welcome.run_id)
+        manifests[run_id], names[run_id] = welcome.manifest, manifest.name
+    records = await node.read_runs()
+    for run_id, listed in records.items():
+        names.setdefault(run_id, listed[0].name)
+    chosen = _choose(names, choice)
+    if chosen in manifests:
+        return manifests[chosen]
+    signed = await node.get_manifest(chosen)
+    for record in records.get(chosen, []):
+        if signed is not None:
+            break
+        try:
+            await node.connect(record.peer_id)
+            signed = (await client.hello(node, record.peer_id)).manifest
+            open_manifest(signed, chosen)
+        except (CallError, UnreachableError, ManifestError) as error:
+            _logger.debug("no manifest from %s: %s", format_peer_id(record.peer_id), error)
+            signed = None
+    if signed is None:
+        raise RunChoiceError(
+            f"the manifest of run {names[chosen]!r} cannot be had from anyone", hint="give the address of a peer in it"
+        )
+    return signed
+
+
+def _choose(names: dict[bytes, str], choice: str | None) -> bytes:
+    if not names:
+        raise RunChoiceError(
+            "there is no run in this network", hint="start one: p2ptrain init run.toml; p2ptrain bootstrap run.toml"
+        )
+    listing = "".join(f"\n  {run_id.hex()[:16]}  {name}" for run_id, name in sorted(names.items(), key=lambda i: i[1]))
+    if choice is None:
+        if len(names) > 1:
+            raise RunChoiceError(f"there are several runs in this network:{listing}", hint="again with --run NAME|ID")
+        return next(iter(names))
+    wanted = choice.lower()
+    found = [r for r, name in names.items() if name == choice or (len(wanted) >= 4 and r.hex().startswith(wanted))]
+    if len(found) != 1:
+        problem = "no run" if not found else "several runs"
+        raise RunChoiceError(f"{problem} called {choice!r}; there are:{listing}", hint="again with --run ID")
+    return found[0]
+
+
+def obtain_corpus(home: Home, config: DataConfig, paths: list[Path] | None, from_swarm: Callable[[], bytes]) -> Corpus:
+    """The text that `config` names: from `paths`, this home, the package, or the swarm, in this order.
+
+    Raises:
+        DataError: nobody has it, or what was given is another text.
+    """
+    if paths:
+        return check(load_files(paths, config.name, config.license), config)
+    copy = home.corpus(config.sha256)
+    if config.sha256 and copy.exists():
+        try:
+            return unpack(copy.read_bytes(), config)
+        except DataError as error:
+            _logger.warning("%s is damaged and fetched anew: %s", copy, error)
+            copy.unlink(missing_ok=True)
+    embedded = load_embedded()
+    if not config.sha256 or embedded.config().sha256 == config.sha256:
+        return check(embedded, config)
+    packed = from_swarm()
+    corpus = unpack(packed, config)
+    atomic_write(copy, packed)
+    return corpus
+
+
+async def fetch_corpus(
+    node: SwarmNode, run_id: bytes, config: DataConfig, progress: Callable[[str, int, int], None]
+) -> bytes:
+    """The packed corpus from any peer of the run that hands it out. Raises DataError."""
+    calls = Client(node, Traffic(), run_id)
+    limit = config.bytes + config.heldout_bytes + PACKING_SLACK_BYTES
+    peers = list(await node.read_peers(run_id))
+    for peer in peers:
+        if peer == node.peer_id:
+            continue
+        try:
+            await node.connect(peer)
+            return await calls.data(peer, limit, lambda done, total: progress("data", done, total))
+        except (CallError, UnreachableError) as error:
+            _logger.info("no data from %s: %s", format_peer_id(peer)[-8:], error)
+    raise DataError(
+        f"none of {len(peers)} peers hands out the run's text ({config.name})",
+        hint="get the text elsewhere and join with --data PATH, or try again later",
+    )
+
+
+def describe(manifest: Manifest, run_id: bytes) -> str:
+    """One line on a run, for people."""
+    return (
+        f"run {manifest.name} ({run_id.hex()[:16]}): {manifest.model.parameters:,} parameters, "
+        f"text {manifest.data.name} ({manifest.data.license})"
+    )

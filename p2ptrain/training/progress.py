@@ -1,0 +1,140 @@
+"""What a person sees while a peer works: a live line on a terminal, plain lines elsewhere. All of it on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.status import Status as Spinner
+
+from p2ptrain.observe.status import Status
+
+PLAIN_EVERY_SECONDS = 1.0
+"""At most one plain line in this time, so that a log of short rounds stays readable."""
+
+
+class Display:
+    """See the module docstring.
+
+    Args:
+        log_format: "json" makes each line one JSON object.
+        quiet: show nothing.
+    """
+
+    def __init__(self, *, log_format: str = "text", quiet: bool = False, stream: TextIO | None = None) -> None:
+        self._json, self._quiet = log_format == "json", quiet
+        self._console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
+        self._live = self._console.is_terminal and not quiet and not self._json
+        self._spinner: Spinner | None = None
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._printed_at = 0.0
+        self._said: dict[str, float] = {}
+
+    def round(self, status: Status, *, last: bool = False) -> None:
+        """A round was applied; `last`: say so whatever was said a moment ago."""
+        self._end_bars()
+        if self._quiet:
+            return
+        if self._live:
+            if self._spinner is None:
+                self._spinner = self._console.status("")
+                self._spinner.start()
+            self._spinner.update(line_of(status))
+            return
+        now = time.monotonic()
+        if last or now - self._printed_at >= PLAIN_EVERY_SECONDS:
+            self._printed_at = now
+            self._say(line_of(status), status)
+
+    def transfer(self, what: str, done: int, total: int) -> None:
+        """Progress of a download or a sync: bytes, or rounds where `what` is "rounds"."""
+        if self._quiet:
+            return
+        if self._live:
+            self._bar(what, done, total)
+            return
+        now = time.monotonic()
+        if done >= total or now - self._said.get(what, 0.0) >= PLAIN_EVERY_SECONDS:
+            self._said[what] = now
+            unit = "" if what == "rounds" else " bytes"
+            self._say(f"fetching {what}: {done:,} of {total:,}{unit}")
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        if not self._quiet:
+            self._say(text)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        self._end_bars()
+        if self._spinner is not None:
+            self._spinner.stop()
+            self._spinner = None
+
+    def _say(self, text: str, status: Status | None = None) -> None:
+        if self._json:
+            entry: dict[str, object] = {"time": round(time.time(), 3), "level": "info", "message": text}
+            if status is not None:
+                entry |= {
+                    "round": status.round,
+                    "state": status.state,
+                    "loss": status.loss,
+                    "bits_per_byte": status.bits_per_byte,
+                    "tokens_per_second": round(status.tokens_per_second, 1),
+                    "members": status.members,
+                    "bytes_sent_per_round": status.bytes_sent_per_round,
+                    "bytes_received_per_round": status.bytes_received_per_round,
+                    "computing_seconds": round(status.computing_seconds, 3),
+                    "waiting_seconds": round(status.waiting_seconds, 3),
+                }
+            text = json.dumps(entry)
+        self._console.print(text, markup=False)
+
+    def _bar(self, what: str, done: int, total: int) -> None:
+        if self._bars is None:
+            amount = MofNCompleteColumn() if what == "rounds" else DownloadColumn()
+            self._bars = Progress(
+                TextColumn("fetching {task.description}"),
+                BarColumn(),
+                amount,
+                TimeRemainingColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._bars.start()
+        if what not in self._tasks:
+            self._tasks[what] = self._bars.add_task(what, total=total)
+        self._bars.update(self._tasks[what], completed=done, total=total)
+        if done >= total:
+            self._end_bars()
+
+    def _end_bars(self) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars, self._tasks = None, {}
+
+
+def line_of(status: Status) -> str:
+    """One line on one round."""
+    loss = "-" if status.loss is None or status.bits_per_byte is None else f"{status.loss:.3f}"
+    bits = "-" if status.bits_per_byte is None else f"{status.bits_per_byte:.3f}"
+    members = f"{status.members} member{'' if status.members == 1 else 's'}"
+    return (
+        f"round {status.round}  {status.state}  loss {loss}  bits/byte {bits}  "
+        f"{status.tokens_per_second:,.0f} tokens/s  {members}  sent {status.bytes_sent_per_round / 1000:,.1f} kB  "
+        f"received {status.bytes_received_per_round / 1000:,.1f} kB  "
+        f"computed {status.computing_seconds:.2f} s  waited {status.waiting_seconds:.2f} s"
+    )
