@@ -436,6 +436,7 @@ class RoundDriver:
             refusal = "this run is for listed peers only"
         if refusal is not None:
             return refusal
+        self.failpoint("join_received", self.machine.head.round, True)
         self.follow(peer)
         self.dispatch(JoinReceived(peer, wanted.row))
         return ""

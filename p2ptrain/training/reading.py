@@ -1,0 +1,42 @@
+"""This home's checkpoint, read for `sample` and `eval`, also while its peer trains: the file is replaced whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from p2ptrain.config.home import Home
+from p2ptrain.config.manifest import Manifest, open_manifest
+from p2ptrain.errors import HomeError
+from p2ptrain.state.checkpoint import load_checkpoint
+from p2ptrain.training.replica import Replica
+from p2ptrain.training.session import choose_device
+from p2ptrain.training.trainer import checkpoint_shapes
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A checkpoint's model and where it comes from."""
+
+    manifest: Manifest
+    replica: Replica
+
+
+def load_trained(home: Home, device: str) -> Trained:
+    """The model of this home's checkpoint.
+
+    Raises:
+        HomeError: this home has none yet.
+    """
+    hint = f"train first: p2ptrain join ADDR --home {home.path}"
+    try:
+        manifest, run_id = open_manifest(home.manifest.read_bytes())
+    except OSError as error:
+        raise HomeError(f"home {home.path} is in no run", hint=hint) from error
+    replica = Replica(manifest, run_id, choose_device(device))
+    checkpoint = load_checkpoint(home.checkpoints, checkpoint_shapes(replica))
+    if checkpoint is None:
+        raise HomeError(f"home {home.path} has no checkpoint yet", hint=hint)
+    arrays = dict(checkpoint.arrays)
+    del arrays["momentum"]
+    replica.load_arrays(arrays, checkpoint.meta.chain)
+    return Trained(manifest, replica)

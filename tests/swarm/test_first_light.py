@@ -1,0 +1,136 @@
+"""A swarm as users run it: join by address, join late, lose peers at the worst moment, and still agree to the bit."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from peers import Peer, Swarm, peer_children, run
+
+COMPUTE_SECONDS = 1.0
+DEADLINE_SECONDS = 4.0 + 1.0 + 2.0
+"""round_max + grace + reply_timeout of the manifest: what a round takes when a reducer never answers."""
+SEAL_TIMEOUT_SECONDS = 1.0
+MACHINE_SECONDS = 4.0
+"""What a busy machine of two cores may add."""
+
+
+@pytest.fixture
+def swarm(tmp_path: Path) -> Iterator[Swarm]:
+    made = Swarm(tmp_path)
+    yield made
+    made.close()
+
+
+def same_replica(*peers: Peer) -> None:
+    for peer in peers:
+        peer.ended()
+    assert len({peer.replica() for peer in peers}) == 1
+
+
+def test_a_late_peer_ends_bit_identical_and_inspect_tells_the_truth_all_along(swarm: Swarm) -> None:
+    swarm.write_manifest(last_round=70)
+    ada = swarm.bootstrap("ada")
+    address = ada.address()
+    observer = swarm.watch(address)
+    assert len(observer.sees({"ada": "solo"}, 30)["peers"]) == 1
+    grace = swarm.join("grace", address).started()
+    observer.sees({"ada": "training", "grace": "training"}, 30)
+    ada.reaches(20)
+    linus = swarm.join("linus", address).started()
+    seen = observer.sees({"ada": "training", "grace": "training", "linus": "training"}, 40)
+    assert seen["run"]["name"] == "test"
+    assert (seen["run"]["round"], seen["run"]["state_id"]) in {(p["round"], p["state_id"]) for p in seen["peers"]}
+    assert seen["dht"] == {"nodes_alive": 3, "nodes_dead": 0}
+    for peer in seen["peers"]:
+        assert peer["tokens_per_second"] > 0 or peer["name"] == "linus"
+        assert peer["last_seen_seconds"] < 10
+    same_replica(ada, grace, linus)
+    result = run("eval", "--home", str(linus.home), "--format", "json", "--max-tokens", "500")
+    assert json.loads(result.stdout)["parameters_sha256"] == linus.replica()[1]
+    text = run("sample", "--home", str(linus.home), "--prompt", "Fellow citizens", "--tokens", "5").stdout
+    assert text.startswith("Fellow citizens")
+
+
+@pytest.mark.parametrize("moment", ["a reply half sent", "any moment"])
+def test_the_others_train_on_when_the_bootstrap_peer_is_killed(swarm: Swarm, moment: str) -> None:
+    swarm.write_manifest(last_round=60)
+    half_sent = moment == "a reply half sent"
+    ada = swarm.bootstrap("ada", failpoint="reply_half_sent:25" if half_sent else "")
+    address = ada.address()
+    grace = swarm.join("grace", address).started()
+    linus = swarm.join("linus", address).started()
+    observer = swarm.watch(joined_address(grace))
+    observer.sees({"ada": "training", "grace": "training", "linus": "training"}, 60)
+    if half_sent:
+        ada.process.wait(60)
+        killed_at = max(path.stat().st_mtime for path in (ada.home / "journal").glob("round-*"))
+    else:
+        ada.reaches(20 + random.Random(swarm.manifest.read_text()).randrange(5))
+        killed_at = ada.kill()
+    assert ada.process.returncode == -signal.SIGKILL
+    for peer in (grace, linus):
+        peer.reaches(ada.round + 2)
+    # The round that was under way, its deadline, and one more place for each sealer that may be dead.
+    allowed = COMPUTE_SECONDS + DEADLINE_SECONDS + SEAL_TIMEOUT_SECONDS + MACHINE_SECONDS
+    times = seal_times(grace, killed_at)
+    assert max(later - earlier for earlier, later in itertools.pairwise(times)) < allowed
+    observer.sees({"ada": "lost"}, 15)
+    same_replica(grace, linus)
+
+
+def test_a_learner_carries_the_run_on_when_the_only_member_is_killed(swarm: Swarm) -> None:
+    swarm.write_manifest(last_round=40)
+    ada = swarm.bootstrap("ada", failpoint="join_received:6")
+    address = ada.address()
+    ada.reaches(6)
+    grace = swarm.join("grace", address).started()
+    assert ada.process.wait(60) == -signal.SIGKILL
+    grace.reaches(ada.round + 2)
+    # The dead one comes back from its disk and takes part again.
+    ada_again = swarm.join("ada", joined_address(grace)).started()
+    same_replica(grace, ada_again)
+
+
+def test_a_peer_that_is_asked_to_leave_ends_cleanly_and_leaves_nothing_running(swarm: Swarm) -> None:
+    swarm.write_manifest()
+    ada = swarm.bootstrap("ada")
+    address = ada.address()
+    grace = swarm.join("grace", address).started()
+    observer = swarm.watch(address)
+    observer.sees({"ada": "training", "grace": "training"}, 40)
+    children = peer_children(grace)
+    grace.process.send_signal(signal.SIGINT)
+    grace.ended(40)
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert alive == []
+    observer.sees({"grace": "leaving"}, 10)
+    ada.reaches(ada.round + 3)
+    ada.process.send_signal(signal.SIGTERM)
+    ada.ended(40)
+
+
+def joined_address(peer: Peer) -> str:
+    """The address of a running peer, from what its home remembers."""
+    from p2ptrain.swarm.identity import format_peer_id, load_or_create_identity
+
+    port = int((peer.home / "port").read_text())
+    return (
+        f"/ip4/127.0.0.1/tcp/{port}/p2p/{format_peer_id(load_or_create_identity(peer.home / 'identity.key').peer_id)}"
+    )
+
+
+def seal_times(peer: Peer, since: float) -> list[float]:
+    """When each round of its journal was sealed, from the last one before `since` on."""
+    times = sorted(path.stat().st_mtime for path in (peer.home / "journal").glob("round-*"))
+    return [t for t in times if t < since][-1:] + [t for t in times if t >= since]

@@ -1,0 +1,118 @@
+"""Directions against numpy: a step of about unit size from any update."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from p2ptrain.compression.layout import CHUNK_SIZE, ChunkLayout, ParameterSpec, Treatment
+from p2ptrain.optim.directions import DIRECTIONS, Direction
+
+CPU = torch.device("cpu")
+BETA, EPSILON = 0.9, 1e-8
+
+
+def layout_of(shape: tuple[int, ...]) -> ChunkLayout:
+    one = Treatment(transform="dct", direction="sign", learning_rate_scale=1.0, topk=8, reply_topk=8)
+    return ChunkLayout([ParameterSpec("p", shape, "matrix")], {"matrix": one})
+
+
+def direction(name: str, shape: tuple[int, ...] = (64, 128)) -> tuple[Direction, ChunkLayout]:
+    layout = layout_of(shape)
+    return DIRECTIONS[name](layout, layout.segments[0], BETA, EPSILON, CPU), layout
+
+
+def update(seed: int, chunks: int = 2) -> torch.Tensor:
+    """Numbers of which some are zero and whose sizes lie far apart."""
+    rng = np.random.default_rng(seed)
+    sizes = np.exp2(rng.integers(-20, 4, (chunks, CHUNK_SIZE)))
+    sizes[rng.random(sizes.shape) < 0.2] = 0
+    return torch.from_numpy((rng.standard_normal(sizes.shape) * sizes).astype(np.float32))
+
+
+def all_live(chunks: int = 2) -> torch.Tensor:
+    return torch.ones(chunks, dtype=torch.bool)
+
+
+def test_sign_is_the_sign() -> None:
+    sign, _ = direction("sign")
+    assert np.array_equal(sign.step(update(0), all_live()).numpy(), np.sign(update(0).numpy()))
+
+
+def test_rms_divides_by_the_root_of_the_corrected_second_moment() -> None:
+    rms, _ = direction("rms")
+    moment = np.zeros((2, CHUNK_SIZE))
+    for step in range(1, 9):
+        got = rms.step(update(step), all_live()).double().numpy()
+        values = update(step).double().numpy()
+        moment = BETA * moment + (1 - BETA) * values**2
+        expected = values / (np.sqrt(moment / (1 - BETA**step)) + EPSILON)
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_first_rms_step_is_the_sign() -> None:
+    rms, _ = direction("rms")
+    values = update(0)
+    got = rms.step(values, all_live())
+    large = values.abs() > 1e-3
+    torch.testing.assert_close(got[large], values.sign()[large], rtol=1e-4, atol=0)
+    assert not got[values == 0].any()
+
+
+def test_a_skipped_chunk_leaves_the_second_moment_alone() -> None:
+    rms, _ = direction("rms")
+    lone, _ = direction("rms", (64, 64))
+    for step in range(4):
+        values, live = update(step), torch.tensor([True, step != 1])
+        got = rms.step(torch.where(live.unsqueeze(1), values, 0), live)
+        if live[1]:
+            assert torch.equal(got[1:], lone.step(values[1:], all_live(1)))
+        else:
+            assert not got[1].any()
+    assert torch.equal(rms.state()["moment"][1:], lone.state()["moment"])
+
+
+def test_rms_continues_alike_from_its_state() -> None:
+    one, _ = direction("rms")
+    for step in range(3):
+        one.step(update(step), all_live())
+    saved = {key: tensor.clone() for key, tensor in one.state().items()}
+    other, _ = direction("rms")
+    other.load_state(saved)
+    assert torch.equal(one.step(update(9), all_live()), other.step(update(9), all_live()))
+    assert not torch.equal(other.state()["moment"], saved["moment"]), "a loaded state must not be shared"
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (128, 64), (60, 100), (100, 60), (96, 2, 40)])
+def test_muon_steps_are_nearly_orthogonal_and_as_large_as_a_sign(shape: tuple[int, ...]) -> None:
+    muon, layout = direction("muon", shape)
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    chunks = layout.gather([gradient], torch.empty(layout.chunks, CHUNK_SIZE))
+    stepped = muon.step(chunks, all_live(layout.chunks))
+    step = layout.extract(layout.segments[0], stepped).reshape(shape[0], -1).double().numpy()
+    singular = np.linalg.svd(step / max(step.shape) ** 0.5, compute_uv=False)
+    # Five steps with these coefficients bring singular values to within [0.7, 1.2]; the smallest take longest.
+    assert singular.max() < 1.25
+    assert np.quantile(singular, 0.1) > 0.6
+    assert 0.8 < np.sqrt(np.mean(step**2)) < 1.15
+    # The same singular vectors: the step lies close to the polar factor.
+    u, _, vt = np.linalg.svd(gradient.reshape(shape[0], -1).double().numpy(), full_matrices=False)
+    factor = u @ vt
+    assert (factor * step).sum() / (np.linalg.norm(factor) * np.linalg.norm(step)) > 0.95
+    assert int(torch.count_nonzero(stepped)) <= gradient.numel()
+
+
+def test_muon_takes_no_step_where_there_is_no_update() -> None:
+    muon, _ = direction("muon")
+    assert not muon.step(torch.zeros(2, CHUNK_SIZE), all_live()).any()
+    assert not muon.step(update(0), torch.tensor([True, False]))[1].any()
+
+
+def test_muon_refuses_a_vector() -> None:
+    with pytest.raises(ValueError, match="matrix"):
+        direction("muon", (64,))
+
+
+def test_only_muon_is_not_exact() -> None:
+    assert {name: one.exact for name, one in DIRECTIONS.items()} == {"sign": True, "rms": True, "muon": False}
