@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import queue
-import signal
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
@@ -48,6 +46,7 @@ from p2ptrain.averaging.events import (
     Tick,
     TipHeard,
 )
+from p2ptrain.averaging.failpoints import failpoint
 from p2ptrain.averaging.machine import RoundMachine
 from p2ptrain.averaging.messages import (
     LOCATOR_MAX,
@@ -364,7 +363,7 @@ class RoundDriver:
 
         def work() -> bytes:
             return reduce_part(
-                effect.contributions,
+                contributions,
                 topk=self._p.layout.topk,
                 reply_topk=self._p.layout.reply_topk,
                 start=effect.start,
@@ -375,6 +374,7 @@ class RoundDriver:
                 weight_cap_ratio=config.round.weight_cap_ratio,
             )
 
+        contributions = [c for c in effect.contributions if self._well_formed(effect.key.round, effect.part, *c[1:])]
         data = await asyncio.to_thread(work)
         reply = Reply(reply_digest(data), wire.reply_members(data, effect.members), data)
         waiter = self._reply_waiters.get((effect.key, effect.part))
@@ -436,7 +436,7 @@ class RoundDriver:
             refusal = "this run is for listed peers only"
         if refusal is not None:
             return refusal
-        self.failpoint("join_received", self.machine.head.round, True)
+        failpoint("join_received")
         self.follow(peer)
         self.dispatch(JoinReceived(peer, wanted.row))
         return ""
@@ -463,13 +463,29 @@ class RoundDriver:
         """A contribution arrived whole; returns a refusal or None."""
         key = Key(header.round, header.base)
         refusal = self.machine.refusal(key, header.part, peer)
-        if refusal is None and bool(payload) != bool(header.row.weight):
+        if refusal is None and not self._well_formed(header.round, header.part, header.row.weight, payload):
             refusal = "malformed"
         if refusal is None:
             self.dispatch(
                 ContributionReceived(key, header.part, peer, header.row, header.root_round, header.root, payload)
             )
         return refusal
+
+    def _well_formed(self, round: int, part: int, weight: int, payload: bytes) -> bool:
+        """Whether a payload is what its part takes; one that came a round early is looked at when its round begins."""
+        if bool(payload) != bool(weight):
+            return False
+        shape = self.machine.shape
+        if not payload or shape is None or round != shape.round:
+            return True
+        spec = shape.parts[part]
+        try:
+            wire.decode_contribution(
+                payload, self._p.layout.topk, spec.start, spec.end, self._p.manifest.codec.value_bits
+            )
+        except wire.WireError:
+            return False
+        return True
 
     def hear_tip(self, peer: bytes, tip: Tip) -> None:
         """A peer said where it stands."""
@@ -556,12 +572,6 @@ class RoundDriver:
     def packed_corpus(self) -> bytes | None:
         """The corpus to hand out. Any thread."""
         return self._p.packed_corpus()
-
-    def failpoint(self, name: str, round: int, reached: bool) -> None:
-        """For tests of crashes: P2PTRAIN_FAILPOINT=NAME:ROUND ends this process at once when NAME is reached."""
-        wanted, _, number = os.environ.get("P2PTRAIN_FAILPOINT", "").partition(":")
-        if reached and wanted == name and round >= int(number):
-            os.kill(os.getpid(), signal.SIGKILL)
 
     # ---- following others -------------------------------------------------------------------------------------
 

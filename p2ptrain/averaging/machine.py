@@ -179,6 +179,22 @@ class RoundMachine:
         """Shape of the round under way."""
         return self._exchange.shape if self._exchange else None
 
+    @property
+    def newest_root(self) -> tuple[int, bytes]:
+        """Round and hash of the newest root that our trainer computed; (0, b"") before the first."""
+        return self._newest_root()
+
+    def awaits(self, key: Key) -> bool:
+        """Whether our trainer's contribution to this round can still be sent."""
+        exchange = self._exchange
+        return exchange is not None and exchange.key == key and exchange.index is not None and exchange.sent_at is None
+
+    def known_state(self, identifier: bytes) -> ChainState | None:
+        """The chain state at our head, or at its parent where that can still be gone back to."""
+        if identifier == self.head.id:
+            return self.head
+        return self._undo.state if self._undo is not None and identifier == self._undo.state.id else None
+
     def held_reply(self, key: Key, part: int) -> Reply | None:
         """The reply that we hold for a part of the round under way."""
         if self._exchange is None or self._exchange.key != key:
@@ -331,11 +347,11 @@ class RoundMachine:
         self._waiting_seals[event.id] = event
 
     def _on_rounds(self, event: RoundsFetched, now: float) -> None:
+        if event.ancestor is None:
+            self._want_snapshot(event.donor, "its journal does not reach back to our chain")
+            return
         if not event.rounds:
             self._tips.pop(event.donor, None)
-            return
-        if event.ancestor is None:
-            self._want_snapshot(event.donor, "its journal no longer reaches back to our chain")
             return
         if event.ancestor == self.head.id:
             base, undo = self.head, False

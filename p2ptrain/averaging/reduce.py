@@ -52,18 +52,17 @@ def reduce_part(
         norms = [float(np.sqrt(np.square(part.value, dtype=np.float64).sum())) for _, _, part in work]
         limit = clip_ratio * float(np.median(norms))
         cap = weight_cap_ratio * float(np.median([weight for _, weight, _ in work]))
-        weight_included = 0.0
-        for (member, weight, part), norm in zip(work, norms, strict=True):
+        capped = [min(float(weight), cap) for _, weight, _ in work]
+        weight_included = sum(capped)
+        for (member, _, part), norm, weight in zip(work, norms, capped, strict=True):
             factor = CLIP_UNIT
             if norm > limit:
                 factor = int(CLIP_UNIT * limit / norm)
                 clips[member] = factor
-            capped = min(float(weight), cap)
-            weight_included += capped
-            # Indices are unique within one sender, so plain fancy addition is a correct scatter-add.
+            # Indices are unique within one sender, so plain fancy addition is a correct scatter-add. Shares of one,
+            # not weights divided afterwards: a mean of what float32 holds does not overflow into inf - inf.
             flat = (part.chunk - start) * CHUNK_SIZE + part.index
-            total[flat] += part.value * np.float32(capped * factor / CLIP_UNIT)
-        total /= np.float32(weight_included)
+            total[flat] += part.value * np.float32(weight / weight_included * factor / CLIP_UNIT)
     return _freeze(total.reshape(chunks, CHUNK_SIZE), reply_topk, start, end, members, included, clips)
 
 

@@ -92,6 +92,11 @@ def decode_exact(layout: ChunkLayout, values: Tensor) -> tuple[Tensor, Tensor]:
         torch.backends.cuda.matmul.allow_tf32 = allow
 
 
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """2**exponent as float32 for int32 exponents in [-126, 127], by its bits: a device's power function may round."""
+    return ((exponent + 127) << 23).view(torch.float32)
+
+
 def _decode_exact(layout: ChunkLayout, values: Tensor) -> tuple[Tensor, Tensor]:
     basis = integer_basis(values.device)
     out = values.clone()
@@ -108,10 +113,10 @@ def _decode_exact(layout: ChunkLayout, values: Tensor) -> tuple[Tensor, Tensor]:
         largest = first.abs().amax((1, 2))
         bits = torch.frexp(largest).exponent
         shift = (bits - MIDDLE_BITS).clamp(min=0)
-        step = torch.ldexp(torch.ones_like(largest), shift).view(-1, 1, 1)
-        # A multiplication by a power of two and a floor: exact, unlike a rounding division.
+        step = _power_of_two(shift).view(-1, 1, 1)
+        # Dividing by a power of two is exact, and so is a floor, unlike a division that rounds.
         middle = torch.floor(first / step + 0.5).clamp(-(2.0**MIDDLE_BITS), 2.0**MIDDLE_BITS)
         part = middle @ basis
         out.index_copy_(0, index, part.reshape(len(index), -1))
-        unit[index] = torch.ldexp(torch.ones_like(largest), shift - 2 * BASIS_BITS)
+        unit[index] = _power_of_two(shift - 2 * BASIS_BITS)
     return out, unit

@@ -126,7 +126,7 @@ class ChunkLayout:
         return out
 
     def extract(self, segment: Segment, chunks: Tensor) -> Tensor:
-        """The parameter-shaped tensor that lies in `chunks` [all chunks, 64 * 64]; a copy."""
+        """The parameter-shaped tensor that lies in `chunks` [all chunks, 64 * 64]; it may share their memory."""
         block = chunks[segment.start : segment.end]
         if segment.is_vector:
             return block.reshape(-1)[: segment.columns].reshape(segment.spec.shape)

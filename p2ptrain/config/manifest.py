@@ -125,7 +125,7 @@ class OptimizerConfig(_Table, frozen=True, kw_only=True):
     """Learning rate at the end over its peak."""
     rms_beta: Annotated[float, Meta(ge=0, lt=1)] = 0.95
     """Decay of the second moment of direction `rms`."""
-    rms_epsilon: Annotated[float, Meta(gt=0, le=1)] = 1e-8
+    rms_epsilon: Annotated[float, Meta(ge=1e-30, le=1)] = 1e-8
     """Added to the root of that second moment."""
     matrix: GroupConfig = GroupConfig()
     """Hidden matrices."""

@@ -59,14 +59,15 @@ class DeMo(torch.optim.Optimizer):
     """See the module docstring.
 
     Args:
-        params: parameters or groups; a group may override every keyword below.
+        params: parameters or groups; a group may override `lr`, `weight_decay`, `transform`, `direction`, `topk` and
+            `reply_topk`, and set a `learning_rate_scale` (default 1).
         lr: size of a step of direction `sign`.
         beta: momentum decay a round. One value for all groups: the momentum is one tensor.
         weight_decay: decoupled, times lr.
         transform: "dct" or "none".
         direction: see `directions.DIRECTIONS`.
         topk: coefficients sent per chunk of 4096.
-        reply_topk: coefficients kept per chunk of a reply; None: all.
+        reply_topk: coefficients kept per chunk of a reply; None: all. A lone step that is not exact keeps all.
         value_bits: 1, 2, or 32 for unquantised values.
         exact: integer decode (the same bits on every device), else float.
     """
@@ -103,7 +104,8 @@ class DeMo(torch.optim.Optimizer):
         specs: list[ParameterSpec] = []
         treatments: dict[str, Treatment] = {}
         self._params: list[Tensor] = []
-        self._groups: list[dict[str, Any]] = []
+        #: by parameter: the number of its group; the groups themselves are replaced by `load_state_dict`
+        self._group_of: list[int] = []
         for number, group in enumerate(self.param_groups):
             treatments[f"group{number}"] = Treatment(
                 transform=group["transform"],
@@ -116,7 +118,7 @@ class DeMo(torch.optim.Optimizer):
                 name = f"{len(specs)}"
                 specs.append(ParameterSpec(name, tuple(parameter.shape), f"group{number}"))  # type: ignore[arg-type]
                 self._params.append(parameter)
-                self._groups.append(group)
+                self._group_of.append(number)
         self.layout = ChunkLayout(specs, treatments)
         device = self._params[0].device
         self.momentum = torch.zeros(self.layout.chunks, CHUNK_SIZE, device=device)
@@ -186,15 +188,22 @@ class DeMo(torch.optim.Optimizer):
             update = integers.mul_((unit * scale).unsqueeze(1))
         else:
             update = dct.decode_float(self.layout, values)
-        for segment, parameter, group, direction in zip(
-            self.layout.segments, self._params, self._groups, self._directions, strict=True
+        all_live = bool(live.all())
+        for segment, parameter, number, direction in zip(
+            self.layout.segments, self._params, self._group_of, self._directions, strict=True
         ):
+            group = self.param_groups[number]
             rate = group["lr"] if learning_rate is None else learning_rate
             rate *= group["learning_rate_scale"]
             piece = slice(segment.start, segment.end)
             step = direction.step(update[piece], live[piece])
             # Decay and step apart, each rounded on its own: a fused multiply-add would differ between devices.
-            parameter.mul_(1 - rate * group["weight_decay"])
+            decay = 1 - rate * group["weight_decay"]
+            if all_live:
+                parameter.mul_(decay)
+            else:
+                by_chunk = torch.where(live, decay, 1.0).unsqueeze(1).expand(-1, CHUNK_SIZE)
+                parameter.mul_(self.layout.extract(segment, by_chunk))
             update[piece] = step
             shaped = self.layout.extract(segment, update)
             parameter.sub_(shaped.mul_(rate))
@@ -228,6 +237,29 @@ class DeMo(torch.optim.Optimizer):
         decays = self._decays - settled.pending.decays
         self._add(settled.pending.sent, -settled.returned * np.float32(self.beta**decays))
         return settled.pending
+
+    @torch.no_grad()
+    def restore_sent(self, sent: Coefficients, decays: int) -> Pending:
+        """After a crash: account for what was sent after the momentum at hand was saved.
+
+        Of an entry that was sent only the rounding stayed behind: it is zeroed. What was gathered in between is lost.
+
+        Args:
+            decays: of the momentum, at the time of sending.
+        """
+        self.momentum.mul_(self.beta ** max(0, decays - self._decays))
+        self._decays = max(decays, self._decays)
+        self.momentum[torch.from_numpy(sent.chunk), torch.from_numpy(sent.index)] = 0
+        return Pending(sent, decays)
+
+    @property
+    def decays(self) -> int:
+        """How many decays the momentum has been through."""
+        return self._decays
+
+    @decays.setter
+    def decays(self, decays: int) -> None:
+        self._decays = decays
 
     def give_back(self, pending: Pending) -> None:
         """Return all of a contribution that no seal can include any more."""

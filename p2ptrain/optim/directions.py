@@ -1,18 +1,29 @@
 """From a decoded update to a step of about unit size: the direction.
 
 To add one: write a class with `exact`, `step` and, if it keeps replicated state, `state`, and list it in `DIRECTIONS`.
-An exact direction uses only elementwise IEEE operations (add, multiply, divide, square root, each rounded on its own),
-so every device takes the same step to the bit. One that cannot be exact says so, and roots hold replicas together.
+An exact direction uses only elementwise IEEE operations (add, multiply, divide, `correctly_rounded_root`, each rounded
+on its own), so every device takes the same step to the bit. One that cannot be exact says so, and roots hold replicas
+together.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from p2ptrain.compression.layout import CHUNK_SIZE, ChunkLayout, Segment
+
+
+def correctly_rounded_root(x: Tensor) -> Tensor:
+    """Square root of float32, as IEEE 754 rounds it.
+
+    Torch's own is not on a CPU: it goes through MKL's vector library, which errs by a unit in the last place and, in a
+    race at its first call, by far more (pytorch issues 31250 and 188792). NumPy's and CUDA's are.
+    """
+    return torch.from_numpy(np.sqrt(x.numpy())) if x.device.type == "cpu" else x.sqrt()
 
 
 class Direction(Protocol):
@@ -73,7 +84,7 @@ class Rms:
         self._moment = torch.where(live, moment, self._moment)
         self._decayed = torch.where(live, self._decayed * self._beta, self._decayed)
         corrected = self._moment / (1 - self._decayed).clamp(min=1e-6)
-        return update / (corrected.sqrt() + self._epsilon)
+        return update / (correctly_rounded_root(corrected) + self._epsilon)
 
     def state(self) -> dict[str, Tensor]:
         return {"moment": self._moment, "decayed": self._decayed}

@@ -27,7 +27,6 @@ from p2ptrain.averaging.driver import DriverParts, RoundDriver, TrainerMessage
 from p2ptrain.averaging.events import ContributionReady
 from p2ptrain.averaging.machine import RoundMachine, RoundRules
 from p2ptrain.averaging.messages import Traffic
-from p2ptrain.compression.selftest import check as check_decoding
 from p2ptrain.config.home import Home
 from p2ptrain.config.manifest import Manifest, open_manifest, sign_manifest
 from p2ptrain.config.node import NodeSettings
@@ -46,6 +45,7 @@ from p2ptrain.swarm.thread import NetworkThread
 from p2ptrain.training import joining
 from p2ptrain.training.progress import Display
 from p2ptrain.training.replica import Replica
+from p2ptrain.training.selftest import check as check_decoding
 from p2ptrain.training.trainer import Trainer
 
 DEFAULT_UPLINK_KBIT = 10_000

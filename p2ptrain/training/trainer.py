@@ -294,14 +294,21 @@ class Trainer:
         offsets = sequence_offsets(self._nonce, self._peer_id, self._sequences_read, count, len(self._tokens), context)
         batch = np.stack([self._tokens[offset : offset + context + 1] for offset in offsets]).astype(np.int64)
         loss = self.replica.model.loss(torch.from_numpy(batch).to(self._device))
-        loss.backward()
         self._sequences_read += count
+        nats = loss.item()
+        if not math.isfinite(nats):
+            # One such gradient would be sent as the largest value there is.
+            _logger.warning("a loss that is not finite: the micro-batch is left out")
+            return
+        loss.backward()
         self._sequences += count
         self._micro_batches += 1
-        self._loss_sum += loss.item()
+        self._loss_sum += nats
 
     def _contribute(self, start: StartRound, swarm: Swarm) -> None:
         """Gradients into the momentum, the largest of it out as a contribution."""
+        if not self._micro_batches:
+            return
         began = time.monotonic()
         optimizer = self.replica.optimizer
         for parameter in self.replica.model.parameters():

@@ -79,7 +79,8 @@ class Peer:
         self.name, self.home = name, swarm.folder / name
         self.log = swarm.folder / f"{name}-{len(swarm.peers)}.log"
         self._err: IO[str] = self.log.open("w")
-        environment = {**os.environ, "P2PTRAIN_FAILPOINT": failpoint, "OMP_NUM_THREADS": "1"}
+        self._trigger = swarm.folder / f"{name}-dies"
+        environment = {**os.environ, "P2PTRAIN_FAILPOINT": f"{failpoint}@{self._trigger}", "OMP_NUM_THREADS": "1"}
         flags = ["--home", str(self.home), "--name", name, "--host", "127.0.0.1", "--threads", "1", "-v"]
         self.process = subprocess.Popen(
             [*P2PTRAIN, *command, *flags, "--log-format", "json"],
@@ -133,6 +134,12 @@ class Peer:
         self.process.wait()
         return time.time()
 
+    def dies_at_failpoint(self, seconds: float = 60.0) -> float:
+        """Arm its failpoint and wait until it has died there; returns when, in Unix seconds."""
+        self._trigger.touch()
+        assert self.process.wait(seconds) == -signal.SIGKILL, self.tail()
+        return time.time()
+
     def ended(self, seconds: float = 120.0) -> None:
         """Wait for its own end, which must be a good one."""
         assert self.process.wait(seconds) == 0, self.tail()
@@ -156,10 +163,15 @@ class Peer:
 class Observer:
     """`p2ptrain inspect --watch --format json`: what it printed last."""
 
-    def __init__(self, address: str) -> None:
-        self.process = subprocess.Popen(
-            [*P2PTRAIN, "inspect", address, "--watch", "--format", "json"], stdout=subprocess.PIPE, text=True
-        )
+    def __init__(self, address: str, log: Path) -> None:
+        self._log = log
+        with log.open("w") as errors:
+            self.process = subprocess.Popen(
+                [*P2PTRAIN, "inspect", address, "--watch", "--format", "json", "-v"],
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
         self._latest: dict[str, Any] | None = None
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -175,12 +187,15 @@ class Observer:
         def matching() -> dict[str, Any] | None:
             latest = self._latest
             if latest is None:
-                assert self.process.poll() is None, "inspect ended"
+                assert self.process.poll() is None, f"inspect ended:\n{self._log.read_text()}"
                 return None
             found = {peer["name"]: peer["state"] for peer in latest["peers"]}
             return latest if states.items() <= found.items() else None
 
-        return eventually(matching, seconds, f"inspect shows {states}; it shows {self._latest}")
+        try:
+            return eventually(matching, seconds, "")
+        except AssertionError as error:
+            raise AssertionError(f"inspect shows {states}: {self._latest}\n{self._log.read_text()}") from error
 
     def close(self) -> None:
         """End it as Ctrl-C does."""
@@ -229,7 +244,7 @@ class Swarm:
 
     def watch(self, address: str) -> Observer:
         """Have somebody look on from now on."""
-        self.observers.append(Observer(address))
+        self.observers.append(Observer(address, self.folder / f"observer-{len(self.observers)}.log"))
         return self.observers[-1]
 
     def close(self) -> None:

@@ -89,9 +89,7 @@ def test_matrix_chunks_are_transformed_as_scipy_does() -> None:
 def test_vectors_are_transformed_in_segments_of_64() -> None:
     real = np.random.default_rng(0).standard_normal((2, SIDE, SIDE))
     ours = dct.encode(layout_of(0, 2), torch.from_numpy(real).float().view(2, -1))
-    np.testing.assert_allclose(
-        ours.numpy(), scipy.fft.dct(real, axis=2, norm="ortho").reshape(2, -1), atol=1e-5
-    )
+    np.testing.assert_allclose(ours.numpy(), scipy.fft.dct(real, axis=2, norm="ortho").reshape(2, -1), atol=1e-5)
 
 
 def test_a_kind_without_transform_is_left_alone() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from typing import Any
 
@@ -57,7 +58,7 @@ def assert_same_parameters(one: DeMo, other: DeMo) -> None:
 
 def ranges(optimizer: DeMo, parts: int) -> list[tuple[int, int]]:
     edges = np.linspace(0, optimizer.layout.chunks, parts + 1).astype(int).tolist()
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise(edges))
 
 
 def exchange(

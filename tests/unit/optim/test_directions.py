@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from p2ptrain.compression.layout import CHUNK_SIZE, ChunkLayout, ParameterSpec, Treatment
-from p2ptrain.optim.directions import DIRECTIONS, Direction
+from p2ptrain.optim.directions import DIRECTIONS, Direction, correctly_rounded_root
 
 CPU = torch.device("cpu")
 BETA, EPSILON = 0.9, 1e-8
@@ -49,6 +49,26 @@ def test_rms_divides_by_the_root_of_the_corrected_second_moment() -> None:
         moment = BETA * moment + (1 - BETA) * values**2
         expected = values / (np.sqrt(moment / (1 - BETA**step)) + EPSILON)
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_an_rms_step_is_numpys_to_the_bit() -> None:
+    rms, _ = direction("rms")
+    one, moment, decayed = np.float32, np.zeros((2, CHUNK_SIZE), np.float32), np.float32(1)
+    for step in range(1, 5):
+        values = update(step).numpy()
+        moment = moment * one(BETA) + values * values * one(1 - BETA)
+        decayed = decayed * one(BETA)
+        expected = values / (np.sqrt(moment / (one(1) - decayed)) + one(EPSILON))
+        assert np.array_equal(rms.step(update(step), all_live()).numpy(), expected)
+
+
+def test_roots_are_rounded_as_ieee_says() -> None:
+    rng = np.random.default_rng(0)
+    values = (rng.random(1 << 16) * np.exp2(rng.integers(-120, 120, 1 << 16))).astype(np.float32)
+    values[:1000] = np.arange(1000) * np.float32(2.0**-149)
+    # The root in long double is so much finer that rounding it once more changes nothing.
+    expected = np.sqrt(values.astype(np.longdouble)).astype(np.float32)
+    assert np.array_equal(correctly_rounded_root(torch.from_numpy(values)).numpy(), expected)
 
 
 def test_the_first_rms_step_is_the_sign() -> None:
