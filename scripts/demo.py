@@ -172,10 +172,9 @@ def show(summary: dict[str, Any], peers: list[Peer]) -> None:
     table.add_row("fp16 all-reduce (ring)", f"{dense:,.0f}", f"{dense:,.0f}")
     table.add_row("ratio", f"1 : {dense / max(sent, 1):.0f}", f"1 : {dense / max(received, 1):.0f}")
     console.print(table)
-    table = Table("replica", "state id", "sha256 of the parameters", box=None, pad_edge=False)
+    console.print("replica  state id          sha256 of the parameters")
     for peer, state, sha in zip(peers, summary["state_ids"], summary["parameters_sha256"], strict=True):
-        table.add_row(peer.name, state[:16], sha)
-    console.print(table, soft_wrap=True)
+        console.print(f"{peer.name:<8} {state[:16]}  {sha}", soft_wrap=True)
 
 
 def main() -> None:

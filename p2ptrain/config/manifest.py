@@ -98,14 +98,14 @@ class GroupConfig(_Table, frozen=True, kw_only=True):
     """From update to step: `sign`, `rms` (as in Adam), or `muon` (for matrices; not exact across devices)."""
     learning_rate_scale: Annotated[float, Meta(gt=0, le=1000)] = 1.0
     """Factor on `optimizer.learning_rate`."""
-    topk: Topk = 64
+    topk: Topk = 32
     """Coefficients sent per chunk of 4096."""
-    reply_topk: Topk = 128
+    reply_topk: Topk = 32
     """Coefficients a reducer keeps per chunk, at most."""
 
 
 # Few entries of these matter in a round, and sign treats all alike: it costs 0.2 bits a byte on the small model.
-_ENDS = GroupConfig(transform="none", direction="rms", learning_rate_scale=3.0, topk=256, reply_topk=512)
+_ENDS = GroupConfig(transform="none", direction="rms", learning_rate_scale=16.0)
 
 
 class OptimizerConfig(_Table, frozen=True, kw_only=True):
