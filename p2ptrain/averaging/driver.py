@@ -11,11 +11,13 @@ import asyncio
 import logging
 import queue
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections import deque
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 
 from p2ptrain.averaging import chain
-from p2ptrain.averaging.chain import ChainState, SealError
+from p2ptrain.averaging.catching_up import CatchingUp, Restore
+from p2ptrain.averaging.chain import ChainState
 from p2ptrain.averaging.client import Client
 from p2ptrain.averaging.events import (
     Apply,
@@ -28,7 +30,6 @@ from p2ptrain.averaging.events import (
     JoinReceived,
     Key,
     Note,
-    PeerLeft,
     PublishSeal,
     Reduce,
     Reply,
@@ -36,38 +37,28 @@ from p2ptrain.averaging.events import (
     Resync,
     Rollback,
     RootComputed,
-    RoundsFetched,
-    SealedRound,
-    SealHeard,
     SendContribution,
     SendJoin,
     StartRound,
     Synced,
     Tick,
-    TipHeard,
 )
 from p2ptrain.averaging.failpoints import failpoint
 from p2ptrain.averaging.machine import RoundMachine
 from p2ptrain.averaging.messages import (
-    LOCATOR_MAX,
     NAMESPACE,
-    ROUNDS_MAX,
-    SNAPSHOTS_MAX,
     CallError,
     ContributionHeader,
     JoinRequest,
-    News,
     RefusedError,
-    SnapshotOffer,
     Tip,
     Traffic,
     Welcome,
 )
+from p2ptrain.averaging.news import RETRY_SECONDS, NewsFeed
 from p2ptrain.averaging.reduce import reduce_part
 from p2ptrain.averaging.sealed import (
     SealedRoundError,
-    check_continues,
-    decode_sealed,
     make_reply,
     reply_digest,
 )
@@ -77,47 +68,19 @@ from p2ptrain.compression.layout import ChunkLayout
 from p2ptrain.config.manifest import PROTOCOL_VERSION, Manifest
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import OwnEntry, OwnLog
-from p2ptrain.state.snapshot import PIECE_BYTES, SnapshotFile, SnapshotStore, piece_hashes
+from p2ptrain.state.snapshot import SnapshotStore
 from p2ptrain.state.tensors import TensorFileError
-from p2ptrain.swarm.identity import format_peer_id, verify
+from p2ptrain.swarm.identity import format_peer_id
 from p2ptrain.swarm.node import SwarmNode
 
-FOLLOWERS_MAX = 256
-FOLLOWED_MAX = 64
-NEWS_EVERY_SECONDS = 1.0
-ROUNDS_ANSWER_BYTES = 64 * 1024 * 1024
-"""Sealed rounds in one answer stop here, after at least one."""
-SYNC_BYTES = 1024 * 1024 * 1024
-"""Rounds held in memory while switching to another chain."""
 _GOODBYE_SECONDS = 3.0
-_RETRY_SECONDS = (0.25, 0.5, 1.0, 2.0)
 _TRANSIENT = ("foreign", "too early", "too many calls at once")
 """Reasons of a reducer that may pass: it has not seen the last seal yet."""
 
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Restore:
-    """For the trainer: go to a snapshot, or the run's beginning, and apply these rounds from there."""
-
-    snapshot: SnapshotFile | None
-    chain: ChainState
-    rounds: tuple[SealedRound, ...]
-
-
 TrainerMessage = StartRound | Apply | Rollback | Restore
-
-
-@dataclass(frozen=True, slots=True)
-class OpenSnapshot:
-    """A snapshot being handed out."""
-
-    hashes: list[bytes]
-    data: bytes
-
-    def piece(self, number: int) -> bytes:
-        return self.data[number * PIECE_BYTES : (number + 1) * PIECE_BYTES]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,32 +111,34 @@ class RoundDriver:
         self._p = parts
         self.machine = parts.machine
         self._client = Client(parts.node, parts.traffic, parts.run_id)
+        self.feed = NewsFeed(self._client, lambda: self.tip, self.dispatch)
+        self.catching_up = CatchingUp(
+            self._client,
+            parts.layout,
+            parts.journal,
+            parts.snapshots,
+            parts.manifest.round.root_interval,
+            parts.snapshot_max_bytes,
+            parts.snapshot_chain,
+            parts.sync_progress,
+        )
+        #: effects not performed yet
+        self._effects: deque[Effect] = deque()
         self._me = parts.node.peer_id
         self._tasks: set[asyncio.Task[None]] = set()
         #: deliveries under way -> their round
         self._deliveries: dict[asyncio.Task[None], int] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = 0.0
-        #: where others said they stand
-        self.tips: dict[bytes, Tip] = {}
         #: calls by which our replies are being handed out
         self.handing_out: set[asyncio.Future[None]] = set()
         #: replies frozen here: waiters by round and part
         self._reply_waiters: dict[tuple[Key, int], asyncio.Future[Reply]] = {}
-        self._followers: dict[bytes, asyncio.Queue[News | None]] = {}
-        self._followed: dict[bytes, asyncio.Task[None]] = {}
-        #: round -> root that a seal of our chain names
-        self._sealed_roots: dict[int, bytes] = {}
-        self._round_started = time.monotonic()
         self._traffic_mark = (0, 0)
         #: bytes (sent, received) during the last round
         self.last_round_bytes = (0, 0)
         self.syncing = False
         self.leaving = False
-        #: seconds between the last two seals applied
-        self.last_round_seconds = 0.0
-        for number in range(parts.journal.first, parts.journal.last + 1):
-            self._note_root(parts.journal.read(number))
 
     async def start(self) -> None:
         """Answer calls, and begin at the chain state that the machine was given."""
@@ -183,15 +148,12 @@ class RoundDriver:
     async def stop(self) -> None:
         """Say goodbye to all who follow us, and end everything."""
         self.leaving = True
-        for news in self._followers.values():
-            news.put_nowait(News(self.tip, None, True))
-            news.put_nowait(None)
         if self._timer is not None:
             self._timer.cancel()
         if self.handing_out:
             await asyncio.wait(self.handing_out, timeout=_GOODBYE_SECONDS)
-        await asyncio.sleep(0.2 if self._followers else 0)
-        tasks = [*self._tasks, *self._deliveries, *self._followed.values()]
+        await self.feed.close()
+        tasks = [*self._tasks, *self._deliveries]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -227,8 +189,14 @@ class RoundDriver:
             self._do(self.machine.handle(event, time.monotonic()))
 
     def _do(self, effects: list[Effect]) -> None:
-        for effect in effects:
-            self._perform(effect)
+        # Performing one may have the machine hear of something, and ask for more: in order, after these.
+        underway = bool(self._effects)
+        self._effects += effects
+        if underway:
+            return
+        while self._effects:
+            self._perform(self._effects[0])
+            self._effects.popleft()
         self._set_timer()
 
     def _perform(self, effect: Effect) -> None:
@@ -245,7 +213,7 @@ class RoundDriver:
             case Reduce():
                 self._spawn(self._reduce(effect))
             case PublishSeal():
-                self._tell(News(self.tip, effect.sealed.signed, False))
+                self.feed.tell(effect.sealed.signed)
             case Apply():
                 self._apply(effect)
             case Rollback():
@@ -263,24 +231,15 @@ class RoundDriver:
 
     def _apply(self, effect: Apply) -> None:
         self._p.journal.append(effect.sealed)
-        self._note_root(effect.sealed)
+        self.catching_up.note_root(effect.sealed)
         self._end_rounds_before(effect.state.round + 1)
-        now = time.monotonic()
-        self.last_round_seconds, self._round_started = now - self._round_started, now
         sent, received = self._p.traffic.sent, self._p.traffic.received
         self.last_round_bytes = (sent - self._traffic_mark[0], received - self._traffic_mark[1])
         self._traffic_mark = (sent, received)
         self._p.inbox.put(effect)
         if effect.sealed.seal.sealer != self._me:
-            self._tell(News(self.tip, None, False))
+            self.feed.tell(None)
         self.follow_members()
-
-    def _note_root(self, sealed: SealedRound) -> None:
-        if sealed.seal.root:
-            interval = self._p.manifest.round.root_interval
-            self._sealed_roots[(sealed.seal.round - 1) // interval * interval] = sealed.seal.root
-            for old in sorted(self._sealed_roots)[:-SNAPSHOTS_MAX]:
-                del self._sealed_roots[old]
 
     def _set_timer(self) -> None:
         if self._timer is not None:
@@ -355,7 +314,7 @@ class RoundDriver:
                     return
             except (CallError, SealedRoundError) as error:
                 _logger.debug("contribution to %s: %s", format_peer_id(effect.reducer)[-8:], error)
-            await asyncio.sleep(_RETRY_SECONDS[min(attempt, len(_RETRY_SECONDS) - 1)])
+            await asyncio.sleep(RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)])
             attempt += 1
 
     async def _reduce(self, effect: Reduce) -> None:
@@ -437,7 +396,7 @@ class RoundDriver:
         if refusal is not None:
             return refusal
         failpoint("join_received")
-        self.follow(peer)
+        self.feed.follow(peer)
         self.dispatch(JoinReceived(peer, wanted.row))
         return ""
 
@@ -489,144 +448,20 @@ class RoundDriver:
 
     def hear_tip(self, peer: bytes, tip: Tip) -> None:
         """A peer said where it stands."""
-        self.follow(peer)
-        self._hear_tip(peer, tip)
-
-    def _hear_tip(self, peer: bytes, tip: Tip) -> None:
-        self.tips.pop(peer, None)
-        self.tips[peer] = tip
-        while len(self.tips) > FOLLOWERS_MAX:
-            del self.tips[next(iter(self.tips))]
-        self.dispatch(TipHeard(peer, tip.round, tip.id, tip.total))
-
-    def refuse_follower(self, peer: bytes) -> str | None:
-        """Why a peer may not follow, or None."""
-        if peer not in self._followers and len(self._followers) >= FOLLOWERS_MAX:
-            return "too many follow this peer already"
-        return None
-
-    async def news(self, peer: bytes) -> AsyncIterator[News]:
-        """What a follower hears until it hangs up, follows anew, or we leave."""
-        previous = self._followers.pop(peer, None)
-        if previous is not None:
-            previous.put_nowait(None)
-        news: asyncio.Queue[News | None] = asyncio.Queue()
-        self._followers[peer] = news
-        try:
-            yield News(self.tip, None, False)
-            while True:
-                try:
-                    async with asyncio.timeout(NEWS_EVERY_SECONDS):
-                        item = await news.get()
-                except TimeoutError:
-                    item = News(self.tip, None, self.leaving)
-                if item is None:
-                    return
-                yield item
-        finally:
-            self.tips.pop(peer, None)
-            if self._followers.get(peer) is news:
-                del self._followers[peer]
-
-    def _tell(self, news: News) -> None:
-        for follower in self._followers.values():
-            # A follower that does not read is one that will ask for rounds later.
-            if follower.qsize() < ROUNDS_MAX:
-                follower.put_nowait(news)
-
-    def offer_rounds(self, locator: tuple[bytes, ...]) -> tuple[bytes, list[bytes], Tip, tuple[SnapshotOffer, ...]]:
-        """(ancestor, encoded rounds after it, our tip, snapshots to start from instead). Any thread."""
-        journal, snapshots = self._p.journal, self._offers()
-        for identifier in locator:
-            position = journal.position(identifier)
-            if position is None:
-                continue
-            rounds: list[bytes] = []
-            try:
-                for _, encoded in journal.after(position):
-                    rounds.append(encoded)
-                    if len(rounds) >= ROUNDS_MAX or sum(map(len, rounds)) > ROUNDS_ANSWER_BYTES:
-                        break
-            except FileNotFoundError:
-                break  # rolled back or pruned meanwhile
-            return identifier, rounds, self.tip, snapshots
-        return b"", [], self.tip, snapshots
-
-    def _offers(self) -> tuple[SnapshotOffer, ...]:
-        """Our snapshots whose root is sealed, newest first."""
-        found = self._sealed_snapshots()
-        return tuple(SnapshotOffer(s.round, s.id, s.root, s.path.stat().st_size) for s in found)
-
-    def _sealed_snapshots(self) -> list[SnapshotFile]:
-        return [s for s in self._p.snapshots.all() if self._sealed_roots.get(s.round) == s.root]
-
-    def open_snapshot(self, identifier: bytes) -> OpenSnapshot | None:
-        """One of our snapshots, read from disk. Any thread."""
-        found = self._p.snapshots.find(identifier)
-        try:
-            data = found.read() if found else None
-        except FileNotFoundError:
-            data = None
-        return OpenSnapshot(piece_hashes(data), data) if data is not None else None
+        self.feed.follow(peer)
+        self.feed.hear_tip(peer, tip)
 
     def packed_corpus(self) -> bytes | None:
         """The corpus to hand out. Any thread."""
         return self._p.packed_corpus()
 
-    # ---- following others -------------------------------------------------------------------------------------
-
-    def follow(self, peer: bytes) -> None:
-        """Keep hearing news of `peer` for as long as it gives any."""
-        if peer == self._me or peer in self._followed or len(self._followed) >= FOLLOWED_MAX or self.leaving:
-            return
-        task = asyncio.create_task(self._hear_news(peer))
-        self._followed[peer] = task
-        task.add_done_callback(lambda _: self._followed.pop(peer, None))
-        task.add_done_callback(_report)
+    # ---- others -----------------------------------------------------------------------------------------------
 
     def follow_members(self) -> None:
         """Follow every member of this round and the next."""
         shape = self.machine.shape
         for member in (*(shape.members if shape else ()), *self.machine.head.following):
-            self.follow(member.peer_id)
-
-    async def _hear_news(self, peer: bytes) -> None:
-        """Listen to one peer; ends after it has been silent for a while, and whoever hears of it begins anew."""
-        failures = 0
-        while failures < 4:
-            try:
-                async for news in self._client.follow(peer, self.tip):
-                    failures = 0
-                    self._take_news(peer, news)
-                    if news.leaving:
-                        return
-            except RefusedError as error:
-                _logger.debug("%s cannot be followed: %s", format_peer_id(peer)[-8:], error)
-                return
-            except CallError as error:
-                _logger.debug("no news of %s: %s", format_peer_id(peer)[-8:], error)
-            failures += 1
-            await asyncio.sleep(_RETRY_SECONDS[min(failures, len(_RETRY_SECONDS)) - 1])
-            await self._try_to_connect(peer)
-
-    async def _try_to_connect(self, peer: bytes) -> None:
-        try:
-            await self._p.node.connect(peer, timeout_seconds=3.0)
-        except Exception as error:
-            _logger.debug("no connection to %s: %s", format_peer_id(peer)[-8:], error)
-
-    def _take_news(self, peer: bytes, news: News) -> None:
-        if news.seal is not None:
-            try:
-                identifier, seal = chain.open_seal(news.seal, verify)
-            except SealError as error:
-                _logger.info("%s sent a bad seal: %s", format_peer_id(peer)[-8:], error)
-                return
-            self.dispatch(SealHeard(identifier, seal, news.seal, peer))
-        self._hear_tip(peer, news.tip)
-        if news.leaving:
-            self.tips.pop(peer, None)
-            self.dispatch(PeerLeft(peer))
+            self.feed.follow(member.peer_id)
 
     async def _ask_to_join(self, sealer: bytes) -> None:
         try:
@@ -635,128 +470,36 @@ class RoundDriver:
             _logger.warning("not admitted: %s", error)
         except CallError as error:
             _logger.debug("could not ask %s to admit us: %s", format_peer_id(sealer)[-8:], error)
-            await self._try_to_connect(sealer)
-
-    # ---- catching up ------------------------------------------------------------------------------------------
-
-    def _round_max_bytes(self) -> int:
-        layout = self._p.layout
-        return chain.SEAL_MAX_BYTES + wire.reply_max_bytes(layout.reply_topk, 0, layout.chunks, chain.MEMBERS_MAX) * 2
+            await self.feed.connect(sealer)
 
     async def _fetch(self, effect: FetchRounds) -> None:
         """Rounds that continue our head, or its parent, from one donor."""
-        donor = effect.donor
+        machine, donor = self.machine, effect.donor
         try:
-            header, encoded = await self._client.rounds(donor, tuple(effect.locator), self._round_max_bytes())
-            behind = header.tip.round - self.machine.head.round
-            far = behind > 2 * self._p.manifest.round.root_interval
-            if not header.ancestor or (far and any(s.round > self.machine.head.round for s in header.snapshots)):
-                # From far behind, a snapshot is less to fetch and to compute than all the rounds.
-                self.dispatch(RoundsFetched(donor, None, ()))
-                return
-            rounds = await asyncio.to_thread(self._decode_all, encoded)
-            state = self.machine.known_state(header.ancestor)
-            if state is not None:
-                await asyncio.to_thread(self._check_chain, state, rounds)
-            self.dispatch(RoundsFetched(donor, header.ancestor, rounds))
+            fetched = await self.catching_up.fetch(
+                donor, tuple(effect.locator), machine.head.round, machine.known_state
+            )
         except (CallError, SealedRoundError) as error:
             _logger.debug("no rounds from %s: %s", format_peer_id(donor)[-8:], error)
             self.dispatch(FetchFailed(donor))
-            await self._try_to_connect(donor)
-
-    def _decode_all(self, encoded: list[bytes]) -> tuple[SealedRound, ...]:
-        return tuple(decode_sealed(one, verify) for one in encoded)
-
-    def _check_chain(self, state: ChainState, rounds: tuple[SealedRound, ...]) -> ChainState:
-        """The chain after `rounds`. Raises SealedRoundError."""
-        for sealed in rounds:
-            state = check_continues(state, sealed, self._p.layout)
-        return state
+            await self.feed.connect(donor)
+        else:
+            self.dispatch(fetched)
 
     async def _resync(self, effect: Resync) -> None:
-        """Go over to a donor's chain, from a snapshot that both have, or one of the donor's."""
+        """Go over to a donor's chain: on disk first, then in the trainer's queue, then in the machine."""
         self.syncing = True
         try:
-            await self._change_chain(effect.donor)
+            restore, state = await self.catching_up.change_chain(effect.donor)
+            self.catching_up.adopt(restore)
+            self._p.inbox.put(restore)
+            self.dispatch(Synced(state))
+            self.follow_members()
         except (CallError, SealedRoundError, TensorFileError, OSError) as error:
             _logger.warning("could not fetch the state of %s: %s", format_peer_id(effect.donor)[-8:], error)
             self.dispatch(FetchFailed(effect.donor))
         finally:
             self.syncing = False
-
-    async def _change_chain(self, donor: bytes) -> None:
-        ours = {snapshot.id: snapshot for snapshot in self._sealed_snapshots()}
-        locator = (*list(ours)[: LOCATOR_MAX - 1], self._p.run_id)
-        header, encoded = await self._client.rounds(donor, locator, self._round_max_bytes())
-        base_round = ours[header.ancestor].round if header.ancestor in ours else 0
-        newest = max(header.snapshots, key=lambda s: s.round, default=None)
-        far = header.tip.round - base_round > 2 * self._p.manifest.round.root_interval
-        snapshot: SnapshotFile | None = None
-        if newest is not None and (not header.ancestor or far) and newest.id not in ours:
-            snapshot = await self._download(donor, newest)
-            header, encoded = await self._client.rounds(donor, (snapshot.id,), self._round_max_bytes())
-        elif header.ancestor:
-            snapshot = ours.get(header.ancestor)
-        else:
-            raise CallError("it has neither our history nor a snapshot to start from")
-        base = chain.genesis(self._p.run_id)
-        if snapshot is not None:
-            base = self._p.snapshot_chain(await asyncio.to_thread(snapshot.read))
-        rounds, state = await self._fetch_to_tip(donor, base, header.tip.round, encoded)
-        if snapshot is not None and newest is not None and snapshot.id == newest.id:
-            interval = self._p.manifest.round.root_interval
-            sealed = {s.seal.root for s in rounds if (s.seal.round - 1) // interval * interval == snapshot.round}
-            if snapshot.root not in sealed:
-                snapshot.path.unlink(missing_ok=True)
-                raise CallError("the root of its snapshot is not sealed")
-        self._switch(Restore(snapshot, base, rounds), state)
-
-    async def _download(self, donor: bytes, offer: SnapshotOffer) -> SnapshotFile:
-        if offer.length > self._p.snapshot_max_bytes:
-            raise CallError(f"a snapshot of {offer.length} bytes, at most {self._p.snapshot_max_bytes} are possible")
-
-        def progress(done: int, total: int) -> None:
-            self._p.sync_progress("snapshot", done, total)
-
-        data = await self._client.snapshot(donor, offer.id, offer.length, offer.root, progress)
-        state = await asyncio.to_thread(self._p.snapshot_chain, data)
-        if (state.round, state.id) != (offer.round, offer.id):
-            raise CallError("the snapshot stands elsewhere than announced")
-        return await asyncio.to_thread(self._p.snapshots.save, state.round, state.id, data)
-
-    async def _fetch_to_tip(
-        self, donor: bytes, base: ChainState, tip_round: int, encoded: list[bytes]
-    ) -> tuple[tuple[SealedRound, ...], ChainState]:
-        """All rounds from `base` on, checked, and the chain after them."""
-        rounds: list[SealedRound] = []
-        state, size = base, 0
-        while encoded:
-            batch = await asyncio.to_thread(self._decode_all, encoded)
-            state = await asyncio.to_thread(self._check_chain, state, batch)
-            rounds += batch
-            size += sum(map(len, encoded))
-            self._p.sync_progress("rounds", state.round, max(state.round, tip_round))
-            if size > SYNC_BYTES:
-                raise CallError("its rounds since the last snapshot are too long")
-            header, encoded = await self._client.rounds(donor, (state.id,), self._round_max_bytes())
-            if header.ancestor != state.id:
-                raise CallError("its chain changed meanwhile")
-        return tuple(rounds), state
-
-    def _switch(self, restore: Restore, state: ChainState) -> None:
-        """Make the fetched chain ours: on disk first, then in the trainer's queue, then in the machine."""
-        journal = self._p.journal
-        if journal.position(restore.chain.id) is not None:
-            journal.truncate(restore.chain.round)
-        else:
-            journal.restart_at(restore.chain.id)
-        self._p.snapshots.drop_after(restore.chain.round)
-        for sealed in restore.rounds:
-            journal.append(sealed)
-            self._note_root(sealed)
-        self._p.inbox.put(restore)
-        self.dispatch(Synced(state))
-        self.follow_members()
 
 
 def _report(task: asyncio.Task[None]) -> None:

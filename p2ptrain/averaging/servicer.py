@@ -137,11 +137,11 @@ class PeerServicer(ServicerBase):
         wanted = decode_message(request, Follow)
         refusal = self._driver.wrong_run(wanted.run_id)
         if refusal is None:
-            refusal = self._driver.refuse_follower(peer)
+            refusal = self._driver.feed.refusal(peer)
         yield self._traffic.message(Answer(refusal or ""))
         if refusal is None:
             self._driver.hear_tip(peer, wanted.tip)
-            async for news in self._driver.news(peer):
+            async for news in self._driver.feed.serve(peer):
                 yield self._traffic.message(news)
 
     async def _rounds(self, request: bytes) -> Frames:
@@ -150,8 +150,9 @@ class PeerServicer(ServicerBase):
         yield self._traffic.message(Answer(refusal or ""))
         if refusal is not None:
             return
-        ancestor, rounds, tip, snapshots = await asyncio.to_thread(self._driver.offer_rounds, wanted.locator)
-        yield self._traffic.message(RoundsHeader(ancestor, len(rounds), tip, snapshots))
+        offer = self._driver.catching_up.offer_rounds
+        ancestor, rounds, snapshots = await asyncio.to_thread(offer, wanted.locator)
+        yield self._traffic.message(RoundsHeader(ancestor, len(rounds), self._driver.tip, snapshots))
         for encoded in rounds:
             for frame in self._traffic.blob(encoded):
                 yield frame
@@ -159,7 +160,7 @@ class PeerServicer(ServicerBase):
     async def _snapshot(self, request: bytes) -> Frames:
         wanted = decode_message(request, SnapshotRequest)
         refusal = self._driver.wrong_run(wanted.run_id)
-        found = None if refusal else await asyncio.to_thread(self._driver.open_snapshot, wanted.id)
+        found = None if refusal else await asyncio.to_thread(self._driver.catching_up.open_snapshot, wanted.id)
         if refusal is None and found is None:
             refusal = "no such snapshot here any more"
         yield self._traffic.message(Answer(refusal or ""))

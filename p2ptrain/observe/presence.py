@@ -99,7 +99,7 @@ class Presence:
         status.members = len(members)
         status.role = "member" if machine.is_member else "learner"
         status.bytes_sent_per_round, status.bytes_received_per_round = self._driver.last_round_bytes
-        behind = max((tip.round for tip in self._driver.tips.values()), default=0) > machine.head.round + 1
+        behind = max((tip.round for tip in self._driver.feed.tips.values()), default=0) > machine.head.round + 1
         if self._driver.leaving:
             status.state = "leaving"
         elif self._finished():
@@ -126,4 +126,4 @@ class Presence:
         now = time.time()
         for peer, record in (await self._node.read_peers(self._run_id)).items():
             if peer != self._node.peer_id and record.last_seen_seconds(now) < FRESH_SECONDS and record.addresses:
-                self._driver.follow(peer)
+                self._driver.feed.follow(peer)

@@ -330,7 +330,7 @@ class PeerSession:
         deadline = time.monotonic() + FINISH_SECONDS
         last = trainer.replica.chain.round
         while time.monotonic() < deadline and not self._stopping:
-            if all(tip.round >= last for tip in list(driver.tips.values())):
+            if all(tip.round >= last for tip in list(driver.feed.tips.values())):
                 return
             time.sleep(0.1)
 

@@ -19,8 +19,9 @@ import torch
 from numpy.typing import NDArray
 
 from p2ptrain.averaging import chain
+from p2ptrain.averaging.catching_up import Restore
 from p2ptrain.averaging.chain import THROUGHPUT_MAX_MILLI, Row
-from p2ptrain.averaging.driver import Restore, TrainerMessage
+from p2ptrain.averaging.driver import TrainerMessage
 from p2ptrain.averaging.events import Apply, ContributionReady, Key, Rollback, SealedRound, StartRound
 from p2ptrain.compression import wire
 from p2ptrain.compression.layout import CHUNK_SIZE
