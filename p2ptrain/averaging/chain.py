@@ -286,8 +286,10 @@ def extend(state: ChainState, identifier: bytes, seal: Seal, chunks: int) -> Cha
             raise SealError("a solo seal includes its sealer alone")
     elif sealer is None:
         raise SealError("sealed by a stranger")
-    elif count > 1 and len(included - {sealer}) == 0:
+    elif count > 1 and included == {sealer}:
         raise SealError("a seal of its sealer alone must be a solo seal")
+    if not included and any(seal.parts):
+        raise SealError("a seal that includes nobody has replies")
     listed = {m.peer_id for m in state.following}
     newcomers = [join.peer_id for join in seal.joins]
     if len(set(newcomers)) != len(newcomers) or (not seal.solo and listed & set(newcomers)):
@@ -300,13 +302,20 @@ def extend(state: ChainState, identifier: bytes, seal: Seal, chunks: int) -> Cha
         following: tuple[Member, ...] = (alone,)
     else:
         now = state.following
-        absent = {m.peer_id: 0 if i in included else m.absent + 1 for i, m in enumerate(shape.members)}
-        rows = {m.peer_id: seal.rows[i] for i, m in enumerate(shape.members)}
+        rows = {m.peer_id: row for m, row in zip(shape.members, seal.rows, strict=True)}
         present = {shape.members[i].peer_id for i in included}
+        # A round of SKIPs alone, its reducers dead, says nothing about who is there.
+        missed = 1 if included else 0
+
+        def absences(m: Member) -> int:
+            if m.peer_id in present:
+                return 0
+            return m.absent + missed if m.peer_id in rows else m.absent
+
         following = tuple(
-            Member(m.peer_id, rows.get(m.peer_id, m.row), absent.get(m.peer_id, m.absent), m.peer_id in present)
+            Member(m.peer_id, rows.get(m.peer_id, m.row), absences(m), m.peer_id in present)
             for m in state.following
-            if absent.get(m.peer_id, m.absent) < ABSENCES_ALLOWED
+            if absences(m) < ABSENCES_ALLOWED
         )
     following += tuple(Member(j.peer_id, j.row, 0, False) for j in seal.joins if j.peer_id != seal.sealer)
     if len(following) > MEMBERS_MAX:

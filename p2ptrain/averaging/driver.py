@@ -122,6 +122,8 @@ class RoundDriver:
             parts.snapshot_chain,
             parts.sync_progress,
         )
+        #: the round started last
+        self._started: Key | None = None
         #: effects not performed yet
         self._effects: deque[Effect] = deque()
         self._me = parts.node.peer_id
@@ -168,7 +170,9 @@ class RoundDriver:
 
     def contribute(self, ready: ContributionReady, entry: OwnEntry) -> None:
         """The trainer's contribution to the round under way; dropped where it comes too late for it."""
-        if not self.machine.awaits(ready.key):
+        shape = self.machine.shape
+        ranges = tuple((part.start, part.end) for part in shape.parts) if shape else ()
+        if not self.machine.awaits(ready.key) or entry.ranges != ranges:
             return
         if self._p.own_log.find(ready.key) is None:
             self._p.own_log.write(entry)
@@ -202,6 +206,10 @@ class RoundDriver:
     def _perform(self, effect: Effect) -> None:
         match effect:
             case StartRound():
+                if self._started == effect.key:
+                    # On another branch now, where the same key has other parts.
+                    self._end_rounds_before(effect.key.round + 1)
+                self._started = effect.key
                 self._p.inbox.put(effect)
                 self._repeat_own(effect)
             case SendContribution():
@@ -306,7 +314,8 @@ class RoundDriver:
             try:
                 data = await self._client.contribute(effect.reducer, header, effect.payload, reply_max, reply_seconds)
                 reply = make_reply(data, self._p.layout, shape, effect.part)
-                self.dispatch(ReplyHeld(effect.key, effect.part, reply))
+                if self.machine.shape is shape:
+                    self.dispatch(ReplyHeld(effect.key, effect.part, reply))
                 return
             except RefusedError as error:
                 if str(error) not in _TRANSIENT:
@@ -333,8 +342,11 @@ class RoundDriver:
                 weight_cap_ratio=config.round.weight_cap_ratio,
             )
 
+        shape = self.machine.shape
         contributions = [c for c in effect.contributions if self._well_formed(effect.key.round, effect.part, *c[1:])]
         data = await asyncio.to_thread(work)
+        if self.machine.shape is not shape:
+            return  # the round is over, or its parts are others now
         reply = Reply(reply_digest(data), wire.reply_members(data, effect.members), data)
         waiter = self._reply_waiters.get((effect.key, effect.part))
         if waiter is None:

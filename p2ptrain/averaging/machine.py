@@ -50,6 +50,7 @@ from p2ptrain.averaging.events import (
 )
 
 JOINS_PENDING_MAX = 256
+PEERS_KNOWN_MAX = 2 * chain.MEMBERS_MAX
 FETCH_TIMEOUT_SECONDS = 20.0
 
 
@@ -68,6 +69,8 @@ class RoundRules:
     seal_timeout_seconds: float
     alone_after_seconds: float
     root_interval: int
+    last_round: int
+    """The run ends with it; 0: never."""
 
 
 class _Undo(NamedTuple):
@@ -102,6 +105,8 @@ class _Exchange:
     reducing: dict[int, _Part]
     #: when we sent our contribution or a weight-0 message in its stead
     sent_at: float | None = None
+    #: what we said of ourselves with it
+    row: Row | None = None
     #: the payloads sent were the trainer's
     contributed: bool = False
     #: part number -> reply that we hold
@@ -141,9 +146,9 @@ class RoundMachine:
         self._undo: _Undo | None = None
         self._exchange: _Exchange | None = None
         #: messages for the round after the one under way, and for rounds we have not reached
-        self._early: dict[tuple[Key, int, bytes], ContributionReceived] = {}
+        self._early: dict[tuple[Key, bytes], ContributionReceived] = {}
         #: seals that continue our head but lack a reply that we are fetching
-        self._waiting_seals: dict[bytes, SealHeard] = {}
+        self._waiting_seals: dict[bytes, tuple[SealHeard, float]] = {}
         self._joins: dict[bytes, Row] = {}
         #: peer id -> when it last gave a sign of life
         self._heard: dict[bytes, float] = {}
@@ -213,7 +218,8 @@ class RoundMachine:
             # Who follows and which parts there are is settled by seals we know; a part number beyond that is noise.
             if all(m.peer_id != peer_id for m in self.head.following):
                 return "not a member"
-            return "twice" if (key, part, peer_id) in self._early else None
+            # One message a peer, as nobody reduces two parts.
+            return "twice" if (key, peer_id) in self._early else None
         exchange = self._exchange
         if exchange is None or key != exchange.key:
             return "foreign"
@@ -250,7 +256,8 @@ class RoundMachine:
                 self._hear(event.peer_id, now)
                 self._tips[event.peer_id] = event
             case PeerLeft():
-                self._left.add(event.peer_id)
+                if any(event.peer_id == member.peer_id for member in self.head.now + self.head.following):
+                    self._left.add(event.peer_id)
                 self._tips.pop(event.peer_id, None)
             case JoinReceived():
                 self._hear(event.peer_id, now)
@@ -276,6 +283,10 @@ class RoundMachine:
                     self._hold_seal_until = now + self.rules.seal_timeout_seconds
                     for peer in self._tips:
                         self._ask(peer, now)
+        for known in (self._tips, self._heard, self._root_votes, self._shunned):
+            # Strangers may say hello under as many names as they like.
+            while len(known) > PEERS_KNOWN_MAX:
+                del known[next(iter(known))]
         return self._settle_effects(now)
 
     # ---- events -----------------------------------------------------------------------------------------------
@@ -288,14 +299,14 @@ class RoundMachine:
     def _on_ready(self, event: ContributionReady, now: float) -> None:
         self.row = event.row
         exchange = self._exchange
-        if exchange is None or exchange.key != event.key or exchange.index is None or exchange.sent_at is not None:
+        if exchange is None or not self.awaits(event.key) or len(event.payloads) != len(exchange.shape.parts):
             return
         exchange.contributed = True
         self._send(exchange, event.row, event.payloads, now)
 
     def _send(self, exchange: _Exchange, row: Row, payloads: tuple[bytes, ...], now: float) -> None:
         """Give every reducer its message; ours to ourselves without a wire."""
-        exchange.sent_at = now
+        exchange.sent_at, exchange.row = now, row
         root_round, root = self._newest_root()
         for number, part in enumerate(exchange.shape.parts):
             reducer = exchange.shape.members[part.reducer].peer_id
@@ -312,7 +323,7 @@ class RoundMachine:
         self._root_votes[event.peer_id] = (event.root_round, event.root)
         exchange = self._exchange
         if exchange is None or event.key != exchange.key:
-            self._early[(event.key, event.part, event.peer_id)] = event
+            self._early[event.key, event.peer_id] = event
             return
         part = exchange.reducing[event.part]
         part.received[event.peer_id] = event
@@ -344,7 +355,7 @@ class RoundMachine:
             self._effects.append(Note("refused", f"refused a seal of round {seal.round}: {error}"))
             self._tips.pop(event.source, None)
             return
-        self._waiting_seals[event.id] = event
+        self._waiting_seals[event.id] = (event, now)
 
     def _on_rounds(self, event: RoundsFetched, now: float) -> None:
         if event.ancestor is None:
@@ -396,13 +407,17 @@ class RoundMachine:
         key = Key(shape.round, shape.base)
         previous = self._exchange
         same = previous is not None and previous.key == key and previous.shape == shape
-        self._waiting_seals = {i: s for i, s in self._waiting_seals.items() if s.seal.parent == self.head.id}
+        self._waiting_seals = {i: s for i, s in self._waiting_seals.items() if s[0].seal.parent == self.head.id}
         if same:
+            return
+        if self.rules.last_round and self.head.round >= self.rules.last_round:
+            self._exchange = None
             return
         index = shape.index(self.me)
         mine = {n: _Part() for n, part in enumerate(shape.parts) if part.reducer == index}
         self._exchange = _Exchange(shape, key, index, now, mine)
         self._quiet_since = now
+        self._left &= {member.peer_id for member in self.head.now + self.head.following}
         early = [m for m in self._early.values() if m.key == key]
         self._early = {k: m for k, m in self._early.items() if m.key.round > key.round}
         for message in early:
@@ -447,9 +462,10 @@ class RoundMachine:
 
     def _settle_effects(self, now: float) -> list[Effect]:
         """Do all that is due now, then say when to look again."""
-        while self._adopt_waiting(now) or self._follow_better(now):
-            pass
         self.wake_at = None
+        while self._adopt_waiting(now):
+            pass
+        self._follow_better(now)
         self._close_parts(now)
         self._stand_in(now)
         if self._seal_when_due(now):
@@ -467,7 +483,7 @@ class RoundMachine:
         held = exchange.replies if exchange is not None else {}
         ready = [
             heard
-            for heard in self._waiting_seals.values()
+            for heard, _ in self._waiting_seals.values()
             if all(not d or (n in held and held[n].digest == d) for n, d in enumerate(heard.seal.parts))
         ]
         if not ready:
@@ -480,26 +496,40 @@ class RoundMachine:
         self._begin_round(now)
         return True
 
-    def _follow_better(self, now: float) -> bool:
+    def _follow_better(self, now: float) -> None:
         """Ask for what a better tip has and we lack (4.9). Never adopts by itself."""
         if self._resyncing:
-            return False
+            return
         if self._fetching is not None:
             donor, deadline = self._fetching
             if now < deadline:
                 self._wake(deadline)
-                return False
+                return
             self._fetching = None
             self._shunned[donor] = now + self.rules.seal_timeout_seconds
         known = {self.head.id} | ({self._undo.state.id} if self._undo else set())
         for peer, tip in sorted(self._tips.items(), key=lambda item: (-item[1].total, item[1].id)):
-            if tip.id in known or self._shunned.get(peer, -math.inf) > now:
-                continue
             ahead = tip.round > self.head.round and tip.total >= self.head.total
-            if ahead or chain.better(tip.total, tip.id, self.head.total, self.head.id):
-                self._ask(peer, now)
-                return False
-        return False
+            if tip.id in known or not (ahead or chain.better(tip.total, tip.id, self.head.total, self.head.id)):
+                continue
+            ask_at = max(self._shunned.get(peer, -math.inf), self._replies_expected_until(tip.id))
+            if now < ask_at:
+                self._wake(ask_at)
+                continue
+            self._ask(peer, now)
+            return
+
+    def _replies_expected_until(self, identifier: bytes) -> float:
+        """A seal often overtakes the last reply that it names: until when to wait before asking for the whole round."""
+        waiting = self._waiting_seals.get(identifier)
+        exchange = self._exchange
+        if waiting is None or exchange is None or exchange.index is None or exchange.sent_at is None:
+            return -math.inf
+        heard, heard_at = waiting
+        held = exchange.replies
+        if any(n in held and digest and held[n].digest != digest for n, digest in enumerate(heard.seal.parts)):
+            return -math.inf
+        return heard_at + self.rules.seal_timeout_seconds / 4
 
     def _ask(self, peer: bytes, now: float) -> None:
         if self._fetching is None and not self._resyncing:
@@ -546,8 +576,11 @@ class RoundMachine:
             exchange.shape, self.rules.target_batch, self.rules.min_seconds, self.rules.max_seconds
         )
         due = exchange.started_at + length + self.rules.round_max_seconds
-        if halves and not self.rules.fixed_pace:
-            due = min(due, min(halves) + self.rules.grace_seconds / 2)
+        if not self.rules.fixed_pace:
+            # Who reduces sees the others arrive; who does not can but assume that they keep the pace.
+            seen = min(halves) if halves else exchange.started_at + length
+            if halves or not exchange.reducing:
+                due = min(due, seen + self.rules.grace_seconds / 2)
         if len(exchange.shape.members) == 1 or now < due:
             if len(exchange.shape.members) > 1:
                 self._wake(due)
@@ -584,7 +617,7 @@ class RoundMachine:
             else:
                 base = min(exchange.first_reply_at, latest) + rules.reply_timeout_seconds
         included = frozenset().union(*(reply.included for reply in exchange.replies.values()))
-        if len(exchange.shape.members) > 1 and not included - {exchange.index}:
+        if len(exchange.shape.members) > 1 and included == {exchange.index}:
             return self._solo_when_alone(exchange, included, now)
         place = exchange.shape.sealer_order.index(exchange.index)
         ahead = [exchange.shape.members[i].peer_id for i in exchange.shape.sealer_order[:place]]
@@ -600,7 +633,11 @@ class RoundMachine:
         """A solo seal, once no member has been heard for `alone_after` (4.6)."""
         if not self.head.round:
             return False
-        others = [m.peer_id for m in exchange.shape.members + self.head.following if m.peer_id != self.me]
+        members = exchange.shape.members
+        if exchange.index is None:
+            # A learner leaves it to those who are members soon, too.
+            members += self.head.following
+        others = [member.peer_id for member in members if member.peer_id != self.me]
         gone = all(peer in self._left for peer in others)
         silent_since = max([self._heard.get(p, -math.inf) for p in others] + [self._silence_floor(now)])
         wait = self.rules.alone_after_seconds
@@ -640,7 +677,7 @@ class RoundMachine:
         for part in exchange.reducing.values():
             rows.update({peer: message.row for peer, message in part.received.items()})
         if exchange.index is not None:
-            rows[self.me] = self.row
+            rows[self.me] = exchange.row if exchange.row is not None else self.row
         replies: list[bytes | None] = []
         digests: list[bytes] = []
         for number in range(len(shape.parts)):
@@ -663,7 +700,7 @@ class RoundMachine:
             parts=tuple(digests),
             rows=tuple(rows[m.peer_id] for m in shape.members),
             joins=joins,
-            root=self._majority_root(shape),
+            root=self._majority_root(shape, included),
         )
         signed: SignedSeal = chain.encode_seal(seal, self._sign)
         sealed = SealedRound(chain.seal_id(signed.body), seal, signed, tuple(replies))
@@ -681,11 +718,13 @@ class RoundMachine:
         newest = max(self._roots)
         return newest, self._roots[newest]
 
-    def _majority_root(self, shape: RoundShape) -> bytes:
+    def _majority_root(self, shape: RoundShape, included: frozenset[int]) -> bytes:
         """The root most members sent for the last multiple of the interval; tie: the smaller (4.10)."""
         wanted = (shape.round - 1) // self.rules.root_interval * self.rules.root_interval
         members = {m.peer_id for m in shape.members} | {self.me}
         votes = Counter(
             root for peer, (at, root) in self._root_votes.items() if peer in members and at == wanted and root
         )
-        return min(votes, key=lambda root: (-votes[root], root)) if votes else b""
+        best = min(votes, key=lambda root: (-votes[root], root), default=b"")
+        # A root that few have computed yet is no verdict on the others.
+        return best if 2 * votes[best] >= len(included) else b""

@@ -433,6 +433,7 @@ def rules_of(manifest: Manifest, chunks: int) -> RoundRules:
         seal_timeout_seconds=config.seal_timeout_seconds,
         alone_after_seconds=config.alone_after_seconds,
         root_interval=config.root_interval,
+        last_round=manifest.last_round,
     )
 
 
