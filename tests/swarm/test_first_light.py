@@ -90,7 +90,7 @@ def test_the_others_train_on_when_the_bootstrap_peer_is_killed(swarm: Swarm, mom
 
 
 def test_a_learner_carries_the_run_on_when_the_only_member_is_killed(swarm: Swarm) -> None:
-    swarm.write_manifest(last_round=40)
+    swarm.write_manifest(last_round=80)
     ada = swarm.bootstrap("ada", failpoint="join_received")
     address = ada.address()
     ada.reaches(6)
