@@ -27,7 +27,7 @@ from p2ptrain.config.loading import load_manifest
 
 OUT = Path("demo-output")
 PEERS = ("ada", "grace", "linus")
-ROUNDS = 170
+ROUNDS = 140
 LIMIT_SECONDS = 420.0
 P2PTRAIN = [sys.executable, "-m", "p2ptrain"]
 
@@ -81,11 +81,13 @@ def p2ptrain(*arguments: str) -> str:
 
 
 def write_manifest() -> Path:
-    """`p2ptrain init`, and the one change that makes a run end."""
+    """`p2ptrain init`, and what makes a run end: its last round, and the learning rate's."""
     path = OUT / "run.toml"
     p2ptrain("init", str(path))
     text = path.read_text()
-    path.write_text(text.replace("last_round = 0", f"last_round = {ROUNDS}"))
+    for key, before in (("last_round", 0), ("total_rounds", 2000)):
+        text = text.replace(f"{key} = {before}\n", f"{key} = {ROUNDS}\n")
+    path.write_text(text)
     return path
 
 

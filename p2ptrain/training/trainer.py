@@ -94,7 +94,8 @@ class Trainer:
         self._sequences = 0
         self._loss_sum = 0.0
         self._computing_seconds = 0.0
-        self._applied_at = time.monotonic()
+        self._tokens_sent = 0
+        self._applied_at = self._contributed_at = time.monotonic()
         self._saved_at = time.monotonic()
         #: there is a checkpoint, so `sample` and `eval` have one to read
         self._saved = False
@@ -228,6 +229,10 @@ class Trainer:
             self._current = None
         now = time.monotonic()
         self.status.waiting_seconds = max(0.0, now - self._applied_at - self.status.computing_seconds)
+        if message.contributed:
+            # By the clock on the wall, waiting included: what the run gets of this machine.
+            self.status.tokens_per_second = self._tokens_sent / max(now - self._contributed_at, 1e-6)
+            self._contributed_at = now
         self._applied_at = now
         self._show()
         if sealed.seal.round % self._rules.root_interval == 0:
@@ -335,7 +340,7 @@ class Trainer:
         loss = self._loss_sum / self._micro_batches
         self.status.loss = loss
         self.status.bits_per_byte = loss / math.log(2) / self._bytes_per_token
-        self.status.tokens_per_second = rate * self.replica.manifest.model.context
+        self._tokens_sent = self._sequences * self.replica.manifest.model.context
         self.status.computing_seconds = seconds
         self._current = None
         self._micro_batches = self._sequences = 0
