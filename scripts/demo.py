@@ -27,7 +27,7 @@ from p2ptrain.config.loading import load_manifest
 
 OUT = Path("demo-output")
 PEERS = ("ada", "grace", "linus")
-ROUNDS = 140
+ROUNDS = 220
 LIMIT_SECONDS = 420.0
 P2PTRAIN = [sys.executable, "-m", "p2ptrain"]
 

@@ -159,7 +159,7 @@ class RoundConfig(_Table, frozen=True, kw_only=True):
     """Sequences in one forward and backward pass."""
     target_batch: Count = 16
     """Sequences the whole swarm should compute in a round, with pace `time`."""
-    min_seconds: Seconds = 0.5
+    min_seconds: Seconds = 0.25
     """Shortest computing time of a round."""
     max_seconds: Seconds = 60.0
     """Longest computing time of a round."""

@@ -96,8 +96,10 @@ class Presence:
         """Bring the status up to date with the machine."""
         machine, status = self._driver.machine, self._status
         members = machine.shape.members if machine.shape else ()
-        status.members = len(members)
-        status.role = "member" if machine.is_member else "learner"
+        if not self._finished():
+            # After the last round there is no group; the last one stays on show.
+            status.members = len(members)
+            status.role = "member" if machine.is_member else "learner"
         status.bytes_sent_per_round, status.bytes_received_per_round = self._driver.last_round_bytes
         behind = max((tip.round for tip in self._driver.feed.tips.values()), default=0) > machine.head.round + 1
         if self._driver.leaving:

@@ -310,13 +310,14 @@ class PeerSession:
 
         def after_round() -> bool:
             nonlocal saved_at
+            ended = self._reached_end(trainer)
             presence.refresh()
             if trainer.replica.chain.round <= driver.machine.head.round:
                 self.display.round(status)
             if time.monotonic() - saved_at > PEERS_SECONDS:
                 saved_at = time.monotonic()
                 self._remember_peers()
-            return not self._stopping and not self._reached_end(trainer)
+            return not self._stopping and not ended
 
         trainer.run(swarm, after_round)
 
