@@ -241,16 +241,23 @@ def _rotated(indices: list[int], by: int) -> list[int]:
 
 def shape_of(state: ChainState, chunks: int) -> RoundShape:
     """The round that follows `state`, for a model of `chunks` chunks."""
-    members = state.now
+    return _shape(state.round + 1, state.parent, state.now, chunks)
+
+
+def coming_shape(state: ChainState, chunks: int) -> RoundShape:
+    """The round after that, unless the next seal is a solo seal."""
+    return _shape(state.round + 2, state.id, state.following, chunks)
+
+
+def _shape(number: int, base: bytes, members: tuple[Member, ...], chunks: int) -> RoundShape:
     dialable = [i for i, m in enumerate(members) if m.dialable]
+    first = [i for i in dialable if members[i].included]
     # A lone peer that cannot be dialled still reduces for itself.
-    reducers = [i for i in dialable if members[i].included] or dialable or list(range(min(1, len(members))))
+    reducers = first or dialable or list(range(min(1, len(members))))
     ranges = partition(chunks, [members[i].row.uplink for i in reducers]) if reducers else []
     parts = tuple(Part(i, start, end) for i, (start, end) in zip(reducers, ranges, strict=True) if end > start)
-    first = [i for i in dialable if members[i].included]
-    rest = [i for i in range(len(members)) if i not in set(first)]
-    order = _rotated(first, state.round + 1) + _rotated(rest, state.round + 1)
-    return RoundShape(state.round + 1, state.parent, members, parts, tuple(order))
+    rest = sorted(set(range(len(members))) - set(first))
+    return RoundShape(number, base, members, parts, tuple(_rotated(first, number) + _rotated(rest, number)))
 
 
 def length_seconds(shape: RoundShape, target_batch: int, min_seconds: float, max_seconds: float) -> float:
@@ -304,19 +311,20 @@ def extend(state: ChainState, identifier: bytes, seal: Seal, chunks: int) -> Cha
         now = state.following
         rows = {m.peer_id: row for m, row in zip(shape.members, seal.rows, strict=True)}
         present = {shape.members[i].peer_id for i in included}
-        # A round of SKIPs alone, its reducers dead, says nothing about who is there.
-        missed = 1 if included else 0
+        # A round of SKIPs alone, its reducers dead, says nothing about who is there. A reducer that owes a reply again
+        # and again does count as absent: else survivors that cannot be dialled would seal SKIPs for ever.
+        reducers = {shape.members[part.reducer] for part in shape.parts}
+        owing = {m.peer_id for m in reducers if not m.included and m.peer_id != seal.sealer}
+        missed = rows.keys() - present if included else owing
 
         def absences(m: Member) -> int:
-            if m.peer_id in present:
-                return 0
-            return m.absent + missed if m.peer_id in rows else m.absent
+            return 0 if m.peer_id in present else m.absent + (m.peer_id in missed)
 
-        following = tuple(
-            Member(m.peer_id, rows.get(m.peer_id, m.row), absences(m), m.peer_id in present)
-            for m in state.following
-            if absences(m) < ABSENCES_ALLOWED
+        listed_on = tuple(
+            Member(m.peer_id, rows.get(m.peer_id, m.row), absences(m), m.peer_id in present) for m in state.following
         )
+        # Never to the last: a group of nobody could not seal any more.
+        following = tuple(m for m in listed_on if m.absent < ABSENCES_ALLOWED) or listed_on
     following += tuple(Member(j.peer_id, j.row, 0, False) for j in seal.joins if j.peer_id != seal.sealer)
     if len(following) > MEMBERS_MAX:
         raise SealError("too many members")

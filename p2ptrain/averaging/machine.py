@@ -5,8 +5,9 @@ caller supplies, and `wake_at` says when it wants to hear `Tick` next. The netwo
 it the same way, so a decision seen in a test is the decision taken over sockets. Design section 4 is the
 specification; section numbers in comments refer to it.
 
-Cost: memory is bounded by one round of contributions to our parts plus those for the round after it; each event is
-O(members + parts).
+Cost: memory is bounded by one round of contributions to our parts plus those for the round after it, and by
+`STRANGERS_MAX` in all else that others can make us remember; each event is O(members + parts). Every `FetchRounds` must
+be answered by `RoundsFetched` or `FetchFailed`, every `Resync` by `Synced` or `FetchFailed`.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ from p2ptrain.averaging.events import (
 )
 
 JOINS_PENDING_MAX = 256
-PEERS_KNOWN_MAX = 2 * chain.MEMBERS_MAX
+JOIN_ROUNDS = 3  # rounds after which a join that was not repeated is forgotten
+STRANGERS_MAX = 64  # peers outside the group whose tips or seals we remember
 FETCH_TIMEOUT_SECONDS = 20.0
 
 
@@ -73,11 +75,11 @@ class RoundRules:
     """The run ends with it; 0: never."""
 
 
-class _Undo(NamedTuple):
-    """What a fork of depth one takes to undo."""
+class _Waiting(NamedTuple):
+    """A seal on our head that names a reply we lack."""
 
-    state: ChainState
-    sealed: SealedRound
+    heard: SealHeard
+    at: float
 
 
 @dataclass(slots=True)
@@ -107,8 +109,6 @@ class _Exchange:
     sent_at: float | None = None
     #: what we said of ourselves with it
     row: Row | None = None
-    #: the payloads sent were the trainer's
-    contributed: bool = False
     #: part number -> reply that we hold
     replies: dict[int, Reply] = field(default_factory=dict)
     first_reply_at: float | None = None
@@ -143,13 +143,20 @@ class RoundMachine:
         self.row = row
         self._sign = sign
         self._founder = founder
-        self._undo: _Undo | None = None
+        #: the chain before the head, where that can be gone back to
+        self._before: ChainState | None = None
         self._exchange: _Exchange | None = None
-        #: messages for the round after the one under way, and for rounds we have not reached
-        self._early: dict[tuple[Key, bytes], ContributionReceived] = {}
-        #: seals that continue our head but lack a reply that we are fetching
-        self._waiting_seals: dict[bytes, tuple[SealHeard, float]] = {}
-        self._joins: dict[bytes, Row] = {}
+        #: the round after the one under way, unless a solo seal changes it, and the messages for it that came early
+        self._coming: RoundShape | None = None
+        self._early: dict[tuple[int, bytes], ContributionReceived] = {}
+        #: rounds that the trainer's payloads were sent for, and the shape they were cut for; a fork may come back to it
+        self._sent: dict[Key, RoundShape] = {}
+        #: sealer -> its seal on our head, while we lack a reply that it names
+        self._waiting: dict[bytes, _Waiting] = {}
+        #: peer id -> its row and our round when it asked to be admitted
+        self._joins: dict[bytes, tuple[Row, int]] = {}
+        #: members of the round under way and of the one after; what follows is kept for them alone
+        self._group: frozenset[bytes] = frozenset()
         #: peer id -> when it last gave a sign of life
         self._heard: dict[bytes, float] = {}
         self._left: set[bytes] = set()
@@ -160,10 +167,10 @@ class RoundMachine:
         self._fetching: tuple[bytes, float] | None = None
         #: donors that failed us, until when to leave them alone
         self._shunned: dict[bytes, float] = {}
-        self._resyncing = False
+        #: the donor of the snapshot that is being fetched
+        self._resyncing: bytes | None = None
         #: after a late timer: do not seal before this time
         self._hold_seal_until = -math.inf
-        self._quiet_since: float | None = None
         self._effects: list[Effect] = []
         self.wake_at: float | None = None
 
@@ -187,7 +194,8 @@ class RoundMachine:
     @property
     def newest_root(self) -> tuple[int, bytes]:
         """Round and hash of the newest root that our trainer computed; (0, b"") before the first."""
-        return self._newest_root()
+        newest = max(self._roots, default=0)
+        return newest, self._roots.get(newest, b"")
 
     def awaits(self, key: Key) -> bool:
         """Whether our trainer's contribution to this round can still be sent."""
@@ -198,7 +206,7 @@ class RoundMachine:
         """The chain state at our head, or at its parent where that can still be gone back to."""
         if identifier == self.head.id:
             return self.head
-        return self._undo.state if self._undo is not None and identifier == self._undo.state.id else None
+        return self._before if self._before is not None and identifier == self._before.id else None
 
     def held_reply(self, key: Key, part: int) -> Reply | None:
         """The reply that we hold for a part of the round under way."""
@@ -213,13 +221,7 @@ class RoundMachine:
         if key.round > self.head.round + 2:
             return "too early"
         if key.round == self.head.round + 2:
-            if key.base != self.head.id:
-                return "foreign"
-            # Who follows and which parts there are is settled by seals we know; a part number beyond that is noise.
-            if all(m.peer_id != peer_id for m in self.head.following):
-                return "not a member"
-            # One message a peer, as nobody reduces two parts.
-            return "twice" if (key, peer_id) in self._early else None
+            return self._refusal_early(key, part, peer_id)
         exchange = self._exchange
         if exchange is None or key != exchange.key:
             return "foreign"
@@ -231,6 +233,16 @@ class RoundMachine:
         if peer_id in reducing.received:
             return "twice"
         return "late" if reducing.closed else None
+
+    def _refusal_early(self, key: Key, part: int, peer_id: bytes) -> str | None:
+        coming = self._coming
+        if coming is None or key.base != coming.base:
+            return "foreign"
+        if coming.index(peer_id) is None:
+            return "not a member"
+        if part >= len(coming.parts) or coming.members[coming.parts[part].reducer].peer_id != self.me:
+            return "not the reducer"
+        return "twice" if (part, peer_id) in self._early else None
 
     # ---- the one way in ---------------------------------------------------------------------------------------
 
@@ -254,23 +266,27 @@ class RoundMachine:
                 self._on_seal(event, now)
             case TipHeard():
                 self._hear(event.peer_id, now)
-                self._tips[event.peer_id] = event
+                self._note_tip(event)
             case PeerLeft():
-                if any(event.peer_id == member.peer_id for member in self.head.now + self.head.following):
+                if event.peer_id in self._group:
                     self._left.add(event.peer_id)
                 self._tips.pop(event.peer_id, None)
+                self._joins.pop(event.peer_id, None)
             case JoinReceived():
                 self._hear(event.peer_id, now)
-                if len(self._joins) < JOINS_PENDING_MAX:
-                    self._joins[event.peer_id] = event.row
+                if event.peer_id in self._joins or len(self._joins) < JOINS_PENDING_MAX:
+                    self._joins[event.peer_id] = (event.row, self.head.round)
             case RoundsFetched():
-                self._fetching = None
                 self._hear(event.donor, now)
+                if self._fetching is not None and self._fetching[0] == event.donor:
+                    self._fetching = None
                 self._on_rounds(event, now)
             case FetchFailed():
-                self._fetching = None
-                self._resyncing = False
-                self._shunned[event.donor] = now + self.rules.seal_timeout_seconds
+                if self._fetching is not None and self._fetching[0] == event.donor:
+                    self._fetching = None
+                elif self._resyncing == event.donor:
+                    self._resyncing = None
+                self._shun(event.donor, now + self.rules.seal_timeout_seconds)
             case Synced():
                 self._on_synced(event, now)
             case RootComputed():
@@ -281,33 +297,43 @@ class RoundMachine:
                 if event.late:
                     # 4.12: we may have slept through seals; ask before deciding anything.
                     self._hold_seal_until = now + self.rules.seal_timeout_seconds
-                    for peer in self._tips:
-                        self._ask(peer, now)
-        for known in (self._tips, self._heard, self._root_votes, self._shunned):
-            # Strangers may say hello under as many names as they like.
-            while len(known) > PEERS_KNOWN_MAX:
-                del known[next(iter(known))]
+                    best = min(self._tips.values(), key=_merit, default=None)
+                    if best is not None:
+                        self._ask(best.peer_id, now)
         return self._settle_effects(now)
 
     # ---- events -----------------------------------------------------------------------------------------------
 
     def _hear(self, peer_id: bytes, now: float) -> None:
-        if peer_id != self.me:
+        if peer_id != self.me and peer_id in self._group:
             self._heard[peer_id] = now
             self._left.discard(peer_id)
+
+    def _note_tip(self, tip: TipHeard) -> None:
+        self._tips.pop(tip.peer_id, None)
+        self._tips[tip.peer_id] = tip
+        if len(self._tips) > len(self._group) + STRANGERS_MAX:
+            # The one that has been silent for longest.
+            del self._tips[next(peer for peer in self._tips if peer not in self._group)]
+
+    def _shun(self, donor: bytes, until: float) -> None:
+        """Leave a donor alone for a while, and look for what it had elsewhere."""
+        self._shunned[donor] = until
+        self._tips.pop(donor, None)
+        self._waiting = {s: w for s, w in self._waiting.items() if w.heard.source != donor}
 
     def _on_ready(self, event: ContributionReady, now: float) -> None:
         self.row = event.row
         exchange = self._exchange
         if exchange is None or not self.awaits(event.key) or len(event.payloads) != len(exchange.shape.parts):
             return
-        exchange.contributed = True
+        self._sent[exchange.key] = exchange.shape
         self._send(exchange, event.row, event.payloads, now)
 
     def _send(self, exchange: _Exchange, row: Row, payloads: tuple[bytes, ...], now: float) -> None:
         """Give every reducer its message; ours to ourselves without a wire."""
         exchange.sent_at, exchange.row = now, row
-        root_round, root = self._newest_root()
+        root_round, root = self.newest_root
         for number, part in enumerate(exchange.shape.parts):
             reducer = exchange.shape.members[part.reducer].peer_id
             if reducer == self.me:
@@ -323,7 +349,7 @@ class RoundMachine:
         self._root_votes[event.peer_id] = (event.root_round, event.root)
         exchange = self._exchange
         if exchange is None or event.key != exchange.key:
-            self._early[event.key, event.peer_id] = event
+            self._early[(event.part, event.peer_id)] = event
             return
         part = exchange.reducing[event.part]
         part.received[event.peer_id] = event
@@ -338,6 +364,10 @@ class RoundMachine:
             return
         if not 0 <= event.part < len(exchange.shape.parts):
             return
+        mine = exchange.reducing.get(event.part)
+        if exchange.sent_at is None or (mine is not None and not mine.closed):
+            # Not of this exchange: a fork gave the round another shape while the reply was on its way.
+            return
         exchange.replies[event.part] = event.reply
         if exchange.first_reply_at is None:
             exchange.first_reply_at = now
@@ -346,8 +376,10 @@ class RoundMachine:
 
     def _on_seal(self, event: SealHeard, now: float) -> None:
         seal = event.seal
-        self._tips[event.source] = TipHeard(event.source, seal.round, event.id, seal.total)
-        if seal.parent != self.head.id or event.id in self._waiting_seals:
+        if seal.parent == self.head.id and self._idle_solo(seal):
+            return
+        self._note_tip(TipHeard(event.source, seal.round, event.id, seal.total))
+        if seal.parent != self.head.id:
             return
         try:
             chain.extend(self.head, event.id, seal, self.rules.chunks)
@@ -355,60 +387,94 @@ class RoundMachine:
             self._effects.append(Note("refused", f"refused a seal of round {seal.round}: {error}"))
             self._tips.pop(event.source, None)
             return
-        self._waiting_seals[event.id] = (event, now)
+        known = self._waiting.get(seal.sealer)
+        if known is not None:
+            old = known.heard
+            if not chain.better(seal.total, event.id, old.seal.total, old.id):
+                return
+        elif seal.sealer not in self._group and len(self._waiting) >= len(self._group) + STRANGERS_MAX:
+            return
+        self._waiting[seal.sealer] = _Waiting(event, now)
+
+    def _idle_solo(self, first: Seal, total: int | None = None) -> bool:
+        """Whether this takes our group apart for a chain with no more work in it; a better one we follow (4.9)."""
+        total = first.total if total is None else total
+        return first.solo and self.is_member and first.sealer != self.me and total <= self.head.total
 
     def _on_rounds(self, event: RoundsFetched, now: float) -> None:
+        if self._resyncing is not None:
+            return
+        tip = self._tips.get(event.donor)
         if event.ancestor is None:
-            self._want_snapshot(event.donor, "its journal does not reach back to our chain")
+            if tip is not None and self._wants(tip):
+                self._want_snapshot(event.donor, "its journal does not reach back to our chain")
             return
         if not event.rounds:
             self._tips.pop(event.donor, None)
             return
-        if event.ancestor == self.head.id:
-            base, undo = self.head, False
-        elif self._undo is not None and event.ancestor == self._undo.state.id:
-            base, undo = self._undo.state, True
-        else:
-            self._want_snapshot(event.donor, "the fork is deeper than one seal")
+        rounds, ancestor = event.rounds, event.ancestor
+        for number, sealed in enumerate(rounds):
+            if sealed.id == self.head.id:
+                rounds, ancestor = rounds[number + 1 :], sealed.id
+                break
+        base = self.known_state(ancestor)
+        if base is None or not rounds:
+            # Our chain moved on meanwhile; if the donor's is still the better one, its tip says so.
             return
         states: list[tuple[ChainState, RoundShape]] = []
         state = base
-        for sealed in event.rounds:
+        for sealed in rounds:
             shape = chain.shape_of(state, self.rules.chunks)
             try:
                 state = chain.extend(state, sealed.id, sealed.seal, self.rules.chunks)
             except SealError as error:
                 self._effects.append(Note("refused", f"refused a fetched seal of round {sealed.seal.round}: {error}"))
-                self._shunned[event.donor] = now + FETCH_TIMEOUT_SECONDS
+                self._shun(event.donor, now + FETCH_TIMEOUT_SECONDS)
                 return
             states.append((state, shape))
-        if undo:
-            if not chain.better(state.total, state.id, self.head.total, self.head.id):
-                return
+        if base is self.head:
+            worth = not self._idle_solo(rounds[0].seal, state.total)
+        else:
+            worth = chain.better(state.total, state.id, self.head.total, self.head.id)
+        if not worth:
+            if tip is not None and tip.round > state.round and self._wants(tip):
+                # A long fork comes in pieces, and the first piece alone may be worth less than what we have.
+                self._want_snapshot(event.donor, "its better chain does not fit into one answer")
+            else:
+                self._shun(event.donor, now + self.rules.seal_timeout_seconds)
+            return
+        if base is not self.head:
             text = f"fork at round {base.round + 1}: following the chain with total {state.total} instead of ours"
             self._effects.append(Note("fork", text))
             self._effects.append(Rollback(base))
             self.head = base
-        for (state, shape), sealed in zip(states, event.rounds, strict=True):
-            self._adopt(sealed, state, shape, now)
+        for (state, shape), sealed in zip(states, rounds, strict=True):
+            self._adopt(sealed, state, shape)
         self._begin_round(now)
 
     def _on_synced(self, event: Synced, now: float) -> None:
-        self._resyncing = False
+        self._resyncing = None
         self.head = event.state
-        self._undo = None
+        self._before = None
+        # They were of the replica that was given up; the trainer tells those of the new one.
+        self._roots.clear()
+        exchange = self._exchange
         self._begin_round(now)
+        if exchange is self._exchange and exchange is not None and exchange.sent_at is None:
+            # The same round as before, but the trainer began anew.
+            self._start_training(exchange)
 
     # ---- rounds -----------------------------------------------------------------------------------------------
 
     def _begin_round(self, now: float) -> None:
         """Open the round after the head, unless it is under way already with the same shape."""
-        shape = chain.shape_of(self.head, self.rules.chunks)
+        chunks = self.rules.chunks
+        shape, self._coming = chain.shape_of(self.head, chunks), chain.coming_shape(self.head, chunks)
         key = Key(shape.round, shape.base)
-        previous = self._exchange
-        same = previous is not None and previous.key == key and previous.shape == shape
-        self._waiting_seals = {i: s for i, s in self._waiting_seals.items() if s[0].seal.parent == self.head.id}
-        if same:
+        self._remember_only(frozenset(m.peer_id for m in self.head.now + self.head.following))
+        early, self._early = self._early, {}
+        if self._exchange is not None and self._exchange.key == key and self._exchange.shape == shape:
+            self._early = {k: m for k, m in early.items() if m.key.base == self._coming.base}
             return
         if self.rules.last_round and self.head.round >= self.rules.last_round:
             self._exchange = None
@@ -416,60 +482,73 @@ class RoundMachine:
         index = shape.index(self.me)
         mine = {n: _Part() for n, part in enumerate(shape.parts) if part.reducer == index}
         self._exchange = _Exchange(shape, key, index, now, mine)
-        self._quiet_since = now
-        self._left &= {member.peer_id for member in self.head.now + self.head.following}
-        early = [m for m in self._early.values() if m.key == key]
-        self._early = {k: m for k, m in self._early.items() if m.key.round > key.round}
-        for message in early:
+        for message in early.values():
             self._on_contribution(message, now)
-        if index is None:
+        if self.me not in {m.peer_id for m in self.head.following}:
             self._join(shape)
-            return
-        self._joins.pop(self.me, None)
+        if index is not None:
+            self._start_training(self._exchange)
+
+    def _remember_only(self, group: frozenset[bytes]) -> None:
+        """Drop what was kept for peers and rounds that are of no more use."""
+        head = self.head
+        self._group = group
+        self._heard = {p: at for p, at in self._heard.items() if p in group}
+        self._left &= group
+        self._root_votes = {p: vote for p, vote in self._root_votes.items() if p in group}
+        self._waiting = {s: w for s, w in self._waiting.items() if w.heard.seal.parent == head.id}
+        self._joins = {p: j for p, j in self._joins.items() if head.round - j[1] < JOIN_ROUNDS and p != self.me}
+        self._sent = {key: shape for key, shape in self._sent.items() if key.round >= head.round}
+
+    def _start_training(self, exchange: _Exchange) -> None:
+        if exchange.index is not None:
+            seconds = self._computing_seconds(exchange)
+            self._effects.append(StartRound(exchange.key, exchange.shape, exchange.index, seconds))
+
+    def _computing_seconds(self, exchange: _Exchange) -> float:
         rules = self.rules
-        length = chain.length_seconds(shape, rules.target_batch, rules.min_seconds, rules.max_seconds)
-        self._effects.append(StartRound(key, shape, index, length))
+        return chain.length_seconds(exchange.shape, rules.target_batch, rules.min_seconds, rules.max_seconds)
 
     def _join(self, shape: RoundShape) -> None:
         """Ask the peers that may seal this round to admit us, again each round until one does."""
-        if any(m.peer_id == self.me for m in self.head.following):
-            return
         for place in shape.sealer_order[:2]:
-            if shape.members[place].dialable:
-                self._effects.append(SendJoin(shape.members[place].peer_id))
+            sealer = shape.members[place].peer_id
+            if sealer != self.me:
+                self._effects.append(SendJoin(sealer))
 
-    def _adopt(self, sealed: SealedRound, state: ChainState, shape: RoundShape, now: float) -> None:
+    def _adopt(self, sealed: SealedRound, state: ChainState, shape: RoundShape) -> None:
         """Move the head over one sealed round that we hold whole."""
-        exchange = self._exchange
-        ours = exchange is not None and exchange.shape == shape and exchange.contributed
-        self._undo = _Undo(self.head, sealed)
+        contributed = self._sent.get(Key(shape.round, shape.base)) == shape
+        self._before = self.head
         self.head = state
         for join in sealed.seal.joins:
             self._joins.pop(join.peer_id, None)
-        self._effects.append(Apply(sealed, state, shape, shape.index(self.me), bool(ours)))
+        self._effects.append(Apply(sealed, state, shape, shape.index(self.me), contributed))
         self._check_root(sealed.seal)
 
     def _check_root(self, seal: Seal) -> None:
         """4.10: who differs from the sealed root resyncs and says so."""
-        if not seal.root:
-            return
         interval = self.rules.root_interval
-        mine = self._roots.get((seal.round - 1) // interval * interval)
-        if mine is not None and mine != seal.root and seal.sealer != self.me:
-            self._want_snapshot(seal.sealer, "our replica differs from the sealed root")
+        at = (seal.round - 1) // interval * interval
+        if not seal.root or self._roots.get(at, seal.root) == seal.root:
+            return
+        holders = sorted(p for p, vote in self._root_votes.items() if vote == (at, seal.root) and p != self.me)
+        donor = next(iter(holders), seal.sealer)
+        if donor != self.me:
+            self._want_snapshot(donor, "our replica differs from the sealed root")
 
     # ---- what time and state make due -------------------------------------------------------------------------
 
     def _settle_effects(self, now: float) -> list[Effect]:
         """Do all that is due now, then say when to look again."""
-        self.wake_at = None
-        while self._adopt_waiting(now):
-            pass
-        self._follow_better(now)
-        self._close_parts(now)
-        self._stand_in(now)
-        if self._seal_when_due(now):
-            return self._settle_effects(now)
+        sealed = True
+        while sealed:
+            self.wake_at = None
+            self._adopt_waiting(now)
+            self._follow_better(now)
+            self._close_parts(now)
+            self._stand_in(now)
+            sealed = self._seal_when_due(now)
         effects, self._effects = self._effects, []
         return effects
 
@@ -477,28 +556,34 @@ class RoundMachine:
         if self.wake_at is None or at < self.wake_at:
             self.wake_at = at
 
-    def _adopt_waiting(self, now: float) -> bool:
+    def _adopt_waiting(self, now: float) -> None:
         """Adopt the best seal on our head whose replies we all hold."""
         exchange = self._exchange
         held = exchange.replies if exchange is not None else {}
         ready = [
-            heard
-            for heard, _ in self._waiting_seals.values()
-            if all(not d or (n in held and held[n].digest == d) for n, d in enumerate(heard.seal.parts))
+            waiting.heard
+            for waiting in self._waiting.values()
+            if all(not d or (n in held and held[n].digest == d) for n, d in enumerate(waiting.heard.seal.parts))
         ]
         if not ready:
-            return False
+            return
         best = min(ready, key=lambda heard: (-heard.seal.total, heard.id))
         shape = chain.shape_of(self.head, self.rules.chunks)
         state = chain.extend(self.head, best.id, best.seal, self.rules.chunks)
         replies = tuple(held[n].data if digest else None for n, digest in enumerate(best.seal.parts))
-        self._adopt(SealedRound(best.id, best.seal, best.signed, replies), state, shape, now)
+        self._adopt(SealedRound(best.id, best.seal, best.signed, replies), state, shape)
         self._begin_round(now)
-        return True
+
+    def _wants(self, tip: TipHeard) -> bool:
+        """Whether what this tip names is better than our chain, or continues it (4.9)."""
+        if self.known_state(tip.id) is not None:
+            return False
+        ahead = tip.round > self.head.round and tip.total >= self.head.total
+        return ahead or chain.better(tip.total, tip.id, self.head.total, self.head.id)
 
     def _follow_better(self, now: float) -> None:
         """Ask for what a better tip has and we lack (4.9). Never adopts by itself."""
-        if self._resyncing:
+        if self._resyncing is not None:
             return
         if self._fetching is not None:
             donor, deadline = self._fetching
@@ -506,40 +591,38 @@ class RoundMachine:
                 self._wake(deadline)
                 return
             self._fetching = None
-            self._shunned[donor] = now + self.rules.seal_timeout_seconds
-        known = {self.head.id} | ({self._undo.state.id} if self._undo else set())
-        for peer, tip in sorted(self._tips.items(), key=lambda item: (-item[1].total, item[1].id)):
-            ahead = tip.round > self.head.round and tip.total >= self.head.total
-            if tip.id in known or not (ahead or chain.better(tip.total, tip.id, self.head.total, self.head.id)):
+            self._shun(donor, now + self.rules.seal_timeout_seconds)
+        self._shunned = {donor: until for donor, until in self._shunned.items() if until > now}
+        coming = {w.heard.id: self._replies_expected_until(w) for w in self._waiting.values()}
+        for tip in sorted(self._tips.values(), key=_merit):
+            if not self._wants(tip):
                 continue
-            ask_at = max(self._shunned.get(peer, -math.inf), self._replies_expected_until(tip.id))
-            if now < ask_at:
-                self._wake(ask_at)
-                continue
-            self._ask(peer, now)
-            return
+            due = max(self._shunned.get(tip.peer_id, now), coming.get(tip.id, now))
+            if due <= now:
+                self._ask(tip.peer_id, now)
+                return
+            self._wake(due)
 
-    def _replies_expected_until(self, identifier: bytes) -> float:
+    def _replies_expected_until(self, waiting: _Waiting) -> float:
         """A seal often overtakes the last reply that it names: until when to wait before asking for the whole round."""
-        waiting = self._waiting_seals.get(identifier)
         exchange = self._exchange
-        if waiting is None or exchange is None or exchange.index is None or exchange.sent_at is None:
+        if exchange is None or exchange.sent_at is None:
             return -math.inf
-        heard, heard_at = waiting
         held = exchange.replies
-        if any(n in held and digest and held[n].digest != digest for n, digest in enumerate(heard.seal.parts)):
+        if any(n in held and digest and held[n].digest != digest for n, digest in enumerate(waiting.heard.seal.parts)):
             return -math.inf
-        return heard_at + self.rules.seal_timeout_seconds / 4
+        return waiting.at + self.rules.seal_timeout_seconds / 4
 
     def _ask(self, peer: bytes, now: float) -> None:
-        if self._fetching is None and not self._resyncing:
+        if self._fetching is None and self._resyncing is None:
             self._fetching = (peer, now + FETCH_TIMEOUT_SECONDS)
-            locator = [self.head.id] + ([self._undo.state.id] if self._undo else [])
+            self._wake(self._fetching[1])
+            locator = [self.head.id] + ([self._before.id] if self._before is not None else [])
             self._effects.append(FetchRounds(peer, locator))
 
     def _want_snapshot(self, donor: bytes, why: str) -> None:
-        if not self._resyncing:
-            self._resyncing = True
+        if self._resyncing is None:
+            self._resyncing = donor
             self._effects.append(Resync(donor, why))
 
     def _close_parts(self, now: float) -> None:
@@ -559,12 +642,16 @@ class RoundMachine:
                 due = latest + self.rules.grace_seconds
             if missing and now < due:
                 self._wake(due)
-                continue
-            part.closed = True
-            place = {m.peer_id: i for i, m in enumerate(exchange.shape.members)}
-            messages = sorted((place[p], m.row.weight, m.payload) for p, m in part.received.items())
-            spec = exchange.shape.parts[number]
-            self._effects.append(Reduce(exchange.key, number, spec.start, spec.end, len(members), tuple(messages)))
+            elif not missing or len(part.received) > 1:
+                self._close(exchange, number, part)
+            # A reply to ourselves alone is worth nothing before a solo seal is due; another may come until then.
+
+    def _close(self, exchange: _Exchange, number: int, part: _Part) -> None:
+        part.closed = True
+        place = {m.peer_id: i for i, m in enumerate(exchange.shape.members)}
+        messages = sorted((place[p], m.row.weight, m.payload) for p, m in part.received.items())
+        spec = exchange.shape.parts[number]
+        self._effects.append(Reduce(exchange.key, number, spec.start, spec.end, len(place), tuple(messages)))
 
     def _stand_in(self, now: float) -> None:
         """Send a weight-0 message when our trainer is slower than the group, so that we stay a member (4.3)."""
@@ -572,9 +659,7 @@ class RoundMachine:
         if exchange is None or exchange.index is None or exchange.sent_at is not None or not exchange.shape.parts:
             return
         halves = [p.half_at for p in exchange.reducing.values() if p.half_at is not None]
-        length = chain.length_seconds(
-            exchange.shape, self.rules.target_batch, self.rules.min_seconds, self.rules.max_seconds
-        )
+        length = self._computing_seconds(exchange)
         due = exchange.started_at + length + self.rules.round_max_seconds
         if not self.rules.fixed_pace:
             # Who reduces sees the others arrive; who does not can but assume that they keep the pace.
@@ -594,7 +679,7 @@ class RoundMachine:
     def _seal_when_due(self, now: float) -> bool:
         """Seal what we hold when it is our place's turn (4.6); True when we sealed."""
         exchange = self._exchange
-        if exchange is None or self._resyncing:
+        if exchange is None or self._resyncing is not None:
             return False
         if now < self._hold_seal_until:
             self._wake(self._hold_seal_until)
@@ -607,21 +692,18 @@ class RoundMachine:
             return self._solo_when_alone(exchange, frozenset(), now)
         if exchange.sent_at is None:
             return False
-        rules = self.rules
-        if exchange.complete_at is not None:
-            base = exchange.complete_at
-        else:
-            latest = exchange.sent_at + rules.round_max_seconds + rules.grace_seconds
-            if rules.fixed_pace or exchange.first_reply_at is None:
-                base = latest + rules.reply_timeout_seconds
-            else:
-                base = min(exchange.first_reply_at, latest) + rules.reply_timeout_seconds
-        included = frozenset().union(*(reply.included for reply in exchange.replies.values()))
-        if len(exchange.shape.members) > 1 and included == {exchange.index}:
-            return self._solo_when_alone(exchange, included, now)
+        included = frozenset[int]().union(*(reply.included for reply in exchange.replies.values()))
+        if len(exchange.shape.members) > 1 and included <= {exchange.index}:
+            if self._solo_when_alone(exchange, included, now):
+                return True
+            if included:
+                return False
+        if self._known_seal(now):
+            return False
         place = exchange.shape.sealer_order.index(exchange.index)
         ahead = [exchange.shape.members[i].peer_id for i in exchange.shape.sealer_order[:place]]
-        due = base + rules.seal_timeout_seconds * sum(peer not in self._left for peer in ahead)
+        due = self._seal_from(exchange)
+        due += self.rules.seal_timeout_seconds * sum(peer not in self._left for peer in ahead)
         if now < due:
             self._wake(due)
             return False
@@ -629,47 +711,55 @@ class RoundMachine:
             self._effects.append(Note("takeover", f"sealing round {exchange.key.round} in place {place}"))
         return self._seal(exchange, included, now, solo=False)
 
+    def _seal_from(self, exchange: _Exchange) -> float:
+        """When the first place would seal, by what we see: with every reply, or at the reply deadline."""
+        if exchange.complete_at is not None:
+            return exchange.complete_at
+        assert exchange.sent_at is not None
+        latest = exchange.sent_at + self.rules.round_max_seconds + self.rules.grace_seconds
+        if not self.rules.fixed_pace and exchange.first_reply_at is not None:
+            latest = min(exchange.first_reply_at, latest)
+        return latest + self.rules.reply_timeout_seconds
+
+    def _known_seal(self, now: float) -> bool:
+        """Whether the group has sealed this round already and we lack but replies of it."""
+        known = [waiting.at for waiting in self._waiting.values() if not waiting.heard.seal.solo]
+        until = max(known, default=-math.inf) + self.rules.seal_timeout_seconds
+        if known and now < until:
+            self._wake(until)
+        return bool(known) and (now < until or self._fetching is not None)
+
     def _solo_when_alone(self, exchange: _Exchange, included: frozenset[int], now: float) -> bool:
         """A solo seal, once no member has been heard for `alone_after` (4.6)."""
-        if not self.head.round:
+        if not self.head.round or self._fetching is not None:
+            # Whom we fetch from is not heard, but there.
             return False
         members = exchange.shape.members
         if exchange.index is None:
             # A learner leaves it to those who are members soon, too.
             members += self.head.following
-        others = [member.peer_id for member in members if member.peer_id != self.me]
-        gone = all(peer in self._left for peer in others)
-        silent_since = max([self._heard.get(p, -math.inf) for p in others] + [self._silence_floor(now)])
-        wait = self.rules.alone_after_seconds
+        others = {m.peer_id for m in members} - {self.me}
+        # Silence is counted from when the round began, not from before.
+        silent_since = max([exchange.started_at, *(at for peer, at in self._heard.items() if peer in others)])
+        due = silent_since + self.rules.alone_after_seconds
         if exchange.index is None:
             # Members first: a learner waits for one more place.
-            wait += self.rules.seal_timeout_seconds
-        due = now if gone and exchange.index is not None else silent_since + wait
+            due += self.rules.seal_timeout_seconds
+        elif others <= self._left:
+            due = now
+        else:
+            # Who is heard, but by every deadline has sent nothing, cannot hold the chain for ever.
+            due = min(due, self._seal_from(exchange) + self.rules.alone_after_seconds)
         if now < due:
             self._wake(due)
             return False
-        if exchange.index is not None and exchange.first_reply_at is None and exchange.reducing:
-            # Our own parts close at their deadline; sealing before would throw our own contribution away.
-            for number, part in exchange.reducing.items():
-                if not part.closed:
-                    return self._close_alone(exchange, number, part)
-            return False
-        return self._seal(exchange, included & {exchange.index}, now, solo=True)
-
-    def _silence_floor(self, now: float) -> float:
-        """Silence is counted from when we began to listen, not from before."""
-        if self._quiet_since is None:
-            self._quiet_since = now
-        return self._quiet_since
-
-    def _close_alone(self, exchange: _Exchange, number: int, part: _Part) -> bool:
-        part.closed = True
-        place = {m.peer_id: i for i, m in enumerate(exchange.shape.members)}
-        messages = sorted((place[p], m.row.weight, m.payload) for p, m in part.received.items())
-        spec = exchange.shape.parts[number]
-        members = len(exchange.shape.members)
-        self._effects.append(Reduce(exchange.key, number, spec.start, spec.end, members, tuple(messages)))
-        return False
+        unfinished = False
+        for number, part in exchange.reducing.items():
+            # Our own part closes first: sealing before would throw our own contribution away.
+            if not part.closed:
+                self._close(exchange, number, part)
+            unfinished |= number not in exchange.replies
+        return not unfinished and self._seal(exchange, included, now, solo=True)
 
     def _seal(self, exchange: _Exchange, included: frozenset[int], now: float, *, solo: bool) -> bool:
         shape = exchange.shape
@@ -682,12 +772,11 @@ class RoundMachine:
         digests: list[bytes] = []
         for number in range(len(shape.parts)):
             reply = exchange.replies.get(number)
-            if solo and reply is not None and reply.included - {exchange.index}:
-                reply = None
             replies.append(reply.data if reply else None)
             digests.append(reply.digest if reply else b"")
         listed = {m.peer_id for m in self.head.following} if not solo else {self.me}
-        joins = tuple(Join(p, r) for p, r in sorted(self._joins.items()) if p not in listed)[: chain.JOINS_MAX]
+        room = min(chain.JOINS_MAX, chain.MEMBERS_MAX - len(listed))
+        joins = tuple(Join(p, row) for p, (row, _) in sorted(self._joins.items()) if p not in listed)[:room]
         seal = Seal(
             version=chain.SEAL_VERSION,
             run_id=self.head.run_id,
@@ -707,16 +796,10 @@ class RoundMachine:
         state = chain.extend(self.head, sealed.id, seal, self.rules.chunks)
         if solo and shape.members:
             self._effects.append(Note("solo", f"nobody heard: sealing round {shape.round} alone"))
-        self._adopt(sealed, state, shape, now)
+        self._adopt(sealed, state, shape)
         self._effects.append(PublishSeal(sealed))
         self._begin_round(now)
         return True
-
-    def _newest_root(self) -> tuple[int, bytes]:
-        if not self._roots:
-            return 0, b""
-        newest = max(self._roots)
-        return newest, self._roots[newest]
 
     def _majority_root(self, shape: RoundShape, included: frozenset[int]) -> bytes:
         """The root most members sent for the last multiple of the interval; tie: the smaller (4.10)."""
@@ -728,3 +811,8 @@ class RoundMachine:
         best = min(votes, key=lambda root: (-votes[root], root), default=b"")
         # A root that few have computed yet is no verdict on the others.
         return best if 2 * votes[best] >= len(included) else b""
+
+
+def _merit(tip: TipHeard) -> tuple[int, bytes]:
+    """Orders tips, the best first."""
+    return -tip.total, tip.id

@@ -97,6 +97,7 @@ class Peer:
         for line in self.process.stdout:
             found = re.fullmatch(r"Join with:  p2ptrain join (\S+)\n", line)
             if found:
+                self._swarm.children += psutil.Process(self.process.pid).children(recursive=True)
                 return found[1]
         raise AssertionError(f"{self.name} printed no join line:\n{self.tail()}")
 
@@ -212,6 +213,8 @@ class Swarm:
         self.folder = folder
         self.peers: list[Peer] = []
         self.observers: list[Observer] = []
+        #: every process that a peer started
+        self.children: list[psutil.Process] = []
         self.manifest = folder / "run.toml"
 
     def write_manifest(self, *, last_round: int = 0, root_interval: int = 8, own_text: bool = True) -> None:
@@ -249,13 +252,18 @@ class Swarm:
 
     def close(self) -> None:
         """End all, and check that nothing of them is left."""
-        children = [child for peer in self.peers if peer.process.poll() is None for child in peer_children(peer)]
         for peer in (*self.observers, *self.peers):
             peer.close()
-        psutil.wait_procs(children, timeout=10)
-        assert [child for child in children if child.is_running()] == []
+        self.nothing_runs()
 
-
-def peer_children(peer: Peer) -> list[psutil.Process]:
-    """The processes that a peer has started."""
-    return psutil.Process(peer.process.pid).children(recursive=True)
+    def nothing_runs(self) -> None:
+        """What peers that have ended, however they did, had started has ended too."""
+        of_the_living = [
+            child.pid
+            for peer in self.peers
+            if peer.process.poll() is None
+            for child in psutil.Process(peer.process.pid).children(recursive=True)
+        ]
+        left = [child for child in self.children if child.pid not in of_the_living]
+        _, alive = psutil.wait_procs(left, timeout=10)
+        assert alive == []
