@@ -174,7 +174,7 @@ class RoundDriver:
         ranges = tuple((part.start, part.end) for part in shape.parts) if shape else ()
         if not self.machine.awaits(ready.key) or entry.ranges != ranges:
             return
-        if self._p.own_log.find(ready.key) is None:
+        if self._p.own_log.find(ready.key) != entry:
             self._p.own_log.write(entry)
         self.dispatch(ready)
 
@@ -498,11 +498,19 @@ class RoundDriver:
         else:
             self.dispatch(fetched)
 
+    def _worth_changing_to(self, state: ChainState) -> bool:
+        """Whether a fetched chain is better than ours, continues it, or is ours, which our replica fell out of."""
+        head = self.machine.head
+        ahead = state.round > head.round and state.total >= head.total
+        return ahead or state.id == head.id or chain.better(state.total, state.id, head.total, head.id)
+
     async def _resync(self, effect: Resync) -> None:
         """Go over to a donor's chain: on disk first, then in the trainer's queue, then in the machine."""
         self.syncing = True
         try:
             restore, state = await self.catching_up.change_chain(effect.donor)
+            if not self._worth_changing_to(state):
+                raise CallError("its chain is not the better one after all")
             self.catching_up.adopt(restore)
             self._p.inbox.put(restore)
             self.dispatch(Synced(state))

@@ -560,11 +560,17 @@ class RoundMachine:
         """Adopt the best seal on our head whose replies we all hold."""
         exchange = self._exchange
         held = exchange.replies if exchange is not None else {}
-        ready = [
-            waiting.heard
-            for waiting in self._waiting.values()
-            if all(not d or (n in held and held[n].digest == d) for n, d in enumerate(waiting.heard.seal.parts))
-        ]
+        ready = []
+        for sealer, waiting in list(self._waiting.items()):
+            named = [(n, digest) for n, digest in enumerate(waiting.heard.seal.parts) if digest]
+            if not all(n in held and held[n].digest == digest for n, digest in named):
+                continue
+            included: frozenset[int] = frozenset().union(*(held[n].included for n, _ in named))
+            if chain.bitmap(included, len(waiting.heard.seal.rows)) == waiting.heard.seal.included:
+                ready.append(waiting.heard)
+            else:
+                self._effects.append(Note("refused", "refused a seal that includes others than its replies do"))
+                del self._waiting[sealer]
         if not ready:
             return
         best = min(ready, key=lambda heard: (-heard.seal.total, heard.id))

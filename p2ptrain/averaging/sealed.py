@@ -77,11 +77,14 @@ def check_replies(sealed: SealedRound, layout: ChunkLayout, shape: RoundShape) -
     """Decode every reply once, so that applying the round cannot fail later.
 
     Raises:
-        SealedRoundError: malformed.
+        SealedRoundError: malformed, or including others than the seal says.
     """
+    included: frozenset[int] = frozenset()
     for part, data in enumerate(sealed.replies):
         if data is not None:
-            make_reply(data, layout, shape, part)
+            included |= make_reply(data, layout, shape, part).included
+    if chain.bits(sealed.seal.included, len(shape.members)) != included:
+        raise SealedRoundError("the seal includes others than its replies do")
 
 
 def check_continues(state: ChainState, sealed: SealedRound, layout: ChunkLayout) -> ChainState:

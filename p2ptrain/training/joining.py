@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,9 @@ from p2ptrain.swarm.addresses import parse_addresses
 from p2ptrain.swarm.identity import format_peer_id
 from p2ptrain.swarm.node import SwarmNode
 
+ATTEMPTS = 3
+RETRY_SECONDS = 1.0
+"""A peer that has just started, or a DHT that has just lost one, may need a moment."""
 PACKING_SLACK_BYTES = 1024 * 1024
 """A packed corpus is never longer than the text and this."""
 
@@ -31,19 +35,14 @@ async def find_run(node: SwarmNode, addresses: list[str], choice: str | None) ->
         RunChoiceError: no run, several and no choice, or none of that name.
         ManifestError: what peers hand out as the run's manifest is none.
     """
-    manifests: dict[bytes, bytes] = {}
-    names: dict[bytes, str] = {}
-    for peer in parse_addresses(addresses, own_peer_id=node.peer_id):
-        try:
-            welcome = await client.hello(node, peer)
-        except CallError as error:
-            _logger.debug("%s is in no run: %s", format_peer_id(peer), error)
-            continue
-        manifest, run_id = open_manifest(welcome.manifest, welcome.run_id)
-        manifests[run_id], names[run_id] = welcome.manifest, manifest.name
-    records = await node.read_runs()
-    for run_id, listed in records.items():
-        names.setdefault(run_id, listed[0].name)
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            await asyncio.sleep(RETRY_SECONDS)
+        manifests, records = await _ask(node, addresses), await node.read_runs()
+        if manifests or records:
+            break
+    names = {run_id: listed[0].name for run_id, listed in records.items()}
+    names |= {run_id: open_manifest(signed, run_id)[0].name for run_id, signed in manifests.items()}
     chosen = _choose(names, choice)
     if chosen in manifests:
         return manifests[chosen]
@@ -63,6 +62,21 @@ async def find_run(node: SwarmNode, addresses: list[str], choice: str | None) ->
             f"the manifest of run {names[chosen]!r} cannot be had from anyone", hint="give the address of a peer in it"
         )
     return signed
+
+
+async def _ask(node: SwarmNode, addresses: list[str]) -> dict[bytes, bytes]:
+    """{run id: signed manifest} of the peers at `addresses` that are in a run."""
+    manifests = {}
+    for peer in parse_addresses(addresses, own_peer_id=node.peer_id):
+        try:
+            await node.connect(peer, addresses)
+            welcome = await client.hello(node, peer)
+        except (CallError, UnreachableError) as error:
+            _logger.debug("%s is in no run: %s", format_peer_id(peer), error)
+            continue
+        open_manifest(welcome.manifest, welcome.run_id)
+        manifests[welcome.run_id] = welcome.manifest
+    return manifests
 
 
 def _choose(names: dict[bytes, str], choice: str | None) -> bytes:

@@ -14,13 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from p2ptrain.averaging import chain
 from p2ptrain.averaging.catching_up import Restore
-from p2ptrain.averaging.chain import THROUGHPUT_MAX_MILLI, Row
+from p2ptrain.averaging.chain import THROUGHPUT_MAX_MILLI, RoundShape, Row
 from p2ptrain.averaging.driver import TrainerMessage
 from p2ptrain.averaging.events import Apply, ContributionReady, Key, Rollback, SealedRound, StartRound
 from p2ptrain.compression import wire
@@ -217,7 +218,8 @@ class Trainer:
             self.ledger.give_back(start.key)
             return
         payloads = tuple(self.replica.optimizer.payload(pending, p.start, p.end) for p in start.shape.parts)
-        swarm.contribute(ContributionReady(start.key, entry.row, payloads), entry)
+        again = msgspec.structs.replace(entry, ranges=ranges_of(start.shape), payloads=payloads)
+        swarm.contribute(ContributionReady(start.key, entry.row, payloads), again)
         self._current = None
 
     def _on_apply(self, message: Apply, swarm: Swarm) -> None:
@@ -267,14 +269,14 @@ class Trainer:
         key = Key(shape.round, shape.base)
         replies = self.replica.apply(sealed, shape, state)
         index = shape.index(self._peer_id)
-        if live is None:
-            entry = self._own_log.find(key)
-            contributed = entry is not None and not entry.stood_in
-        else:
-            contributed = live.contributed
-        if not contributed:
+        if not (live is not None and live.contributed) and not self._has_sent(key, shape):
             index = None
         self.status.consumed_share = self.ledger.settle(key, replies, index)
+
+    def _has_sent(self, key: Key, shape: RoundShape) -> bool:
+        """Whether the own log, which outlives this process, has a contribution to a round of this shape."""
+        entry = self._own_log.find(key)
+        return entry is not None and not entry.stood_in and entry.ranges == ranges_of(shape)
 
     def _compute(self, swarm: Swarm) -> None:
         """Micro-batches until the round's time is over or a message arrives; then the contribution."""
@@ -323,7 +325,7 @@ class Trainer:
         optimizer.accumulate()
         optimizer.zero_grad(set_to_none=True)
         pending = optimizer.select()
-        ranges = tuple((part.start, part.end) for part in start.shape.parts)
+        ranges = ranges_of(start.shape)
         payloads = tuple(optimizer.payload(pending, *piece) for piece in ranges)
         seconds = self._computing_seconds + time.monotonic() - began
         rate = self._sequences / max(seconds, 1e-6)
@@ -349,6 +351,11 @@ class Trainer:
     def _show(self) -> None:
         state = self.replica.chain
         self.status.round, self.status.state_id, self.status.total = state.round, state.id, state.total
+
+
+def ranges_of(shape: RoundShape) -> tuple[tuple[int, int], ...]:
+    """Chunks [start, end) of each part of a round."""
+    return tuple((part.start, part.end) for part in shape.parts)
 
 
 def checkpoint_shapes(replica: Replica) -> dict[str, tuple[int, ...]]:

@@ -483,3 +483,35 @@ def test_a_member_that_restarts_from_where_it_stood_goes_on_with_the_group() -> 
     assert reborn.contributed[-1][1], "its work counts"
     assert reborn.id in {m.peer_id for m in ada.head.now}
     cluster.check()
+
+
+def test_a_seal_that_includes_others_than_its_replies_is_refused() -> None:
+    cluster = Cluster()
+    peers = cluster.group(3)
+    shape = peers[0].machine.shape
+    assert shape is not None
+    sealer, honest = (cluster.by_id[shape.members[place].peer_id] for place in shape.sealer_order[:2])
+    key = Key(shape.round, shape.base)
+    cluster.until(lambda: not honest.machine.awaits(key), 10)
+    cluster.kill(sealer)
+    number = next(n for n, part in enumerate(shape.parts) if shape.members[part.reducer].peer_id == sealer.id)
+    reply = Reply(hashlib.sha256(b"reply").digest(), frozenset({0, 1}), b"reply")
+    honest.hears(ReplyHeld(key, number, reply))
+    seal = Seal(
+        version=chain.SEAL_VERSION,
+        run_id=RUN_ID,
+        round=shape.round,
+        parent=honest.head.id,
+        total=honest.head.total + 3,
+        sealer=sealer.id,
+        solo=False,
+        included=chain.bitmap({0, 1, 2}, 3),
+        parts=tuple(reply.digest if n == number else b"" for n in range(3)),
+        rows=tuple(m.row for m in shape.members),
+        joins=(),
+        root=b"",
+    )
+    signed = chain.encode_seal(seal, sealer.identity.sign)
+    honest.hears(SealHeard(chain.seal_id(signed.body), seal, signed, sealer.id))
+    assert honest.head.round == shape.round - 1
+    assert honest.notes[-1].kind == "refused"
