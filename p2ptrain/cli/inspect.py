@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import time
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -47,7 +49,23 @@ def inspect(
     from p2ptrain.swarm.thread import new_network_loop
 
     with asyncio.Runner(loop_factory=new_network_loop) as runner:
-        runner.run(_inspect(given, run, format, watch))
+        if not runner.run(_until_interrupted(_inspect(given, run, format, watch))):
+            raise typer.Abort
+
+
+async def _until_interrupted(work: Coroutine[None, None, None]) -> bool:
+    """Run `work`; False when Ctrl-C or SIGTERM ended it, after it has cleaned up.
+
+    Handlers of our own, because a shell starts background jobs with SIGINT ignored, and Python then leaves it so.
+    """
+    task = asyncio.ensure_future(work)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    try:
+        await task
+    except asyncio.CancelledError:
+        return False
+    return True
 
 
 def _addresses_of(home: Home) -> list[str]:

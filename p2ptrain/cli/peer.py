@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from p2ptrain.cli.output import set_up_logging
@@ -11,6 +13,11 @@ from p2ptrain.config.node import resolve_settings
 
 if TYPE_CHECKING:
     from p2ptrain.training.session import PeerSession, Run
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Until training has handlers of its own: end, and clean up on the way."""
+    raise KeyboardInterrupt
 
 
 def run_peer(
@@ -30,6 +37,9 @@ def run_peer(
         flags: of the node's settings, by name.
         addresses: to meet at.
     """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # Also where a shell started us with SIGINT ignored, as background jobs are.
+        signal.signal(number, _interrupt)
     settings = resolve_settings(home, flags)
     set_up_logging(verbose, quiet, settings.log_format)
     if addresses:
