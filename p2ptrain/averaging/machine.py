@@ -407,7 +407,7 @@ class RoundMachine:
         tip = self._tips.get(event.donor)
         if event.ancestor is None:
             if tip is not None and self._wants(tip):
-                self._want_snapshot(event.donor, "its journal does not reach back to our chain")
+                self._want_snapshot(event.donor, "we are far behind its chain, or off it")
             return
         if not event.rounds:
             self._tips.pop(event.donor, None)
