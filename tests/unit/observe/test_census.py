@@ -1,0 +1,100 @@
+"""What `inspect` says of a run, from records and a crawl."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from lone import RUN_ID, identity_of
+
+from p2ptrain.observe.census import LOST_AND_SILENT_SECONDS, LOST_SECONDS, inspect_run
+from p2ptrain.swarm.crawl import Census
+from p2ptrain.swarm.identity import format_peer_id
+from p2ptrain.swarm.records import PeerRecord
+
+NOW = 1_000_000.0
+A, B = bytes([1]) * 32, bytes([2]) * 32
+
+
+def record(name: str, *, age: float = 0.5, state: Any = "training", round: int = 7, state_id: bytes = A) -> PeerRecord:
+    return PeerRecord(
+        peer_id=identity_of(name).peer_id,
+        run_id=RUN_ID,
+        time=NOW - age,
+        name=name,
+        state=state,
+        role="member",
+        round=round,
+        state_id=state_id,
+        total=20,
+    )
+
+
+def look(*records: PeerRecord, silent: tuple[str, ...] = ()) -> dict[str, Any]:
+    dead = frozenset(identity_of(name).peer_id for name in silent)
+    alive = frozenset(one.peer_id for one in records) - dead
+    found = {one.peer_id: one for one in records}
+    return inspect_run(RUN_ID, "run", found, Census(alive, dead), NOW).as_json()
+
+
+def states(seen: dict[str, Any]) -> dict[str, str]:
+    return {peer["name"]: peer["state"] for peer in seen["peers"]}
+
+
+def test_the_keys_are_those_that_programs_rely_on() -> None:
+    seen = look(record("ada"))
+    assert seen.keys() == {"run", "peers", "dht"}
+    assert seen["run"] == {"id": RUN_ID.hex(), "name": "run", "round": 7, "state_id": A.hex()}
+    assert seen["dht"] == {"nodes_alive": 1, "nodes_dead": 0}
+    (peer,) = seen["peers"]
+    assert peer["peer_id"] == format_peer_id(identity_of("ada").peer_id)
+    assert peer["last_seen_seconds"] == 0.5 and peer["loss"] is None
+    promised = (
+        "peer_id name state round state_id tokens_per_second bytes_sent_per_round bytes_received_per_round loss device "
+        "version last_seen_seconds"
+    )
+    assert set(promised.split()) <= peer.keys()
+
+
+def test_who_has_said_nothing_for_long_is_lost() -> None:
+    assert states(look(record("ada", age=LOST_SECONDS + 0.1), record("grace"))) == {"ada": "lost", "grace": "training"}
+
+
+def test_who_does_not_answer_either_is_lost_sooner() -> None:
+    age = LOST_AND_SILENT_SECONDS + 0.1
+    seen = look(record("ada", age=age), record("grace", age=age), silent=("ada",))
+    assert states(seen) == {"ada": "lost", "grace": "training"}
+    assert seen["dht"] == {"nodes_alive": 1, "nodes_dead": 1}
+
+
+@pytest.mark.parametrize("state", ["leaving", "finished"])
+def test_who_said_goodbye_is_not_lost(state: str) -> None:
+    assert states(look(record("ada", age=20, state=state))) == {"ada": state}
+
+
+def test_the_run_stands_where_most_live_peers_are() -> None:
+    seen = look(
+        record("a", round=9, state_id=B, age=LOST_SECONDS + 1),
+        record("b", round=9, state_id=B, age=LOST_SECONDS + 1),
+        record("c", round=5, state_id=A),
+        record("d", round=5, state_id=A),
+        record("e", round=6, state_id=B),
+        record("f", round=0, state_id=RUN_ID, state="syncing"),
+        record("g", round=0, state_id=RUN_ID, state="joining"),
+        record("h", round=0, state_id=RUN_ID, state="joining"),
+    )
+    assert (seen["run"]["round"], seen["run"]["state_id"]) == (5, A.hex())
+
+
+def test_of_chains_with_equal_support_the_furthest_is_shown() -> None:
+    assert look(record("a", round=5), record("b", round=6, state_id=B))["run"]["round"] == 6
+
+
+def test_a_run_whose_peers_are_all_gone_still_has_a_round() -> None:
+    assert look(record("a", age=20, round=5))["run"]["round"] == 5
+    assert look()["run"] == {"id": RUN_ID.hex(), "name": "run", "round": 0, "state_id": ""}

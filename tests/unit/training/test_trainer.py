@@ -1,0 +1,228 @@
+"""The trainer between a queue and a swarm: late seals, repeated rounds, crashes. Nothing is counted twice or lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import queue
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from lone import ROW, RUN_ID, Lone, replica, seal
+
+from p2ptrain.averaging import chain
+from p2ptrain.averaging.catching_up import Restore
+from p2ptrain.averaging.driver import TrainerMessage
+from p2ptrain.averaging.events import Apply, ContributionReady, Rollback, SealedRound, StartRound
+from p2ptrain.observe.status import Status
+from p2ptrain.state.journal import Journal
+from p2ptrain.state.own_log import OwnEntry, OwnLog
+from p2ptrain.swarm.identity import verify
+from p2ptrain.training.trainer import Trainer, ranges_of
+
+TOKENS = np.random.default_rng(0).integers(0, 4096, 5000).astype(np.uint16)
+
+
+class Swarm:
+    """The network thread's side: keeps what it is handed, in the own log as the driver does."""
+
+    def __init__(self, log: OwnLog) -> None:
+        self.log = log
+        self.handed: list[ContributionReady] = []
+        self.roots: list[tuple[int, bytes]] = []
+
+    def contribute(self, ready: ContributionReady, entry: OwnEntry) -> None:
+        self.handed.append(ready)
+        self.log.write(entry)
+
+    def root_computed(self, round: int, root: bytes) -> None:
+        self.roots.append((round, root))
+
+
+class Home:
+    """One peer's disk, and a trainer over it."""
+
+    def __init__(self, folder: Path, lone: Lone) -> None:
+        for name in ("journal", "own", "checkpoints"):
+            (folder / name).mkdir(exist_ok=True)
+        self.lone = lone
+        self.journal = Journal(folder / "journal", RUN_ID, verify)
+        self.log = OwnLog(folder / "own")
+        self.swarm = Swarm(self.log)
+        self.inbox: queue.SimpleQueue[TrainerMessage | None] = queue.SimpleQueue()
+        self.trainer = Trainer(
+            replica(),
+            lone.identity.peer_id,
+            TOKENS,
+            3.5,
+            ROW.uplink,
+            self.inbox,
+            folder / "checkpoints",
+            self.log,
+            Status(),
+        )
+
+    @property
+    def momentum(self) -> torch.Tensor:
+        return self.trainer.replica.optimizer.momentum
+
+    def hand(self, *messages: TrainerMessage) -> None:
+        """Let the trainer work through these, and through what it has to compute for them."""
+        for message in messages:
+            self.inbox.put(message)
+        while not self.inbox.empty() or self.trainer._current is not None:
+            if self.trainer._current is not None and self.inbox.empty():
+                self.trainer._compute(self.swarm)
+            else:
+                taken = self.inbox.get()
+                assert taken is not None
+                self.trainer._take(taken, self.swarm)
+
+    def start(self) -> StartRound:
+        shape = chain.shape_of(self.lone.states[-1], self.lone.chunks)
+        return StartRound(self.lone.key, shape, 0, 0.0)
+
+    def apply(self, sealed: SealedRound, *, contributed: bool) -> Apply:
+        """Journal a sealed round, and the message about it."""
+        self.journal.append(sealed)
+        shape = chain.shape_of(self.lone.states[-1], self.lone.chunks)
+        self.lone.seal(sealed)
+        return Apply(sealed, self.lone.states[-1], shape, 0, contributed)
+
+    def sealed(self) -> SealedRound:
+        """The next round, of what was handed over last."""
+        sent = self.trainer.ledger.pending[self.lone.key]
+        return seal(self.lone.states[-1], self.lone.identity, self.lone.chunks, (self.lone.reply(sent),))
+
+    def first_round(self) -> None:
+        """The founder's first seal."""
+        first = self.lone.rounds[0]
+        self.journal.append(first)
+        self.hand(Apply(first, self.lone.states[1], chain.shape_of(self.lone.states[0], self.lone.chunks), None, False))
+
+
+@pytest.fixture
+def lone() -> Lone:
+    torch.manual_seed(0)
+    return Lone()
+
+
+@pytest.fixture
+def home(tmp_path: Path, lone: Lone) -> Home:
+    made = Home(tmp_path, lone)
+    made.first_round()
+    return made
+
+
+def test_a_round_is_computed_handed_over_applied_and_settled(home: Home) -> None:
+    home.hand(home.start())
+    (ready,) = home.swarm.handed
+    assert ready.key == home.lone.key and ready.row.weight == 4 and ready.row.throughput > 0
+    home.hand(home.apply(home.sealed(), contributed=True))
+    assert not home.trainer.ledger.pending
+    assert home.trainer.replica.snapshot() == home.lone.replica.snapshot()
+    assert home.trainer.status.consumed_share > 0.5
+
+
+def test_a_gradient_that_came_too_late_counts_in_the_next_contribution(home: Home) -> None:
+    skip = seal(home.lone.states[-1], home.lone.identity, home.lone.chunks, (None,))
+    start = dataclasses.replace(home.start(), seconds=1000.0)
+    late = home.apply(skip, contributed=False)
+    # The seal is there when the first micro-batch is done: applied between micro-batches, never inside one.
+    home.trainer._take(start, home.swarm)
+    home.inbox.put(late)
+    home.trainer._compute(home.swarm)
+    assert home.swarm.handed == []
+    home.hand(home.start())
+    (ready,) = home.swarm.handed
+    assert ready.row.weight == 8
+
+
+def test_what_was_not_sent_after_all_returns_to_the_momentum(home: Home) -> None:
+    home.hand(home.start())
+    for path in home.log._folder.iterdir():
+        path.unlink()
+    before = home.momentum.clone()
+    sent = home.trainer.ledger.pending[home.lone.key].sent
+    home.hand(home.apply(home.sealed(), contributed=False))
+    whole = before.clone()
+    whole[torch.from_numpy(sent.chunk), torch.from_numpy(sent.index)] += torch.from_numpy(sent.value)
+    assert torch.allclose(home.momentum, whole)
+
+
+def test_the_same_round_on_another_branch_gets_the_same_bytes(home: Home) -> None:
+    home.hand(home.start())
+    base, start = home.lone.states[-1], home.start()
+    momentum = home.momentum.clone()
+    skip = seal(base, home.lone.identity, home.lone.chunks, (None,))
+    shape = chain.shape_of(base, home.lone.chunks)
+    after = chain.extend(base, skip.id, skip.seal, home.lone.chunks)
+    home.hand(Apply(skip, after, shape, 0, True), Rollback(base), start)
+    first, again = home.swarm.handed
+    assert again.payloads == first.payloads
+    assert torch.allclose(home.momentum, momentum)
+
+
+def test_after_a_crash_what_was_sent_is_settled_once_and_the_replica_is_the_same(tmp_path: Path, home: Home) -> None:
+    for _ in range(2):
+        home.hand(home.start())
+        home.hand(home.apply(home.sealed(), contributed=True))
+    home.trainer.save()
+    for _ in range(3):
+        home.hand(home.start())
+        home.hand(home.apply(home.sealed(), contributed=True))
+    home.hand(home.start())
+    waiting = home.trainer.ledger.pending[home.lone.key].sent.value
+    again = Home(tmp_path, home.lone)
+    again.trainer.restore(again.journal)
+    assert again.trainer.replica.snapshot() == home.trainer.replica.snapshot()
+    # What waits for its seal waits still, as the same values, and is sent again as the same bytes.
+    assert np.array_equal(again.trainer.ledger.pending[home.lone.key].sent.value, waiting)
+    again.hand(again.start())
+    assert again.swarm.handed[-1].payloads == home.swarm.handed[-1].payloads
+    again.hand(again.apply(again.sealed(), contributed=True))
+    assert again.trainer.replica.snapshot() == home.lone.replica.snapshot()
+    assert not again.trainer.ledger.pending
+
+
+def test_after_a_crash_the_seal_of_a_round_sent_before_still_consumes(tmp_path: Path, home: Home) -> None:
+    home.trainer.save()
+    home.hand(home.start())
+    sealed = home.sealed()
+    again = Home(tmp_path, home.lone)
+    again.trainer.restore(again.journal)
+    # The machine of the new process has sent nothing: only the own log knows.
+    again.hand(again.apply(sealed, contributed=False))
+    assert again.trainer.status.consumed_share > 0.5
+
+
+def test_a_message_of_weight_zero_in_the_trainers_stead_consumes_nothing(tmp_path: Path, home: Home) -> None:
+    home.trainer.save()
+    home.hand(home.start())
+    sealed, key = home.sealed(), home.lone.key
+    home.log.write(OwnEntry(key.round, key.base, ROW, (), (), 0, 0))
+    again = Home(tmp_path, home.lone)
+    again.trainer.restore(again.journal)
+    assert key not in again.trainer.ledger.pending
+    again.hand(again.apply(sealed, contributed=False))
+    assert again.trainer.status.consumed_share == 0
+
+
+def test_a_restored_replica_is_where_the_fetched_rounds_lead(home: Home) -> None:
+    other = Lone("grace")
+    other.train(6)
+    home.hand(home.start())
+    home.hand(Restore(None, other.states[0], tuple(other.rounds)))
+    assert home.trainer.replica.snapshot() == other.replica.snapshot()
+    # On the way it has made the snapshot of round 4, and its own work waits no longer: no such round is on this chain.
+    assert [number for number, _ in home.swarm.roots] == [4]
+    assert not home.trainer.ledger.pending
+
+
+def test_the_parts_of_a_round_name_all_chunks(home: Home) -> None:
+    assert ranges_of(home.start().shape) == ((0, home.lone.chunks),)
