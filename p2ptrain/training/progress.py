@@ -52,12 +52,12 @@ class Display:
             if self._spinner is None:
                 self._spinner = self._console.status("")
                 self._spinner.start()
-            self._spinner.update(line_of(status))
+            self._spinner.update("\n".join(lines_of(status)))
             return
         now = time.monotonic()
         if last or now - self._printed_at >= PLAIN_EVERY_SECONDS:
             self._printed_at = now
-            self._say(line_of(status), status)
+            self._say("  ".join(lines_of(status)), status)
 
     def transfer(self, what: str, done: int, total: int) -> None:
         """Progress of a download or a sync: bytes, or rounds where `what` is "rounds"."""
@@ -127,14 +127,15 @@ class Display:
             self._bars, self._tasks = None, {}
 
 
-def line_of(status: Status) -> str:
-    """One line on one round."""
-    loss = "-" if status.loss is None or status.bits_per_byte is None else f"{status.loss:.3f}"
+def lines_of(status: Status) -> tuple[str, str]:
+    """One round in two lines of less than 80 columns each."""
+    loss = "-" if status.loss is None else f"{status.loss:.3f}"
     bits = "-" if status.bits_per_byte is None else f"{status.bits_per_byte:.3f}"
     members = f"{status.members} member{'' if status.members == 1 else 's'}"
+    sent, received = status.bytes_sent_per_round / 1000, status.bytes_received_per_round / 1000
     return (
         f"round {status.round}  {status.state}  loss {loss}  bits/byte {bits}  "
-        f"{status.tokens_per_second:,.0f} tokens/s  {members}  sent {status.bytes_sent_per_round / 1000:,.1f} kB  "
-        f"received {status.bytes_received_per_round / 1000:,.1f} kB  "
-        f"computed {status.computing_seconds:.2f} s  waited {status.waiting_seconds:.2f} s"
+        f"{status.tokens_per_second:,.0f} tokens/s  {members}",
+        f"sent {sent:,.1f} kB  received {received:,.1f} kB  "
+        f"computed {status.computing_seconds:.2f} s  waited {status.waiting_seconds:.2f} s",
     )
