@@ -126,6 +126,9 @@ class RoundDriver:
         self._started: Key | None = None
         #: effects not performed yet
         self._effects: deque[Effect] = deque()
+        self._performing = False
+        #: why this peer cannot go on
+        self.failure: OSError | None = None
         self._me = parts.node.peer_id
         self._tasks: set[asyncio.Task[None]] = set()
         #: deliveries under way -> their round
@@ -174,8 +177,11 @@ class RoundDriver:
         ranges = tuple((part.start, part.end) for part in shape.parts) if shape else ()
         if not self.machine.awaits(ready.key) or entry.ranges != ranges:
             return
-        if self._p.own_log.find(ready.key) != entry:
-            self._p.own_log.write(entry)
+        try:
+            if self._p.own_log.find(ready.key) != entry:
+                self._p.own_log.write(entry)
+        except OSError as error:
+            self._fail(error)
         self.dispatch(ready)
 
     def root_computed(self, round: int, root: bytes) -> None:
@@ -194,14 +200,24 @@ class RoundDriver:
 
     def _do(self, effects: list[Effect]) -> None:
         # Performing one may have the machine hear of something, and ask for more: in order, after these.
-        underway = bool(self._effects)
         self._effects += effects
-        if underway:
+        if self._performing:
             return
-        while self._effects:
-            self._perform(self._effects[0])
-            self._effects.popleft()
+        self._performing = True
+        try:
+            while self._effects:
+                self._perform(self._effects.popleft())
+        except OSError as error:
+            self._fail(error)
+        finally:
+            self._performing = False
         self._set_timer()
+
+    def _fail(self, error: OSError) -> None:
+        """Without its journal a peer must not go on: what it says would not outlive it."""
+        self.failure = error
+        self.leaving = True
+        self._p.inbox.put(None)
 
     def _perform(self, effect: Effect) -> None:
         match effect:

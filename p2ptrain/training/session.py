@@ -320,6 +320,10 @@ class PeerSession:
             return not self._stopping and not ended
 
         trainer.run(swarm, after_round)
+        if driver.failure is not None:
+            raise HomeError(
+                f"cannot write to home {self.home.path}: {driver.failure.strerror}", hint="make room, then start again"
+            )
 
     def _reached_end(self, trainer: Trainer) -> bool:
         last = trainer.replica.manifest.last_round

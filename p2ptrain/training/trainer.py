@@ -269,14 +269,17 @@ class Trainer:
         key = Key(shape.round, shape.base)
         replies = self.replica.apply(sealed, shape, state)
         index = shape.index(self._peer_id)
-        if not (live is not None and live.contributed) and not self._has_sent(key, shape):
+        if not self._has_sent(key, shape, live):
             index = None
         self.status.consumed_share = self.ledger.settle(key, replies, index)
 
-    def _has_sent(self, key: Key, shape: RoundShape) -> bool:
-        """Whether the own log, which outlives this process, has a contribution to a round of this shape."""
+    def _has_sent(self, key: Key, shape: RoundShape, live: Apply | None) -> bool:
+        """Whether a contribution of ours can be in the replies of a round: the own log outlives this process."""
         entry = self._own_log.find(key)
-        return entry is not None and not entry.stood_in and entry.ranges == ranges_of(shape)
+        if entry is None or entry.stood_in:
+            return False
+        # The log has the parts that it was cut for last; the machine knows of those before, on another branch.
+        return entry.ranges == ranges_of(shape) or (live is not None and live.contributed)
 
     def _compute(self, swarm: Swarm) -> None:
         """Micro-batches until the round's time is over or a message arrives; then the contribution."""
