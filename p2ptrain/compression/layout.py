@@ -9,7 +9,7 @@ and the codec run over all parameters in one batch; the price is momentum for th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -96,10 +96,10 @@ class ChunkLayout:
         self.row_chunks = torch.nonzero(vector & ~identity).flatten()
         self.plain_chunks = torch.nonzero(identity).flatten()
 
-    def _per_chunk(self, of: object) -> tuple[int, ...]:
+    def _per_chunk(self, of: Callable[[Treatment], int]) -> tuple[int, ...]:
         values: list[int] = []
         for segment in self.segments:
-            values += [of(segment.treatment)] * (segment.end - segment.start)  # type: ignore[operator]
+            values += [of(segment.treatment)] * (segment.end - segment.start)
         return tuple(values)
 
     def gather(self, tensors: Sequence[Tensor | None], out: Tensor) -> Tensor:
