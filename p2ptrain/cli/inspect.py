@@ -111,8 +111,8 @@ async def look(node: SwarmNode, run_id: bytes, name: str) -> Inspection:
     """One look at a run, through a node that is in its DHT already."""
     from p2ptrain.observe.census import inspect_run
 
-    records, census = await asyncio.gather(node.read_peers(run_id), node.crawl())
-    return inspect_run(run_id, name, records, census)
+    records = await node.read_peers(run_id)
+    return inspect_run(run_id, name, records, await node.crawl())
 
 
 async def _choose_run(node: SwarmNode, addresses: list[str], choice: str | None) -> tuple[bytes, str]:

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hivemind.dht import DHTID, DHTNode
 from hivemind.p2p import PeerID
 
+from p2ptrain.errors import UnreachableError
+from p2ptrain.swarm.meeting import dial
+
 PARALLEL = 16
+DIAL_SECONDS = 3.0
 MAX_NODES = 4096
 """Where it stops: a node may answer with peers that it made up."""
 _LEADING_BITS = 6
@@ -30,8 +35,11 @@ class Census:
     """Still listed by someone, but without an answer."""
 
 
-async def crawl(node: DHTNode, timeout_seconds: float) -> Census:
+async def crawl(node: DHTNode, routes: Mapping[bytes, Sequence[str]], timeout_seconds: float) -> Census:
     """Asks every node that `node` can learn of. `node` itself is neither asked nor counted.
+
+    FIND names peers without their addresses: `routes` {peer id: multiaddrs without /p2p/ID} are tried first, for libp2p's
+    own lookup knows none for peers whose addresses it takes for neither public nor private.
 
     What has not answered when the time is over counts as dead, if it was asked, and is left out otherwise.
     """
@@ -43,6 +51,9 @@ async def crawl(node: DHTNode, timeout_seconds: float) -> Census:
         queries = [node_id, *(DHTID(int(node_id) ^ (1 << (_ID_BITS - 1 - bit))) for bit in range(_LEADING_BITS))]
         async with slots:
             asked.setdefault(peer_id.to_bytes(), False)
+            if peer_id.to_bytes() in routes:
+                with contextlib.suppress(UnreachableError):
+                    await dial(node.p2p, peer_id.to_bytes(), routes[peer_id.to_bytes()], DIAL_SECONDS)
             answer = await node.protocol.call_find(peer_id, queries)
         if answer is None:
             return []

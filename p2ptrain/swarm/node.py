@@ -203,8 +203,11 @@ class SwarmNode:
         return await self.dht.protocol.call_ping(PeerID(peer_id)) is not None
 
     async def crawl(self, *, timeout_seconds: float = 8.0) -> crawl.Census:
-        """Who is in the DHT and who of them answers; includes this node, unless it is an observer."""
-        census = await crawl.crawl(self.dht, timeout_seconds)
+        """Who is in the DHT and who of them answers; includes this node, unless it is an observer.
+
+        Read the records of a run before: they tell how to dial its peers.
+        """
+        census = await crawl.crawl(self.dht, self.known_peers, timeout_seconds)
         return census if self.observer else crawl.Census(census.alive | {self.peer_id}, census.dead)
 
     def remember(self, peer_id: bytes, routes: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import random
@@ -125,5 +126,11 @@ def joined_address(peer: Peer) -> str:
 
 def seal_times(peer: Peer, since: float) -> list[float]:
     """When each round of its journal was sealed, from the last one before `since` on."""
-    times = sorted(path.stat().st_mtime for path in (peer.home / "journal").glob("round-*"))
-    return [t for t in times if t < since][-1:] + [t for t in times if t >= since]
+    times = []
+    for path in (peer.home / "journal").glob("round-*"):
+        # The oldest rounds are pruned meanwhile; those asked for are newer.
+        with contextlib.suppress(FileNotFoundError):
+            times.append(path.stat().st_mtime)
+    before = [t for t in times if t < since]
+    assert before, "the journal reaches back to the moment asked for"
+    return [max(before), *sorted(t for t in times if t >= since)]

@@ -24,6 +24,7 @@ from hivemind.proto import dht_pb2
 from p2ptrain.config.manifest import Manifest, open_manifest, sign_manifest
 from p2ptrain.errors import AddressError, ClockSkewError, PortInUseError, UnreachableError
 from p2ptrain.swarm import node as node_module
+from p2ptrain.swarm.crawl import Census
 from p2ptrain.swarm.guards import MAX_DICTIONARY_BYTES, BoundedStorage
 from p2ptrain.swarm.identity import Identity, format_peer_id, new_identity, parse_peer_id
 from p2ptrain.swarm.node import SwarmNode
@@ -297,6 +298,22 @@ def test_a_crawl_tells_the_living_from_the_killed(swarm: Swarm, peer_process: St
         os.kill(victim.report["daemon_pid"], signal.SIGKILL)
         census = await observer.crawl()
         assert (census.alive, census.dead) == ({node.peer_id for node in nodes}, {killed})
+
+    swarm.run(scenario())
+
+
+def test_a_crawl_reaches_peers_that_only_records_tell_how_to_dial(swarm: Swarm) -> None:
+    async def scenario() -> None:
+        first = await swarm.node()
+        second = await swarm.node(first)
+        assert await second.publish_peer(peer_record(second.identity, addresses=await second.join_addresses()))
+        # A daemon that has just started can tell nobody where others are.
+        first.known_peers.clear()
+        os.kill(first.daemon_pid, signal.SIGKILL)
+        await swarm.eventually(lambda: first.restarts == 1)
+        observer = await swarm.node(first, observer=True)
+        await observer.read_peers(RUN)
+        assert await observer.crawl() == Census(frozenset({first.peer_id, second.peer_id}), frozenset())
 
     swarm.run(scenario())
 
