@@ -38,8 +38,8 @@ class Census:
 async def crawl(node: DHTNode, routes: Mapping[bytes, Sequence[str]], timeout_seconds: float) -> Census:
     """Asks every node that `node` can learn of. `node` itself is neither asked nor counted.
 
-    FIND names peers without their addresses: `routes` {peer id: multiaddrs without /p2p/ID} are tried first, for libp2p's
-    own lookup knows none for peers whose addresses it takes for neither public nor private.
+    FIND names peers without their addresses: `routes` {peer id: multiaddrs without /p2p/ID} are tried first, as libp2p
+    finds no way to peers whose addresses it takes for neither public nor private.
 
     What has not answered when the time is over counts as dead, if it was asked, and is left out otherwise.
     """
