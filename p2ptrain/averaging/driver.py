@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import queue
-import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from typing import Protocol
 
 from p2ptrain.averaging import chain
 from p2ptrain.averaging.catching_up import CatchingUp, Restore
@@ -43,7 +42,6 @@ from p2ptrain.averaging.events import (
     Synced,
     Tick,
 )
-from p2ptrain.averaging.failpoints import failpoint
 from p2ptrain.averaging.machine import RoundMachine
 from p2ptrain.averaging.messages import (
     NAMESPACE,
@@ -66,6 +64,7 @@ from p2ptrain.averaging.servicer import PeerServicer
 from p2ptrain.compression import wire
 from p2ptrain.compression.layout import ChunkLayout
 from p2ptrain.config.manifest import PROTOCOL_VERSION, Manifest
+from p2ptrain.state.failpoints import failpoint
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import OwnEntry, OwnLog
 from p2ptrain.state.snapshot import SnapshotStore
@@ -83,6 +82,12 @@ _logger = logging.getLogger(__name__)
 TrainerMessage = StartRound | Apply | Rollback | Restore
 
 
+class Inbox(Protocol):
+    """The trainer's queue."""
+
+    def put(self, message: TrainerMessage | None, /) -> None: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DriverParts:
     """What a driver works with."""
@@ -96,7 +101,7 @@ class DriverParts:
     journal: Journal
     own_log: OwnLog
     snapshots: SnapshotStore
-    inbox: queue.SimpleQueue[TrainerMessage | None]
+    inbox: Inbox
     traffic: Traffic
     snapshot_max_bytes: int
     snapshot_chain: Callable[[bytes], ChainState]
@@ -130,7 +135,8 @@ class RoundDriver:
         #: why this peer cannot go on
         self.failure: OSError | None = None
         self._me = parts.node.peer_id
-        self._tasks: set[asyncio.Task[None]] = set()
+        #: in the order of their making, as sets of objects have none
+        self._tasks: dict[asyncio.Task[None], None] = {}
         #: deliveries under way -> their round
         self._deliveries: dict[asyncio.Task[None], int] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -148,7 +154,7 @@ class RoundDriver:
     async def start(self) -> None:
         """Answer calls, and begin at the chain state that the machine was given."""
         await self._p.node.add_servicer(PeerServicer(self, self._p.traffic), NAMESPACE)
-        self._do(self.machine.start(time.monotonic()))
+        self._do(self.machine.start(self._now()))
 
     async def stop(self) -> None:
         """Say goodbye to all who follow us, and end everything."""
@@ -196,7 +202,7 @@ class RoundDriver:
     def dispatch(self, event: Event) -> None:
         """Let the machine hear an event, and do what it asks for."""
         if not self.leaving:
-            self._do(self.machine.handle(event, time.monotonic()))
+            self._do(self.machine.handle(event, self._now()))
 
     def _do(self, effects: list[Effect]) -> None:
         # Performing one may have the machine hear of something, and ask for more: in order, after these.
@@ -271,17 +277,21 @@ class RoundDriver:
             self._timer = None
         if self.machine.wake_at is not None and not self.leaving:
             self._timer_due = self.machine.wake_at
-            delay = max(0.0, self._timer_due - time.monotonic())
+            delay = max(0.0, self._timer_due - self._now())
             self._timer = asyncio.get_running_loop().call_later(delay, self._tick)
 
     def _tick(self) -> None:
         self._timer = None
-        self.dispatch(Tick(late=time.monotonic() - self._timer_due > 1.0))
+        self.dispatch(Tick(late=self._now() - self._timer_due > 1.0))
+
+    def _now(self) -> float:
+        """Monotonic seconds, by the loop's clock."""
+        return asyncio.get_running_loop().time()
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = None
+        task.add_done_callback(lambda done: self._tasks.pop(done, None))
         task.add_done_callback(_report)
 
     # ---- contributions and replies ----------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from google.protobuf.wrappers_pb2 import BytesValue
 from hivemind.p2p import P2PContext, ServicerBase
 
 from p2ptrain.averaging.events import Key
-from p2ptrain.averaging.failpoints import failpoint
 from p2ptrain.averaging.messages import (
     Answer,
     CallError,
@@ -32,6 +31,7 @@ from p2ptrain.averaging.messages import (
     Traffic,
     decode_message,
 )
+from p2ptrain.state.failpoints import failpoint
 from p2ptrain.swarm.identity import format_peer_id
 
 if TYPE_CHECKING:

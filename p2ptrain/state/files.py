@@ -11,6 +11,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from p2ptrain.state.failpoints import failpoint
+
 _PREFIX = ".tmp-"
 
 
@@ -20,6 +22,7 @@ def atomic_write(path: Path, data: bytes, *, mode: int = 0o600, durable: bool = 
     Raises:
         OSError: the file system does not take it; `path` is then as it was.
     """
+    failpoint("before_write")
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=_PREFIX)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -39,6 +42,7 @@ def atomic_write(path: Path, data: bytes, *, mode: int = 0o600, durable: bool = 
             os.fsync(directory)
         finally:
             os.close(directory)
+    failpoint("after_write")
 
 
 def remove_unfinished(directory: Path) -> None:

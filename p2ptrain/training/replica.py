@@ -45,11 +45,12 @@ class Replica:
     Args:
         run_id: id of the chain's beginning.
         device: where to compute.
+        model: default: the GPT that the manifest describes.
     """
 
-    def __init__(self, manifest: Manifest, run_id: bytes, device: torch.device) -> None:
+    def __init__(self, manifest: Manifest, run_id: bytes, device: torch.device, model: GPT | None = None) -> None:
         self.manifest, self.run_id = manifest, run_id
-        self.model = GPT(manifest.model)
+        self.model = GPT(manifest.model) if model is None else model
         initialise(self.model, bytes.fromhex(manifest.nonce))
         self.model.to(device)
         self.optimizer = build_optimizer(self.model, manifest)
@@ -176,7 +177,7 @@ def chain_of(meta: bytes, run_id: bytes) -> ChainState:
     return state
 
 
-def build_optimizer(model: GPT, manifest: Manifest) -> DeMo:
+def build_optimizer(model: torch.nn.Module, manifest: Manifest) -> DeMo:
     """DeMo as the manifest sets it: one parameter group for each kind of parameter."""
     config = manifest.optimizer
     groups = []

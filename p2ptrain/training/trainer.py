@@ -60,6 +60,7 @@ class Trainer:
         bytes_per_token: of that text.
         uplink_kbit: what we say of our line; 0: we cannot be dialled.
         checkpoints: folder of the checkpoint and the snapshots.
+        clock: seconds, monotonic.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Trainer:
         checkpoints: Path,
         own_log: OwnLog,
         status: Status,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.replica = replica
         self.ledger = Ledger(replica.optimizer)
@@ -81,7 +83,7 @@ class Trainer:
         self.rounds_applied = 0
         self._peer_id, self._tokens, self._bytes_per_token = peer_id, tokens, bytes_per_token
         self._uplink_kbit = uplink_kbit
-        self._inbox, self._own_log = inbox, own_log
+        self._inbox, self._own_log, self._clock = inbox, own_log, clock
         self._checkpoints, self._snapshots = checkpoints, SnapshotStore(checkpoints)
         self._device = next(replica.model.parameters()).device
         config = replica.manifest
@@ -90,14 +92,15 @@ class Trainer:
         self._sequences_per_second = 0.0
         #: the round to compute for, until its contribution is handed over
         self._current: StartRound | None = None
+        #: when its computing is over, once it has begun
+        self._deadline: float | None = None
         #: since the last contribution: micro-batches, their sequences and summed loss, seconds
         self._micro_batches = 0
         self._sequences = 0
         self._loss_sum = 0.0
         self._computing_seconds = 0.0
         self._tokens_sent = 0
-        self._applied_at = self._contributed_at = time.monotonic()
-        self._saved_at = time.monotonic()
+        self._applied_at = self._contributed_at = self._saved_at = clock()
         #: there is a checkpoint, so `sample` and `eval` have one to read
         self._saved = False
 
@@ -174,7 +177,7 @@ class Trainer:
         momentum = optimizer.momentum.cpu().numpy()
         save_checkpoint(self._checkpoints, Checkpoint(meta, self.replica.arrays() | {"momentum": momentum}))
         self._own_log.prune(self.replica.chain.round - WINDOW)
-        self._saved_at, self._saved = time.monotonic(), True
+        self._saved_at, self._saved = self._clock(), True
 
     # ---- the loop ---------------------------------------------------------------------------------------------
 
@@ -182,21 +185,22 @@ class Trainer:
         """Train until `after_round`, called when a round was applied, is false, or None is in the queue."""
         going_on = True
         while going_on:
-            work = self._current is not None and self._inbox.empty()
-            if work:
-                self._compute(swarm)
+            if self.has_work and self._inbox.empty():
+                self.begin_computing()
+                self.compute(swarm)
                 continue
             message = self._inbox.get()
             if message is None:
                 return
-            self._take(message, swarm)
+            self.take(message, swarm)
             if isinstance(message, Apply):
                 going_on = after_round()
 
-    def _take(self, message: TrainerMessage, swarm: Swarm) -> None:
+    def take(self, message: TrainerMessage, swarm: Swarm) -> None:
+        """Do what the network thread asks for."""
         match message:
             case StartRound():
-                self._current = message
+                self._current, self._deadline = message, None
                 self._resume_sent(message, swarm)
             case Apply():
                 self._on_apply(message, swarm)
@@ -229,7 +233,7 @@ class Trainer:
             self.rounds_applied += 1
         if self._current is not None and self._current.key.round <= sealed.seal.round:
             self._current = None
-        now = time.monotonic()
+        now = self._clock()
         self.status.waiting_seconds = max(0.0, now - self._applied_at - self.status.computing_seconds)
         if message.contributed:
             # By the clock on the wall, waiting included: what the run gets of this machine.
@@ -281,24 +285,30 @@ class Trainer:
         # The log has the parts that it was cut for last; the machine knows of those before, on another branch.
         return entry.ranges == ranges_of(shape) or (live is not None and live.contributed)
 
-    def _compute(self, swarm: Swarm) -> None:
-        """Micro-batches until the round's time is over or a message arrives; then the contribution."""
+    @property
+    def has_work(self) -> bool:
+        """Whether there is a round to compute for."""
+        return self._current is not None
+
+    def begin_computing(self) -> None:
+        """The round's time runs from its first micro-batch on."""
+        if self._current is not None and self._deadline is None:
+            self._deadline = self._clock() + self._current.seconds
+
+    def compute(self, swarm: Swarm) -> None:
+        """One micro-batch; when the round's time is over, the contribution."""
         start = self._current
-        assert start is not None
-        began = time.monotonic()
-        deadline = began + start.seconds
-        while True:
-            self._micro_batch()
-            if self._rules.pace == "fixed":
-                done = self._sequences >= self._rules.sequences_per_peer
-            else:
-                done = time.monotonic() >= deadline
-            if done or not self._inbox.empty():
-                break
-        self._computing_seconds += time.monotonic() - began
-        if not done:
-            return
-        self._contribute(start, swarm)
+        assert start is not None and self._deadline is not None
+        began = self._clock()
+        self._micro_batch()
+        now = self._clock()
+        self._computing_seconds += now - began
+        if self._rules.pace == "fixed":
+            done = self._sequences >= self._rules.sequences_per_peer
+        else:
+            done = now >= self._deadline
+        if done:
+            self._contribute(start, swarm)
 
     def _micro_batch(self) -> None:
         context, count = self.replica.manifest.model.context, self._rules.micro_batch
@@ -320,7 +330,7 @@ class Trainer:
         """Gradients into the momentum, the largest of it out as a contribution."""
         if not self._micro_batches:
             return
-        began = time.monotonic()
+        began = self._clock()
         optimizer = self.replica.optimizer
         for parameter in self.replica.model.parameters():
             if parameter.grad is not None:
@@ -330,7 +340,7 @@ class Trainer:
         pending = optimizer.select()
         ranges = ranges_of(start.shape)
         payloads = tuple(optimizer.payload(pending, *piece) for piece in ranges)
-        seconds = self._computing_seconds + time.monotonic() - began
+        seconds = self._computing_seconds + self._clock() - began
         rate = self._sequences / max(seconds, 1e-6)
         before = self._sequences_per_second or rate
         self._sequences_per_second = 0.7 * before + 0.3 * rate

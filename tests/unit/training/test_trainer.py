@@ -75,13 +75,14 @@ class Home:
         """Let the trainer work through these, and through what it has to compute for them."""
         for message in messages:
             self.inbox.put(message)
-        while not self.inbox.empty() or self.trainer._current is not None:
-            if self.trainer._current is not None and self.inbox.empty():
-                self.trainer._compute(self.swarm)
+        while not self.inbox.empty() or self.trainer.has_work:
+            if self.trainer.has_work and self.inbox.empty():
+                self.trainer.begin_computing()
+                self.trainer.compute(self.swarm)
             else:
                 taken = self.inbox.get()
                 assert taken is not None
-                self.trainer._take(taken, self.swarm)
+                self.trainer.take(taken, self.swarm)
 
     def start(self) -> StartRound:
         shape = chain.shape_of(self.lone.states[-1], self.lone.chunks)
@@ -134,9 +135,10 @@ def test_a_gradient_that_came_too_late_counts_in_the_next_contribution(home: Hom
     start = dataclasses.replace(home.start(), seconds=1000.0)
     late = home.apply(skip, contributed=False)
     # The seal is there when the first micro-batch is done: applied between micro-batches, never inside one.
-    home.trainer._take(start, home.swarm)
+    home.trainer.take(start, home.swarm)
     home.inbox.put(late)
-    home.trainer._compute(home.swarm)
+    home.trainer.begin_computing()
+    home.trainer.compute(home.swarm)
     assert home.swarm.handed == []
     home.hand(home.start())
     (ready,) = home.swarm.handed
