@@ -1,0 +1,134 @@
+"""A second opinion on every seal: what all parameters must be after it, and what it consumed of whose contribution.
+
+Independent of the optimizer: parameters by plain numpy over the decoded replies, consumption from what was seen to leave
+each peer. It knows every chain of the simulation at once, so that one id stands for one state, whoever applied it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from p2ptrain.averaging import chain
+from p2ptrain.averaging.chain import ChainState, RoundShape
+from p2ptrain.averaging.events import Key, SealedRound
+from p2ptrain.compression import wire
+from p2ptrain.compression.layout import ChunkLayout
+from p2ptrain.config.manifest import Manifest
+from p2ptrain.optim.schedule import learning_rate
+from p2ptrain.simulation.peer import ENTRIES, dense
+
+Rows = NDArray[np.float64]
+
+
+class ViolationError(AssertionError):
+    """An invariant does not hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Node:
+    """One place on a chain."""
+
+    state: ChainState
+    parameters: NDArray[np.float32]
+    #: peer id -> [chunks, ENTRIES] consumed of its contributions on the way here
+    consumed: dict[bytes, Rows]
+
+
+class Oracle:
+    """See the module docstring."""
+
+    def __init__(self, manifest: Manifest, run_id: bytes, layout: ChunkLayout, parameters: NDArray[np.float32]) -> None:
+        self._manifest, self._layout = manifest, layout
+        beginning = _Node(chain.genesis(run_id), parameters.copy(), {})
+        self._nodes: dict[bytes, _Node] = {run_id: beginning}
+        #: (peer, round key) -> [chunks, ENTRIES] that left it
+        self._sent: dict[tuple[bytes, Key], Rows] = {}
+
+    def state(self, identifier: bytes) -> ChainState:
+        """The chain state that an id stands for. Raises ViolationError where nobody applied it."""
+        return self._node(identifier).state
+
+    def path(self, identifier: bytes) -> list[bytes]:
+        """Ids from the run's beginning to this one."""
+        ids = [identifier]
+        while self._node(ids[-1]).state.round:
+            ids.append(self._node(ids[-1]).state.parent)
+        return ids[::-1]
+
+    def path_tail(self, identifier: bytes, length: int) -> list[bytes]:
+        """The last `length` ids on the way to this one, the newest first."""
+        ids = [identifier]
+        while len(ids) < length and self._node(ids[-1]).state.round:
+            ids.append(self._node(ids[-1]).state.parent)
+        return ids
+
+    def saw_sent(self, peer: bytes, key: Key, shape: RoundShape, payloads: tuple[bytes, ...]) -> None:
+        """A contribution of weight above 0 leaves `peer`. Raises ViolationError when it is not what left it before."""
+        rows = np.zeros((self._layout.chunks, ENTRIES))
+        for part, payload in zip(shape.parts, payloads, strict=True):
+            bits = self._manifest.codec.value_bits
+            sent = wire.decode_contribution(payload, self._layout.topk, part.start, part.end, bits)
+            rows += dense(sent.chunk, sent.index, sent.value, self._layout.chunks)
+        if not np.array_equal(self._sent.setdefault((peer, key), rows), rows):
+            raise ViolationError(f"round {key.round}: something else was sent again")
+
+    def learn(self, sealed: SealedRound, before: ChainState, after: ChainState) -> None:
+        """Some peer applies a sealed round. Raises ViolationError."""
+        known = self._nodes.get(after.id)
+        if known is not None:
+            if known.state != after:
+                raise ViolationError(f"round {after.round}: one id, two chain states")
+            return
+        parent = self._node(sealed.seal.parent)
+        if parent.state != before or after.parent != before.id or after.round != before.round + 1:
+            raise ViolationError(f"round {after.round}: the seal was applied to another state than its parent")
+        if after.total != before.total + len(chain.bits(sealed.seal.included, len(before.now))):
+            raise ViolationError(f"round {after.round}: total is wrong")
+        shape = chain.shape_of(before, self._layout.chunks)
+        key = Key(shape.round, shape.base)
+        config = self._manifest.optimizer
+        rate = learning_rate(
+            after.round,
+            peak=config.learning_rate,
+            warmup_rounds=config.warmup_rounds,
+            total_rounds=config.total_rounds,
+            final_fraction=config.final_fraction,
+        )
+        parameters, consumed = parent.parameters.copy(), dict(parent.consumed)
+        for part, data in zip(shape.parts, sealed.replies, strict=True):
+            if data is None:
+                continue
+            reply = wire.decode_reply(data, self._layout.reply_topk, part.start, part.end, len(shape.members))
+            kept = reply.coefficients
+            step = np.sign(dense(kept.chunk, kept.index, reply.byte.astype(np.float32), self._layout.chunks))
+            parameters = parameters - step.astype(np.float32) * np.float32(rate)
+            mask = np.zeros((self._layout.chunks, ENTRIES), bool)
+            inside = kept.index < ENTRIES
+            mask[kept.chunk[inside], kept.index[inside]] = True
+            for member in sorted(reply.included):
+                peer = shape.members[member].peer_id
+                sent = self._sent.get((peer, key))
+                if sent is None:
+                    continue  # a message of weight 0
+                share = np.where(mask, sent, 0.0) * reply.clips.get(member, 256) / 256
+                consumed[peer] = consumed.get(peer, 0) + share
+        self._nodes[after.id] = _Node(after, parameters, consumed)
+
+    def check_parameters(self, identifier: bytes, parameters: NDArray[np.float32]) -> None:
+        """Raises ViolationError where a replica at this state is not what it must be."""
+        if not np.array_equal(self._node(identifier).parameters, parameters):
+            raise ViolationError(f"round {self.state(identifier).round}: a replica differs from the oracle's replay")
+
+    def consumed(self, identifier: bytes, peer: bytes) -> Rows:
+        """[chunks, ENTRIES] of the peer's contributions that the chain up to this id has used."""
+        nothing = np.zeros((self._layout.chunks, ENTRIES))
+        return self._node(identifier).consumed.get(peer, nothing)
+
+    def _node(self, identifier: bytes) -> _Node:
+        node = self._nodes.get(identifier)
+        if node is None:
+            raise ViolationError("a state that no chain of seals leads to")
+        return node

@@ -1,0 +1,407 @@
+"""One simulated peer: the real driver, machine, journal, trainer and optimizer over modelled lines, on a virtual clock.
+
+Only the model is a toy: a few vectors of eight entries, whose "gradients" are small integers from a counter. Sent
+unquantised and never decayed (beta = 1), every coefficient can be accounted for to the last unit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from numpy.typing import NDArray
+
+from p2ptrain.averaging.chain import ChainState, RoundShape, Row
+from p2ptrain.averaging.driver import DriverParts, RoundDriver, TrainerMessage
+from p2ptrain.averaging.events import ContributionReady, Effect, Event, SealedRound, StartRound
+from p2ptrain.averaging.machine import RoundMachine
+from p2ptrain.averaging.messages import Traffic
+from p2ptrain.models.gpt import GPT
+from p2ptrain.observe.status import Status
+from p2ptrain.optim.demo import PartReply
+from p2ptrain.simulation.loop import Actor
+from p2ptrain.simulation.network import Line, SimNode
+from p2ptrain.state.failpoints import watcher
+from p2ptrain.state.files import remove_unfinished
+from p2ptrain.state.journal import Journal
+from p2ptrain.state.own_log import OwnEntry, OwnLog
+from p2ptrain.state.snapshot import SnapshotStore
+from p2ptrain.swarm.identity import Identity, verify
+from p2ptrain.swarm.node import SwarmNode
+from p2ptrain.training.replica import Replica
+from p2ptrain.training.session import rules_of
+from p2ptrain.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from p2ptrain.simulation.world import World
+
+ENTRIES = 8
+"""In each vector of the toy; each vector is one chunk."""
+RECORD_SECONDS = 2.0
+RECORD_FRESH_SECONDS = 8.0
+
+
+class PeerCrashed(BaseException):
+    """Raised at the place where a peer dies; nothing of it runs afterwards."""
+
+
+def identity_of(name: str, seed: int) -> Identity:
+    """The same for the same name and seed."""
+    key = Ed25519PrivateKey.from_private_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest())
+    return Identity(bytes.fromhex("002408011220") + key.public_key().public_bytes_raw(), key)
+
+
+class ToyModel(torch.nn.Module):
+    """As many vectors as there are chunks."""
+
+    def __init__(self, chunks: int) -> None:
+        super().__init__()
+        self.vectors = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(ENTRIES)) for _ in range(chunks)])
+
+
+class SimReplica(Replica):
+    """The real replica of the toy, watched at each change."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        super().__init__(world.manifest, world.run_id, torch.device("cpu"), cast(GPT, ToyModel(world.chunks)))
+
+    @property
+    def parameters(self) -> NDArray[np.float32]:
+        """[chunks, ENTRIES]"""
+        return np.stack([parameter.detach().numpy() for parameter in self.model.parameters()])
+
+    def apply(self, sealed: SealedRound, shape: RoundShape, state: ChainState) -> list[PartReply]:
+        self._world.oracle.learn(sealed, self.chain, state)
+        replies = super().apply(sealed, shape, state)
+        self._world.oracle.check_parameters(state.id, self.parameters)
+        return replies
+
+    def load_arrays(self, arrays: dict[str, NDArray[np.float32]], chain: ChainState) -> None:
+        super().load_arrays(arrays, chain)
+        self._world.oracle.check_parameters(chain.id, self.parameters)
+
+    def undo(self) -> None:
+        super().undo()
+        self._world.oracle.check_parameters(self.chain.id, self.parameters)
+
+    def reset(self) -> None:
+        super().reset()
+        self._world.oracle.check_parameters(self.chain.id, self.parameters)
+
+
+class SimTrainer(Trainer):
+    """The real trainer, with integers for gradients and a count of them."""
+
+    replica: SimReplica
+
+    def begin_life(self, produced: NDArray[np.float64]) -> None:
+        """
+        Args:
+            produced: [chunks, ENTRIES] all gradients ever added to the momentum at hand.
+        """
+        self.produced = produced
+        self.batch_seconds = 0.0
+        self.on_saved: Callable[[], None] = lambda: None
+
+    def _micro_batch(self) -> None:
+        self._sequences_read += self._rules.micro_batch
+        self._sequences += self._rules.micro_batch
+        self._micro_batches += 1
+        self._computing_seconds += self.batch_seconds
+
+    def _contribute(self, start: StartRound, swarm: object) -> None:
+        if self._micro_batches:
+            counter = hashlib.shake_128(self._peer_id + self._sequences_read.to_bytes(8, "little"))
+            integers = np.frombuffer(counter.digest(self.replica.layout.chunks * ENTRIES), np.uint8)
+            gradient = integers.astype(np.float64).reshape(-1, ENTRIES) % 7 - 3
+            for parameter, row in zip(self.replica.model.parameters(), gradient, strict=True):
+                # The trainer divides by the number of micro-batches.
+                parameter.grad = torch.from_numpy((row * self._micro_batches).astype(np.float32))
+            self.produced = self.produced + gradient
+        super()._contribute(start, swarm)  # type: ignore[arg-type]
+
+    def save(self) -> None:
+        super().save()
+        self.on_saved()
+
+    def momentum_rows(self) -> NDArray[np.float64]:
+        """[chunks, ENTRIES]"""
+        return self.replica.optimizer.momentum[:, :ENTRIES].numpy().astype(np.float64)
+
+    def pending_rows(self) -> NDArray[np.float64]:
+        """[chunks, ENTRIES] sum of what is sent and not settled."""
+        total = np.zeros((self.replica.layout.chunks, ENTRIES))
+        for pending in self.ledger.pending.values():
+            total += dense(pending.sent.chunk, pending.sent.index, pending.sent.value, len(total))
+        return total
+
+
+def dense(
+    chunk: NDArray[np.int64], index: NDArray[np.int64], value: NDArray[np.float32], chunks: int
+) -> NDArray[np.float64]:
+    """Coefficients as [chunks, ENTRIES]; what lies in the padding must be zero."""
+    inside = index < ENTRIES
+    if value[~inside].any():
+        raise AssertionError("a coefficient of the padding is not zero")
+    rows = np.zeros((chunks, ENTRIES))
+    rows[chunk[inside], index[inside]] = value[inside]
+    return rows
+
+
+class SimInbox:
+    """The trainer's queue, awaited."""
+
+    def __init__(self) -> None:
+        self._messages: deque[TrainerMessage | None] = deque()
+        self._there = asyncio.Event()
+
+    def put(self, message: TrainerMessage | None, /) -> None:
+        self._messages.append(message)
+        self._there.set()
+
+    def empty(self) -> bool:
+        return not self._messages
+
+    async def get(self) -> TrainerMessage | None:
+        while not self._messages:
+            self._there.clear()
+            await self._there.wait()
+        return self._messages.popleft()
+
+
+class SimDriver(RoundDriver):
+    """The real driver; its effects are seen, and may be where the peer dies."""
+
+    peer: SimPeer
+
+    def dispatch(self, event: Event) -> None:
+        shape = self.machine.shape
+        if isinstance(event, ContributionReady) and shape is not None and self.machine.awaits(event.key):
+            self.peer.world.sends(self.peer, event, shape)
+        super().dispatch(event)
+
+    def _perform(self, effect: Effect) -> None:
+        self.peer.watch("before_effect")
+        self.peer.world.saw(self.peer, effect)
+        super()._perform(effect)
+        self.peer.watch("after_effect")
+
+    def _do(self, effects: list[Effect]) -> None:
+        super()._do(effects)
+        if not self._performing:
+            self.peer.world.after_event(self.peer)
+
+
+class SimOwnLog(OwnLog):
+    """The real own log, watched."""
+
+    peer: SimPeer
+
+    def write(self, entry: OwnEntry) -> None:
+        super().write(entry)
+        if not entry.stood_in:
+            self.peer.logged(entry)
+
+
+class _Link:
+    """From the trainer to the driver, as from thread to thread: not at once."""
+
+    def __init__(self, driver: RoundDriver) -> None:
+        self._driver = driver
+
+    def contribute(self, ready: ContributionReady, entry: OwnEntry) -> None:
+        asyncio.get_running_loop().call_soon(self._driver.contribute, ready, entry)
+
+    def root_computed(self, round: int, root: bytes) -> None:
+        asyncio.get_running_loop().call_soon(self._driver.root_computed, round, root)
+
+
+class SimPeer:
+    """One peer through all its lives.
+
+    Args:
+        batch_seconds: how long its machine takes for a micro-batch.
+    """
+
+    def __init__(self, world: World, name: str, *, batch_seconds: float, line: Line, dialable: bool) -> None:
+        self.world, self.name = world, name
+        self.identity = identity_of(name, world.seed)
+        self.batch_seconds, self.line, self.dialable = batch_seconds, line, dialable
+        self.home = world.folder / name
+        self.lives = 0
+        self.actor: Actor | None = None
+        self.node: SimNode
+        self.driver: SimDriver
+        self.trainer: SimTrainer
+        #: passes of failpoints until it dies; None: it lives on
+        self.dies_after: int | None = None
+        #: what a crash may have lost, at most [chunks, ENTRIES]
+        self.lost = np.zeros((world.chunks, ENTRIES))
+        #: [chunks, ENTRIES] gradients that a crash now would lose none of
+        self.safe: NDArray[np.float64] = np.zeros((world.chunks, ENTRIES))
+        self.total = 0
+        #: it never comes back
+        self.gone = False
+
+    @property
+    def running(self) -> bool:
+        """Alive, and past its start."""
+        return self.alive and hasattr(self, "driver") and not cast(Actor, self.actor).frozen
+
+    @property
+    def id(self) -> bytes:
+        return self.identity.peer_id
+
+    @property
+    def alive(self) -> bool:
+        return self.actor is not None and self.actor.alive
+
+    @property
+    def machine(self) -> RoundMachine:
+        return self.driver.machine
+
+    def start(self, *, founder: bool = False) -> None:
+        """Begin to live, or again from disk."""
+        self.lives += 1
+        for folder in ("journal", "own", "checkpoints"):
+            (self.home / folder).mkdir(parents=True, exist_ok=True)
+            remove_unfinished(self.home / folder)
+        self.actor = Actor(self.world.loop)
+        self.actor.context.run(watcher.set, self.watch)
+        self.dies_after = None
+        self.node = SimNode(self.world.network, self.identity, self.actor, self.line, dialable=self.dialable)
+        self.world.network.add(self.node)
+        self.actor.spawn(self._live(founder))
+
+    def watch(self, place: str) -> None:
+        """A failpoint is passed."""
+        if self.dies_after is not None:
+            self.dies_after -= 1
+            if self.dies_after < 0:
+                self.die()
+                raise PeerCrashed(place)
+
+    def freeze(self) -> None:
+        """As by SIGSTOP."""
+        cast(Actor, self.actor).freeze()
+
+    def thaw(self) -> None:
+        """As by SIGCONT."""
+        cast(Actor, self.actor).thaw()
+
+    def daemon_back(self) -> None:
+        """The watchdog has restarted the libp2p daemon."""
+        self.node.up = True
+
+    def die(self) -> None:
+        """As by SIGKILL. What the disk holds stays, under another name, where nothing that is left can write."""
+        assert self.actor is not None
+        self.world.died(self)
+        self.actor.kill()
+        self.world.network.remove(self.node)
+        moved = self.home.with_name(f"{self.name}~{self.lives}")
+        self.home.rename(moved)
+        self.home = moved
+
+    async def _live(self, founder: bool) -> None:
+        world, manifest = self.world, self.world.manifest
+        loop = asyncio.get_running_loop()
+        replica = SimReplica(world)
+        own_log = SimOwnLog(self.home / "own")
+        own_log.peer = self
+        journal = Journal(self.home / "journal", world.run_id, verify)
+        inbox, status = SimInbox(), Status()
+        uplink = max(1, int(self.line.up * 8 / 1000)) if self.dialable else 0
+        self.trainer = SimTrainer(
+            replica,
+            self.id,
+            np.zeros(1, np.uint16),
+            1.0,
+            uplink,
+            inbox,  # type: ignore[arg-type]
+            self.home / "checkpoints",
+            own_log,
+            status,
+            loop.time,
+        )
+        self.trainer.begin_life(np.zeros((world.chunks, ENTRIES)))
+        self.trainer.batch_seconds = self.batch_seconds
+        self.trainer.on_saved = self._saved
+        self.trainer.restore(journal)
+        world.restored(self)
+        machine = RoundMachine(
+            self.id,
+            rules_of(manifest, replica.layout.chunks),
+            replica.chain,
+            self.identity.sign,
+            Row(0, 0, uplink),
+            founder=founder,
+        )
+        parts = DriverParts(
+            node=cast(SwarmNode, self.node),
+            manifest=manifest,
+            signed_manifest=b"",
+            run_id=world.run_id,
+            layout=replica.layout,
+            machine=machine,
+            journal=journal,
+            own_log=own_log,
+            snapshots=SnapshotStore(self.home / "checkpoints"),
+            inbox=inbox,
+            traffic=Traffic(),
+            snapshot_max_bytes=replica.snapshot_max_bytes,
+            snapshot_chain=replica.snapshot_chain,
+            packed_corpus=lambda: None,
+            sync_progress=lambda what, done, of: None,
+        )
+        self.driver = SimDriver(parts)
+        self.driver.peer = self
+        self.total = machine.head.total
+        await self.driver.start()
+        loop.create_task(self._meet())
+        await self._train(inbox)
+
+    def _saved(self) -> None:
+        self.safe = self.trainer.produced.copy()
+
+    def logged(self, entry: OwnEntry) -> None:
+        """A contribution is in the own log: of the coefficients that it sends nothing is lost any more."""
+        for (start, end), payload in zip(entry.ranges, entry.payloads, strict=True):
+            sent = self.trainer._decode(payload, start, end)
+            inside = sent.index < ENTRIES
+            rows, columns = sent.chunk[inside], sent.index[inside]
+            self.safe[rows, columns] = self.trainer.produced[rows, columns]
+
+    async def _meet(self) -> None:
+        """What the records in the DHT do for a peer: it learns of the others."""
+        while True:
+            self.world.publish(self)
+            for other in self.world.others(self):
+                self.driver.feed.follow(other)
+            await asyncio.sleep(RECORD_SECONDS)
+
+    async def _train(self, inbox: SimInbox) -> None:
+        link = _Link(self.driver)
+        trainer = self.trainer
+        while True:
+            if trainer.has_work and inbox.empty():
+                trainer.begin_computing()
+                await asyncio.sleep(self.batch_seconds)
+                if trainer.has_work:
+                    trainer.compute(link)
+                    self.world.check_account(self)
+                continue
+            message = await inbox.get()
+            if message is None:
+                return
+            await asyncio.sleep(self.world.apply_seconds())
+            self.world.took(self, message)
+            trainer.take(message, link)
+            self.world.check_account(self)

@@ -1,0 +1,479 @@
+"""A whole swarm in one process: peers come, suffer, and must agree in the end. One seed, one history.
+
+The first part of a run has faults; then everything heals, and within `CONVERGENCE_SECONDS` all live peers must be on one
+chain, and go on. What must hold at every moment is checked at every event: see `oracle.py` and the methods `check_...`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import hashlib
+import logging
+import math
+import random
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from p2ptrain.averaging import chain
+from p2ptrain.averaging.catching_up import Restore
+from p2ptrain.averaging.chain import RoundShape
+from p2ptrain.averaging.events import (
+    Apply,
+    ContributionReady,
+    Effect,
+    FetchRounds,
+    Note,
+    PublishSeal,
+    Resync,
+    Rollback,
+)
+from p2ptrain.config.manifest import CodecConfig, GroupConfig, Manifest, OptimizerConfig, canonical_bytes, run_id
+from p2ptrain.simulation.faults import FAULTS, Faults
+from p2ptrain.simulation.loop import VirtualLoop
+from p2ptrain.simulation.network import Line, Network
+from p2ptrain.simulation.oracle import Oracle, ViolationError
+from p2ptrain.simulation.peer import ENTRIES, RECORD_FRESH_SECONDS, PeerCrashed, SimPeer, SimReplica
+
+CONVERGENCE_SECONDS = 90.0
+SETTLED_ROUNDS = 8
+CHECK_EVERY_SECONDS = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """What is simulated."""
+
+    manifest: Manifest
+    seed: int
+    peers: int = 5
+    rounds: int = 40
+    """Rounds with faults, about; the calm after them is extra."""
+    faults: tuple[str, ...] = tuple(FAULTS)
+    chunks: int = 12
+    uplink_bytes_per_second: float = 1.25e6
+    delay_seconds: float = 0.04
+    even_speeds: bool = False
+    """All machines alike and dialable; else speeds over two orders of magnitude, and some that cannot be dialled."""
+
+
+@dataclass
+class Report:
+    """What came of it. All of it follows from the scenario."""
+
+    seed: int
+    rounds: int = 0
+    virtual_seconds: float = 0.0
+    violations: list[str] = field(default_factory=list)
+    coverage: Counter[str] = field(default_factory=Counter)
+    digest: str = ""
+    state_id: str = ""
+    convergence_seconds: float | None = None
+    bytes_per_peer_per_round: float = 0.0
+    messages_per_peer_per_round: float = 0.0
+
+
+def toy_manifest(manifest: Manifest) -> Manifest:
+    """The manifest's rounds, with an optimizer whose sums are exact: unquantised, undecayed, untransformed."""
+    group = GroupConfig(transform="none", direction="sign", topk=4, reply_topk=6)
+    optimizer = OptimizerConfig(
+        beta=1.0,
+        weight_decay=0.0,
+        warmup_rounds=1,
+        matrix=group,
+        embedding=group,
+        head=group,
+        vector=group,
+    )
+    codec = CodecConfig(value_bits=32)  # type: ignore[arg-type]
+    rules = msgspec.structs.replace(manifest.round, clip_ratio=1000.0)
+    return msgspec.structs.replace(manifest, optimizer=optimizer, codec=codec, round=rules)
+
+
+class World:
+    """See the module docstring."""
+
+    def __init__(self, scenario: Scenario, folder: Path) -> None:
+        self.scenario, self.folder, self.seed = scenario, folder, scenario.seed
+        self.manifest = toy_manifest(scenario.manifest)
+        self.run_id = run_id(canonical_bytes(self.manifest))
+        self.chunks = scenario.chunks
+        self.random = random.Random(scenario.seed)
+        self.loop = VirtualLoop()
+        self.network = Network(
+            self.loop, random.Random(scenario.seed + 1), delay_seconds=scenario.delay_seconds, loss=0.001
+        )
+        self.report = Report(scenario.seed)
+        self.peers: list[SimPeer] = []
+        self.records: dict[bytes, float] = {}
+        self.calm = not scenario.faults
+        self._history = hashlib.sha256()
+        self._apply_random = random.Random(scenario.seed + 2)
+        #: peer -> what the momentum's owner knows it has produced, at its death
+        self._produced: dict[str, Any] = {}
+        #: in calm: members' contributions in a row that no seal included
+        self._missed: Counter[bytes] = Counter()
+        self._waiting_since: dict[bytes, int] = {}
+        self._merged: set[bytes] = set()
+        reference = SimReplicaShape(self)
+        self.oracle = Oracle(self.manifest, self.run_id, reference.layout, reference.parameters)
+
+    # ---- running ----------------------------------------------------------------------------------------------
+
+    def run(self) -> Report:
+        """The whole history. Violations are in the report."""
+        with _captured_errors(self):
+            collects = gc.isenabled()
+            gc.disable()  # a cycle's end must not depend on what else this process has done
+            try:
+                asyncio.set_event_loop(self.loop)
+                self.loop.run_until_complete(self._play())
+            except ViolationError as error:
+                self.violate(str(error))
+            finally:
+                asyncio.set_event_loop(None)
+                if collects:
+                    gc.enable()
+        report = self.report
+        report.virtual_seconds = round(self.loop.time(), 6)
+        report.digest = self._history.hexdigest()
+        return report
+
+    async def _play(self) -> None:
+        scenario = self.scenario
+        for number in range(scenario.peers):
+            self.add_peer(number)
+        self.peers[0].start(founder=True)
+        await self._until(lambda: self._round_of(self.peers[0]) >= 1, 60.0, "the founder's first seal")
+        faults = Faults(self)
+        for peer in self.peers[1:]:
+            self.loop.call_later(self.random.uniform(0.0, 15.0), self._start, peer)
+        limit = self.loop.time() + 60.0 * scenario.rounds
+        suffering = self.loop.create_task(faults.run())
+        try:
+            await self._until(lambda: self._highest() >= scenario.rounds, limit, "")
+        finally:
+            suffering.cancel()
+        faults.heal_all()
+        self.calm = True
+        began = self.loop.time()
+        await self._until(self._converged, CONVERGENCE_SECONDS, "all live peers on one chain")
+        self.report.convergence_seconds = round(self.loop.time() - began, 3)
+        goal = self._highest() + SETTLED_ROUNDS
+        self._missed.clear()
+        before = self._sent_totals(), self._highest()
+        await self._until(lambda: self._lowest() >= goal, 60.0 + SETTLED_ROUNDS * 15.0, f"{SETTLED_ROUNDS} rounds in calm")
+        await self._until(self._converged, 30.0, "one chain at the end")
+        rounds = max(1, self._highest() - before[1])
+        sent, frames = (after - then for after, then in zip(self._sent_totals(), before[0], strict=True))
+        self.report.bytes_per_peer_per_round = round(sent / rounds / len(self.peers), 1)
+        self.report.messages_per_peer_per_round = round(frames / rounds / len(self.peers), 1)
+        living = self._living()
+        members = {m.peer_id for m in living[0].machine.head.following}
+        for peer in living:
+            if peer.id not in members:
+                self.violate(f"{peer.name} is connected and not a member")
+        self.report.rounds = self._highest()
+        self.report.state_id = living[0].machine.head.id.hex()
+
+    async def _until(self, condition: Any, seconds: float, what: str) -> None:
+        """Wait for `condition`; that it does not come true within `seconds` is a violation where `what` names it."""
+        deadline = self.loop.time() + seconds
+        while not condition():
+            self._raise_faults()
+            if self.loop.time() > deadline:
+                if what:
+                    raise ViolationError(f"not within {seconds:.0f} s: {what}; {self._standing()}")
+                return
+            await asyncio.sleep(CHECK_EVERY_SECONDS)
+        self._raise_faults()
+
+    def _raise_faults(self) -> None:
+        for fault in self.loop.faults:
+            if not isinstance(fault, PeerCrashed):
+                self.violate(f"an error that nobody took: {fault!r}")
+        self.loop.faults.clear()
+        if self.report.violations:
+            raise ViolationError("see above")
+
+    def add_peer(self, number: int, name: str = "") -> SimPeer:
+        """One more peer, not started."""
+        scenario = self.scenario
+        batch_seconds = 0.2 if scenario.even_speeds else 0.05 * 10 ** self.random.uniform(0, 2)
+        dialable = scenario.even_speeds or number == 0 or self.random.random() < 0.75
+        rate = scenario.uplink_bytes_per_second * (1.0 if scenario.even_speeds else 10 ** self.random.uniform(-0.5, 0.5))
+        peer = SimPeer(
+            self, name or f"p{number}", batch_seconds=batch_seconds, line=Line(rate, rate), dialable=dialable
+        )
+        self.peers.append(peer)
+        return peer
+
+    def _start(self, peer: SimPeer) -> None:
+        if not peer.alive and not self.calm:
+            peer.start()
+
+    def violate(self, what: str) -> None:
+        """An invariant does not hold."""
+        if what != "see above":
+            self.report.violations.append(f"at {self.loop.time():.3f} s: {what}")
+
+    def _standing(self) -> str:
+        return ", ".join(
+            f"{p.name} at {p.machine.head.round}/{p.machine.head.total}/{p.machine.head.id.hex()[:6]}"
+            for p in self._living()
+        )
+
+    # ---- where it stands --------------------------------------------------------------------------------------
+
+    def _living(self) -> list[SimPeer]:
+        return [peer for peer in self.peers if peer.alive and hasattr(peer, "driver")]
+
+    def _round_of(self, peer: SimPeer) -> int:
+        return peer.machine.head.round if peer.alive and hasattr(peer, "driver") else 0
+
+    def _highest(self) -> int:
+        return max((self._round_of(peer) for peer in self.peers), default=0)
+
+    def _lowest(self) -> int:
+        return min((self._round_of(peer) for peer in self._living()), default=0)
+
+    def _converged(self) -> bool:
+        """Whether all live peers are on one chain, up to a seal or two that are on their way."""
+        heads = [peer.machine.head for peer in self._living()]
+        if len(heads) < sum(peer.alive for peer in self.peers):
+            return False
+        best = max(heads, key=lambda head: (head.total, head.round))
+        path = self.oracle.path_tail(best.id, 4)
+        return all(head.id in path for head in heads)
+
+    def _sent_totals(self) -> tuple[int, int]:
+        return sum(self.network.bytes_sent.values()), sum(self.network.frames_sent.values())
+
+    # ---- the records in the DHT -------------------------------------------------------------------------------
+
+    def publish(self, peer: SimPeer) -> None:
+        """A peer says that it lives."""
+        if peer.dialable:
+            self.records[peer.id] = self.loop.time()
+
+    def others(self, peer: SimPeer) -> list[bytes]:
+        """Whose records a peer finds."""
+        now = self.loop.time()
+        return [
+            other
+            for other, at in self.records.items()
+            if other != peer.id
+            and now - at < RECORD_FRESH_SECONDS
+            and (other, peer.id) not in self.network.cut
+            and (peer.id, other) not in self.network.cut
+        ]
+
+    def apply_seconds(self) -> float:
+        """How long a trainer takes for one message."""
+        return self._apply_random.choice((0.0, 0.0, 0.01, 0.1))
+
+    # ---- what peers do ----------------------------------------------------------------------------------------
+
+    def note(self, peer: str, what: str) -> None:
+        """A line of the history."""
+        self._history.update(f"{self.loop.time():.9f} {peer} {what}\n".encode())
+
+    def sends(self, peer: SimPeer, ready: ContributionReady, shape: RoundShape) -> None:
+        """A contribution leaves."""
+        if any(ready.payloads):
+            self.oracle.saw_sent(peer.id, ready.key, shape, ready.payloads)
+
+    def saw(self, peer: SimPeer, effect: Effect) -> None:
+        """An effect is about to be performed."""
+        count = self.report.coverage
+        self.note(peer.name, _told(effect))
+        match effect:
+            case Apply():
+                seal = effect.sealed.seal
+                self.oracle.learn(effect.sealed, self.oracle.state(seal.parent), effect.state)
+                count["applied"] += 1
+                count["skips"] += sum(not part for part in seal.parts)
+                if seal.parts and not any(seal.parts):
+                    count["rounds_of_skips_only"] += 1
+                if self.calm:
+                    self._check_inclusion(peer, effect)
+            case PublishSeal():
+                seal = effect.sealed.seal
+                count["sealed"] += 1
+                if seal.solo and seal.round > 1:
+                    was_member = any(m.peer_id == peer.id for m in self.oracle.state(seal.parent).now)
+                    alone = was_member and len(self.oracle.state(seal.parent).now) == 1
+                    if not alone:
+                        count["solo_by_member" if was_member else "solo_by_learner"] += 1
+            case Rollback():
+                count["rollbacks_of_depth_one"] += 1
+                self._count_merge(peer)
+            case Resync():
+                count["resyncs"] += 1
+            case FetchRounds():
+                count["fetches"] += 1
+            case Note():
+                if effect.kind == "takeover":
+                    count["takeovers"] += 1
+
+    def _count_merge(self, peer: SimPeer) -> None:
+        left = self.oracle.state(peer.machine.head.parent) if peer.machine.head.round else None
+        if left is not None and len(left.now) == 1:
+            self.report.coverage["merges_of_solos"] += 1
+
+    def after_event(self, peer: SimPeer) -> None:
+        """A peer has done all that one event asked for."""
+        total = peer.machine.head.total
+        if total < peer.total:
+            self.violate(f"{peer.name}: total fell from {peer.total} to {total}")
+        peer.total = total
+        self._check_bounds(peer)
+
+    def took(self, peer: SimPeer, message: object) -> None:
+        """A trainer is about to take a message."""
+        if isinstance(message, Restore):
+            count = self.report.coverage
+            count["replayed_rounds"] += len(message.rounds)
+            ours = peer.trainer.replica.chain
+            if message.snapshot is not None:
+                count["restores_from_snapshot"] += 1
+            path = self.oracle.path(message.rounds[-1].id if message.rounds else message.chain.id)
+            if ours.round and ours.id not in path:
+                count["deep_rollbacks"] += 1
+                journal = peer.driver._p.journal
+                common = [i for i in self.oracle.path(ours.id) if i in path]
+                if len(common) - 1 < journal.first - 1:
+                    count["forks_older_than_the_journal"] += 1
+
+    # ---- what must hold ---------------------------------------------------------------------------------------
+
+    def check_account(self, peer: SimPeer) -> None:
+        """Produced = momentum + pending + consumed + named losses, for every coefficient."""
+        trainer = peer.trainer
+        consumed = self.oracle.consumed(trainer.replica.chain.id, peer.id)
+        there = trainer.momentum_rows() + trainer.pending_rows() + consumed
+        wrong = trainer.produced - peer.lost - there
+        if wrong.any():
+            place = tuple(int(i) for i in np.argwhere(wrong)[0])
+            raise ViolationError(
+                f"{peer.name} at round {trainer.replica.chain.round}: {wrong[place]:g} of coefficient {place} is "
+                f"unaccounted for: produced {trainer.produced[place]:g}, lost {peer.lost[place]:g}, "
+                f"momentum {trainer.momentum_rows()[place]:g}, pending {trainer.pending_rows()[place]:g}, "
+                f"consumed {consumed[place]:g}"
+            )
+
+    def restored(self, peer: SimPeer) -> None:
+        """A peer has come back from its disk: what it lost must be what it had gathered since it last wrote."""
+        trainer = peer.trainer
+        produced = self._produced.pop(peer.name, None)
+        if produced is None:
+            return
+        trainer.produced = produced
+        peer.lost = peer.lost + (produced - peer.safe)
+        self.check_account(peer)
+
+    def died(self, peer: SimPeer) -> None:
+        """A peer is about to be gone."""
+        if hasattr(peer, "trainer"):
+            self._produced[peer.name] = peer.trainer.produced
+
+    def _check_inclusion(self, peer: SimPeer, effect: Apply) -> None:
+        if effect.index is None or not effect.contributed:
+            return
+        included = chain.bits(effect.sealed.seal.included, len(effect.shape.members))
+        missed = self._missed[peer.id] = 0 if effect.index in included else self._missed[peer.id] + 1
+        if missed > 2 and self.report.convergence_seconds is not None:
+            self.violate(f"{peer.name}: {missed} contributions in a row were not included")
+
+    def _check_bounds(self, peer: SimPeer) -> None:
+        machine, driver = peer.machine, peer.driver
+        interval = self.manifest.round.root_interval
+        journal = driver._p.journal
+        sizes = {
+            "early messages": (len(machine._early), 2 * self.chunks * len(self.peers)),
+            "tips": (len(machine._tips), 64 + 2 * len(self.peers)),
+            "rounds in the journal": (journal.last - journal.first + 1, 5 * interval + 8),
+            "pending": (len(peer.trainer.ledger.pending), 64),
+            "waiting calls": (len(driver._reply_waiters), 4 * self.chunks),
+        }
+        for what, (size, most) in sizes.items():
+            if size > most:
+                self.violate(f"{peer.name}: {size} {what}, at most {most} are expected")
+
+
+class SimReplicaShape:
+    """The toy's layout and first parameters, before there is an oracle to watch a replica."""
+
+    def __init__(self, world: World) -> None:
+        import torch
+
+        from p2ptrain.models.init import initialise
+        from p2ptrain.simulation.peer import ToyModel
+        from p2ptrain.training.replica import build_optimizer
+
+        model: Any = ToyModel(world.chunks)
+        initialise(model, bytes.fromhex(world.manifest.nonce))
+        self.layout = build_optimizer(model, world.manifest).layout
+        with torch.no_grad():
+            self.parameters = np.stack([p.numpy().copy() for p in model.parameters()])
+
+
+class _Errors(logging.Handler):
+    """Errors that the program logs are errors."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(logging.ERROR)
+        self._world = world
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        if not isinstance(error, PeerCrashed):
+            self._world.violate(f"{record.getMessage()}: {error!r}")
+
+
+@contextlib.contextmanager
+def _captured_errors(world: World) -> Iterator[None]:
+    logger = logging.getLogger("p2ptrain")
+    handler, level, propagate = _Errors(world), logger.level, logger.propagate
+    logger.addHandler(handler)
+    if level == logging.NOTSET:
+        logger.setLevel(logging.ERROR)
+    logger.propagate = propagate and level != logging.NOTSET
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+def _told(effect: Effect) -> str:
+    """An effect as a line of the history."""
+    match effect:
+        case Apply():
+            return f"apply {effect.sealed.seal.round} {effect.sealed.id.hex()}"
+        case PublishSeal():
+            return f"seal {effect.sealed.seal.round} {effect.sealed.id.hex()}"
+        case Rollback():
+            return f"rollback {effect.state.round}"
+        case _:
+            return type(effect).__name__
+
+
+def simulate(scenario: Scenario) -> Report:
+    """Play one scenario in a folder of its own."""
+    base = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    folder = Path(tempfile.mkdtemp(prefix="p2ptrain-sim-", dir=base))
+    try:
+        return World(scenario, folder).run()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
