@@ -44,6 +44,8 @@ class Restore:
     snapshot: SnapshotFile | None
     chain: ChainState
     rounds: tuple[SealedRound, ...]
+    common: bool = True
+    """Whether our chain, too, went through the place where this starts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,7 @@ class CatchingUp:
 
     def _root_round(self, sealed: SealedRound) -> int:
         """The round that a seal's root is of."""
-        return (sealed.seal.round - 1) // self._root_interval * self._root_interval
+        return chain.root_round(sealed.seal.round, self._root_interval)
 
     def _sealed_snapshots(self) -> list[SnapshotFile]:
         """Ours whose root is sealed, newest first: the others may be of a replica gone wrong."""
@@ -151,8 +153,9 @@ class CatchingUp:
         """
         header, encoded = await self._client.rounds(donor, locator, self._round_max_bytes)
         newer = any(offer.round > our_round for offer in header.snapshots)
-        if not header.ancestor or (newer and self._is_far(header.tip, our_round)):
-            # From far behind, a snapshot is less to fetch and to compute than all the rounds.
+        if not header.ancestor or (newer and our_round == 0 and self._is_far(header.tip, our_round)):
+            # For a newcomer a snapshot is less to fetch and to compute than all the rounds. Who has sent something needs
+            # the rounds: they say what became of it.
             return RoundsFetched(donor, None, ())
         rounds = await asyncio.to_thread(self._decode, encoded)
         state = known_state(header.ancestor)
@@ -164,13 +167,14 @@ class CatchingUp:
         """What it takes to go over to the donor's chain, and where that stands.
 
         Starts from what both have: the newest snapshot of ours that the donor's journal continues, or the run's
-        beginning; else, or from far behind, from a snapshot of the donor's.
+        beginning; else, or as a newcomer to a long chain, from a snapshot of the donor's.
 
         Raises:
             CallError: the donor is gone, or has no way for us to its chain.
             SealedRoundError, TensorFileError: nonsense.
         """
-        ours = {snapshot.id: snapshot for snapshot in self._sealed_snapshots()}
+        # Those on our chain: what is left of a branch that was undone has nothing to say of what became of our work.
+        ours = {s.id: s for s in self._sealed_snapshots() if self._journal.position(s.id) is not None}
         run_id = self._client.run_id
         locator = (*list(ours)[: LOCATOR_MAX - 1], run_id)
         header, encoded = await self._client.rounds(donor, locator, self._round_max_bytes)
@@ -180,7 +184,7 @@ class CatchingUp:
         downloaded = (
             newest is not None
             and newest.id not in ours
-            and (not header.ancestor or self._is_far(header.tip, base_round))
+            and (not header.ancestor or (self._journal.last == 0 and self._is_far(header.tip, base_round)))
         )
         if newest is not None and downloaded:
             snapshot = await self._download(donor, newest)
@@ -196,7 +200,7 @@ class CatchingUp:
             if snapshot.root not in roots:
                 snapshot.path.unlink(missing_ok=True)
                 raise CallError("the root of its snapshot is not sealed")
-        return Restore(snapshot, base, rounds), state
+        return Restore(snapshot, base, rounds, not downloaded), state
 
     def adopt(self, restore: Restore) -> None:
         """Make the fetched chain ours on disk."""

@@ -331,6 +331,15 @@ def extend(state: ChainState, identifier: bytes, seal: Seal, chunks: int) -> Cha
     return ChainState(state.run_id, seal.round, identifier, state.id, seal.total, now, following)
 
 
+def root_round(round: int, interval: int) -> int:
+    """The round that the root in the seal of `round` is of: the last multiple of `interval` at least two before it.
+
+    All whose messages are in a round agree on the chain up to two rounds before; the root of a round that may yet be undone
+    would be another one on another branch.
+    """
+    return max(0, (round - 2) // interval * interval)
+
+
 def better(total: int, identifier: bytes, than_total: int, than_identifier: bytes) -> bool:
     """Fork choice: the larger total; at a tie the smaller id."""
     return (-total, identifier) < (-than_total, than_identifier)

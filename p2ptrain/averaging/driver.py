@@ -1,8 +1,8 @@
 """Runs the round's state machine over the network: messages and timers in, its effects out.
 
 Lives on the network thread. The machine decides; the driver journals, sends, receives, checks form and size, and passes
-to the trainer, through a queue, what the trainer has to do: `StartRound`, `Apply`, `Rollback`, `Restore`. A round is in
-the journal before the trainer hears of it, and a contribution in the own log before its first byte leaves.
+to the trainer, through a queue, what the trainer has to do: `StartRound`, `Apply`, `Rollback`, `Restore`, `Dropped`. A
+round is in the journal before the trainer hears of it, and a contribution in the own log before its first byte leaves.
 """
 
 from __future__ import annotations
@@ -79,7 +79,16 @@ _TRANSIENT = ("foreign", "too early", "too many calls at once")
 _logger = logging.getLogger(__name__)
 
 
-TrainerMessage = StartRound | Apply | Rollback | Restore
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """For the trainer: its contribution to this round came too late and never left."""
+
+    key: Key
+    decays: int
+    """Of the momentum at its sending, which tell it from another one for the same round."""
+
+
+TrainerMessage = StartRound | Apply | Rollback | Restore | Dropped
 
 
 class Inbox(Protocol):
@@ -182,6 +191,9 @@ class RoundDriver:
         shape = self.machine.shape
         ranges = tuple((part.start, part.end) for part in shape.parts) if shape else ()
         if not self.machine.awaits(ready.key) or entry.ranges != ranges:
+            sent = self._p.own_log.find(entry.key)
+            if sent is None or sent.decays != entry.decays:
+                self._p.inbox.put(Dropped(entry.key, entry.decays))
             return
         try:
             if self._p.own_log.find(ready.key) != entry:
@@ -190,9 +202,11 @@ class RoundDriver:
             self._fail(error)
         self.dispatch(ready)
 
-    def root_computed(self, round: int, root: bytes) -> None:
-        """The trainer has written the snapshot of this round."""
-        self.dispatch(RootComputed(round, root))
+    def root_computed(self, round: int, id: bytes, root: bytes) -> None:
+        """The trainer has written the snapshot of this round, at state `id`; of a branch that was left it says nothing."""
+        journal = self._p.journal
+        if journal.position(id) == round:
+            self.dispatch(RootComputed(round, root))
         keep_from = min((snapshot.round for snapshot in self._p.snapshots.all()), default=0)
         if len(self._p.snapshots.all()) >= 3:
             self._p.journal.prune(keep_from + 1)

@@ -448,6 +448,7 @@ class RoundMachine:
             self._effects.append(Note("fork", text))
             self._effects.append(Rollback(base))
             self.head = base
+            self._roots = {round: root for round, root in self._roots.items() if round <= base.round}
         for (state, shape), sealed in zip(states, rounds, strict=True):
             self._adopt(sealed, state, shape)
         self._begin_round(now)
@@ -529,7 +530,7 @@ class RoundMachine:
     def _check_root(self, seal: Seal) -> None:
         """4.10: who differs from the sealed root resyncs and says so."""
         interval = self.rules.root_interval
-        at = (seal.round - 1) // interval * interval
+        at = chain.root_round(seal.round, interval)
         if not seal.root or self._roots.get(at, seal.root) == seal.root:
             return
         holders = sorted(p for p, vote in self._root_votes.items() if vote == (at, seal.root) and p != self.me)
@@ -808,8 +809,8 @@ class RoundMachine:
         return True
 
     def _majority_root(self, shape: RoundShape, included: frozenset[int]) -> bytes:
-        """The root most members sent for the last multiple of the interval; tie: the smaller (4.10)."""
-        wanted = (shape.round - 1) // self.rules.root_interval * self.rules.root_interval
+        """The root most members sent for `chain.root_round`; tie: the smaller (4.10)."""
+        wanted = chain.root_round(shape.round, self.rules.root_interval)
         members = {m.peer_id for m in shape.members} | {self.me}
         votes = Counter(
             root for peer, (at, root) in self._root_votes.items() if peer in members and at == wanted and root

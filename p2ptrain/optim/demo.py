@@ -43,12 +43,30 @@ class Settled:
     """What `settle` did, so that `unsettle` can undo it."""
 
     pending: Pending
-    #: [n] what went back into the momentum at settling
-    returned: NDArray[np.float32]
-    #: decays when it was settled
-    decays: int
-    #: share of the sent norm that was consumed, for display
-    consumed_share: float
+    #: [n] whether a coefficient was consumed
+    kept: NDArray[np.bool_]
+    #: (first, end, factor in 256ths) of coefficients that were clipped before they were consumed
+    clips: tuple[tuple[int, int, int], ...]
+
+    @property
+    def consumed(self) -> NDArray[np.float32]:
+        """[n] what the group used."""
+        used = np.where(self.kept, self.pending.sent.value, np.float32(0))
+        for first, end, factor in self.clips:
+            used[first:end] *= np.float32(factor / 256)
+        return used
+
+    @property
+    def returned(self) -> NDArray[np.float32]:
+        """[n] what went back into the momentum, before decay."""
+        value: NDArray[np.float32] = self.pending.sent.value - self.consumed
+        return value
+
+    @property
+    def consumed_share(self) -> float:
+        """Share of the sent norm that was consumed, for display."""
+        whole = float(np.abs(self.pending.sent.value).sum())
+        return float(np.abs(self.consumed).sum()) / whole if whole else 0.0
 
 
 PartReply = tuple[int, int, ReplyContent | None]
@@ -216,20 +234,25 @@ class DeMo(torch.optim.Optimizer):
             index: our place among that round's members; None: we were none, all returns.
         """
         sent = pending.sent
-        consumed = np.zeros(len(sent.value), np.float32)
+        kept = np.zeros(len(sent.value), bool)
+        clips = []
         for start, end, content in replies:
             if content is None or index is None or index not in content.included:
                 continue
             low, high = np.searchsorted(sent.chunk, (start, end))
             ours = sent.chunk[low:high] * CHUNK_SIZE + sent.index[low:high]
-            kept = np.isin(ours, content.coefficients.chunk * CHUNK_SIZE + content.coefficients.index)
-            factor = np.float32(content.clips.get(index, 256) / 256)
-            consumed[low:high] = np.where(kept, sent.value[low:high] * factor, 0)
-        returned = sent.value - consumed
-        self._add(sent, returned * np.float32(self.beta ** (self._decays - pending.decays)))
-        whole = float(np.abs(sent.value).sum())
-        share = float(np.abs(consumed).sum()) / whole if whole else 0.0
-        return Settled(pending, returned, self._decays, share)
+            kept[low:high] = np.isin(ours, content.coefficients.chunk * CHUNK_SIZE + content.coefficients.index)
+            if index in content.clips:
+                clips.append((int(low), int(high), content.clips[index]))
+        settled = Settled(pending, kept, tuple(clips))
+        self.settle_again(settled)
+        return settled
+
+    @torch.no_grad()
+    def settle_again(self, settled: Settled) -> None:
+        """What a settle returned goes into the momentum."""
+        decays = self._decays - settled.pending.decays
+        self._add(settled.pending.sent, settled.returned * np.float32(self.beta**decays))
 
     @torch.no_grad()
     def unsettle(self, settled: Settled) -> Pending:

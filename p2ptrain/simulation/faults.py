@@ -43,6 +43,7 @@ class Faults:
         self._world, self._random = world, world.random
         self._names = itertools.count(1)
         self._tasks: list[asyncio.Task[None]] = []
+        self._slowed: list[SimPeer] = []
 
     async def run(self) -> None:
         """Forever."""
@@ -57,15 +58,14 @@ class Faults:
             self._world.report.coverage[f"fault_{name}"] += 1
             self._tasks.append(asyncio.get_running_loop().create_task(kinds[name]()))  # type: ignore[arg-type]
 
-    def heal_all(self) -> None:
+    async def heal_all(self) -> None:
         """Everything is well again, and everyone is there."""
         for task in self._tasks:
             task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         world = self._world
         world.network.cut.clear()
         world.network.faulty = Faulty()
-        for link in world.network.links.values():
-            link.delay_seconds = min(link.delay_seconds, 1.5 * world.scenario.delay_seconds)
         for peer in world.peers:
             if peer.alive:
                 peer.dies_after = None
@@ -161,8 +161,9 @@ class Faults:
 
     async def _slow(self) -> None:
         peer = self._some()
-        if peer is None:
+        if peer is None or peer in self._slowed:
             return
+        self._slowed.append(peer)
         line = peer.line
         line.up, line.down = line.up / 10, line.down / 10
         links = [link for (a, b), link in self._world.network.links.items() if peer.id in (a, b)]
@@ -172,8 +173,10 @@ class Faults:
             await asyncio.sleep(self._random.uniform(3.0, 20.0))
         finally:
             line.up, line.down = line.up * 10, line.down * 10
+            line.up_free_at = line.down_free_at = 0.0
             for link in links:
                 link.delay_seconds /= 10
+            self._slowed.remove(peer)
 
     # ---- streams ----------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
+from p2ptrain.averaging.catching_up import Restore
 from p2ptrain.averaging.chain import ChainState, RoundShape, Row
 from p2ptrain.averaging.driver import DriverParts, RoundDriver, TrainerMessage
 from p2ptrain.averaging.events import ContributionReady, Effect, Event, SealedRound, StartRound
@@ -135,6 +136,13 @@ class SimTrainer(Trainer):
         """[chunks, ENTRIES]"""
         return self.replica.optimizer.momentum[:, :ENTRIES].numpy().astype(np.float64)
 
+    def at_stake(self) -> NDArray[np.float64]:
+        """[chunks, ENTRIES] the most that giving up what was sent can change."""
+        total = np.zeros((self.replica.layout.chunks, ENTRIES))
+        for sent in (*self.ledger.pending.values(), *(entry.settled.pending for entry in self.ledger._settled)):
+            total += abs(dense(sent.sent.chunk, sent.sent.index, sent.sent.value, len(total)))
+        return total
+
     def pending_rows(self) -> NDArray[np.float64]:
         """[chunks, ENTRIES] sum of what is sent and not settled."""
         total = np.zeros((self.replica.layout.chunks, ENTRIES))
@@ -219,8 +227,8 @@ class _Link:
     def contribute(self, ready: ContributionReady, entry: OwnEntry) -> None:
         asyncio.get_running_loop().call_soon(self._driver.contribute, ready, entry)
 
-    def root_computed(self, round: int, root: bytes) -> None:
-        asyncio.get_running_loop().call_soon(self._driver.root_computed, round, root)
+    def root_computed(self, round: int, id: bytes, root: bytes) -> None:
+        asyncio.get_running_loop().call_soon(self._driver.root_computed, round, id, root)
 
 
 class SimPeer:
@@ -403,5 +411,8 @@ class SimPeer:
                 return
             await asyncio.sleep(self.world.apply_seconds())
             self.world.took(self, message)
+            at_stake = trainer.at_stake()
             trainer.take(message, link)
+            if isinstance(message, Restore) and not message.common:
+                self.world.gave_up(self, at_stake)
             self.world.check_account(self)

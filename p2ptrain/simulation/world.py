@@ -163,7 +163,7 @@ class World:
             await self._until(lambda: self._highest() >= scenario.rounds, limit, "")
         finally:
             suffering.cancel()
-        faults.heal_all()
+        await faults.heal_all()
         self.calm = True
         began = self.loop.time()
         await self._until(self._converged, CONVERGENCE_SECONDS, "all live peers on one chain")
@@ -379,7 +379,19 @@ class World:
             return
         trainer.produced = produced
         peer.lost = peer.lost + (produced - peer.safe)
+        peer.safe = produced.copy()
         self.check_account(peer)
+
+    def gave_up(self, peer: SimPeer, at_stake: Any) -> None:
+        """A peer changed to a chain whose past is not to be had: what it had sent for that past is a named loss."""
+        trainer = peer.trainer
+        consumed = self.oracle.consumed(trainer.replica.chain.id, peer.id)
+        there = trainer.momentum_rows() + trainer.pending_rows() + consumed
+        change = trainer.produced - peer.lost - there
+        if (abs(change) > at_stake).any():
+            raise ViolationError(f"{peer.name}: a change of chains lost more than what it had sent")
+        peer.lost = peer.lost + change
+        self.report.coverage["given_up"] += int(change.any())
 
     def died(self, peer: SimPeer) -> None:
         """A peer is about to be gone."""

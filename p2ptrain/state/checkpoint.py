@@ -15,6 +15,7 @@ import msgspec
 from p2ptrain.averaging.chain import ChainState
 from p2ptrain.errors import HomeError
 from p2ptrain.state.files import atomic_write
+from p2ptrain.state.own_log import Outcome
 from p2ptrain.state.tensors import Arrays, Shapes, TensorFileError, pack_tensors, unpack_tensors
 
 _HASH_BYTES = 32
@@ -39,6 +40,8 @@ class CheckpointMeta(msgspec.Struct, frozen=True, array_like=True):
     decays: int
     sequences_read: int
     pending: tuple[SentUnsettled, ...]
+    outcomes: tuple[Outcome, ...] = ()
+    """Those since the last entry of the own log; the momentum has them already."""
 
 
 @dataclass(frozen=True, slots=True)

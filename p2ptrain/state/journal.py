@@ -52,6 +52,10 @@ class Journal:
             return self.first - 1
         return self._rounds.get(identifier)
 
+    def id_of(self, round: int) -> bytes:
+        """The id of a round that is kept."""
+        return self._ids[round]
+
     def after(self, round: int) -> Iterator[tuple[int, bytes]]:
         """(round, encoded sealed round) of all rounds after this one, in order."""
         for number in range(round + 1, self.last + 1):

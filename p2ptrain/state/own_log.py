@@ -1,13 +1,15 @@
-"""What this peer has sent and no checkpoint covers yet: one file for each round it contributed to.
+"""What this peer has sent, and what became of what it sent before: one file for each round it contributed to.
 
 Written before the first byte leaves, so that after a crash the same bytes are sent again and nothing is counted twice.
-A message of weight 0, sent in the stead of a late trainer, is kept too: it says that nothing of that round was used.
+Read in order over a checkpoint's momentum, sends and outcomes give the momentum as it was after the last send. A message
+of weight 0, sent in the stead of a late trainer, is kept too: it says that nothing of that round was used.
 """
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -16,6 +18,27 @@ from p2ptrain.averaging.events import Key
 from p2ptrain.state.files import atomic_write
 
 _logger = logging.getLogger(__name__)
+
+
+class Outcome(msgspec.Struct, frozen=True, array_like=True):
+    """What became of one contribution when a round was applied, or undone."""
+
+    kind: Literal["settled", "undone", "given up"]
+    """`undone`: its last settling was. `given up`: whether it was used cannot be known; it counts as used."""
+    round: int
+    """Of the seal that settled it."""
+    id: bytes
+    """Of that seal."""
+    sent_round: int
+    sent_base: bytes
+    kept: bytes = b""
+    """A bit for each coefficient sent, set where it was consumed; as numpy.packbits."""
+    clips: tuple[tuple[int, int, int], ...] = ()
+    """(first, end, factor in 256ths) of coefficients clipped."""
+
+    @property
+    def key(self) -> Key:
+        return Key(self.sent_round, self.sent_base)
 
 
 class OwnEntry(msgspec.Struct, frozen=True, array_like=True):
@@ -32,6 +55,8 @@ class OwnEntry(msgspec.Struct, frozen=True, array_like=True):
     """Decays of the momentum at the time of sending."""
     sequences_read: int
     """Sequences this peer had read by then, in all."""
+    outcomes: tuple[Outcome, ...] = ()
+    """Of earlier contributions, since the entry before."""
 
     @property
     def key(self) -> Key:

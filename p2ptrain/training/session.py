@@ -405,8 +405,8 @@ class _Link:
     def contribute(self, ready: ContributionReady, entry: OwnEntry) -> None:
         self.network.loop.call_soon_threadsafe(self.driver.contribute, ready, entry)
 
-    def root_computed(self, round: int, root: bytes) -> None:
-        self.network.loop.call_soon_threadsafe(self.driver.root_computed, round, root)
+    def root_computed(self, round: int, id: bytes, root: bytes) -> None:
+        self.network.loop.call_soon_threadsafe(self.driver.root_computed, round, id, root)
 
 
 class _PackedCorpus:

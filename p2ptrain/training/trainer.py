@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from p2ptrain.averaging import chain
 from p2ptrain.averaging.catching_up import Restore
 from p2ptrain.averaging.chain import THROUGHPUT_MAX_MILLI, RoundShape, Row
-from p2ptrain.averaging.driver import TrainerMessage
+from p2ptrain.averaging.driver import Dropped, TrainerMessage
 from p2ptrain.averaging.events import Apply, ContributionReady, Key, Rollback, SealedRound, StartRound
 from p2ptrain.compression import wire
 from p2ptrain.compression.layout import CHUNK_SIZE
@@ -31,7 +31,7 @@ from p2ptrain.observe.status import Status
 from p2ptrain.optim.demo import Pending
 from p2ptrain.state.checkpoint import Checkpoint, CheckpointMeta, SentUnsettled, load_checkpoint, save_checkpoint
 from p2ptrain.state.journal import Journal
-from p2ptrain.state.own_log import OwnEntry, OwnLog
+from p2ptrain.state.own_log import Outcome, OwnEntry, OwnLog
 from p2ptrain.state.snapshot import SnapshotStore
 from p2ptrain.training.ledger import WINDOW, Ledger
 from p2ptrain.training.replica import Replica
@@ -47,7 +47,7 @@ class Swarm(Protocol):
 
     def contribute(self, ready: ContributionReady, entry: OwnEntry) -> None: ...
 
-    def root_computed(self, round: int, root: bytes) -> None: ...
+    def root_computed(self, round: int, id: bytes, root: bytes) -> None: ...
 
 
 class Trainer:
@@ -94,6 +94,10 @@ class Trainer:
         self._current: StartRound | None = None
         #: when its computing is over, once it has begun
         self._deadline: float | None = None
+        #: a round whose contribution was handed over, and may have been dropped
+        self._doubtful: StartRound | None = None
+        #: what the contribution handed over last takes into the own log: its round, its decays, outcomes
+        self._carried: tuple[Key, int, tuple[Outcome, ...]] | None = None
         #: since the last contribution: micro-batches, their sequences and summed loss, seconds
         self._micro_batches = 0
         self._sequences = 0
@@ -113,6 +117,8 @@ class Trainer:
             HomeError: the checkpoint is damaged, or of another model.
         """
         checkpoint = load_checkpoint(self._checkpoints, checkpoint_shapes(self.replica))
+        outcomes: tuple[Outcome, ...] = ()
+        unsettled: tuple[SentUnsettled, ...] = ()
         if checkpoint is not None:
             meta = checkpoint.meta
             arrays = dict(checkpoint.arrays)
@@ -121,18 +127,47 @@ class Trainer:
             self.replica.optimizer.momentum.copy_(torch.from_numpy(np.array(momentum)))
             self.replica.optimizer.decays = meta.decays
             self._sequences_read = meta.sequences_read
-            for sent in meta.pending:
-                coefficients = self._decode(sent.payload, 0, self.replica.layout.chunks)
-                self.ledger.send(Key(sent.round, sent.base), Pending(coefficients, sent.decays))
-        for entry in self._own_log.all():
-            if not entry.stood_in and entry.decays > self.replica.optimizer.decays:
-                self._resend(entry)
+            outcomes, unsettled = meta.outcomes, meta.pending
+        self._replay_own_log(outcomes, unsettled)
+        ids = {number: journal.id_of(number) for number in range(journal.first, journal.last + 1)}
+        self.ledger.undo_off(ids)
         if journal.position(self.replica.chain.id) is None:
             if journal.last:
                 _logger.warning("the journal does not continue the checkpoint; going back to a snapshot")
             self._restore_from_snapshot(journal)
         for number in range(self.replica.chain.round + 1, journal.last + 1):
             self._apply(journal.read(number))
+
+    def _replay_own_log(self, outcomes: tuple[Outcome, ...], unsettled: tuple[SentUnsettled, ...]) -> None:
+        """Sends and outcomes in their order, over the momentum of the checkpoint, which has some of them already.
+
+        Args:
+            outcomes: of the checkpoint, since the last entry before it.
+            unsettled: of the checkpoint.
+        """
+        ledger, saved = self.ledger, self.replica.optimizer.decays
+        entries = [entry for entry in self._own_log.all() if not entry.stood_in]
+        for entry in entries:
+            if entry.decays <= saved:
+                for outcome in entry.outcomes:
+                    ledger.replay(outcome, in_momentum=True)
+                ledger.send(entry.key, Pending(self._sent_by(entry), entry.decays))
+        for outcome in outcomes:
+            ledger.replay(outcome, in_momentum=True)
+        left = {(entry.key, entry.decays) for entry in entries}
+        for sent in unsettled:
+            if (Key(sent.round, sent.base), sent.decays) not in left:
+                coefficients = self._decode(sent.payload, 0, self.replica.layout.chunks)
+                self.replica.optimizer.give_back(Pending(coefficients, sent.decays))
+        ledger.outcomes = list(outcomes)
+        for entry in entries:
+            if entry.decays > saved:
+                known = _overlap(tuple(ledger.outcomes), entry.outcomes)
+                for number, outcome in enumerate(entry.outcomes):
+                    ledger.replay(outcome, in_momentum=number < known)
+                ledger.send(entry.key, self.replica.optimizer.restore_sent(self._sent_by(entry), entry.decays))
+                ledger.outcomes = []
+                self._sequences_read = max(self._sequences_read, entry.sequences_read)
 
     def _restore_from_snapshot(self, journal: Journal) -> None:
         """The checkpoint is of a branch that was left, or gone: start from what the journal reaches back to."""
@@ -144,17 +179,15 @@ class Trainer:
             journal.restart_at(self.replica.run_id)
         self.replica.reset()
 
-    def _resend(self, entry: OwnEntry) -> None:
+    def _sent_by(self, entry: OwnEntry) -> wire.Coefficients:
         parts = [self._decode(p, *r) for p, r in zip(entry.payloads, entry.ranges, strict=True)]
-        whole = wire.Coefficients(
+        return wire.Coefficients(
             0,
             self.replica.layout.chunks,
             np.concatenate([part.chunk for part in parts]),
             np.concatenate([part.index for part in parts]),
             np.concatenate([part.value for part in parts]),
         )
-        self.ledger.send(entry.key, self.replica.optimizer.restore_sent(whole, entry.decays))
-        self._sequences_read = max(self._sequences_read, entry.sequences_read)
 
     def _decode(self, payload: bytes, start: int, end: int) -> wire.Coefficients:
         bits = self.replica.manifest.codec.value_bits
@@ -173,7 +206,14 @@ class Trainer:
             )
             for key, sent in self.ledger.pending.items()
         )
-        meta = CheckpointMeta(self.replica.run_id, self.replica.chain, optimizer.decays, self._sequences_read, pending)
+        meta = CheckpointMeta(
+            self.replica.run_id,
+            self.replica.chain,
+            optimizer.decays,
+            self._sequences_read,
+            pending,
+            self._outcomes_not_logged(),
+        )
         momentum = optimizer.momentum.cpu().numpy()
         save_checkpoint(self._checkpoints, Checkpoint(meta, self.replica.arrays() | {"momentum": momentum}))
         self._own_log.prune(self.replica.chain.round - WINDOW)
@@ -205,26 +245,46 @@ class Trainer:
             case Apply():
                 self._on_apply(message, swarm)
             case Rollback():
-                self.ledger.undo_after(message.state.round, self.replica.chain.round)
+                self.ledger.undo_after(message.state.round)
                 self.replica.undo()
                 self._show()
             case Restore():
                 self._on_restore(message, swarm)
+            case Dropped():
+                self._on_dropped(message)
 
     def _resume_sent(self, start: StartRound, swarm: Swarm) -> None:
         """What was sent for a round, before a restart or on a branch that was left, is sent again as the same bytes."""
+        self._doubtful = None
         pending = self.ledger.pending.get(start.key)
         if pending is None:
             return
         entry = self._own_log.find(start.key)
-        if entry is None or entry.stood_in:
-            # It came too late and never left.
-            self.ledger.give_back(start.key)
+        if entry is None or entry.decays != pending.decays:
+            # Handed over, and not logged: the network thread will say so if it drops it.
+            self._current, self._doubtful = None, start
             return
         payloads = tuple(self.replica.optimizer.payload(pending, p.start, p.end) for p in start.shape.parts)
         again = msgspec.structs.replace(entry, ranges=ranges_of(start.shape), payloads=payloads)
         swarm.contribute(ContributionReady(start.key, entry.row, payloads), again)
         self._current = None
+
+    def _on_dropped(self, dropped: Dropped) -> None:
+        self.ledger.give_back(dropped.key, dropped.decays)
+        if self._carried is not None and self._carried[:2] == (dropped.key, dropped.decays):
+            self.ledger.outcomes = [*self._carried[2], *self.ledger.outcomes]
+            self._carried = None
+        if self._doubtful is not None and self._doubtful.key == dropped.key:
+            self._current, self._deadline, self._doubtful = self._doubtful, None, None
+
+    def _outcomes_not_logged(self) -> tuple[Outcome, ...]:
+        """Since the last entry of the own log, as far as it is known to be there."""
+        later = tuple(self.ledger.outcomes)
+        if self._carried is None:
+            return later
+        key, decays, outcomes = self._carried
+        entry = self._own_log.find(key)
+        return later if entry is not None and entry.decays == decays else outcomes + later
 
     def _on_apply(self, message: Apply, swarm: Swarm) -> None:
         sealed = message.sealed
@@ -243,12 +303,14 @@ class Trainer:
         self._show()
         if sealed.seal.round % self._rules.root_interval == 0:
             snapshot = self._snapshots.save(sealed.seal.round, sealed.id, self.replica.snapshot())
-            swarm.root_computed(snapshot.round, snapshot.root)
+            swarm.root_computed(snapshot.round, snapshot.id, snapshot.root)
         if now - self._saved_at > CHECKPOINT_SECONDS or not self._saved:
             self.save()
 
     def _on_restore(self, message: Restore, swarm: Swarm) -> None:
-        self.ledger.undo_after(message.chain.round, self.replica.chain.round)
+        self.ledger.undo_after(message.chain.round)
+        if not message.common:
+            self.ledger.give_up_until(message.chain.round, message.chain.id)
         if message.snapshot is not None:
             self.replica.load_snapshot(message.snapshot.read())
         else:
@@ -258,7 +320,7 @@ class Trainer:
             self._apply(sealed)
             if sealed.seal.round % self._rules.root_interval == 0:
                 snapshot = self._snapshots.save(sealed.seal.round, sealed.id, self.replica.snapshot())
-                swarm.root_computed(snapshot.round, snapshot.root)
+                swarm.root_computed(snapshot.round, snapshot.id, snapshot.root)
         self._show()
 
     def _apply(self, sealed: SealedRound, live: Apply | None = None) -> None:
@@ -275,7 +337,7 @@ class Trainer:
         index = shape.index(self._peer_id)
         if not self._has_sent(key, shape, live):
             index = None
-        self.status.consumed_share = self.ledger.settle(key, replies, index)
+        self.status.consumed_share = self.ledger.settle(shape.round, sealed.id, key, replies, index)
 
     def _has_sent(self, key: Key, shape: RoundShape, live: Apply | None) -> bool:
         """Whether a contribution of ours can be in the replies of a round: the own log outlives this process."""
@@ -350,7 +412,18 @@ class Trainer:
             uplink=self._uplink_kbit,
         )
         self.ledger.send(start.key, pending)
-        entry = OwnEntry(start.key.round, start.key.base, row, ranges, payloads, optimizer.decays, self._sequences_read)
+        outcomes, self.ledger.outcomes = tuple(self.ledger.outcomes), []
+        self._carried = (start.key, optimizer.decays, outcomes)
+        entry = OwnEntry(
+            start.key.round,
+            start.key.base,
+            row,
+            ranges,
+            payloads,
+            optimizer.decays,
+            self._sequences_read,
+            outcomes,
+        )
         swarm.contribute(ContributionReady(start.key, row, payloads), entry)
         loss = self._loss_sum / self._micro_batches
         self.status.loss = loss
@@ -364,6 +437,11 @@ class Trainer:
     def _show(self) -> None:
         state = self.replica.chain
         self.status.round, self.status.state_id, self.status.total = state.round, state.id, state.total
+
+
+def _overlap(known: tuple[Outcome, ...], logged: tuple[Outcome, ...]) -> int:
+    """How many outcomes at the beginning of `logged` are those at the end of `known`."""
+    return next(n for n in range(len(known), -1, -1) if known[len(known) - n :] == logged[:n])
 
 
 def ranges_of(shape: RoundShape) -> tuple[tuple[int, int], ...]:

@@ -40,7 +40,7 @@ class Swarm:
         self.handed.append(ready)
         self.log.write(entry)
 
-    def root_computed(self, round: int, root: bytes) -> None:
+    def root_computed(self, round: int, id: bytes, root: bytes) -> None:
         self.roots.append((round, root))
 
 
