@@ -154,8 +154,8 @@ class CatchingUp:
         header, encoded = await self._client.rounds(donor, locator, self._round_max_bytes)
         newer = any(offer.round > our_round for offer in header.snapshots)
         if not header.ancestor or (newer and our_round == 0 and self._is_far(header.tip, our_round)):
-            # For a newcomer a snapshot is less to fetch and to compute than all the rounds. Who has sent something needs
-            # the rounds: they say what became of it.
+            # For a newcomer a snapshot is less to fetch and to compute than all the rounds. Who has sent something
+            # needs the rounds: they say what became of it.
             return RoundsFetched(donor, None, ())
         rounds = await asyncio.to_thread(self._decode, encoded)
         state = known_state(header.ancestor)

@@ -86,6 +86,7 @@ class Dropped:
     key: Key
     decays: int
     """Of the momentum at its sending, which tell it from another one for the same round."""
+    weight: int
 
 
 TrainerMessage = StartRound | Apply | Rollback | Restore | Dropped
@@ -193,7 +194,7 @@ class RoundDriver:
         if not self.machine.awaits(ready.key) or entry.ranges != ranges:
             sent = self._p.own_log.find(entry.key)
             if sent is None or sent.decays != entry.decays:
-                self._p.inbox.put(Dropped(entry.key, entry.decays))
+                self._p.inbox.put(Dropped(entry.key, entry.decays, entry.row.weight))
             return
         try:
             if self._p.own_log.find(ready.key) != entry:
@@ -203,7 +204,7 @@ class RoundDriver:
         self.dispatch(ready)
 
     def root_computed(self, round: int, id: bytes, root: bytes) -> None:
-        """The trainer has written the snapshot of this round, at state `id`; of a branch that was left it says nothing."""
+        """The trainer has written the snapshot of this round, at state `id`; that of a branch that was left is no root."""
         journal = self._p.journal
         if journal.position(id) == round:
             self.dispatch(RootComputed(round, root))

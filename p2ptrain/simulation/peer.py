@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import deque
-from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -28,10 +27,11 @@ from p2ptrain.observe.status import Status
 from p2ptrain.optim.demo import PartReply
 from p2ptrain.simulation.loop import Actor
 from p2ptrain.simulation.network import Line, SimNode
+from p2ptrain.state.checkpoint import SentUnsettled
 from p2ptrain.state.failpoints import watcher
 from p2ptrain.state.files import remove_unfinished
 from p2ptrain.state.journal import Journal
-from p2ptrain.state.own_log import OwnEntry, OwnLog
+from p2ptrain.state.own_log import Outcome, OwnEntry, OwnLog
 from p2ptrain.state.snapshot import SnapshotStore
 from p2ptrain.swarm.identity import Identity, verify
 from p2ptrain.swarm.node import SwarmNode
@@ -42,6 +42,7 @@ from p2ptrain.training.trainer import Trainer
 if TYPE_CHECKING:
     from p2ptrain.simulation.world import World
 
+Rows = NDArray[np.float64]
 ENTRIES = 8
 """In each vector of the toy; each vector is one chunk."""
 RECORD_SECONDS = 2.0
@@ -102,14 +103,14 @@ class SimTrainer(Trainer):
 
     replica: SimReplica
 
-    def begin_life(self, produced: NDArray[np.float64]) -> None:
-        """
-        Args:
-            produced: [chunks, ENTRIES] all gradients ever added to the momentum at hand.
-        """
-        self.produced = produced
-        self.batch_seconds = 0.0
-        self.on_saved: Callable[[], None] = lambda: None
+    def begin_life(self, peer: SimPeer) -> None:
+        """Of this peer."""
+        self.peer = peer
+        self.batch_seconds = peer.batch_seconds
+        #: [chunks, ENTRIES] all gradients ever made
+        self.produced: Rows = np.zeros_like(peer.lost)
+        #: [chunks, ENTRIES] what the disk retained of them, at a start
+        self.retained: Rows = self.produced
 
     def _micro_batch(self) -> None:
         self._sequences_read += self._rules.micro_batch
@@ -118,6 +119,8 @@ class SimTrainer(Trainer):
         self._computing_seconds += self.batch_seconds
 
     def _contribute(self, start: StartRound, swarm: object) -> None:
+        if self._micro_batches or self._overdue:
+            self.peer.retained_at[self.replica.optimizer.decays + 1] = self.produced - self.peer.lost
         if self._micro_batches:
             counter = hashlib.shake_128(self._peer_id + self._sequences_read.to_bytes(8, "little"))
             integers = np.frombuffer(counter.digest(self.replica.layout.chunks * ENTRIES), np.uint8)
@@ -126,11 +129,20 @@ class SimTrainer(Trainer):
                 # The trainer divides by the number of micro-batches.
                 parameter.grad = torch.from_numpy((row * self._micro_batches).astype(np.float32))
             self.produced = self.produced + gradient
+            self.peer.retained_at[self.replica.optimizer.decays + 1] = self.produced - self.peer.lost
         super()._contribute(start, swarm)  # type: ignore[arg-type]
 
-    def save(self) -> None:
-        super().save()
-        self.on_saved()
+    def _replay_own_log(self, outcomes: tuple[Outcome, ...], unsettled: tuple[SentUnsettled, ...]) -> None:
+        saved = self.replica.optimizer.decays
+        self.retained = self.peer.retained_at[saved].copy()
+        for entry in self._own_log.all():
+            if not entry.stood_in and entry.decays > saved:
+                # Of the coefficients that it sends nothing was lost by then.
+                sent = self._sent_by(entry)
+                inside = sent.index < ENTRIES
+                place = sent.chunk[inside], sent.index[inside]
+                self.retained[place] = self.peer.retained_at[entry.decays][place]
+        super()._replay_own_log(outcomes, unsettled)
 
     def momentum_rows(self) -> NDArray[np.float64]:
         """[chunks, ENTRIES]"""
@@ -141,6 +153,15 @@ class SimTrainer(Trainer):
         total = np.zeros((self.replica.layout.chunks, ENTRIES))
         for sent in (*self.ledger.pending.values(), *(entry.settled.pending for entry in self.ledger._settled)):
             total += abs(dense(sent.sent.chunk, sent.sent.index, sent.sent.value, len(total)))
+        return total
+
+    def logged(self) -> Rows:
+        """[chunks, ENTRIES] the same, from the own log."""
+        total = np.zeros((self.replica.layout.chunks, ENTRIES))
+        for entry in self._own_log.all():
+            if not entry.stood_in:
+                sent = self._sent_by(entry)
+                total += abs(dense(sent.chunk, sent.index, sent.value, len(total)))
         return total
 
     def pending_rows(self) -> NDArray[np.float64]:
@@ -207,17 +228,6 @@ class SimDriver(RoundDriver):
             self.peer.world.after_event(self.peer)
 
 
-class SimOwnLog(OwnLog):
-    """The real own log, watched."""
-
-    peer: SimPeer
-
-    def write(self, entry: OwnEntry) -> None:
-        super().write(entry)
-        if not entry.stood_in:
-            self.peer.logged(entry)
-
-
 class _Link:
     """From the trainer to the driver, as from thread to thread: not at once."""
 
@@ -250,10 +260,10 @@ class SimPeer:
         self.trainer: SimTrainer
         #: passes of failpoints until it dies; None: it lives on
         self.dies_after: int | None = None
-        #: what a crash may have lost, at most [chunks, ENTRIES]
-        self.lost = np.zeros((world.chunks, ENTRIES))
-        #: [chunks, ENTRIES] gradients that a crash now would lose none of
-        self.safe: NDArray[np.float64] = np.zeros((world.chunks, ENTRIES))
+        #: [chunks, ENTRIES] gradients that crashes, or changes of chain, have lost
+        self.lost: Rows = np.zeros((world.chunks, ENTRIES))
+        #: decays of the momentum -> [chunks, ENTRIES] gradients then produced and not lost
+        self.retained_at: dict[int, Rows] = {0: self.lost}
         self.total = 0
         #: it never comes back
         self.gone = False
@@ -322,8 +332,7 @@ class SimPeer:
         world, manifest = self.world, self.world.manifest
         loop = asyncio.get_running_loop()
         replica = SimReplica(world)
-        own_log = SimOwnLog(self.home / "own")
-        own_log.peer = self
+        own_log = OwnLog(self.home / "own")
         journal = Journal(self.home / "journal", world.run_id, verify)
         inbox, status = SimInbox(), Status()
         uplink = max(1, int(self.line.up * 8 / 1000)) if self.dialable else 0
@@ -339,9 +348,7 @@ class SimPeer:
             status,
             loop.time,
         )
-        self.trainer.begin_life(np.zeros((world.chunks, ENTRIES)))
-        self.trainer.batch_seconds = self.batch_seconds
-        self.trainer.on_saved = self._saved
+        self.trainer.begin_life(self)
         self.trainer.restore(journal)
         world.restored(self)
         machine = RoundMachine(
@@ -375,17 +382,6 @@ class SimPeer:
         await self.driver.start()
         loop.create_task(self._meet())
         await self._train(inbox)
-
-    def _saved(self) -> None:
-        self.safe = self.trainer.produced.copy()
-
-    def logged(self, entry: OwnEntry) -> None:
-        """A contribution is in the own log: of the coefficients that it sends nothing is lost any more."""
-        for (start, end), payload in zip(entry.ranges, entry.payloads, strict=True):
-            sent = self.trainer._decode(payload, start, end)
-            inside = sent.index < ENTRIES
-            rows, columns = sent.chunk[inside], sent.index[inside]
-            self.safe[rows, columns] = self.trainer.produced[rows, columns]
 
     async def _meet(self) -> None:
         """What the records in the DHT do for a peer: it learns of the others."""

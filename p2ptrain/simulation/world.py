@@ -11,7 +11,6 @@ import contextlib
 import gc
 import hashlib
 import logging
-import math
 import random
 import shutil
 import tempfile
@@ -42,7 +41,7 @@ from p2ptrain.simulation.faults import FAULTS, Faults
 from p2ptrain.simulation.loop import VirtualLoop
 from p2ptrain.simulation.network import Line, Network
 from p2ptrain.simulation.oracle import Oracle, ViolationError
-from p2ptrain.simulation.peer import ENTRIES, RECORD_FRESH_SECONDS, PeerCrashed, SimPeer, SimReplica
+from p2ptrain.simulation.peer import RECORD_FRESH_SECONDS, PeerCrashed, SimPeer
 
 CONVERGENCE_SECONDS = 90.0
 SETTLED_ROUNDS = 8
@@ -171,7 +170,9 @@ class World:
         goal = self._highest() + SETTLED_ROUNDS
         self._missed.clear()
         before = self._sent_totals(), self._highest()
-        await self._until(lambda: self._lowest() >= goal, 60.0 + SETTLED_ROUNDS * 15.0, f"{SETTLED_ROUNDS} rounds in calm")
+        await self._until(
+            lambda: self._lowest() >= goal, 60.0 + SETTLED_ROUNDS * 15.0, f"{SETTLED_ROUNDS} rounds in calm"
+        )
         await self._until(self._converged, 30.0, "one chain at the end")
         rounds = max(1, self._highest() - before[1])
         sent, frames = (after - then for after, then in zip(self._sent_totals(), before[0], strict=True))
@@ -210,7 +211,9 @@ class World:
         scenario = self.scenario
         batch_seconds = 0.2 if scenario.even_speeds else 0.05 * 10 ** self.random.uniform(0, 2)
         dialable = scenario.even_speeds or number == 0 or self.random.random() < 0.75
-        rate = scenario.uplink_bytes_per_second * (1.0 if scenario.even_speeds else 10 ** self.random.uniform(-0.5, 0.5))
+        rate = scenario.uplink_bytes_per_second * (
+            1.0 if scenario.even_speeds else 10 ** self.random.uniform(-0.5, 0.5)
+        )
         peer = SimPeer(
             self, name or f"p{number}", batch_seconds=batch_seconds, line=Line(rate, rate), dialable=dialable
         )
@@ -378,8 +381,10 @@ class World:
         if produced is None:
             return
         trainer.produced = produced
-        peer.lost = peer.lost + (produced - peer.safe)
-        peer.safe = produced.copy()
+        peer.lost = produced - trainer.retained
+        if trainer.ledger.given_up:
+            self.gave_up(peer, trainer.logged())
+        peer.retained_at[trainer.replica.optimizer.decays] = produced - peer.lost
         self.check_account(peer)
 
     def gave_up(self, peer: SimPeer, at_stake: Any) -> None:

@@ -98,6 +98,9 @@ class Trainer:
         self._doubtful: StartRound | None = None
         #: what the contribution handed over last takes into the own log: its round, its decays, outcomes
         self._carried: tuple[Key, int, tuple[Outcome, ...]] | None = None
+        #: sequences behind contributions that were dropped: the next round gets them at once, or a machine slower than
+        #: the group would be late with every single one
+        self._overdue = 0
         #: since the last contribution: micro-batches, their sequences and summed loss, seconds
         self._micro_batches = 0
         self._sequences = 0
@@ -174,6 +177,8 @@ class Trainer:
         for snapshot in self._snapshots.all():
             if journal.position(snapshot.id) is not None:
                 self.replica.load_snapshot(snapshot.read())
+                # Died while it changed to a chain that came without its past.
+                self.ledger.give_up_until(snapshot.round, snapshot.id)
                 return
         if journal.position(self.replica.run_id) is None:
             journal.restart_at(self.replica.run_id)
@@ -242,6 +247,8 @@ class Trainer:
             case StartRound():
                 self._current, self._deadline = message, None
                 self._resume_sent(message, swarm)
+                if self._current is not None and self._overdue:
+                    self._contribute(message, swarm)
             case Apply():
                 self._on_apply(message, swarm)
             case Rollback():
@@ -271,6 +278,7 @@ class Trainer:
 
     def _on_dropped(self, dropped: Dropped) -> None:
         self.ledger.give_back(dropped.key, dropped.decays)
+        self._overdue += dropped.weight
         if self._carried is not None and self._carried[:2] == (dropped.key, dropped.decays):
             self.ledger.outcomes = [*self._carried[2], *self.ledger.outcomes]
             self._carried = None
@@ -390,7 +398,7 @@ class Trainer:
 
     def _contribute(self, start: StartRound, swarm: Swarm) -> None:
         """Gradients into the momentum, the largest of it out as a contribution."""
-        if not self._micro_batches:
+        if not self._micro_batches and not self._overdue:
             return
         began = self._clock()
         optimizer = self.replica.optimizer
@@ -403,11 +411,12 @@ class Trainer:
         ranges = ranges_of(start.shape)
         payloads = tuple(optimizer.payload(pending, *piece) for piece in ranges)
         seconds = self._computing_seconds + self._clock() - began
-        rate = self._sequences / max(seconds, 1e-6)
-        before = self._sequences_per_second or rate
-        self._sequences_per_second = 0.7 * before + 0.3 * rate
+        if self._sequences:
+            rate = self._sequences / max(seconds, 1e-6)
+            before = self._sequences_per_second or rate
+            self._sequences_per_second = 0.7 * before + 0.3 * rate
         row = Row(
-            weight=min(self._sequences, _WEIGHT_MAX),
+            weight=min(self._sequences + self._overdue, _WEIGHT_MAX),
             throughput=min(int(1000 * self._sequences_per_second), THROUGHPUT_MAX_MILLI),
             uplink=self._uplink_kbit,
         )
@@ -425,13 +434,14 @@ class Trainer:
             outcomes,
         )
         swarm.contribute(ContributionReady(start.key, row, payloads), entry)
-        loss = self._loss_sum / self._micro_batches
-        self.status.loss = loss
-        self.status.bits_per_byte = loss / math.log(2) / self._bytes_per_token
-        self._tokens_sent = self._sequences * self.replica.manifest.model.context
+        if self._micro_batches:
+            loss = self._loss_sum / self._micro_batches
+            self.status.loss = loss
+            self.status.bits_per_byte = loss / math.log(2) / self._bytes_per_token
+        self._tokens_sent = row.weight * self.replica.manifest.model.context
         self.status.computing_seconds = seconds
         self._current = None
-        self._micro_batches = self._sequences = 0
+        self._micro_batches = self._sequences = self._overdue = 0
         self._loss_sum = self._computing_seconds = 0.0
 
     def _show(self) -> None:
