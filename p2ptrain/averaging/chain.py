@@ -334,8 +334,8 @@ def extend(state: ChainState, identifier: bytes, seal: Seal, chunks: int) -> Cha
 def root_round(round: int, interval: int) -> int:
     """The round that the root in the seal of `round` is of: the last multiple of `interval` at least two before it.
 
-    All whose messages are in a round agree on the chain up to two rounds before; the root of a round that may yet be undone
-    would be another one on another branch.
+    All whose messages are in a round agree on the chain up to two rounds before; the root of a round that may yet be
+    undone would be another one on another branch.
     """
     return max(0, (round - 2) // interval * interval)
 

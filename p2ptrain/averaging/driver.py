@@ -204,7 +204,7 @@ class RoundDriver:
         self.dispatch(ready)
 
     def root_computed(self, round: int, id: bytes, root: bytes) -> None:
-        """The trainer has written the snapshot of this round, at state `id`; that of a branch that was left is no root."""
+        """The trainer has written the snapshot of this round, at state `id`; of a branch that was left, none."""
         journal = self._p.journal
         if journal.position(id) == round:
             self.dispatch(RootComputed(round, root))

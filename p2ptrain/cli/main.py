@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from p2ptrain import __version__
-from p2ptrain.cli import bootstrap, eval, init, inspect, join, sample
+from p2ptrain.cli import bootstrap, eval, init, inspect, join, sample, simulate
 from p2ptrain.cli.output import errors_reported
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command("join")(join.join)
 app.command("inspect")(inspect.inspect)
 app.command("sample")(sample.sample)
 app.command("eval")(eval.evaluate)
+app.command("simulate")(simulate.simulate)
 
 
 def _print_version(wanted: bool) -> None:

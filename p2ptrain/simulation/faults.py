@@ -18,6 +18,7 @@ FAULTS = (
     "wipe",
     "freeze",
     "daemon",
+    "corrupt",
     "split",
     "halves",
     "isolate",
@@ -29,9 +30,9 @@ FAULTS = (
 )
 """
 crash: a peer dies before or after some effect or write, and comes back from its disk. wipe: it comes back as another,
-with nothing. freeze: it is stopped, then goes on with late timers. daemon: its libp2p daemon dies and is restarted. split,
-halves, isolate, one_way: links are cut, between two groups, two equal ones, one peer and all, in one direction. slow: a
-peer's line gets a tenth as fast, its delay ten times as long. late, truncate, repeat: streams go wrong everywhere.
+with nothing. freeze: it is stopped, then goes on with late timers. daemon: its libp2p daemon dies and is restarted.
+split, halves, isolate, one_way: links are cut, between two groups, two equal ones, one peer and all, in one direction.
+corrupt: a replica gets a wrong bit. slow: a peer's line gets a tenth as fast, its delay ten times as long. late, truncate, repeat: streams go wrong.
 """
 MEAN_SECONDS_BETWEEN = 5.0
 
@@ -126,6 +127,11 @@ class Faults:
         await asyncio.sleep(self._random.uniform(0.3, 4.0))
         if peer.alive and peer.lives == life:
             peer.daemon_back()
+
+    async def _corrupt(self) -> None:
+        peer = self._some()
+        if peer is not None and not any(p.corrupt for p in self._world.peers if not p.gone):
+            peer.trainer.replica.go_wrong()
 
     # ---- links ------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
 """An asyncio loop whose clock jumps to the next timer, so that hours pass in seconds and a seed has one history.
 
 Nothing in it waits or looks at the machine's clock: when no callback is ready, the time becomes that of the earliest
-timer. Work for other threads is done at once, on this one. Every callback belongs to an `Actor` by its context; those of
-an actor that is frozen are kept until it is thawed, as a stopped process finds its late timers when it goes on, and
+timer. Work for other threads is done at once, on this one. Every callback belongs to an `Actor` by its context; those
+of an actor that is frozen are kept until it is thawed, as a stopped process finds its late timers when it goes on, and
 those of a dead one are dropped.
 
 Cost: some microseconds a callback. Rests on CPython 3.11's BaseEventLoop: its heap of timers and its queue.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import inspect
 from collections import deque
 from collections.abc import Callable, Coroutine
 from contextvars import Context, ContextVar
@@ -25,6 +26,7 @@ class Actor:
 
     def __init__(self, loop: VirtualLoop) -> None:
         self._loop = loop
+        loop.actors.append(self)
         #: for all callbacks of this actor
         self.context = Context()
         self.context.run(current_actor.set, self)
@@ -76,6 +78,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._time = 0.0
         self._selector = _NoSelector()
         self._clock_resolution = 1e-9
+        self.actors: list[Actor] = []
         #: callbacks run so far
         self.steps = 0
         #: exceptions that nobody took
@@ -100,6 +103,15 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def _note_fault(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         self.faults.append(context.get("exception") or str(context.get("message")))
+
+    def discard(self) -> None:
+        """The history is over: forget what has never begun, in silence."""
+        for actor in self.actors:
+            for task in actor.tasks:
+                work = cast(Coroutine[Any, Any, Any], task.get_coro())
+                if inspect.getcoroutinestate(work) == inspect.CORO_CREATED:
+                    work.close()
+        self.close()
 
     def _check_closed(self) -> None:
         """What is left when a history ends is collected later, and may still schedule what never runs."""

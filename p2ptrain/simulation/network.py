@@ -1,9 +1,9 @@
 """Modelled links and streams: what `SwarmNode` and libp2p are to the driver, with delay, bandwidth, loss and cuts.
 
-A stream carries frames in order, as libp2p's do. A frame leaves when its sender's uplink is free, takes the link's delay,
-and arrives when the receiver's downlink is free; a lost one comes a retransmission later. Across a cut link frames
-wait, and after `RESET_SECONDS` the stream breaks. The stream of a peer that dies ends as if all were well, as libp2p's
-does. Streams may be cut short, calls repeated; what arrives is whole frames, since libp2p authenticates each.
+A stream carries frames in order, as libp2p's do. A frame leaves when its sender's uplink is free, takes the link's
+delay, and arrives when the receiver's downlink is free; a lost one comes a retransmission later. Across a cut link
+frames wait, and after `RESET_SECONDS` the stream breaks. The stream of a peer that dies ends as if all were well, as
+libp2p's does. Streams may be cut short, calls repeated; what arrives is whole frames, as libp2p authenticates each.
 """
 
 from __future__ import annotations

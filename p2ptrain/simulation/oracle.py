@@ -1,7 +1,7 @@
 """A second opinion on every seal: what all parameters must be after it, and what it consumed of whose contribution.
 
-Independent of the optimizer: parameters by plain numpy over the decoded replies, consumption from what was seen to leave
-each peer. It knows every chain of the simulation at once, so that one id stands for one state, whoever applied it.
+Independent of the optimizer: parameters by plain numpy over the decoded replies, consumption from what was seen to
+leave each peer. It knows every chain of the simulation, so that one id stands for one state, whoever applied it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from p2ptrain.averaging import chain
 from p2ptrain.averaging.chain import ChainState, RoundShape
-from p2ptrain.averaging.events import Key, SealedRound
+from p2ptrain.averaging.events import ContributionReady, Key, SealedRound
 from p2ptrain.compression import wire
 from p2ptrain.compression.layout import ChunkLayout
 from p2ptrain.config.manifest import Manifest
@@ -42,8 +42,8 @@ class Oracle:
         self._manifest, self._layout = manifest, layout
         beginning = _Node(chain.genesis(run_id), parameters.copy(), {})
         self._nodes: dict[bytes, _Node] = {run_id: beginning}
-        #: (peer, round key) -> [chunks, ENTRIES] that left it
-        self._sent: dict[tuple[bytes, Key], Rows] = {}
+        #: (peer, round key) -> [chunks, ENTRIES] that left it, and its weight
+        self._sent: dict[tuple[bytes, Key], tuple[Rows, int]] = {}
 
     def state(self, identifier: bytes) -> ChainState:
         """The chain state that an id stands for. Raises ViolationError where nobody applied it."""
@@ -63,14 +63,15 @@ class Oracle:
             ids.append(self._node(ids[-1]).state.parent)
         return ids
 
-    def saw_sent(self, peer: bytes, key: Key, shape: RoundShape, payloads: tuple[bytes, ...]) -> None:
+    def saw_sent(self, peer: bytes, ready: ContributionReady, shape: RoundShape) -> None:
         """A contribution of weight above 0 leaves `peer`. Raises ViolationError when it is not what left it before."""
+        key, payloads = ready.key, ready.payloads
         rows = np.zeros((self._layout.chunks, ENTRIES))
         for part, payload in zip(shape.parts, payloads, strict=True):
             bits = self._manifest.codec.value_bits
             sent = wire.decode_contribution(payload, self._layout.topk, part.start, part.end, bits)
             rows += dense(sent.chunk, sent.index, sent.value, self._layout.chunks)
-        if not np.array_equal(self._sent.setdefault((peer, key), rows), rows):
+        if not np.array_equal(self._sent.setdefault((peer, key), (rows, ready.row.weight))[0], rows):
             raise ViolationError(f"round {key.round}: something else was sent again")
 
     def learn(self, sealed: SealedRound, before: ChainState, after: ChainState) -> None:
@@ -86,6 +87,8 @@ class Oracle:
         if after.total != before.total + len(chain.bits(sealed.seal.included, len(before.now))):
             raise ViolationError(f"round {after.round}: total is wrong")
         shape = chain.shape_of(before, self._layout.chunks)
+        if before.round > 1 and [m.peer_id for m in shape.members] != self._members_by_rule(before):
+            raise ViolationError(f"round {after.round}: its members are not those of the seal two before")
         key = Key(shape.round, shape.base)
         config = self._manifest.optimizer
         rate = learning_rate(
@@ -106,14 +109,38 @@ class Oracle:
             mask = np.zeros((self._layout.chunks, ENTRIES), bool)
             inside = kept.index < ENTRIES
             mask[kept.chunk[inside], kept.index[inside]] = True
-            for member in sorted(reply.included):
-                peer = shape.members[member].peer_id
-                sent = self._sent.get((peer, key))
-                if sent is None:
-                    continue  # a message of weight 0
-                share = np.where(mask, sent, 0.0) * reply.clips.get(member, 256) / 256
+            # Who is included and has sent nothing sent a message of weight 0.
+            peers = [(member, shape.members[member].peer_id) for member in sorted(reply.included)]
+            sent = [(member, peer, *self._sent[peer, key]) for member, peer in peers if (peer, key) in self._sent]
+            for member, peer, rows, _ in sent:
+                share = np.where(mask, rows, 0.0) * reply.clips.get(member, 256) / 256
                 consumed[peer] = consumed.get(peer, 0) + share
+            value = dense(kept.chunk, kept.index, kept.value, self._layout.chunks)
+            scale = np.zeros((self._layout.chunks, 1))
+            scale[part.start : part.end, 0] = reply.scale
+            mean = self._mean([(rows, weight, reply.clips.get(member, 256)) for member, _, rows, weight in sent])
+            if (abs(value - mean)[mask] > 0.51 * np.broadcast_to(scale, mask.shape)[mask] + 1e-5).any():
+                raise ViolationError(f"round {after.round}: a reply is not the mean of what it includes")
         self._nodes[after.id] = _Node(after, parameters, consumed)
+
+    def _members_by_rule(self, before: ChainState) -> list[bytes]:
+        """Of the round after `before`: what the seal two rounds before it says, or the last one, if that is solo."""
+        parent = self._node(before.parent).state
+        alone = len(before.now) == 1 and before.now[0].peer_id not in [m.peer_id for m in parent.following]
+        solo = alone or (len(parent.following) > 1 and len(before.now) == 1)
+        return [m.peer_id for m in (before.now if solo else parent.following)]
+
+    def _mean(self, sent: list[tuple[Rows, int, int]]) -> Rows:
+        """[chunks, ENTRIES] of (values, weight, clip factor): weights capped, divided by all the weight included."""
+        if not sent:
+            return np.zeros((self._layout.chunks, ENTRIES))
+        cap = self._manifest.round.weight_cap_ratio * float(np.median([weight for _, weight, _ in sent]))
+        weights = [min(float(weight), cap) for _, weight, _ in sent]
+        total: Rows = sum(
+            (rows * weight * clip / 256 for (rows, _, clip), weight in zip(sent, weights, strict=True)),
+            np.zeros((self._layout.chunks, ENTRIES)),
+        )
+        return total / sum(weights)
 
     def check_parameters(self, identifier: bytes, parameters: NDArray[np.float32]) -> None:
         """Raises ViolationError where a replica at this state is not what it must be."""

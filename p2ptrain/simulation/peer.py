@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from p2ptrain.averaging.catching_up import Restore
 from p2ptrain.averaging.chain import ChainState, RoundShape, Row
 from p2ptrain.averaging.driver import DriverParts, RoundDriver, TrainerMessage
-from p2ptrain.averaging.events import ContributionReady, Effect, Event, SealedRound, StartRound
+from p2ptrain.averaging.events import ContributionReady, Effect, Event, Key, ReplyHeld, SealedRound, StartRound
 from p2ptrain.averaging.machine import RoundMachine
 from p2ptrain.averaging.messages import Traffic
 from p2ptrain.models.gpt import GPT
@@ -32,7 +32,7 @@ from p2ptrain.state.failpoints import watcher
 from p2ptrain.state.files import remove_unfinished
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import Outcome, OwnEntry, OwnLog
-from p2ptrain.state.snapshot import SnapshotStore
+from p2ptrain.state.snapshot import SnapshotStore, piece_hashes, root_of
 from p2ptrain.swarm.identity import Identity, verify
 from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.training.replica import Replica
@@ -70,32 +70,57 @@ class ToyModel(torch.nn.Module):
 class SimReplica(Replica):
     """The real replica of the toy, watched at each change."""
 
-    def __init__(self, world: World) -> None:
-        self._world = world
-        super().__init__(world.manifest, world.run_id, torch.device("cpu"), cast(GPT, ToyModel(world.chunks)))
+    def __init__(self, peer: SimPeer) -> None:
+        self._peer, self._world = peer, peer.world
+        super().__init__(
+            peer.world.manifest, peer.world.run_id, torch.device("cpu"), cast(GPT, ToyModel(peer.world.chunks))
+        )
 
     @property
     def parameters(self) -> NDArray[np.float32]:
         """[chunks, ENTRIES]"""
         return np.stack([parameter.detach().numpy() for parameter in self.model.parameters()])
 
+    def go_wrong(self) -> None:
+        """One bit too many."""
+        self._peer.corrupt = True
+        with torch.no_grad():
+            next(self.model.parameters())[0] += 1.0
+
+    def _check(self) -> None:
+        if not self._peer.corrupt:
+            self._world.oracle.check_parameters(self.chain.id, self.parameters)
+
     def apply(self, sealed: SealedRound, shape: RoundShape, state: ChainState) -> list[PartReply]:
         self._world.oracle.learn(sealed, self.chain, state)
         replies = super().apply(sealed, shape, state)
-        self._world.oracle.check_parameters(state.id, self.parameters)
+        self._check()
         return replies
+
+    def snapshot(self) -> bytes:
+        data = super().snapshot()
+        if self._peer.corrupt:
+            self._world.corrupt_roots.add(root_of(len(data), piece_hashes(data)))
+        return data
+
+    def load_snapshot(self, data: bytes) -> None:
+        # Only its own disk may give it back what went wrong.
+        wrong = root_of(len(data), piece_hashes(data)) in self._world.corrupt_roots
+        self._peer.corrupt = self._peer.corrupt and wrong
+        super().load_snapshot(data)
 
     def load_arrays(self, arrays: dict[str, NDArray[np.float32]], chain: ChainState) -> None:
         super().load_arrays(arrays, chain)
-        self._world.oracle.check_parameters(chain.id, self.parameters)
+        self._check()
 
     def undo(self) -> None:
         super().undo()
-        self._world.oracle.check_parameters(self.chain.id, self.parameters)
+        self._check()
 
     def reset(self) -> None:
         super().reset()
-        self._world.oracle.check_parameters(self.chain.id, self.parameters)
+        self._peer.corrupt = False
+        self._check()
 
 
 class SimTrainer(Trainer):
@@ -215,6 +240,11 @@ class SimDriver(RoundDriver):
         if isinstance(event, ContributionReady) and shape is not None and self.machine.awaits(event.key):
             self.peer.world.sends(self.peer, event, shape)
         super().dispatch(event)
+        if isinstance(event, ReplyHeld) and self.machine.held_reply(event.key, event.part) is not None:
+            held = self.peer.held
+            held[event.key, event.part] = None
+            while len(held) > 64:
+                del held[next(iter(held))]
 
     def _perform(self, effect: Effect) -> None:
         self.peer.watch("before_effect")
@@ -265,6 +295,10 @@ class SimPeer:
         #: decays of the momentum -> [chunks, ENTRIES] gradients then produced and not lost
         self.retained_at: dict[int, Rows] = {0: self.lost}
         self.total = 0
+        #: its replica went wrong, and nothing has mended it yet
+        self.corrupt = False
+        #: replies that it was given for the rounds under way
+        self.held: dict[tuple[Key, int], None] = {}
         #: it never comes back
         self.gone = False
 
@@ -294,6 +328,9 @@ class SimPeer:
         self.actor = Actor(self.world.loop)
         self.actor.context.run(watcher.set, self.watch)
         self.dies_after = None
+        # Those of the life before; `_live` makes new ones.
+        self.__dict__.pop("driver", None)
+        self.__dict__.pop("trainer", None)
         self.node = SimNode(self.world.network, self.identity, self.actor, self.line, dialable=self.dialable)
         self.world.network.add(self.node)
         self.actor.spawn(self._live(founder))
@@ -331,7 +368,7 @@ class SimPeer:
     async def _live(self, founder: bool) -> None:
         world, manifest = self.world, self.world.manifest
         loop = asyncio.get_running_loop()
-        replica = SimReplica(world)
+        replica = SimReplica(self)
         own_log = OwnLog(self.home / "own")
         journal = Journal(self.home / "journal", world.run_id, verify)
         inbox, status = SimInbox(), Status()
@@ -380,8 +417,9 @@ class SimPeer:
         self.driver.peer = self
         self.total = machine.head.total
         await self.driver.start()
-        loop.create_task(self._meet())
+        meeting = loop.create_task(self._meet())
         await self._train(inbox)
+        meeting.cancel()
 
     async def _meet(self) -> None:
         """What the records in the DHT do for a peer: it learns of the others."""

@@ -1,7 +1,7 @@
 """A whole swarm in one process: peers come, suffer, and must agree in the end. One seed, one history.
 
-The first part of a run has faults; then everything heals, and within `CONVERGENCE_SECONDS` all live peers must be on one
-chain, and go on. What must hold at every moment is checked at every event: see `oracle.py` and the methods `check_...`.
+The first part of a run has faults; then everything heals, and within `CONVERGENCE_SECONDS` all live peers must be on
+one chain, and go on. What must hold at every moment is checked at every event: `oracle.py` and the `check_` methods.
 """
 
 from __future__ import annotations
@@ -31,11 +31,14 @@ from p2ptrain.averaging.events import (
     ContributionReady,
     Effect,
     FetchRounds,
+    Key,
     Note,
     PublishSeal,
     Resync,
     Rollback,
+    SealedRound,
 )
+from p2ptrain.averaging.sealed import reply_digest
 from p2ptrain.config.manifest import CodecConfig, GroupConfig, Manifest, OptimizerConfig, canonical_bytes, run_id
 from p2ptrain.simulation.faults import FAULTS, Faults
 from p2ptrain.simulation.loop import VirtualLoop
@@ -45,6 +48,7 @@ from p2ptrain.simulation.peer import RECORD_FRESH_SECONDS, PeerCrashed, SimPeer
 
 CONVERGENCE_SECONDS = 90.0
 SETTLED_ROUNDS = 8
+CALM_SECONDS = 180.0
 CHECK_EVERY_SECONDS = 0.5
 
 
@@ -122,7 +126,8 @@ class World:
         #: in calm: members' contributions in a row that no seal included
         self._missed: Counter[bytes] = Counter()
         self._waiting_since: dict[bytes, int] = {}
-        self._merged: set[bytes] = set()
+        #: roots of snapshots of replicas gone wrong
+        self.corrupt_roots: set[bytes] = set()
         reference = SimReplicaShape(self)
         self.oracle = Oracle(self.manifest, self.run_id, reference.layout, reference.parameters)
 
@@ -140,6 +145,7 @@ class World:
                 self.violate(str(error))
             finally:
                 asyncio.set_event_loop(None)
+                self.loop.discard()
                 if collects:
                     gc.enable()
         report = self.report
@@ -167,12 +173,12 @@ class World:
         began = self.loop.time()
         await self._until(self._converged, CONVERGENCE_SECONDS, "all live peers on one chain")
         self.report.convergence_seconds = round(self.loop.time() - began, 3)
-        goal = self._highest() + SETTLED_ROUNDS
+        # A replica that went wrong is noticed at the next root.
+        corrupted = self.report.coverage["fault_corrupt"] > 0
+        goal = self._highest() + (3 * self.manifest.round.root_interval if corrupted else SETTLED_ROUNDS)
         self._missed.clear()
         before = self._sent_totals(), self._highest()
-        await self._until(
-            lambda: self._lowest() >= goal, 60.0 + SETTLED_ROUNDS * 15.0, f"{SETTLED_ROUNDS} rounds in calm"
-        )
+        await self._until(lambda: self._lowest() >= goal, CALM_SECONDS, f"{SETTLED_ROUNDS} rounds in calm")
         await self._until(self._converged, 30.0, "one chain at the end")
         rounds = max(1, self._highest() - before[1])
         sent, frames = (after - then for after, then in zip(self._sent_totals(), before[0], strict=True))
@@ -181,6 +187,8 @@ class World:
         living = self._living()
         members = {m.peer_id for m in living[0].machine.head.following}
         for peer in living:
+            if peer.corrupt:
+                self.violate(f"{peer.name} holds a replica gone wrong, and has not noticed")
             if peer.id not in members:
                 self.violate(f"{peer.name} is connected and not a member")
         self.report.rounds = self._highest()
@@ -211,9 +219,8 @@ class World:
         scenario = self.scenario
         batch_seconds = 0.2 if scenario.even_speeds else 0.05 * 10 ** self.random.uniform(0, 2)
         dialable = scenario.even_speeds or number == 0 or self.random.random() < 0.75
-        rate = scenario.uplink_bytes_per_second * (
-            1.0 if scenario.even_speeds else 10 ** self.random.uniform(-0.5, 0.5)
-        )
+        spread = 1.0 if scenario.even_speeds else 10 ** self.random.uniform(-0.5, 0.5)
+        rate = scenario.uplink_bytes_per_second * spread
         peer = SimPeer(
             self, name or f"p{number}", batch_seconds=batch_seconds, line=Line(rate, rate), dialable=dialable
         )
@@ -293,7 +300,7 @@ class World:
     def sends(self, peer: SimPeer, ready: ContributionReady, shape: RoundShape) -> None:
         """A contribution leaves."""
         if any(ready.payloads):
-            self.oracle.saw_sent(peer.id, ready.key, shape, ready.payloads)
+            self.oracle.saw_sent(peer.id, ready, shape)
 
     def saw(self, peer: SimPeer, effect: Effect) -> None:
         """An effect is about to be performed."""
@@ -312,6 +319,7 @@ class World:
             case PublishSeal():
                 seal = effect.sealed.seal
                 count["sealed"] += 1
+                self._check_seal(peer, effect.sealed)
                 if seal.solo and seal.round > 1:
                     was_member = any(m.peer_id == peer.id for m in self.oracle.state(seal.parent).now)
                     alone = was_member and len(self.oracle.state(seal.parent).now) == 1
@@ -402,6 +410,15 @@ class World:
         """A peer is about to be gone."""
         if hasattr(peer, "trainer"):
             self._produced[peer.name] = peer.trainer.produced
+
+    def _check_seal(self, peer: SimPeer, sealed: SealedRound) -> None:
+        """A sealer seals what it holds, and all of it."""
+        base = self.oracle.state(sealed.seal.parent).parent
+        for number, (digest, data) in enumerate(zip(sealed.seal.parts, sealed.replies, strict=True)):
+            if (reply_digest(data) if data is not None else b"") != digest:
+                self.violate(f"{peer.name} sealed a reply that it does not hold")
+            if data is None and (Key(sealed.seal.round, base), number) in peer.held:
+                self.violate(f"{peer.name} skipped a part whose reply it holds")
 
     def _check_inclusion(self, peer: SimPeer, effect: Apply) -> None:
         if effect.index is None or not effect.contributed:

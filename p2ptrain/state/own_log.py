@@ -1,8 +1,8 @@
 """What this peer has sent, and what became of what it sent before: one file for each round it contributed to.
 
 Written before the first byte leaves, so that after a crash the same bytes are sent again and nothing is counted twice.
-Read in order over a checkpoint's momentum, sends and outcomes give the momentum as it was after the last send. A message
-of weight 0, sent in the stead of a late trainer, is kept too: it says that nothing of that round was used.
+Read in order over a checkpoint's momentum, sends and outcomes give the momentum as it was after the last send. A
+message of weight 0, sent in the stead of a late trainer, is kept too: it says that nothing of that round was used.
 """
 
 from __future__ import annotations
