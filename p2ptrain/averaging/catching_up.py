@@ -41,7 +41,8 @@ SYNC_BYTES = 1024 * 1024 * 1024
 class Restore:
     """For the trainer: go to a snapshot, or the run's beginning, and apply these rounds from there."""
 
-    snapshot: SnapshotFile | None
+    snapshot: bytes | None
+    """In memory, as its file may be gone by the time that the trainer comes to it."""
     chain: ChainState
     rounds: tuple[SealedRound, ...]
     common: bool = True
@@ -191,16 +192,15 @@ class CatchingUp:
             header, encoded = await self._client.rounds(donor, (snapshot.id,), self._round_max_bytes)
         if not header.ancestor:
             raise CallError("it has neither our history nor a snapshot to start from")
-        base = chain.genesis(run_id)
+        base, data = chain.genesis(run_id), None
         if snapshot is not None:
-            base = self._snapshot_chain(await asyncio.to_thread(snapshot.read))
+            data = await asyncio.to_thread(snapshot.read)
+            base = self._snapshot_chain(data)
         rounds, state = await self._to_tip(donor, base, header.tip.round, encoded)
-        if snapshot is not None and downloaded:
-            roots = {sealed.seal.root for sealed in rounds if self._root_round(sealed) == snapshot.round}
-            if snapshot.root not in roots:
-                snapshot.path.unlink(missing_ok=True)
-                raise CallError("the root of its snapshot is not sealed")
-        return Restore(snapshot, base, rounds, not downloaded), state
+        if snapshot is not None and downloaded and not self._root_is_sealed(snapshot, rounds):
+            snapshot.path.unlink(missing_ok=True)
+            raise CallError("the root of its snapshot is not sealed")
+        return Restore(data, base, rounds, not downloaded), state
 
     def adopt(self, restore: Restore) -> None:
         """Make the fetched chain ours on disk."""
@@ -212,6 +212,10 @@ class CatchingUp:
         for sealed in restore.rounds:
             self._journal.append(sealed)
             self.note_root(sealed)
+
+    def _root_is_sealed(self, snapshot: SnapshotFile, rounds: tuple[SealedRound, ...]) -> bool:
+        """Whether one of the rounds after a snapshot names its root."""
+        return any(s.seal.root == snapshot.root for s in rounds if self._root_round(s) == snapshot.round)
 
     def _is_far(self, tip: Tip, round: int) -> bool:
         return tip.round - round > 2 * self._root_interval

@@ -14,6 +14,8 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 from p2ptrain.averaging import chain
 from p2ptrain.averaging.catching_up import CatchingUp, Restore
 from p2ptrain.averaging.chain import ChainState
@@ -312,10 +314,28 @@ class RoundDriver:
     # ---- contributions and replies ----------------------------------------------------------------------------
 
     def _repeat_own(self, effect: StartRound) -> None:
-        """After a restart: a message of weight 0 that was sent stays the only one of its round."""
+        """What was sent for a round, before a restart or on another branch, stays the only message of its round.
+
+        At once, before anything could stand in for it: whose message went in as weight 0 must not count as used.
+        """
         entry = self._p.own_log.find(effect.key)
-        if entry is not None and entry.stood_in:
-            self.dispatch(ContributionReady(effect.key, entry.row, tuple(b"" for _ in effect.shape.parts)))
+        if entry is None:
+            return
+        parts = effect.shape.parts
+        payloads = tuple(b"" for _ in parts)
+        if not entry.stood_in:
+            topk, bits = self._p.layout.topk, self._p.manifest.codec.value_bits
+            sent = wire.join(
+                [
+                    wire.decode_contribution(payload, topk, *piece, bits)
+                    for payload, piece in zip(entry.payloads, entry.ranges, strict=True)
+                ]
+            )
+            payloads = tuple(wire.encode_contribution(sent.cut(p.start, p.end), topk, bits) for p in parts)
+            ranges = tuple((part.start, part.end) for part in parts)
+            if ranges != entry.ranges:
+                self._p.own_log.write(msgspec.structs.replace(entry, ranges=ranges, payloads=payloads))
+        self.dispatch(ContributionReady(effect.key, entry.row, payloads))
 
     def _log_stand_in(self, effect: SendContribution) -> None:
         """A message in the trainer's stead is journaled before its first byte, as the trainer's are."""

@@ -40,11 +40,11 @@ def simulate(
 ) -> None:
     """Simulate a swarm under faults, and check that nothing is lost and no replica diverges."""
     set_up_logging(verbose, quiet)
-    from p2ptrain.simulation.faults import FAULTS
+    from p2ptrain.simulation.faults import CORRUPT, FAULTS
     from p2ptrain.simulation.world import Scenario
     from p2ptrain.simulation.world import simulate as play
 
-    wanted = _wanted(faults, FAULTS)
+    wanted = _wanted(faults, FAULTS, (*FAULTS, CORRUPT))
     scenario = Scenario(
         manifest=load_manifest(manifest),
         seed=seed,
@@ -85,9 +85,9 @@ def simulate(
         raise typer.Exit(VIOLATION_EXIT_CODE)
 
 
-def _wanted(faults: str, known: tuple[str, ...]) -> tuple[str, ...]:
+def _wanted(faults: str, all_of_them: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
     if faults in ("all", "none"):
-        return known if faults == "all" else ()
+        return all_of_them if faults == "all" else ()
     wanted = tuple(name.strip() for name in faults.split(","))
     unknown = [name for name in wanted if name not in known]
     if unknown:

@@ -50,6 +50,17 @@ class Coefficients:
         return Coefficients(start, end, self.chunk[low:high], self.index[low:high], self.value[low:high])
 
 
+def join(parts: Sequence[Coefficients]) -> Coefficients:
+    """Coefficients of adjoining ranges, in order, as those of the whole."""
+    return Coefficients(
+        parts[0].start,
+        parts[-1].end,
+        np.concatenate([part.chunk for part in parts]),
+        np.concatenate([part.index for part in parts]),
+        np.concatenate([part.value for part in parts]),
+    )
+
+
 def quantise(chunk: NDArray[np.int64], value: NDArray[np.float32], value_bits: int) -> NDArray[np.float32]:
     """The values [n] that a receiver will see for these; `chunk` [n] non-decreasing. 32 bits: unchanged."""
     if value_bits == FLOAT_BITS or not len(value):

@@ -18,7 +18,6 @@ FAULTS = (
     "wipe",
     "freeze",
     "daemon",
-    "corrupt",
     "split",
     "halves",
     "isolate",
@@ -32,8 +31,11 @@ FAULTS = (
 crash: a peer dies before or after some effect or write, and comes back from its disk. wipe: it comes back as another,
 with nothing. freeze: it is stopped, then goes on with late timers. daemon: its libp2p daemon dies and is restarted.
 split, halves, isolate, one_way: links are cut, between two groups, two equal ones, one peer and all, in one direction.
-corrupt: a replica gets a wrong bit. slow: a peer's line gets a tenth as fast, its delay ten times as long. late, truncate, repeat: streams go wrong.
+slow: a peer's line gets a tenth as fast, its delay ten times as long. late, truncate, repeat: streams go wrong.
 """
+CORRUPT = "corrupt"
+"""A replica gets a wrong bit. Not with the others: roots find it where most of those included are right, and who is
+alone, or cut off, is not outvoted."""
 MEAN_SECONDS_BETWEEN = 5.0
 
 
@@ -48,8 +50,10 @@ class Faults:
 
     async def run(self) -> None:
         """Forever."""
-        kinds: dict[str, Callable[[], Awaitable[None]]] = {name: getattr(self, f"_{name}") for name in FAULTS}
-        wanted = [name for name in FAULTS if name in self._world.scenario.faults]
+        kinds: dict[str, Callable[[], Awaitable[None]]] = {
+            name: getattr(self, f"_{name}") for name in (*FAULTS, CORRUPT)
+        }
+        wanted = [name for name in kinds if name in self._world.scenario.faults]
         if not wanted:
             await asyncio.Event().wait()
         while True:
@@ -130,7 +134,9 @@ class Faults:
 
     async def _corrupt(self) -> None:
         peer = self._some()
-        if peer is not None and not any(p.corrupt for p in self._world.peers if not p.gone):
+        shape = peer.machine.shape if peer is not None else None
+        alone = shape is None or len(shape.members) < 3
+        if peer is not None and not alone and not any(p.corrupt for p in self._world.peers if not p.gone):
             peer.trainer.replica.go_wrong()
 
     # ---- links ------------------------------------------------------------------------------------------------

@@ -18,11 +18,7 @@ from p2ptrain.compression import wire
 from p2ptrain.compression.layout import ChunkLayout
 from p2ptrain.config.manifest import Manifest
 from p2ptrain.optim.schedule import learning_rate
-from p2ptrain.simulation.peer import ENTRIES, Rows, dense
-
-
-class ViolationError(AssertionError):
-    """An invariant does not hold."""
+from p2ptrain.simulation.peer import ENTRIES, Rows, ViolationError, dense
 
 
 @dataclass(frozen=True, slots=True)

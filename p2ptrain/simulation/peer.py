@@ -49,6 +49,10 @@ RECORD_SECONDS = 2.0
 RECORD_FRESH_SECONDS = 8.0
 
 
+class ViolationError(AssertionError):
+    """An invariant does not hold."""
+
+
 class PeerCrashed(BaseException):
     """Raised at the place where a peer dies; nothing of it runs afterwards."""
 
@@ -88,8 +92,13 @@ class SimReplica(Replica):
             next(self.model.parameters())[0] += 1.0
 
     def _check(self) -> None:
-        if not self._peer.corrupt:
+        try:
             self._world.oracle.check_parameters(self.chain.id, self.parameters)
+        except ViolationError:
+            if not self._peer.corrupt:
+                raise
+        else:
+            self._peer.corrupt = False
 
     def apply(self, sealed: SealedRound, shape: RoundShape, state: ChainState) -> list[PartReply]:
         self._world.oracle.learn(sealed, self.chain, state)
@@ -105,8 +114,7 @@ class SimReplica(Replica):
 
     def load_snapshot(self, data: bytes) -> None:
         # Only its own disk may give it back what went wrong.
-        wrong = root_of(len(data), piece_hashes(data)) in self._world.corrupt_roots
-        self._peer.corrupt = self._peer.corrupt and wrong
+        self._peer.corrupt &= root_of(len(data), piece_hashes(data)) in self._world.corrupt_roots
         super().load_snapshot(data)
 
     def load_arrays(self, arrays: dict[str, NDArray[np.float32]], chain: ChainState) -> None:
@@ -119,7 +127,6 @@ class SimReplica(Replica):
 
     def reset(self) -> None:
         super().reset()
-        self._peer.corrupt = False
         self._check()
 
 

@@ -43,8 +43,8 @@ from p2ptrain.config.manifest import CodecConfig, GroupConfig, Manifest, Optimiz
 from p2ptrain.simulation.faults import FAULTS, Faults
 from p2ptrain.simulation.loop import VirtualLoop
 from p2ptrain.simulation.network import Line, Network
-from p2ptrain.simulation.oracle import Oracle, ViolationError
-from p2ptrain.simulation.peer import RECORD_FRESH_SECONDS, PeerCrashed, SimPeer
+from p2ptrain.simulation.oracle import Oracle
+from p2ptrain.simulation.peer import RECORD_FRESH_SECONDS, PeerCrashed, SimPeer, ViolationError
 
 CONVERGENCE_SECONDS = 90.0
 SETTLED_ROUNDS = 8

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -185,14 +184,7 @@ class Trainer:
         self.replica.reset()
 
     def _sent_by(self, entry: OwnEntry) -> wire.Coefficients:
-        parts = [self._decode(p, *r) for p, r in zip(entry.payloads, entry.ranges, strict=True)]
-        return wire.Coefficients(
-            0,
-            self.replica.layout.chunks,
-            np.concatenate([part.chunk for part in parts]),
-            np.concatenate([part.index for part in parts]),
-            np.concatenate([part.value for part in parts]),
-        )
+        return wire.join([self._decode(p, *r) for p, r in zip(entry.payloads, entry.ranges, strict=True)])
 
     def _decode(self, payload: bytes, start: int, end: int) -> wire.Coefficients:
         bits = self.replica.manifest.codec.value_bits
@@ -246,7 +238,7 @@ class Trainer:
         match message:
             case StartRound():
                 self._current, self._deadline = message, None
-                self._resume_sent(message, swarm)
+                self._resume_sent(message)
                 if self._current is not None and self._overdue:
                     self._contribute(message, swarm)
             case Apply():
@@ -260,21 +252,16 @@ class Trainer:
             case Dropped():
                 self._on_dropped(message)
 
-    def _resume_sent(self, start: StartRound, swarm: Swarm) -> None:
-        """What was sent for a round, before a restart or on a branch that was left, is sent again as the same bytes."""
+    def _resume_sent(self, start: StartRound) -> None:
+        """What was sent for a round, before a restart or on a branch that was left, the network thread sends again."""
         self._doubtful = None
         pending = self.ledger.pending.get(start.key)
-        if pending is None:
-            return
-        entry = self._own_log.find(start.key)
-        if entry is None or entry.decays != pending.decays:
-            # Handed over, and not logged: the network thread will say so if it drops it.
-            self._current, self._doubtful = None, start
-            return
-        payloads = tuple(self.replica.optimizer.payload(pending, p.start, p.end) for p in start.shape.parts)
-        again = msgspec.structs.replace(entry, ranges=ranges_of(start.shape), payloads=payloads)
-        swarm.contribute(ContributionReady(start.key, entry.row, payloads), again)
-        self._current = None
+        if pending is not None:
+            entry = self._own_log.find(start.key)
+            if entry is None or entry.decays != pending.decays:
+                # Handed over, and not logged: the network thread will say so if it drops it.
+                self._doubtful = start
+            self._current = None
 
     def _on_dropped(self, dropped: Dropped) -> None:
         self.ledger.give_back(dropped.key, dropped.decays)
@@ -320,7 +307,7 @@ class Trainer:
         if not message.common:
             self.ledger.give_up_until(message.chain.round, message.chain.id)
         if message.snapshot is not None:
-            self.replica.load_snapshot(message.snapshot.read())
+            self.replica.load_snapshot(message.snapshot)
         else:
             self.replica.reset()
         self._current = None

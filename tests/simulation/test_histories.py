@@ -1,0 +1,76 @@
+"""Whatever befalls peers, links and streams: no replica diverges, no work is lost, and training goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from histories import coverage, play, play_all
+
+from p2ptrain.config.loading import new_manifest, render
+from p2ptrain.simulation.faults import CORRUPT
+
+SEEDS = 200
+HAPPENS = (
+    "takeovers",
+    "skips",
+    "rounds_of_skips_only",
+    "even_splits",
+    "solo_by_member",
+    "solo_by_learner",
+    "merges_of_solos",
+    "rollbacks_of_depth_one",
+    "deep_rollbacks",
+    "forks_older_than_the_journal",
+    "replayed_rounds",
+    "restores_from_snapshot",
+)
+
+
+def test_no_history_of_faults_breaks_what_must_hold() -> None:
+    reports = list(play_all(range(SEEDS)))
+    assert {report.seed: report.violations for report in reports if report.violations} == {}
+    seen = coverage(reports)
+    assert [what for what in HAPPENS if not seen[what]] == [], "histories that do not get there prove nothing about it"
+
+
+def test_a_replica_that_went_wrong_is_noticed_and_mended() -> None:
+    reports = [play(seed, (CORRUPT, "crash", "late")) for seed in range(6)]
+    assert [report.violations for report in reports if report.violations] == []
+    assert coverage(reports)["fault_corrupt"] > len(reports)
+
+
+def simulate(manifest: Path, *flags: str, hash_seed: str = "0") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "p2ptrain", "simulate", str(manifest), *flags]
+    environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(render(new_manifest("simulated")))
+    return path
+
+
+def test_one_seed_is_one_history_to_the_byte(manifest: Path) -> None:
+    flags = ("--peers", "4", "--seed", "7", "--rounds", "10", "--format", "json")
+    one, other = (simulate(manifest, *flags, hash_seed=seed) for seed in ("1", "2"))
+    assert one.returncode == 0, one.stderr
+    assert one.stdout == other.stdout
+    assert json.loads(one.stdout)["history_sha256"]
+    assert simulate(manifest, *flags, "--seed", "8").stdout != one.stdout
+
+
+def test_a_command_line_that_makes_no_sense_is_refused(manifest: Path) -> None:
+    for flags in (("--faults", "rain"), ("--uplink", "fast"), ("--delay", "soon")):
+        done = simulate(manifest, *flags)
+        assert done.returncode == 2
+        assert flags[1] in done.stderr

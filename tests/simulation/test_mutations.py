@@ -1,0 +1,184 @@
+"""The invariants have teeth: each of these deliberate bugs breaks one within `SEEDS` histories."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from histories import MANIFEST, play
+
+from p2ptrain.averaging import chain, driver, machine
+from p2ptrain.averaging.catching_up import CatchingUp
+from p2ptrain.averaging.events import PublishSeal
+from p2ptrain.averaging.machine import RoundMachine
+from p2ptrain.cli.main import app
+from p2ptrain.config.loading import render
+from p2ptrain.optim.demo import DeMo
+from p2ptrain.simulation.faults import CORRUPT, FAULTS
+from p2ptrain.simulation.loop import current_actor
+from p2ptrain.simulation.peer import SimPeer
+from p2ptrain.state.own_log import OwnLog
+from p2ptrain.training.ledger import Ledger
+
+SEEDS = 200
+Patch = pytest.MonkeyPatch
+
+
+def apply_before_the_seal(patch: Patch) -> None:
+    """Who holds every reply goes on by a seal of its own that nobody else hears of."""
+    seal = RoundMachine._seal
+
+    def alone(self: RoundMachine, *arguments: Any, **options: Any) -> bool:
+        sealed = seal(self, *arguments, **options)
+        self._effects = [effect for effect in self._effects if not isinstance(effect, PublishSeal)]
+        return sealed
+
+    def in_first_place(self: RoundMachine, exchange: Any) -> float:
+        return float("-inf") if exchange.complete_at is not None else float("inf")
+
+    patch.setattr(RoundMachine, "_seal", alone)
+    patch.setattr(RoundMachine, "_seal_from", in_first_place)
+
+
+def skip_although_the_sealer_holds_the_reply(patch: Patch) -> None:
+    seal = RoundMachine._seal
+
+    def forgetful(self: RoundMachine, exchange: Any, included: Any, now: float, *, solo: bool) -> bool:
+        if len(exchange.replies) > 1:
+            del exchange.replies[min(exchange.replies)]
+            included = frozenset[int]().union(*(reply.included for reply in exchange.replies.values()))
+        return seal(self, exchange, included, now, solo=solo)
+
+    patch.setattr(RoundMachine, "_seal", forgetful)
+
+
+def count_a_late_contribution_twice(patch: Patch) -> None:
+    settle = DeMo.settle
+
+    def twice(self: DeMo, pending: Any, replies: Any, index: int | None) -> Any:
+        settled = settle(self, pending, replies, index)
+        if index is None:
+            self.settle_again(settled)
+        return settled
+
+    patch.setattr(DeMo, "settle", twice)
+
+
+def forget_to_return_pending(patch: Patch) -> None:
+    patch.setattr(DeMo, "settle_again", lambda self, settled: None)
+
+
+def seal_what_one_does_not_hold(patch: Patch) -> None:
+    def boastful(**fields: Any) -> chain.Seal:
+        parts = fields["parts"]
+        return chain.Seal(
+            **{**fields, "parts": tuple(part or bytes(31) + b"1" for part in parts) if any(parts) else parts}
+        )
+
+    patch.setattr(machine, "Seal", boastful)
+
+
+def ignore_the_fork_rule(patch: Patch) -> None:
+    patch.setattr(chain, "better", lambda *_: False)
+
+
+def partition_from_unsealed_members(patch: Patch) -> None:
+    """Who has asked to join counts before a seal admits it."""
+    shape_of = chain.shape_of
+
+    def hasty(state: chain.ChainState, chunks: int) -> chain.RoundShape:
+        peers = current_actor.get().__dict__.get("peer") if current_actor.get() else None
+        joins = getattr(getattr(peers, "machine", None), "_joins", {}) if isinstance(peers, SimPeer) else {}
+        shape = shape_of(state, chunks)
+        if not joins or not shape.members:
+            return shape
+        new = tuple(chain.Member(peer, row, 0, True) for peer, (row, _) in sorted(joins.items()))
+        members = shape.members + tuple(m for m in new if shape.index(m.peer_id) is None)
+        return chain._shape(shape.round, shape.base, members, chunks)
+
+    start = SimPeer.start
+
+    def marked(self: SimPeer, **options: Any) -> None:
+        start(self, **options)
+        self.actor.peer = self  # type: ignore[union-attr]
+
+    patch.setattr(SimPeer, "start", marked)
+    patch.setattr(SimPeer, "machine", property(lambda self: self.driver.machine if hasattr(self, "driver") else None))
+    patch.setattr(chain, "shape_of", hasty)
+
+
+def accept_a_snapshot_without_a_root(patch: Patch) -> None:
+    """Hand out and take any, sealed or not."""
+    patch.setattr(CatchingUp, "_sealed_snapshots", lambda self: self._snapshots.all())
+    patch.setattr(CatchingUp, "_root_is_sealed", lambda self, snapshot, rounds: True)
+
+
+def undo_consumption_but_not_returns(patch: Patch) -> None:
+    patch.setattr(DeMo, "unsettle", lambda self, settled: settled.pending)
+
+
+def shape_the_round_from_the_seal_before(patch: Patch) -> None:
+    patch.setattr(
+        chain, "shape_of", lambda state, chunks: chain._shape(state.round + 1, state.parent, state.following, chunks)
+    )
+
+
+def uncapped_weight(patch: Patch) -> None:
+    reduce_part = driver.reduce_part
+    patch.setattr(driver, "reduce_part", lambda *a, **o: reduce_part(*a, **{**o, "weight_cap_ratio": 1e9}))
+
+
+def send_before_the_own_log_knows(patch: Patch) -> None:
+    """After a crash the contribution is another one."""
+    patch.setattr(OwnLog, "write", lambda self, entry: None)
+
+
+def forget_outcomes_at_a_crash(patch: Patch) -> None:
+    patch.setattr(Ledger, "replay", lambda self, outcome, *, in_momentum: None)
+
+
+def resync_takes_what_is_unknown_for_late(patch: Patch) -> None:
+    patch.setattr(Ledger, "give_up_until", lambda self, round, id: None)
+
+
+MUTATIONS = [
+    apply_before_the_seal,
+    skip_although_the_sealer_holds_the_reply,
+    count_a_late_contribution_twice,
+    forget_to_return_pending,
+    seal_what_one_does_not_hold,
+    ignore_the_fork_rule,
+    partition_from_unsealed_members,
+    accept_a_snapshot_without_a_root,
+    undo_consumption_but_not_returns,
+    shape_the_round_from_the_seal_before,
+    uncapped_weight,
+    send_before_the_own_log_knows,
+    forget_outcomes_at_a_crash,
+    resync_takes_what_is_unknown_for_late,
+]
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
+def test_a_deliberate_bug_is_caught(mutation: Callable[[Patch], None], monkeypatch: Patch) -> None:
+    mutation(monkeypatch)
+    faults = ("crash", "wipe", CORRUPT) if mutation is accept_a_snapshot_without_a_root else FAULTS
+    caught = next((report for seed in range(SEEDS) if (report := play(seed, faults)).violations), None)
+    assert caught is not None
+    print(f"{mutation.__name__}: seed {caught.seed}: {caught.violations[0][:200]}")
+
+
+def test_a_violation_exits_with_the_command_that_replays_it(tmp_path: Path, monkeypatch: Patch) -> None:
+    forget_to_return_pending(monkeypatch)
+    path = tmp_path / "run.toml"
+    path.write_text(render(MANIFEST))
+    done = CliRunner().invoke(app, ["simulate", str(path), "--seed", "1", "--format", "json"])
+    assert done.exit_code == 13
+    assert done.stderr.splitlines()[-1].startswith(f"p2ptrain simulate {path} --peers 5 --seed 1 ")
