@@ -23,7 +23,7 @@ from p2ptrain.averaging import chain
 from p2ptrain.averaging.catching_up import Restore
 from p2ptrain.averaging.chain import THROUGHPUT_MAX_MILLI, RoundShape, Row
 from p2ptrain.averaging.driver import TrainerMessage
-from p2ptrain.averaging.events import Apply, ContributionReady, Key, Rollback, SealedRound, StartRound
+from p2ptrain.averaging.events import Apply, ContributionReady, Key, Rollback, SealedRound, StartRound, StoodIn
 from p2ptrain.compression import wire
 from p2ptrain.compression.layout import CHUNK_SIZE
 from p2ptrain.data.assignment import sequence_offsets
@@ -37,6 +37,8 @@ from p2ptrain.training.ledger import WINDOW, Ledger
 from p2ptrain.training.replica import Replica
 
 CHECKPOINT_SECONDS = 60.0
+CAREFUL_ROUNDS = 16
+"""After it was too late for a round, a trainer begins no micro-batch that may end too late, for this many."""
 _WEIGHT_MAX = 1_000_000
 
 _logger = logging.getLogger(__name__)
@@ -95,6 +97,14 @@ class Trainer:
         self._sequences = 0
         self._loss_sum = 0.0
         self._computing_seconds = 0.0
+        #: when the round's time to compute is over
+        self._deadline = -math.inf
+        #: a message of weight 0 went out in our stead since the last contribution
+        self._stood_in = False
+        #: contributions until it is not careful any more
+        self._careful_rounds = 0
+        #: what the last micro-batch took
+        self._micro_batch_seconds = 0.0
         self._tokens_sent = 0
         self._applied_at = self._contributed_at = time.monotonic()
         self._saved_at = time.monotonic()
@@ -197,7 +207,13 @@ class Trainer:
         match message:
             case StartRound():
                 self._current = message
+                self._deadline = time.monotonic() + message.seconds
                 self._resume_sent(message, swarm)
+            case StoodIn():
+                if self._current is not None and self._current.key == message.key:
+                    self._current = None
+                    self._stood_in = True
+                    self._careful_rounds = CAREFUL_ROUNDS
             case Apply():
                 self._on_apply(message, swarm)
             case Rollback():
@@ -282,23 +298,31 @@ class Trainer:
         return entry.ranges == ranges_of(shape) or (live is not None and live.contributed)
 
     def _compute(self, swarm: Swarm) -> None:
-        """Micro-batches until the round's time is over or a message arrives; then the contribution."""
+        """Micro-batches until the round's time is over, then the contribution; or until a message arrives.
+
+        A message may say that it is too late for this round: what was computed then goes into the next one's.
+        """
         start = self._current
         assert start is not None
-        began = time.monotonic()
-        deadline = began + start.seconds
-        while True:
+        # At least one for this round; but who was too late for the last one hands over what it has in hand.
+        first = self._rules.pace == "time" and not self._stood_in
+        while first or not self._computed_enough():
+            first = False
+            began = time.monotonic()
             self._micro_batch()
-            if self._rules.pace == "fixed":
-                done = self._sequences >= self._rules.sequences_per_peer
-            else:
-                done = time.monotonic() >= deadline
-            if done or not self._inbox.empty():
-                break
-        self._computing_seconds += time.monotonic() - began
-        if not done:
-            return
+            self._micro_batch_seconds = time.monotonic() - began
+            self._computing_seconds += self._micro_batch_seconds
+            if not self._inbox.empty():
+                return
         self._contribute(start, swarm)
+
+    def _computed_enough(self) -> bool:
+        if self._rules.pace == "fixed":
+            return self._sequences >= self._rules.sequences_per_peer
+        if not self._micro_batches:
+            return False
+        spare_seconds = self._micro_batch_seconds if self._careful_rounds else 0.0
+        return time.monotonic() + spare_seconds >= self._deadline
 
     def _micro_batch(self) -> None:
         context, count = self.replica.manifest.model.context, self._rules.micro_batch
@@ -318,8 +342,6 @@ class Trainer:
 
     def _contribute(self, start: StartRound, swarm: Swarm) -> None:
         """Gradients into the momentum, the largest of it out as a contribution."""
-        if not self._micro_batches:
-            return
         began = time.monotonic()
         optimizer = self.replica.optimizer
         for parameter in self.replica.model.parameters():
@@ -348,6 +370,8 @@ class Trainer:
         self._tokens_sent = self._sequences * self.replica.manifest.model.context
         self.status.computing_seconds = seconds
         self._current = None
+        self._stood_in = False
+        self._careful_rounds = max(self._careful_rounds - 1, 0)
         self._micro_batches = self._sequences = 0
         self._loss_sum = self._computing_seconds = 0.0
 

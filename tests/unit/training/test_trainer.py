@@ -18,7 +18,7 @@ from lone import ROW, RUN_ID, Lone, replica, seal
 from p2ptrain.averaging import chain
 from p2ptrain.averaging.catching_up import Restore
 from p2ptrain.averaging.driver import TrainerMessage
-from p2ptrain.averaging.events import Apply, ContributionReady, Rollback, SealedRound, StartRound
+from p2ptrain.averaging.events import Apply, ContributionReady, Rollback, SealedRound, StartRound, StoodIn
 from p2ptrain.observe.status import Status
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import OwnEntry, OwnLog
@@ -141,6 +141,19 @@ def test_a_gradient_that_came_too_late_counts_in_the_next_contribution(home: Hom
     home.hand(home.start())
     (ready,) = home.swarm.handed
     assert ready.row.weight == 8
+
+
+def test_who_is_too_slow_for_one_round_hands_over_as_soon_as_the_next_begins(home: Home) -> None:
+    first, skip = home.start(), seal(home.lone.states[-1], home.lone.identity, home.lone.chunks, (None,))
+    sealed = home.apply(skip, contributed=False)
+    # By the end of its only micro-batch, a message of weight 0 has been sent, and the round is sealed.
+    home.trainer._take(first, home.swarm)
+    home.inbox.put(StoodIn(first.key))
+    home.trainer._compute(home.swarm)
+    assert home.swarm.handed == []
+    home.hand(sealed, home.start())
+    (ready,) = home.swarm.handed
+    assert ready.key == home.lone.key and ready.row.weight == 4, "one more micro-batch would be too late again"
 
 
 def test_what_was_not_sent_after_all_returns_to_the_momentum(home: Home) -> None:
