@@ -62,15 +62,23 @@ class Lateness:
 class StandIn:
     """How long a member whose trainer is not ready leaves it time, before it sends a message of weight 0 instead.
 
-    A quarter of the grace, by its own estimate: theirs it cannot know. Where a seal leaves it out all the same, its
-    limit is halved; each time that it is included, the limit grows by a hundredth.
+    Half of the grace, by its own estimate: theirs it cannot know. A trainer that was not ready the round before either
+    is given half as much, and so on: to wait for one far slower than the rest is for nothing. Where a seal leaves the
+    message out all the same, the limit is halved; each time that it is included, the limit grows by a hundredth.
     """
 
     def __init__(self, bound_seconds: float) -> None:
         self._limit_seconds = self._bound_seconds = bound_seconds
+        #: of the grace; for the coming round
+        self._share = 1 / 2
+
+    def observe_ready(self) -> None:
+        """The trainer was in time."""
+        self._share = 1 / 2
 
     def observe(self, included: bool, waited_seconds: float) -> None:
         """A message of weight 0 was sent after `waited_seconds`, and the seal did, or did not, include it."""
+        self._share = max(self._share / 2, 1 / 64)
         if included:
             self._limit_seconds = min(self._limit_seconds * 1.01, self._bound_seconds)
         else:
@@ -79,7 +87,7 @@ class StandIn:
 
     def wait_seconds(self, grace_seconds: float) -> float:
         """How long to wait, where we would give the others `grace_seconds`."""
-        return min(grace_seconds / 4, self._limit_seconds)
+        return min(grace_seconds * self._share, self._limit_seconds)
 
 
 class Deadlines:

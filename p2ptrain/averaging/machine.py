@@ -572,15 +572,18 @@ class RoundMachine:
     def _learn_from(self, seal: Seal, exchange: _Exchange) -> None:
         """What a seal of the round under way says about our deadlines."""
         members = exchange.shape.members
+        given_up = 2 * self._deadlines.reply_seconds
         for number, part in enumerate(exchange.shape.parts):
             if not seal.parts[number] and number not in exchange.replies and part.reducer != exchange.index:
                 # Given up by the sealer, and by us: it may have been a moment late, or dead.
-                self._deadlines.replies.observe(members[part.reducer].peer_id, math.inf)
+                self._deadlines.replies.observe(members[part.reducer].peer_id, given_up)
         self._stood_in_late = False
         if exchange.stood_in_after is not None:
             included = exchange.index in chain.bits(seal.included, len(members))
             self._deadlines.stand_in.observe(included, exchange.stood_in_after)
             self._stood_in_late = not included
+        else:
+            self._deadlines.stand_in.observe_ready()
 
     def _check_root(self, seal: Seal) -> None:
         """4.10: who differs from the sealed root resyncs and says so."""

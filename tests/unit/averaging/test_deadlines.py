@@ -101,15 +101,17 @@ def test_until_enough_was_observed_the_manifest_decides_and_with_fixed_pace_alwa
 
 
 @given(st.lists(st.tuples(st.booleans(), st.floats(0.0, 10.0)), max_size=60), st.floats(0.001, 60.0))
-def test_a_late_trainer_is_never_given_more_than_a_quarter_of_the_grace(
+def test_a_late_trainer_is_given_half_of_the_grace_at_most_and_ever_less_in_a_row(
     outcomes: list[tuple[bool, float]], grace: float
 ) -> None:
     stand_in = StandIn(2.0)
     for included, waited in outcomes:
         before = stand_in.wait_seconds(grace)
+        assert 0 < before <= grace / 2
         stand_in.observe(included, waited)
-        assert 0 < stand_in.wait_seconds(grace) <= grace / 4
-        assert included or stand_in.wait_seconds(grace) <= max(before, 0.002)
+        assert stand_in.wait_seconds(grace) <= 1.01 * before
+    stand_in.observe_ready()
+    assert stand_in.wait_seconds(grace) <= grace / 2
 
 
 # ---- what a machine lets count --------------------------------------------------------------------------------
