@@ -1,8 +1,9 @@
 """Runs the round's state machine over the network: messages and timers in, its effects out.
 
 Lives on the network thread. The machine decides; the driver journals, sends, receives, checks form and size, and passes
-to the trainer, through a queue, what the trainer has to do: `StartRound`, `Apply`, `Rollback`, `Restore`, `Dropped`. A
-round is in the journal before the trainer hears of it, and a contribution in the own log before its first byte leaves.
+to the trainer, through a queue, what it has to know: `StartRound`, `StoodIn`, `Dropped`, `Apply`, `Rollback`,
+`Restore`. A round is in the journal before the trainer hears of it, and a contribution in the own log before its first
+byte leaves.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from p2ptrain.averaging.chain import ChainState
 from p2ptrain.averaging.client import Client
 from p2ptrain.averaging.events import (
     Apply,
+    CameLate,
     ContributionReady,
     ContributionReceived,
     Effect,
@@ -41,6 +43,7 @@ from p2ptrain.averaging.events import (
     SendContribution,
     SendJoin,
     StartRound,
+    StoodIn,
     Synced,
     Tick,
 )
@@ -91,7 +94,7 @@ class Dropped:
     weight: int
 
 
-TrainerMessage = StartRound | Apply | Rollback | Restore | Dropped
+TrainerMessage = StartRound | StoodIn | Dropped | Apply | Rollback | Restore
 
 
 class Inbox(Protocol):
@@ -251,6 +254,8 @@ class RoundDriver:
                 self._started = effect.key
                 self._p.inbox.put(effect)
                 self._repeat_own(effect)
+            case StoodIn():
+                self._p.inbox.put(effect)
             case SendContribution():
                 self._log_stand_in(effect)
                 task = asyncio.create_task(self._deliver(effect))
@@ -481,7 +486,14 @@ class RoundDriver:
         if not self.allowed(peer):
             return "this run is for listed peers only"
         self.hear_tip(peer, header.tip)
-        return self.machine.refusal(Key(header.round, header.base), header.part, peer)
+        return self._refusal(Key(header.round, header.base), header.part, peer)
+
+    def _refusal(self, key: Key, part: int, peer: bytes) -> str | None:
+        """The machine's refusal; of who is late it hears all the same."""
+        refusal = self.machine.refusal(key, part, peer)
+        if refusal == "late":
+            self.dispatch(CameLate(key, part, peer))
+        return refusal
 
     def contribution_max_bytes(self, header: ContributionHeader) -> int:
         """No payload for that part is longer."""
@@ -494,7 +506,7 @@ class RoundDriver:
     def take_contribution(self, header: ContributionHeader, peer: bytes, payload: bytes) -> str | None:
         """A contribution arrived whole; returns a refusal or None."""
         key = Key(header.round, header.base)
-        refusal = self.machine.refusal(key, header.part, peer)
+        refusal = self._refusal(key, header.part, peer)
         if refusal is None and not self._well_formed(header.round, header.part, header.row.weight, payload):
             refusal = "malformed"
         if refusal is None:

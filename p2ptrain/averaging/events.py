@@ -66,6 +66,15 @@ class ContributionReceived:
 
 
 @dataclass(frozen=True, slots=True)
+class CameLate:
+    """A peer's message that was refused as late: it counts for deadlines alone."""
+
+    key: Key
+    part: int
+    peer_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class ReplyHeld:
     """We now hold the reply for a part: frozen by us, or received whole from its reducer."""
 
@@ -151,6 +160,7 @@ class Tick:
 Event = (
     ContributionReady
     | ContributionReceived
+    | CameLate
     | ReplyHeld
     | SealHeard
     | TipHeard
@@ -174,6 +184,13 @@ class StartRound:
     shape: RoundShape
     index: int
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class StoodIn:
+    """A message of weight 0 is sent for this round: what the trainer has computed is for the next."""
+
+    key: Key
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,5 +275,15 @@ class Note:
 
 
 Effect = (
-    StartRound | SendContribution | Reduce | PublishSeal | Apply | Rollback | FetchRounds | Resync | SendJoin | Note
+    StartRound
+    | StoodIn
+    | SendContribution
+    | Reduce
+    | PublishSeal
+    | Apply
+    | Rollback
+    | FetchRounds
+    | Resync
+    | SendJoin
+    | Note
 )

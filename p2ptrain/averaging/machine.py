@@ -20,8 +20,10 @@ from typing import NamedTuple
 
 from p2ptrain.averaging import chain
 from p2ptrain.averaging.chain import ChainState, Join, RoundShape, Row, Seal, SealError, SignedSeal
+from p2ptrain.averaging.deadlines import Deadlines
 from p2ptrain.averaging.events import (
     Apply,
+    CameLate,
     ContributionReady,
     ContributionReceived,
     Effect,
@@ -45,6 +47,7 @@ from p2ptrain.averaging.events import (
     SendContribution,
     SendJoin,
     StartRound,
+    StoodIn,
     Synced,
     Tick,
     TipHeard,
@@ -73,6 +76,15 @@ class RoundRules:
     root_interval: int
     last_round: int
     """The run ends with it; 0: never."""
+
+
+class _Missed(NamedTuple):
+    """A part that we closed before all were heard."""
+
+    #: when its grace began
+    since: float
+    #: members not heard yet
+    members: set[bytes]
 
 
 class _Waiting(NamedTuple):
@@ -107,6 +119,8 @@ class _Exchange:
     reducing: dict[int, _Part]
     #: when we sent our contribution or a weight-0 message in its stead
     sent_at: float | None = None
+    #: how long we left a late trainer, before we sent a message of weight 0 in its stead
+    stood_in_after: float | None = None
     #: what we said of ourselves with it
     row: Row | None = None
     #: part number -> reply that we hold
@@ -162,6 +176,11 @@ class RoundMachine:
         self._left: set[bytes] = set()
         self._tips: dict[bytes, TipHeard] = {}
         self._roots: dict[int, bytes] = {}
+        self._deadlines = Deadlines(rules.grace_seconds, rules.reply_timeout_seconds, learns=not rules.fixed_pace)
+        #: our last message in the trainer's stead came too late to be sealed
+        self._stood_in_late = False
+        #: who may yet come late, in the round under way and the one before
+        self._missed: dict[tuple[Key, int], _Missed] = {}
         #: what members said their root is, for the seal
         self._root_votes: dict[bytes, tuple[int, bytes]] = {}
         self._fetching: tuple[bytes, float] | None = None
@@ -259,6 +278,9 @@ class RoundMachine:
             case ContributionReceived():
                 self._hear(event.peer_id, now)
                 self._on_contribution(event, now)
+            case CameLate():
+                self._hear(event.peer_id, now)
+                self._on_late(event, now)
             case ReplyHeld():
                 self._on_reply(event, now)
             case SealHeard():
@@ -355,8 +377,21 @@ class RoundMachine:
         part.received[event.peer_id] = event
         others = len(exchange.shape.members) - 1
         arrived = len(part.received.keys() - {self.me})
-        if part.half_at is None and others and arrived >= math.ceil(others / 2):
+        if part.half_at is not None:
+            if event.peer_id != self.me:
+                self._deadlines.contributions.observe(event.peer_id, now - self._grace_from(exchange, part.half_at))
+        elif others and arrived >= math.ceil(others / 2):
             part.half_at = now
+            self._deadlines.observe_round(self._grace_from(exchange, now) - exchange.started_at)
+            for peer in part.received.keys() - {self.me}:
+                self._deadlines.contributions.observe(peer, 0.0)
+
+    def _on_late(self, event: CameLate, now: float) -> None:
+        """Who comes after the deadline still says how long the deadline should have been."""
+        missed = self._missed.get((event.key, event.part))
+        if missed is not None and event.peer_id in missed.members:
+            missed.members.remove(event.peer_id)
+            self._deadlines.contributions.observe(event.peer_id, now - missed.since)
 
     def _on_reply(self, event: ReplyHeld, now: float) -> None:
         exchange = self._exchange
@@ -371,6 +406,9 @@ class RoundMachine:
         exchange.replies[event.part] = event.reply
         if exchange.first_reply_at is None:
             exchange.first_reply_at = now
+        if mine is None:
+            reducer = exchange.shape.members[exchange.shape.parts[event.part].reducer].peer_id
+            self._deadlines.replies.observe(reducer, now - exchange.first_reply_at)
         if len(exchange.replies) == len(exchange.shape.parts):
             exchange.complete_at = now
 
@@ -500,6 +538,8 @@ class RoundMachine:
         self._waiting = {s: w for s, w in self._waiting.items() if w.heard.seal.parent == head.id}
         self._joins = {p: j for p, j in self._joins.items() if head.round - j[1] < JOIN_ROUNDS and p != self.me}
         self._sent = {key: shape for key, shape in self._sent.items() if key.round >= head.round}
+        self._missed = {of: missed for of, missed in self._missed.items() if of[0].round >= head.round}
+        self._deadlines.keep_only(group)
 
     def _start_training(self, exchange: _Exchange) -> None:
         if exchange.index is not None:
@@ -526,6 +566,25 @@ class RoundMachine:
             self._joins.pop(join.peer_id, None)
         self._effects.append(Apply(sealed, state, shape, shape.index(self.me), contributed))
         self._check_root(sealed.seal)
+        exchange = self._exchange
+        if exchange is not None and exchange.sent_at is not None and exchange.shape == shape and not sealed.seal.solo:
+            self._learn_from(sealed.seal, exchange)
+
+    def _learn_from(self, seal: Seal, exchange: _Exchange) -> None:
+        """What a seal of the round under way says about our deadlines."""
+        members = exchange.shape.members
+        given_up = 2 * self._deadlines.reply_seconds
+        for number, part in enumerate(exchange.shape.parts):
+            if not seal.parts[number] and number not in exchange.replies and part.reducer != exchange.index:
+                # Given up by the sealer, and by us: it may have been a moment late, or dead.
+                self._deadlines.replies.observe(members[part.reducer].peer_id, given_up)
+        self._stood_in_late = False
+        if exchange.stood_in_after is not None:
+            included = exchange.index in chain.bits(seal.included, len(members))
+            self._deadlines.stand_in.observe(included, exchange.stood_in_after)
+            self._stood_in_late = not included
+        else:
+            self._deadlines.stand_in.observe_ready()
 
     def _check_root(self, seal: Seal) -> None:
         """4.10: who differs from the sealed root resyncs and says so."""
@@ -643,10 +702,10 @@ class RoundMachine:
                 continue
             missing = members - part.received.keys() - self._left
             latest = exchange.sent_at + self.rules.round_max_seconds
-            started = latest if part.half_at is None else min(part.half_at, latest)
-            due = started + self.rules.grace_seconds
+            started = latest if part.half_at is None else min(self._grace_from(exchange, part.half_at), latest)
+            due = started + self._deadlines.grace_seconds
             if self.rules.fixed_pace:
-                due = latest + self.rules.grace_seconds
+                due = latest + self._deadlines.grace_seconds
             if missing and now < due:
                 self._wake(due)
             elif not missing or len(part.received) > 1:
@@ -659,6 +718,16 @@ class RoundMachine:
         messages = sorted((place[p], m.row.weight, m.payload) for p, m in part.received.items())
         spec = exchange.shape.parts[number]
         self._effects.append(Reduce(exchange.key, number, spec.start, spec.end, len(place), tuple(messages)))
+        missing = set(place) - part.received.keys()
+        if missing and part.half_at is not None:
+            self._missed[exchange.key, number] = _Missed(self._grace_from(exchange, part.half_at), missing)
+
+    def _grace_from(self, exchange: _Exchange, half_at: float) -> float:
+        """When the grace begins: half of the others were heard, and the time to compute is over.
+
+        Messages of weight 0 may come as soon as a round begins; they must not start the clock for those who compute.
+        """
+        return max(half_at, exchange.started_at + self._computing_seconds(exchange))
 
     def _stand_in(self, now: float) -> None:
         """Send a weight-0 message when our trainer is slower than the group, so that we stay a member (4.3)."""
@@ -668,18 +737,31 @@ class RoundMachine:
         halves = [p.half_at for p in exchange.reducing.values() if p.half_at is not None]
         length = self._computing_seconds(exchange)
         due = exchange.started_at + length + self.rules.round_max_seconds
+        wait = self._deadlines.stand_in_seconds
         if not self.rules.fixed_pace:
             # Who reduces sees the others arrive; who does not can but assume that they keep the pace.
-            seen = min(halves) if halves else exchange.started_at + length
-            if halves or not exchange.reducing:
-                due = min(due, seen + self.rules.grace_seconds / 2)
+            seen = self._grace_from(exchange, min(halves, default=-math.inf))
+            if self._absences() == chain.ABSENCES_ALLOWED - 1:
+                # One more, and we are no member. Not at once: the trainer may have something in hand.
+                due, wait = exchange.started_at + length / 2, 0.0
+            elif self._stood_in_late:
+                # No waiting for a sign that the others see before we can answer it.
+                due, wait = exchange.started_at + length, 0.0
+            elif halves or not exchange.reducing:
+                due = min(due, seen + wait)
         if len(exchange.shape.members) == 1 or now < due:
             if len(exchange.shape.members) > 1:
                 self._wake(due)
             return
+        exchange.stood_in_after = wait
+        self._effects.append(StoodIn(exchange.key))
         empty = Row(0, self.row.throughput, self.row.uplink)
         self._send(exchange, empty, tuple(b"" for _ in exchange.shape.parts), now)
         self._close_parts(now)
+
+    def _absences(self) -> int:
+        """Consecutive seals that left us out; the third ends our membership."""
+        return next((m.absent for m in self.head.following if m.peer_id == self.me), 0)
 
     # ---- sealing ----------------------------------------------------------------------------------------------
 
@@ -723,10 +805,12 @@ class RoundMachine:
         if exchange.complete_at is not None:
             return exchange.complete_at
         assert exchange.sent_at is not None
+        # By when any reducer has frozen its reply, whatever it has learned.
         latest = exchange.sent_at + self.rules.round_max_seconds + self.rules.grace_seconds
+        latest += self.rules.reply_timeout_seconds
         if not self.rules.fixed_pace and exchange.first_reply_at is not None:
-            latest = min(exchange.first_reply_at, latest)
-        return latest + self.rules.reply_timeout_seconds
+            latest = min(exchange.first_reply_at + self._deadlines.reply_seconds, latest)
+        return latest
 
     def _known_seal(self, now: float) -> bool:
         """Whether the group has sealed this round already and we lack but replies of it."""

@@ -166,9 +166,9 @@ class RoundConfig(_Table, frozen=True, kw_only=True):
     round_max_seconds: Seconds = 30.0
     """After its own contribution a reducer waits at most this long for half of the others."""
     grace_seconds: Seconds = 2.0
-    """And this much longer for the rest."""
+    """And this much longer for the rest, at most: peers learn how long it takes, unless pace is `fixed`."""
     reply_timeout_seconds: Seconds = 4.0
-    """After the first reply a sealer waits this long for the others."""
+    """After the first reply a sealer waits this long for the others, at most: learned as well."""
     seal_timeout_seconds: Seconds = 2.0
     """Each place in the sealer order waits this much longer than the one before."""
     alone_after_seconds: Seconds = 8.0

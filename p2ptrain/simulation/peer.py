@@ -148,6 +148,10 @@ class SimTrainer(Trainer):
         self._sequences_read += self._rules.micro_batch
         self._sequences += self._rules.micro_batch
         self._micro_batches += 1
+
+    def _timed_batch(self) -> None:
+        self._micro_batch()
+        self._micro_batch_seconds = self.batch_seconds
         self._computing_seconds += self.batch_seconds
 
     def _contribute(self, start: StartRound, swarm: object) -> None:
@@ -249,7 +253,7 @@ class SimDriver(RoundDriver):
         super().dispatch(event)
         if isinstance(event, ReplyHeld) and self.machine.held_reply(event.key, event.part) is not None:
             held = self.peer.held
-            held[event.key, event.part] = None
+            held[event.key, event.part] = cast(RoundShape, self.machine.shape)
             while len(held) > 64:
                 del held[next(iter(held))]
 
@@ -305,7 +309,7 @@ class SimPeer:
         #: its replica went wrong, and nothing has mended it yet
         self.corrupt = False
         #: replies that it was given for the rounds under way
-        self.held: dict[tuple[Key, int], None] = {}
+        self.held: dict[tuple[Key, int], RoundShape] = {}
         #: it never comes back
         self.gone = False
 
@@ -335,6 +339,7 @@ class SimPeer:
         self.actor = Actor(self.world.loop)
         self.actor.context.run(watcher.set, self.watch)
         self.dies_after = None
+        self.held.clear()
         # Those of the life before; `_live` makes new ones.
         self.__dict__.pop("driver", None)
         self.__dict__.pop("trainer", None)
@@ -441,11 +446,12 @@ class SimPeer:
         trainer = self.trainer
         while True:
             if trainer.has_work and inbox.empty():
-                trainer.begin_computing()
-                await asyncio.sleep(self.batch_seconds)
-                if trainer.has_work:
-                    trainer.compute(link)
-                    self.world.check_account(self)
+                if trainer.needs_batch:
+                    await asyncio.sleep(self.batch_seconds)
+                    trainer.compute()
+                else:
+                    trainer.hand_over(link)
+                self.world.check_account(self)
                 continue
             message = await inbox.get()
             if message is None:

@@ -413,11 +413,12 @@ class World:
 
     def _check_seal(self, peer: SimPeer, sealed: SealedRound) -> None:
         """A sealer seals what it holds, and all of it."""
-        base = self.oracle.state(sealed.seal.parent).parent
+        before = self.oracle.state(sealed.seal.parent)
+        shape = chain.shape_of(before, self.chunks)
         for number, (digest, data) in enumerate(zip(sealed.seal.parts, sealed.replies, strict=True)):
             if (reply_digest(data) if data is not None else b"") != digest:
                 self.violate(f"{peer.name} sealed a reply that it does not hold")
-            if data is None and (Key(sealed.seal.round, base), number) in peer.held:
+            if data is None and peer.held.get((Key(shape.round, shape.base), number)) == shape:
                 self.violate(f"{peer.name} skipped a part whose reply it holds")
 
     def _check_inclusion(self, peer: SimPeer, effect: Apply) -> None:

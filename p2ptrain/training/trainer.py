@@ -22,7 +22,7 @@ from p2ptrain.averaging import chain
 from p2ptrain.averaging.catching_up import Restore
 from p2ptrain.averaging.chain import THROUGHPUT_MAX_MILLI, RoundShape, Row
 from p2ptrain.averaging.driver import Dropped, TrainerMessage
-from p2ptrain.averaging.events import Apply, ContributionReady, Key, Rollback, SealedRound, StartRound
+from p2ptrain.averaging.events import Apply, ContributionReady, Key, Rollback, SealedRound, StartRound, StoodIn
 from p2ptrain.compression import wire
 from p2ptrain.compression.layout import CHUNK_SIZE
 from p2ptrain.data.assignment import sequence_offsets
@@ -36,6 +36,8 @@ from p2ptrain.training.ledger import WINDOW, Ledger
 from p2ptrain.training.replica import Replica
 
 CHECKPOINT_SECONDS = 60.0
+CAREFUL_ROUNDS = 16
+"""After it was too late for a round, a trainer begins no micro-batch that may end too late, for this many."""
 _WEIGHT_MAX = 1_000_000
 
 _logger = logging.getLogger(__name__)
@@ -91,20 +93,27 @@ class Trainer:
         self._sequences_per_second = 0.0
         #: the round to compute for, until its contribution is handed over
         self._current: StartRound | None = None
-        #: when its computing is over, once it has begun
-        self._deadline: float | None = None
         #: a round whose contribution was handed over, and may have been dropped
         self._doubtful: StartRound | None = None
         #: what the contribution handed over last takes into the own log: its round, its decays, outcomes
         self._carried: tuple[Key, int, tuple[Outcome, ...]] | None = None
-        #: sequences behind contributions that were dropped: the next round gets them at once, or a machine slower than
-        #: the group would be late with every single one
+        #: sequences behind contributions that were dropped, for the next one
         self._overdue = 0
         #: since the last contribution: micro-batches, their sequences and summed loss, seconds
         self._micro_batches = 0
         self._sequences = 0
         self._loss_sum = 0.0
         self._computing_seconds = 0.0
+        #: a micro-batch was computed for it
+        self._begun = False
+        #: when the round's time to compute is over
+        self._deadline = -math.inf
+        #: a message of weight 0 went out in our stead since the last contribution
+        self._stood_in = False
+        #: contributions until it is not careful any more
+        self._careful_rounds = 0
+        #: what the last micro-batch took
+        self._micro_batch_seconds = 0.0
         self._tokens_sent = 0
         self._applied_at = self._contributed_at = self._saved_at = clock()
         #: there is a checkpoint, so `sample` and `eval` have one to read
@@ -223,8 +232,10 @@ class Trainer:
         going_on = True
         while going_on:
             if self.has_work and self._inbox.empty():
-                self.begin_computing()
-                self.compute(swarm)
+                if self.needs_batch:
+                    self.compute()
+                else:
+                    self.hand_over(swarm)
                 continue
             message = self._inbox.get()
             if message is None:
@@ -237,10 +248,14 @@ class Trainer:
         """Do what the network thread asks for."""
         match message:
             case StartRound():
-                self._current, self._deadline = message, None
+                self._current, self._begun = message, False
+                self._deadline = self._clock() + message.seconds
                 self._resume_sent(message)
-                if self._current is not None and self._overdue:
-                    self._contribute(message, swarm)
+            case StoodIn():
+                if self._current is not None and self._current.key == message.key:
+                    self._current = None
+                    self._stood_in = True
+                    self._careful_rounds = CAREFUL_ROUNDS
             case Apply():
                 self._on_apply(message, swarm)
             case Rollback():
@@ -266,11 +281,12 @@ class Trainer:
     def _on_dropped(self, dropped: Dropped) -> None:
         self.ledger.give_back(dropped.key, dropped.decays)
         self._overdue += dropped.weight
+        self._careful_rounds = CAREFUL_ROUNDS
         if self._carried is not None and self._carried[:2] == (dropped.key, dropped.decays):
             self.ledger.outcomes = [*self._carried[2], *self.ledger.outcomes]
             self._carried = None
         if self._doubtful is not None and self._doubtful.key == dropped.key:
-            self._current, self._deadline, self._doubtful = self._doubtful, None, None
+            self._current, self._doubtful = self._doubtful, None
 
     def _outcomes_not_logged(self) -> tuple[Outcome, ...]:
         """Since the last entry of the own log, as far as it is known to be there."""
@@ -347,25 +363,42 @@ class Trainer:
         """Whether there is a round to compute for."""
         return self._current is not None
 
-    def begin_computing(self) -> None:
-        """The round's time runs from its first micro-batch on."""
-        if self._current is not None and self._deadline is None:
-            self._deadline = self._clock() + self._current.seconds
+    @property
+    def needs_batch(self) -> bool:
+        """Whether to compute on before the contribution: at least one micro-batch for each round.
 
-    def compute(self, swarm: Swarm) -> None:
-        """One micro-batch; when the round's time is over, the contribution."""
-        start = self._current
-        assert start is not None and self._deadline is not None
+        But who was too late for the last one hands over what it has in hand, where no other fits in.
+        """
+        if not self._begun and self._rules.pace == "time" and not self._stood_in and not self._overdue:
+            return True
+        return not self._computed_enough()
+
+    def compute(self) -> None:
+        """One micro-batch.
+
+        A message after it may say that it is too late for this round: it then goes into the next one's contribution.
+        """
+        self._begun = True
+        self._timed_batch()
+
+    def hand_over(self, swarm: Swarm) -> None:
+        """What was computed becomes the contribution of the round."""
+        if self._current is not None:
+            self._contribute(self._current, swarm)
+
+    def _timed_batch(self) -> None:
         began = self._clock()
         self._micro_batch()
-        now = self._clock()
-        self._computing_seconds += now - began
+        self._micro_batch_seconds = self._clock() - began
+        self._computing_seconds += self._micro_batch_seconds
+
+    def _computed_enough(self) -> bool:
         if self._rules.pace == "fixed":
-            done = self._sequences >= self._rules.sequences_per_peer
-        else:
-            done = now >= self._deadline
-        if done:
-            self._contribute(start, swarm)
+            return self._sequences >= self._rules.sequences_per_peer
+        if not self._micro_batches and not self._overdue:
+            return False
+        spare_seconds = self._micro_batch_seconds if self._careful_rounds else 0.0
+        return self._clock() + spare_seconds >= self._deadline
 
     def _micro_batch(self) -> None:
         context, count = self.replica.manifest.model.context, self._rules.micro_batch
@@ -385,8 +418,6 @@ class Trainer:
 
     def _contribute(self, start: StartRound, swarm: Swarm) -> None:
         """Gradients into the momentum, the largest of it out as a contribution."""
-        if not self._micro_batches and not self._overdue:
-            return
         began = self._clock()
         optimizer = self.replica.optimizer
         for parameter in self.replica.model.parameters():
@@ -428,6 +459,8 @@ class Trainer:
         self._tokens_sent = row.weight * self.replica.manifest.model.context
         self.status.computing_seconds = seconds
         self._current = None
+        self._stood_in = False
+        self._careful_rounds = max(self._careful_rounds - 1, 0)
         self._micro_batches = self._sequences = self._overdue = 0
         self._loss_sum = self._computing_seconds = 0.0
 

@@ -19,6 +19,7 @@ from p2ptrain.averaging import chain
 from p2ptrain.averaging.chain import ChainState, Row
 from p2ptrain.averaging.events import (
     Apply,
+    CameLate,
     ContributionReady,
     ContributionReceived,
     Effect,
@@ -42,6 +43,7 @@ from p2ptrain.averaging.events import (
     SendContribution,
     SendJoin,
     StartRound,
+    StoodIn,
     Synced,
     Tick,
     TipHeard,
@@ -87,6 +89,12 @@ class Peer:
         self.refused: list[str] = []
         #: factor on the time that the trainer takes; None: it never hands anything over
         self.slowness: float | None = 1.0
+        #: the round that the trainer computes for, until it hands over or is too late
+        self._current: StartRound | None = None
+        #: it is in the middle of what it computes, which no message interrupts
+        self._busy = False
+        #: it has finished something too late for its round
+        self._in_hand = False
         #: dies after this many more replies have left
         self.replies_left: int | None = None
         #: rounds that it has sent for, as the own log keeps them
@@ -124,6 +132,8 @@ class Peer:
         match effect:
             case StartRound():
                 self._train(effect)
+            case StoodIn():
+                self._current = None
             case SendContribution():
                 self._deliver(effect)
             case Reduce():
@@ -132,6 +142,8 @@ class Peer:
                 assert effect.sealed.seal.parent == self.states[-1].id
                 self.states.append(effect.state)
                 self.rounds.append(effect.sealed)
+                if self._current is not None and self._current.key.round <= self.rounds[-1].seal.round:
+                    self._current = None
                 self.contributed.append((effect.sealed.seal.round, effect.contributed))
                 self.cluster.tell_all(self, TipHeard(self.id, self.head.round, self.head.id, self.head.total))
             case PublishSeal():
@@ -155,16 +167,27 @@ class Peer:
                 self.notes.append(effect)
 
     def _train(self, start: StartRound) -> None:
-        seconds = start.seconds
-        if start.key not in self.sent:
-            if self.slowness is None:
-                return
-            seconds *= self.slowness
-        else:
-            seconds = 0.0
+        """What the trainer does: who did not finish for one round goes on, and hands over in a later one."""
+        self._current = start
+        if start.key in self.sent or self._in_hand:
+            self._hand_over()
+        elif not self._busy and self.slowness is not None:
+            self._busy = True
+            self.cluster.at(start.seconds * self.slowness, self._finish)
+
+    def _finish(self) -> None:
+        self._busy, self._in_hand = False, True
+        if self.alive:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        start, self._current = self._current, None
+        if start is None:
+            return
+        self._in_hand = False
         self.sent.add(start.key)
         payloads = tuple(f"{self.name}/{start.key.round}/{n}".encode() for n in range(len(start.shape.parts)))
-        self.later(seconds, ContributionReady(start.key, Row(4, 16_000, self.machine.row.uplink), payloads))
+        self.later(0.0, ContributionReady(start.key, Row(4, 16_000, self.machine.row.uplink), payloads))
 
     def _deliver(self, message: SendContribution) -> None:
         """Send, and again until the reply is there or the round is over."""
@@ -180,7 +203,9 @@ class Peer:
         reason = self.machine.refusal(message.key, message.part, sender.id)
         if reason is None:
             self.hears(event)
-        elif reason not in ("late", "twice"):
+        elif reason == "late":
+            self.hears(CameLate(message.key, message.part, sender.id))
+        elif reason != "twice":
             self.refused.append(reason)
             return
         self._answer(sender, message.key, message.part)
@@ -242,6 +267,8 @@ class Cluster:
         self.peers: list[Peer] = []
         self.by_id: dict[bytes, Peer] = {}
         self.cut: set[frozenset[bytes]] = set()
+        #: seconds that a message from one peer to another takes
+        self.delay: Callable[[Peer, Peer], float] = lambda sender, receiver: DELAY
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._sequence = itertools.count()
         self.at(1.0, self._heartbeat)
@@ -296,7 +323,7 @@ class Cluster:
                 action(receiver)
 
         if self.connected(sender, receiver):
-            self.at(DELAY, arrive)
+            self.at(self.delay(sender, receiver), arrive)
 
     def tell_all(self, sender: Peer, event: Event) -> None:
         for peer in self.peers:

@@ -18,7 +18,7 @@ from lone import ROW, RUN_ID, Lone, replica, seal
 from p2ptrain.averaging import chain
 from p2ptrain.averaging.catching_up import Restore
 from p2ptrain.averaging.driver import TrainerMessage
-from p2ptrain.averaging.events import Apply, ContributionReady, Rollback, SealedRound, StartRound
+from p2ptrain.averaging.events import Apply, ContributionReady, Rollback, SealedRound, StartRound, StoodIn
 from p2ptrain.observe.status import Status
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import OwnEntry, OwnLog
@@ -77,8 +77,10 @@ class Home:
             self.inbox.put(message)
         while not self.inbox.empty() or self.trainer.has_work:
             if self.trainer.has_work and self.inbox.empty():
-                self.trainer.begin_computing()
-                self.trainer.compute(self.swarm)
+                if self.trainer.needs_batch:
+                    self.trainer.compute()
+                else:
+                    self.trainer.hand_over(self.swarm)
             else:
                 taken = self.inbox.get()
                 assert taken is not None
@@ -137,12 +139,24 @@ def test_a_gradient_that_came_too_late_counts_in_the_next_contribution(home: Hom
     # The seal is there when the first micro-batch is done: applied between micro-batches, never inside one.
     home.trainer.take(start, home.swarm)
     home.inbox.put(late)
-    home.trainer.begin_computing()
-    home.trainer.compute(home.swarm)
+    home.trainer.compute()
     assert home.swarm.handed == []
     home.hand(home.start())
     (ready,) = home.swarm.handed
     assert ready.row.weight == 8
+
+
+def test_who_is_too_slow_for_one_round_hands_over_as_soon_as_the_next_begins(home: Home) -> None:
+    first, skip = home.start(), seal(home.lone.states[-1], home.lone.identity, home.lone.chunks, (None,))
+    sealed = home.apply(skip, contributed=False)
+    # By the end of its only micro-batch, a message of weight 0 has been sent, and the round is sealed.
+    home.trainer.take(first, home.swarm)
+    home.inbox.put(StoodIn(first.key))
+    home.trainer.compute()
+    assert home.swarm.handed == []
+    home.hand(sealed, home.start())
+    (ready,) = home.swarm.handed
+    assert ready.key == home.lone.key and ready.row.weight == 4, "one more micro-batch would be too late again"
 
 
 def test_what_was_not_sent_after_all_returns_to_the_momentum(home: Home) -> None:
@@ -157,7 +171,7 @@ def test_what_was_not_sent_after_all_returns_to_the_momentum(home: Home) -> None
     assert torch.allclose(home.momentum, whole)
 
 
-def test_the_same_round_on_another_branch_gets_the_same_bytes(home: Home) -> None:
+def test_for_the_same_round_on_another_branch_nothing_else_is_made(home: Home) -> None:
     home.hand(home.start())
     base, start = home.lone.states[-1], home.start()
     momentum = home.momentum.clone()
@@ -165,8 +179,8 @@ def test_the_same_round_on_another_branch_gets_the_same_bytes(home: Home) -> Non
     shape = chain.shape_of(base, home.lone.chunks)
     after = chain.extend(base, skip.id, skip.seal, home.lone.chunks)
     home.hand(Apply(skip, after, shape, 0, True), Rollback(base), start)
-    first, again = home.swarm.handed
-    assert again.payloads == first.payloads
+    assert len(home.swarm.handed) == 1, "the network thread sends the same bytes again"
+    assert home.lone.key in home.trainer.ledger.pending
     assert torch.allclose(home.momentum, momentum)
 
 
@@ -183,10 +197,10 @@ def test_after_a_crash_what_was_sent_is_settled_once_and_the_replica_is_the_same
     again = Home(tmp_path, home.lone)
     again.trainer.restore(again.journal)
     assert again.trainer.replica.snapshot() == home.trainer.replica.snapshot()
-    # What waits for its seal waits still, as the same values, and is sent again as the same bytes.
+    # What waits for its seal waits still, as the same values, and nothing else is made for that round.
     assert np.array_equal(again.trainer.ledger.pending[home.lone.key].sent.value, waiting)
     again.hand(again.start())
-    assert again.swarm.handed[-1].payloads == home.swarm.handed[-1].payloads
+    assert again.swarm.handed == []
     again.hand(again.apply(again.sealed(), contributed=True))
     assert again.trainer.replica.snapshot() == home.lone.replica.snapshot()
     assert not again.trainer.ledger.pending

@@ -1,0 +1,141 @@
+"""How long to wait for others: learned from when they came, never beyond what the manifest allows.
+
+Fed with durations in seconds; no clock, no sockets. Of each member one number is kept, its *lateness*: a smoothed
+time that rises by half of what an observation exceeds it by, and falls by a sixteenth. A wait is the larger of
+
+- the lateness of the bulk, all but the slowest quarter and at least one, times 1.5, plus 0.05 s;
+- the same for the slowest of all, but no more than `round / (2 x members)` plus 0.05 s: to wait for one member is worth
+  half of what its work is worth, so that it can cost no more, whatever it does.
+
+Given up: a member that is always later than that is left out. What it computed stays in its momentum, and
+`StandIn` has it heard of often enough to stay a member. Memory: a number for each member.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+FLOOR_SECONDS = 0.05
+"""For timers and the network, whatever was observed."""
+ROUNDS_LEARNING = 4
+"""Rounds to observe before the manifest's bound is left."""
+_RISE, _FALL = 1 / 2, 1 / 16
+_MARGIN = 1.5
+_ROUND_GAIN = 1 / 8
+
+
+class Lateness:
+    """How late each member is, and how long to wait for them.
+
+    Args:
+        bound_seconds: from the manifest; no wait is longer.
+    """
+
+    def __init__(self, bound_seconds: float) -> None:
+        self.bound_seconds = bound_seconds
+        self._of: dict[bytes, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    def observe(self, member: bytes, seconds: float) -> None:
+        """`member` came `seconds` after the moment that waiting counts from; what is beyond the bound counts as it."""
+        seconds = min(max(seconds, 0.0), self.bound_seconds)
+        before = self._of.get(member, seconds)
+        self._of[member] = before + (seconds - before) * (_RISE if seconds > before else _FALL)
+
+    def keep_only(self, members: Collection[bytes]) -> None:
+        """Forget who is no member any more."""
+        self._of = {member: seconds for member, seconds in self._of.items() if member in members}
+
+    def wait_seconds(self, round_seconds: float) -> float:
+        """How long to wait, in rounds that take about `round_seconds` until half of the others are heard."""
+        ascending = sorted(self._of.values())
+        count = len(ascending)
+        outliers = max(1, count // 4)
+        bulk = ascending[-1 - outliers] if count > outliers else 0.0
+        slowest = ascending[-1] if ascending else 0.0
+        worth = round_seconds / (2 * (count + 1))
+        return min(FLOOR_SECONDS + max(_MARGIN * bulk, min(_MARGIN * slowest, worth)), self.bound_seconds)
+
+
+class StandIn:
+    """How long a member whose trainer is not ready leaves it time, before it sends a message of weight 0 instead.
+
+    Half of the grace, by its own estimate: theirs it cannot know. A trainer that was not ready the round before either
+    is given half as much, and so on: to wait for one far slower than the rest is for nothing. Where a seal leaves the
+    message out all the same, the limit is halved; each time that it is included, the limit grows by a hundredth.
+    """
+
+    def __init__(self, bound_seconds: float) -> None:
+        self._limit_seconds = self._bound_seconds = bound_seconds
+        #: of the grace; for the coming round
+        self._share = 1 / 2
+
+    def observe_ready(self) -> None:
+        """The trainer was in time."""
+        self._share = 1 / 2
+
+    def observe(self, included: bool, waited_seconds: float) -> None:
+        """A message of weight 0 was sent after `waited_seconds`, and the seal did, or did not, include it."""
+        self._share = max(self._share / 2, 1 / 64)
+        if included:
+            self._limit_seconds = min(self._limit_seconds * 1.01, self._bound_seconds)
+        else:
+            # Not to nothing, which could not grow again.
+            self._limit_seconds = max(min(self._limit_seconds, waited_seconds) / 2, self._bound_seconds / 1000)
+
+    def wait_seconds(self, grace_seconds: float) -> float:
+        """How long to wait, where we would give the others `grace_seconds`."""
+        return min(grace_seconds * self._share, self._limit_seconds)
+
+
+class Deadlines:
+    """All that one peer has learned of when others come.
+
+    Args:
+        grace_seconds: bound of the grace.
+        reply_timeout_seconds: bound of the wait for replies.
+        learns: False: the bounds themselves, always.
+    """
+
+    def __init__(self, grace_seconds: float, reply_timeout_seconds: float, *, learns: bool = True) -> None:
+        #: messages, after half of the other members were heard
+        self.contributions = Lateness(grace_seconds)
+        #: replies, after the first one
+        self.replies = Lateness(reply_timeout_seconds)
+        self.stand_in = StandIn(grace_seconds)
+        self._learns = learns
+        self._rounds = 0
+        self._round_seconds = 0.0
+
+    def observe_round(self, seconds: float) -> None:
+        """Half of the others were heard this long after the round began."""
+        self._rounds = min(self._rounds + 1, ROUNDS_LEARNING)
+        gain = 1.0 if self._rounds == 1 else _ROUND_GAIN
+        self._round_seconds += (seconds - self._round_seconds) * gain
+
+    def keep_only(self, members: Collection[bytes]) -> None:
+        """Forget who is no member any more."""
+        self.contributions.keep_only(members)
+        self.replies.keep_only(members)
+
+    @property
+    def grace_seconds(self) -> float:
+        """How long a reducer waits for the rest, once half of the others were heard."""
+        return self._learned(self.contributions)
+
+    @property
+    def reply_seconds(self) -> float:
+        """How long a sealer waits for the rest of the replies after the first; other reducers may grant their grace."""
+        return min(self._learned(self.replies) + self.grace_seconds, self.replies.bound_seconds)
+
+    @property
+    def stand_in_seconds(self) -> float:
+        """How long a late trainer is given, once half of the others were heard."""
+        return self.stand_in.wait_seconds(self.grace_seconds)
+
+    def _learned(self, lateness: Lateness) -> float:
+        if not self._learns or self._rounds < ROUNDS_LEARNING or not len(lateness):
+            return lateness.bound_seconds
+        return lateness.wait_seconds(self._round_seconds)
