@@ -11,10 +11,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from p2ptrain.averaging import chain
 from p2ptrain.averaging.chain import ChainState
 from p2ptrain.averaging.client import Client
+from p2ptrain.averaging.download import Download
 from p2ptrain.averaging.events import RoundsFetched, SealedRound
 from p2ptrain.averaging.messages import (
     LOCATOR_MAX,
@@ -28,7 +30,9 @@ from p2ptrain.averaging.sealed import check_continues, decode_sealed
 from p2ptrain.compression import wire
 from p2ptrain.compression.layout import ChunkLayout
 from p2ptrain.state.journal import Journal
-from p2ptrain.state.snapshot import PIECE_BYTES, SnapshotFile, SnapshotStore, piece_hashes
+from p2ptrain.state.pieces import Partials, PieceFile
+from p2ptrain.state.snapshot import SnapshotFile, SnapshotStore
+from p2ptrain.state.tensors import TensorFileError
 from p2ptrain.swarm.identity import verify
 
 ROUNDS_ANSWER_BYTES = 64 * 1024 * 1024
@@ -49,22 +53,11 @@ class Restore:
     """Whether our chain, too, went through the place where this starts."""
 
 
-@dataclass(frozen=True, slots=True)
-class OpenSnapshot:
-    """A snapshot being handed out."""
-
-    hashes: list[bytes]
-    data: bytes
-
-    def piece(self, number: int) -> bytes:
-        """The `number`-th `PIECE_BYTES`."""
-        return self.data[number * PIECE_BYTES : (number + 1) * PIECE_BYTES]
-
-
 class CatchingUp:
     """See the module docstring.
 
     Args:
+        peers: who may have a snapshot too.
         root_interval: rounds between snapshots.
         snapshot_max_bytes: no snapshot of this run is longer.
         snapshot_chain: where on the chain a snapshot's bytes stand; raises TensorFileError.
@@ -77,14 +70,22 @@ class CatchingUp:
         layout: ChunkLayout,
         journal: Journal,
         snapshots: SnapshotStore,
+        partials: Partials,
+        peers: Callable[[], list[bytes]],
         root_interval: int,
         snapshot_max_bytes: int,
         snapshot_chain: Callable[[bytes], ChainState],
         progress: Callable[[str, int, int], None],
     ) -> None:
         self._client, self._layout, self._journal, self._snapshots = client, layout, journal, snapshots
+        self._partials, self._peers = partials, peers
         self._root_interval, self._snapshot_max_bytes = root_interval, snapshot_max_bytes
         self._snapshot_chain, self._progress = snapshot_chain, progress
+        #: what is being fetched, which others may have of us already
+        self._download: Download | None = None
+        #: whole snapshots handed out lately
+        self._whole: dict[Path, PieceFile] = {}
+        self._hashing = asyncio.Lock()
         #: round -> root that a seal of our chain names
         self._sealed_roots: dict[int, bytes] = {}
         for number in range(journal.first, journal.last + 1):
@@ -128,14 +129,32 @@ class CatchingUp:
             return identifier, rounds, offers
         return b"", [], offers
 
-    def open_snapshot(self, identifier: bytes) -> OpenSnapshot | None:
-        """One of our snapshots, read from disk."""
+    def open_snapshot(self, identifier: bytes, root: bytes) -> PieceFile | None:
+        """One of our snapshots, or what there is of the one that we are fetching."""
+        download = self._download
+        if download is not None and (download.offer.id, download.offer.root) == (identifier, root):
+            return download.file
         found = self._snapshots.find(identifier)
-        try:
-            data = found.read() if found else None
-        except FileNotFoundError:
-            data = None
-        return OpenSnapshot(piece_hashes(data), data) if data is not None else None
+        if found is None or found.root != root:
+            return None
+        if found.path not in self._whole:
+            try:
+                self._whole[found.path] = PieceFile(found.path, found.path.stat().st_size)
+            except FileNotFoundError:
+                return None
+            for old in list(self._whole)[:-SNAPSHOTS_MAX]:
+                self._whole.pop(old, None)
+        return self._whole[found.path]
+
+    async def hashes_of(self, file: PieceFile) -> list[bytes]:
+        """Of all pieces; one file is read at a time. Raises OSError when it is gone."""
+        async with self._hashing:
+            return await asyncio.to_thread(file.hashes)
+
+    def forget_partial(self) -> None:
+        """We came by the swarm's state in another way: remove what is left of a snapshot being fetched."""
+        if self._download is None:
+            self._partials.keep_only(None)
 
     # ---- fetching ---------------------------------------------------------------------------------------------
 
@@ -181,14 +200,14 @@ class CatchingUp:
         header, encoded = await self._client.rounds(donor, locator, self._round_max_bytes)
         snapshot = ours.get(header.ancestor)
         base_round = snapshot.round if snapshot else 0
-        newest = max(header.snapshots, key=lambda offer: offer.round, default=None)
+        wanted = self._choose(header.snapshots, base_round)
         downloaded = (
-            newest is not None
-            and newest.id not in ours
+            wanted is not None
+            and wanted.id not in ours
             and (not header.ancestor or (self._journal.last == 0 and self._is_far(header.tip, base_round)))
         )
-        if newest is not None and downloaded:
-            snapshot = await self._download(donor, newest)
+        if wanted is not None and downloaded:
+            snapshot = await self._fetch_snapshot(donor, wanted)
             header, encoded = await self._client.rounds(donor, (snapshot.id,), self._round_max_bytes)
         if not header.ancestor:
             raise CallError("it has neither our history nor a snapshot to start from")
@@ -229,18 +248,38 @@ class CatchingUp:
             state = check_continues(state, sealed, self._layout)
         return state
 
-    async def _download(self, donor: bytes, offer: SnapshotOffer) -> SnapshotFile:
-        if offer.length > self._snapshot_max_bytes:
+    def _choose(self, offers: tuple[SnapshotOffer, ...], after: int) -> SnapshotOffer | None:
+        """The one after that round which we have begun to fetch, else the newest."""
+        begun = [o for o in offers if o.round > after and self._partials.path(o.round, o.id, o.root).exists()]
+        return max(begun or offers, key=lambda offer: offer.round, default=None)
+
+    async def _fetch_snapshot(self, donor: bytes, offer: SnapshotOffer) -> SnapshotFile:
+        """From the donor, and whoever else has it, into our store; its root may yet turn out not to be sealed."""
+        before = await asyncio.to_thread(self._snapshots.find, offer.id)
+        if before is not None and before.root == offer.root:
+            return before  # its donor was gone before we had the rounds since
+        if not 0 < offer.length <= self._snapshot_max_bytes:
             raise CallError(f"a snapshot of {offer.length} bytes, at most {self._snapshot_max_bytes} are possible")
 
         def progress(done: int, total: int) -> None:
             self._progress("snapshot", done, total)
 
-        data = await self._client.snapshot(donor, offer.id, offer.length, offer.root, progress)
-        state = await asyncio.to_thread(self._snapshot_chain, data)
-        if (state.round, state.id) != (offer.round, offer.id):
-            raise CallError("the snapshot stands elsewhere than announced")
-        return await asyncio.to_thread(self._snapshots.save, state.round, state.id, data)
+        download = Download(self._client, offer, self._partials, self._peers, progress)
+        self._download = download
+        try:
+            path = (await download.run(donor)).path
+            try:
+                state = await asyncio.to_thread(lambda: self._snapshot_chain(path.read_bytes()))
+                if (state.round, state.id) != (offer.round, offer.id):
+                    raise CallError("the snapshot stands elsewhere than announced")
+            except (CallError, TensorFileError):
+                self._partials.keep_only(None)
+                raise
+            taken = await asyncio.to_thread(self._snapshots.take, path, offer.round, offer.id, offer.root)
+            self._partials.keep_only(None)
+            return taken
+        finally:
+            self._download = None
 
     async def _to_tip(
         self, donor: bytes, base: ChainState, tip_round: int, encoded: list[bytes]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from google.protobuf.wrappers_pb2 import BytesValue
@@ -13,6 +13,7 @@ from hivemind.p2p import P2PHandlerError
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 
 from p2ptrain.averaging.chain import Row
+from p2ptrain.averaging.handout import Handout
 from p2ptrain.averaging.messages import (
     NAMESPACE,
     Answer,
@@ -27,6 +28,8 @@ from p2ptrain.averaging.messages import (
     RefusedError,
     RoundsHeader,
     RoundsRequest,
+    SnapshotHeld,
+    SnapshotOffer,
     SnapshotRequest,
     Tip,
     Traffic,
@@ -36,7 +39,7 @@ from p2ptrain.averaging.messages import (
 from p2ptrain.averaging.servicer import PeerServicer
 from p2ptrain.config.manifest import PROTOCOL_VERSION
 from p2ptrain.errors import P2PTrainError
-from p2ptrain.state.snapshot import PIECE_BYTES, piece_hashes, root_of
+from p2ptrain.state.pieces import piece_length, pieces_of
 from p2ptrain.swarm.node import SwarmNode
 
 SECONDS = 8.0
@@ -50,12 +53,22 @@ _FAILURES = (P2PHandlerError, P2PDaemonError, OSError, EOFError, TimeoutError, P
 
 
 @dataclass(frozen=True, slots=True)
+class SnapshotAnswer:
+    """What a donor says and hands out."""
+
+    held: bytes
+    hashes: bytes
+    pieces: list[bytes]
+
+
+@dataclass(frozen=True, slots=True)
 class Client:
-    """Calls in the name of one peer, for one run."""
+    """Calls in the name of one peer, for one run; `handout` lets contributions go before what others download."""
 
     node: SwarmNode
     traffic: Traffic
     run_id: bytes
+    handout: Handout = field(default_factory=Handout)
 
     async def join(self, peer: bytes, row: Row) -> None:
         """Ask `peer` to admit us by its next seal. Raises RefusedError, CallError."""
@@ -78,10 +91,14 @@ class Client:
             if header.row.weight:
                 for frame in self.traffic.blob(payload):
                     yield frame
+            sending.close()
 
-        async with self._stream(peer, "rpc_contribute", frames()) as reader:
-            await reader.accepted(reply_seconds)
-            return await reader.blob(reply_max_bytes, reply_seconds)
+        # Whatever becomes of the frames, the call's end is the end of sending too.
+        with contextlib.ExitStack() as sending:
+            sending.enter_context(self.handout.urgent())
+            async with self._stream(peer, "rpc_contribute", frames()) as reader:
+                await reader.accepted(reply_seconds)
+                return await reader.blob(reply_max_bytes, reply_seconds)
 
     async def follow(self, peer: bytes, tip: Tip) -> AsyncIterator[News]:
         """News of `peer` for as long as it gives any. Raises RefusedError, CallError."""
@@ -102,31 +119,29 @@ class Client:
             return header, [await reader.blob(limit) for _ in range(header.count)]
 
     async def snapshot(
-        self, peer: bytes, identifier: bytes, length: int, root: bytes, progress: Callable[[int, int], None]
-    ) -> bytes:
-        """A snapshot of `length` bytes, each piece checked on arrival against the hashes under `root`.
+        self,
+        peer: bytes,
+        offer: SnapshotOffer,
+        first: int = 0,
+        end: int = 0,
+        *,
+        hashes: bool = False,
+        timeout_seconds: float = SECONDS,
+    ) -> SnapshotAnswer:
+        """What `peer` holds of a snapshot, and its pieces [first, end); nothing of it is checked but its length.
 
         Raises:
-            CallError: the donor does not have it, is gone, or its pieces are not those of the root.
+            RefusedError: it has not got them, or has too much to do (`TOO_MANY_CALLS`).
+            CallError: no answer, or not all of it within `timeout_seconds`.
         """
-        pieces = -(-length // PIECE_BYTES)
-        request = self.traffic.message(SnapshotRequest(self.run_id, identifier, 0, pieces))
-        async with self._stream(peer, "rpc_snapshot", request) as reader:
+        request = self.traffic.message(SnapshotRequest(self.run_id, offer.id, offer.root, first, end, hashes))
+        async with self._stream(peer, "rpc_snapshot", request) as reader, asyncio.timeout(timeout_seconds):
             await reader.accepted()
-            joined = await reader.blob(32 * pieces)
-            hashes = [joined[i : i + 32] for i in range(0, len(joined), 32)]
-            if len(hashes) != pieces or root_of(length, hashes) != root:
-                raise CallError("the snapshot's pieces are not those of its root")
-            data = bytearray()
-            for expected in hashes:
-                piece = await reader.blob(PIECE_BYTES)
-                if piece_hashes(piece) != [expected]:
-                    raise CallError("a piece of the snapshot is not the one under the root")
-                data += piece
-                progress(len(data), length)
-        if len(data) != length:
-            raise CallError("the snapshot has another length than announced")
-        return bytes(data)
+            held = (await reader.message(SnapshotHeld)).held
+            # The donor may have to read all of it first.
+            joined = await reader.blob(32 * pieces_of(offer.length), timeout_seconds) if hashes else b""
+            pieces = [await reader.blob(piece_length(offer.length, n), timeout_seconds) for n in range(first, end)]
+        return SnapshotAnswer(held, joined, pieces)
 
     async def data(self, peer: bytes, max_bytes: int, progress: Callable[[int, int], None]) -> bytes:
         """The run's corpus, packed. Raises RefusedError, CallError."""

@@ -47,9 +47,11 @@ from p2ptrain.averaging.events import (
     Synced,
     Tick,
 )
+from p2ptrain.averaging.handout import Handout
 from p2ptrain.averaging.machine import RoundMachine
 from p2ptrain.averaging.messages import (
     NAMESPACE,
+    TOO_MANY_CALLS,
     CallError,
     ContributionHeader,
     JoinRequest,
@@ -72,13 +74,14 @@ from p2ptrain.config.manifest import PROTOCOL_VERSION, Manifest
 from p2ptrain.state.failpoints import failpoint
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import OwnEntry, OwnLog
+from p2ptrain.state.pieces import Partials
 from p2ptrain.state.snapshot import SnapshotStore
 from p2ptrain.state.tensors import TensorFileError
 from p2ptrain.swarm.identity import format_peer_id
 from p2ptrain.swarm.node import SwarmNode
 
 _GOODBYE_SECONDS = 3.0
-_TRANSIENT = ("foreign", "too early", "too many calls at once")
+_TRANSIENT = ("foreign", "too early", TOO_MANY_CALLS)
 """Reasons of a reducer that may pass: it has not seen the last seal yet."""
 
 _logger = logging.getLogger(__name__)
@@ -130,13 +133,16 @@ class RoundDriver:
     def __init__(self, parts: DriverParts) -> None:
         self._p = parts
         self.machine = parts.machine
-        self._client = Client(parts.node, parts.traffic, parts.run_id)
+        self.handout = Handout(lambda: self.machine.row.uplink)
+        self._client = Client(parts.node, parts.traffic, parts.run_id, self.handout)
         self.feed = NewsFeed(self._client, lambda: self.tip, self.dispatch)
         self.catching_up = CatchingUp(
             self._client,
             parts.layout,
             parts.journal,
             parts.snapshots,
+            Partials(parts.snapshots.folder),
+            lambda: list(self.feed.tips),
             parts.manifest.round.root_interval,
             parts.snapshot_max_bytes,
             parts.snapshot_chain,
@@ -210,9 +216,9 @@ class RoundDriver:
 
     def root_computed(self, round: int, id: bytes, root: bytes) -> None:
         """The trainer has written the snapshot of this round, at state `id`; of a branch that was left, none."""
-        journal = self._p.journal
-        if journal.position(id) == round:
+        if self._p.journal.position(id) == round:
             self.dispatch(RootComputed(round, root))
+        self.catching_up.forget_partial()
         keep_from = min((snapshot.round for snapshot in self._p.snapshots.all()), default=0)
         if len(self._p.snapshots.all()) >= 3:
             self._p.journal.prune(keep_from + 1)

@@ -25,6 +25,9 @@ LOCATOR_MAX = 16
 ROUNDS_MAX = 64
 """Sealed rounds in one answer."""
 SNAPSHOTS_MAX = 8
+SNAPSHOT_PIECES_MAX = 2**20
+TOO_MANY_CALLS = "too many calls at once"
+"""The refusal that means: later."""
 _FRAME_OVERHEAD_BYTES = 9  # length and marker that hivemind puts before each message
 
 Round = Annotated[int, Meta(ge=0, le=2**48)]
@@ -140,12 +143,21 @@ class JoinRequest(_Message, frozen=True):
 
 
 class SnapshotRequest(_Message, frozen=True):
-    """Asks for pieces [first, end) of a snapshot, each as one blob, after a blob of all pieces' hashes."""
+    """Asks for pieces [first, end) of a snapshot; without any, which pieces the donor holds."""
 
     run_id: Hash
     id: Hash
-    first: Annotated[int, Meta(ge=0, le=2**24)]
-    end: Annotated[int, Meta(ge=0, le=2**24)]
+    root: Hash
+    first: Annotated[int, Meta(ge=0, le=SNAPSHOT_PIECES_MAX)]
+    end: Annotated[int, Meta(ge=0, le=SNAPSHOT_PIECES_MAX)]
+    hashes: bool
+
+
+class SnapshotHeld(_Message, frozen=True):
+    """Answer to `SnapshotRequest`; a blob of all pieces' hashes follows if asked for, then the pieces, a blob each."""
+
+    held: Annotated[bytes, Meta(max_length=SNAPSHOT_PIECES_MAX // 8)]
+    """Bitmap, least significant bit first; empty: all."""
 
 
 class DataRequest(_Message, frozen=True):

@@ -17,6 +17,7 @@ from hivemind.p2p import P2PContext, ServicerBase
 
 from p2ptrain.averaging.events import Key
 from p2ptrain.averaging.messages import (
+    TOO_MANY_CALLS,
     Answer,
     CallError,
     ContributionHeader,
@@ -27,6 +28,7 @@ from p2ptrain.averaging.messages import (
     JoinRequest,
     RoundsHeader,
     RoundsRequest,
+    SnapshotHeld,
     SnapshotRequest,
     Traffic,
     decode_message,
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from p2ptrain.averaging.driver import RoundDriver
 
 CALLS_PER_PEER = 16
+PIECES_A_CALL = 16
+PACED_BYTES = 64 * 1024
 FRAME_SECONDS = 15.0
 """Silence inside a request after which it is dropped."""
 
@@ -79,7 +83,7 @@ class PeerServicer(ServicerBase):
 
     async def rpc_snapshot(self, request: BytesValue, context: P2PContext) -> AsyncIterator[BytesValue]:
         """Pieces of a snapshot."""
-        async for frame in self._serve(context, lambda peer: self._snapshot(request.value)):
+        async for frame in self._serve(context, lambda peer: self._snapshot(request.value, peer)):
             yield frame
 
     async def rpc_data(self, request: BytesValue, context: P2PContext) -> AsyncIterator[BytesValue]:
@@ -93,7 +97,7 @@ class PeerServicer(ServicerBase):
         """Run one streaming call within this peer's share of calls."""
         peer = context.remote_id.to_bytes()
         if self._calls[peer] >= CALLS_PER_PEER:
-            yield self._traffic.message(Answer("too many calls at once"))
+            yield self._traffic.message(Answer(TOO_MANY_CALLS))
             return
         self._calls[peer] += 1
         try:
@@ -125,10 +129,11 @@ class PeerServicer(ServicerBase):
         done = asyncio.get_running_loop().create_future()
         self._driver.handing_out.add(done)
         try:
-            for number, frame in enumerate(self._traffic.blob(reply.data, pieces=2)):
-                if number == 2:
-                    failpoint("reply_half_sent")
-                yield frame
+            with self._driver.handout.urgent():
+                for number, frame in enumerate(self._traffic.blob(reply.data, pieces=2)):
+                    if number == 2:
+                        failpoint("reply_half_sent")
+                    yield frame
         finally:
             self._driver.handing_out.discard(done)
             done.set_result(None)
@@ -157,20 +162,44 @@ class PeerServicer(ServicerBase):
             for frame in self._traffic.blob(encoded):
                 yield frame
 
-    async def _snapshot(self, request: bytes) -> Frames:
+    async def _snapshot(self, request: bytes, peer: bytes) -> Frames:
         wanted = decode_message(request, SnapshotRequest)
         refusal = self._driver.wrong_run(wanted.run_id)
-        found = None if refusal else await asyncio.to_thread(self._driver.catching_up.open_snapshot, wanted.id)
-        if refusal is None and found is None:
-            refusal = "no such snapshot here any more"
-        yield self._traffic.message(Answer(refusal or ""))
+        found = None
+        if refusal is None:
+            found = await asyncio.to_thread(self._driver.catching_up.open_snapshot, wanted.id, wanted.root)
         if found is None:
+            yield self._traffic.message(Answer(refusal or "no such snapshot here any more"))
             return
-        for frame in self._traffic.blob(b"".join(found.hashes)):
+        numbers = range(wanted.first, min(wanted.end, wanted.first + PIECES_A_CALL))
+        if len(numbers) < wanted.end - wanted.first or not all(map(found.has, numbers)):
+            yield self._traffic.message(Answer("not all of these pieces are here"))
+            return
+        held = self._traffic.message(SnapshotHeld(found.held))
+        if not numbers and not wanted.hashes:
+            yield self._traffic.message(Answer(""))
+            yield held
+            return
+        with self._driver.handout.stream(peer) as going_on:
+            yield self._traffic.message(Answer("" if going_on else TOO_MANY_CALLS))
+            if going_on is None:
+                return
+            yield held
+            if wanted.hashes:
+                hashes = await self._driver.catching_up.hashes_of(found)
+                async for frame in self._paced(b"".join(hashes), going_on):
+                    yield frame
+            for number in numbers:
+                async for frame in self._paced(await asyncio.to_thread(found.read, number), going_on):
+                    yield frame
+
+    async def _paced(self, data: bytes, going_on: Callable[[], bool]) -> Frames:
+        """A blob at the pace of the handout, in frames small enough that none is long in coming."""
+        for frame in self._traffic.blob(data, pieces=max(1, -(-len(data) // PACED_BYTES))):
+            await self._driver.handout.pace(frame.ByteSize())
+            if not going_on():
+                raise CallError("it takes too long")
             yield frame
-        for number in range(wanted.first, min(wanted.end, len(found.hashes))):
-            for frame in self._traffic.blob(await asyncio.to_thread(found.piece, number)):
-                yield frame
 
     async def _data(self, request: bytes) -> Frames:
         wanted = decode_message(request, DataRequest)

@@ -10,6 +10,7 @@ Cost: one write of the parameters every `root_interval` rounds.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,12 +51,12 @@ class SnapshotStore:
     """The newest snapshots in a folder."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
 
     def all(self) -> list[SnapshotFile]:
         """Newest first."""
         found = []
-        for path in self._folder.glob("snapshot-*"):
+        for path in self.folder.glob("snapshot-*"):
             match = _NAME.fullmatch(path.name)
             if match:
                 found.append(SnapshotFile(int(match[1]), bytes.fromhex(match[2]), bytes.fromhex(match[3]), path))
@@ -68,11 +69,24 @@ class SnapshotStore:
     def save(self, round: int, identifier: bytes, data: bytes) -> SnapshotFile:
         """Keep a snapshot, and of the older ones those that belong to the newest."""
         root = root_of(len(data), piece_hashes(data))
-        path = self._folder / f"snapshot-{round:012d}-{identifier.hex()}-{root.hex()}"
+        path = self._path(round, identifier, root)
         atomic_write(path, data)
-        for old in self.all()[KEPT:]:
+        return self._kept(SnapshotFile(round, identifier, root, path))
+
+    def take(self, path: Path, round: int, identifier: bytes, root: bytes) -> SnapshotFile:
+        """Keep a file, which was checked, as a snapshot: it moves here in one step. Raises OSError."""
+        os.replace(path, self._path(round, identifier, root))
+        return self._kept(SnapshotFile(round, identifier, root, self._path(round, identifier, root)))
+
+    def _path(self, round: int, identifier: bytes, root: bytes) -> Path:
+        return self.folder / f"snapshot-{round:012d}-{identifier.hex()}-{root.hex()}"
+
+    def _kept(self, newest: SnapshotFile) -> SnapshotFile:
+        # One that was fetched may be older than those of the branch that is left for it.
+        others = [snapshot for snapshot in self.all() if snapshot.path != newest.path]
+        for old in others[KEPT - 1 :]:
             old.path.unlink(missing_ok=True)
-        return SnapshotFile(round, identifier, root, path)
+        return newest
 
     def drop_after(self, round: int) -> None:
         """Forget the snapshots of a branch that was left at `round`."""
