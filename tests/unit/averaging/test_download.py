@@ -37,9 +37,9 @@ FOUR_MBIT = 4000
 
 @pytest.fixture(scope="module")
 def lone() -> Lone:
-    """Rounds 1 to 4, and two more, the first of which seals the root of `DATA` at round 4."""
+    """Rounds 1 to 4, and three more, the second of which seals the root of `DATA` at round 4."""
     made = Lone()
-    made.train(3)
+    made.train(4)
     sealed = seal(made.states[-1], made.identity, made.chunks, (made.reply(made.replica.optimizer.select()),))
     with_root = msgspec.structs.replace(sealed.seal, root=ROOT)
     signed = chain.encode_seal(with_root, made.identity.sign)
