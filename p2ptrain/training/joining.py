@@ -127,15 +127,17 @@ async def fetch_corpus(
     """The packed corpus from any peer of the run that hands it out. Raises DataError."""
     calls = Client(node, Traffic(), run_id)
     limit = config.bytes + config.heldout_bytes + PACKING_SLACK_BYTES
-    peers = list(await node.read_peers(run_id))
-    for peer in peers:
-        if peer == node.peer_id:
-            continue
-        try:
-            await node.connect(peer)
-            return await calls.data(peer, limit, lambda done, total: progress("data", done, total))
-        except (CallError, UnreachableError) as error:
-            _logger.info("no data from %s: %s", format_peer_id(peer)[-8:], error)
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            # A stream that breaks once is no reason to send a user away.
+            await asyncio.sleep(RETRY_SECONDS)
+        peers = [peer for peer in await node.read_peers(run_id) if peer != node.peer_id]
+        for peer in peers:
+            try:
+                await node.connect(peer)
+                return await calls.data(peer, limit, lambda done, total: progress("data", done, total))
+            except (CallError, UnreachableError) as error:
+                _logger.info("no data from %s: %s", format_peer_id(peer)[-8:], error)
     raise DataError(
         f"none of {len(peers)} peers hands out the run's text ({config.name})",
         hint="get the text elsewhere and join with --data PATH, or try again later",
