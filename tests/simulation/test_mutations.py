@@ -144,10 +144,6 @@ def forget_outcomes_at_a_crash(patch: Patch) -> None:
     patch.setattr(Ledger, "replay", lambda self, outcome, *, in_momentum: None)
 
 
-def resync_takes_what_is_unknown_for_late(patch: Patch) -> None:
-    patch.setattr(Ledger, "give_up_until", lambda self, round, id: None)
-
-
 MUTATIONS = [
     apply_before_the_seal,
     skip_although_the_sealer_holds_the_reply,
@@ -162,7 +158,6 @@ MUTATIONS = [
     uncapped_weight,
     send_before_the_own_log_knows,
     forget_outcomes_at_a_crash,
-    resync_takes_what_is_unknown_for_late,
 ]
 
 
