@@ -105,6 +105,7 @@ class Ledger:
         match outcome.kind:
             case "given up":
                 self.pending.pop(outcome.key, None)
+                self.given_up += 1
             case "settled":
                 pending = self.pending.pop(outcome.key, None)
                 if pending is None:
