@@ -19,7 +19,17 @@ from numpy.typing import NDArray
 from p2ptrain.averaging.catching_up import Restore
 from p2ptrain.averaging.chain import ChainState, RoundShape, Row
 from p2ptrain.averaging.driver import DriverParts, RoundDriver, TrainerMessage
-from p2ptrain.averaging.events import ContributionReady, Effect, Event, Key, ReplyHeld, SealedRound, StartRound
+from p2ptrain.averaging.events import (
+    ContributionReady,
+    Effect,
+    Event,
+    Key,
+    ReplyHeld,
+    Rollback,
+    SealedRound,
+    StartRound,
+    Synced,
+)
 from p2ptrain.averaging.machine import RoundMachine
 from p2ptrain.averaging.messages import Traffic
 from p2ptrain.models.gpt import GPT
@@ -185,20 +195,14 @@ class SimTrainer(Trainer):
         return self.replica.optimizer.momentum[:, :ENTRIES].numpy().astype(np.float64)
 
     def at_stake(self) -> NDArray[np.float64]:
-        """[chunks, ENTRIES] the most that giving up what was sent can change."""
-        total = np.zeros((self.replica.layout.chunks, ENTRIES))
-        for sent in (*self.ledger.pending.values(), *(entry.settled.pending for entry in self.ledger._settled)):
-            total += abs(dense(sent.sent.chunk, sent.sent.index, sent.sent.value, len(total)))
-        return total
-
-    def logged(self) -> Rows:
-        """[chunks, ENTRIES] the same, from the own log."""
-        total = np.zeros((self.replica.layout.chunks, ENTRIES))
-        for entry in self._own_log.all():
-            if not entry.stood_in:
-                sent = self._sent_by(entry)
-                total += abs(dense(sent.chunk, sent.index, sent.value, len(total)))
-        return total
+        """[chunks, ENTRIES] the most that a change of chains which gives up what was sent can change."""
+        contributions = [
+            *(pending.sent for pending in self.ledger.pending.values()),
+            *(entry.settled.pending.sent for entry in self.ledger._settled),
+            *(self._sent_by(entry) for key in self.ledger.given_up if (entry := self._own_log.find(key)) is not None),
+        ]
+        rows = [abs(dense(sent.chunk, sent.index, sent.value, len(self.produced))) for sent in contributions]
+        return sum(rows, np.zeros_like(self.produced))
 
     def pending_rows(self) -> NDArray[np.float64]:
         """[chunks, ENTRIES] sum of what is sent and not settled."""
@@ -250,6 +254,8 @@ class SimDriver(RoundDriver):
         shape = self.machine.shape
         if isinstance(event, ContributionReady) and shape is not None and self.machine.awaits(event.key):
             self.peer.world.sends(self.peer, event, shape)
+        if isinstance(event, Synced):
+            self.peer.held.clear()  # it left that chain, and begins its round anew if it comes back
         super().dispatch(event)
         if isinstance(event, ReplyHeld) and self.machine.held_reply(event.key, event.part) is not None:
             held = self.peer.held
@@ -460,6 +466,7 @@ class SimPeer:
             self.world.took(self, message)
             at_stake = trainer.at_stake()
             trainer.take(message, link)
-            if isinstance(message, Restore) and not message.common:
+            left = isinstance(message, Restore | Rollback)
+            if left and (trainer.ledger.given_up or (isinstance(message, Restore) and not message.common)):
                 self.world.gave_up(self, at_stake)
             self.world.check_account(self)

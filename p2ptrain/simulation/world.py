@@ -391,7 +391,7 @@ class World:
         trainer.produced = produced
         peer.lost = produced - trainer.retained
         if trainer.ledger.given_up:
-            self.gave_up(peer, trainer.logged())
+            self.gave_up(peer, trainer.at_stake())
         peer.retained_at[trainer.replica.optimizer.decays] = produced - peer.lost
         self.check_account(peer)
 
@@ -404,6 +404,8 @@ class World:
         if (abs(change) > at_stake).any():
             raise ViolationError(f"{peer.name}: a change of chains lost more than what it had sent")
         peer.lost = peer.lost + change
+        for decays, retained in peer.retained_at.items():
+            peer.retained_at[decays] = retained - change
         self.report.coverage["given_up"] += int(change.any())
 
     def died(self, peer: SimPeer) -> None:

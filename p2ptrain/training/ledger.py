@@ -41,7 +41,7 @@ class Ledger:
         #: since the last entry of the own log
         self.outcomes: list[Outcome] = []
         #: contributions whose fate cannot be known, since the chain between is no longer to be had
-        self.given_up = 0
+        self.given_up: set[Key] = set()
 
     def send(self, key: Key, pending: Pending) -> None:
         """A contribution left the momentum."""
@@ -94,7 +94,7 @@ class Ledger:
             pending = self.pending.pop(key)
             whole = Settled(pending, np.ones(len(pending.sent.value), bool), ())
             self._note("given up", _Entry(round, id, key, whole))
-            self.given_up += 1
+            self.given_up.add(key)
 
     def replay(self, outcome: Outcome, *, in_momentum: bool) -> None:
         """After a crash: what the own log says became of a contribution.
@@ -105,7 +105,7 @@ class Ledger:
         match outcome.kind:
             case "given up":
                 self.pending.pop(outcome.key, None)
-                self.given_up += 1
+                self.given_up.add(outcome.key)
             case "settled":
                 pending = self.pending.pop(outcome.key, None)
                 if pending is None:

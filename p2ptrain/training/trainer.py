@@ -182,12 +182,16 @@ class Trainer:
 
     def _restore_from_snapshot(self, journal: Journal) -> None:
         """The checkpoint is of a branch that was left, or gone: start from what the journal reaches back to."""
-        for snapshot in self._snapshots.all():
-            if journal.position(snapshot.id) is not None:
-                self.replica.load_snapshot(snapshot.read())
-                # Died while it changed to a chain that came without its past.
-                self.ledger.give_up_until(snapshot.round, snapshot.id)
-                return
+        # From before what is pending, so that the journal's rounds can settle it.
+        oldest_pending = min((key.round for key in self.ledger.pending), default=journal.last + 1)
+        usable = [snapshot for snapshot in self._snapshots.all() if journal.position(snapshot.id) is not None]
+        if usable:
+            before = (snapshot for snapshot in usable if snapshot.round < oldest_pending)
+            snapshot = next(before, usable[-1])
+            self.replica.load_snapshot(snapshot.read())
+            # Died while it changed to a chain that came without its past.
+            self.ledger.give_up_until(snapshot.round, snapshot.id)
+            return
         if journal.position(self.replica.run_id) is None:
             journal.restart_at(self.replica.run_id)
         self.replica.reset()
