@@ -312,6 +312,8 @@ class SimPeer:
         #: decays of the momentum -> [chunks, ENTRIES] gradients then produced and not lost
         self.retained_at: dict[int, Rows] = {0: self.lost}
         self.total = 0
+        #: the state id that its trainer is leaving, while it takes a message
+        self.leaves = b""
         #: its replica went wrong, and nothing has mended it yet
         self.corrupt = False
         #: replies that it was given for the rounds under way
@@ -345,6 +347,7 @@ class SimPeer:
         self.actor = Actor(self.world.loop)
         self.actor.context.run(watcher.set, self.watch)
         self.dies_after = None
+        self.leaves = b""
         self.held.clear()
         # Those of the life before; `_live` makes new ones.
         self.__dict__.pop("driver", None)
@@ -405,7 +408,7 @@ class SimPeer:
         )
         self.trainer.begin_life(self)
         self.trainer.restore(journal)
-        world.restored(self)
+        world.restored(self, journal)
         machine = RoundMachine(
             self.id,
             rules_of(manifest, replica.layout.chunks),
@@ -465,7 +468,9 @@ class SimPeer:
             await asyncio.sleep(self.world.apply_seconds())
             self.world.took(self, message)
             at_stake = trainer.at_stake()
+            self.leaves = trainer.replica.chain.id
             trainer.take(message, link)
+            self.leaves = b""
             left = isinstance(message, Restore | Rollback)
             if left and (trainer.ledger.given_up or (isinstance(message, Restore) and not message.common)):
                 self.world.gave_up(self, at_stake)

@@ -45,6 +45,7 @@ from p2ptrain.simulation.loop import VirtualLoop
 from p2ptrain.simulation.network import Line, Network
 from p2ptrain.simulation.oracle import Oracle
 from p2ptrain.simulation.peer import RECORD_FRESH_SECONDS, PeerCrashed, SimPeer, ViolationError
+from p2ptrain.state.journal import Journal
 
 CONVERGENCE_SECONDS = 90.0
 SETTLED_ROUNDS = 8
@@ -121,8 +122,8 @@ class World:
         self.calm = not scenario.faults
         self._history = hashlib.sha256()
         self._apply_random = random.Random(scenario.seed + 2)
-        #: peer -> what the momentum's owner knows it has produced, at its death
-        self._produced: dict[str, Any] = {}
+        #: peer -> what the momentum's owner knows it has produced, and the state id it stood at, at its death
+        self._left: dict[str, tuple[Any, bytes]] = {}
         #: in calm: members' contributions in a row that no seal included
         self._missed: Counter[bytes] = Counter()
         self._waiting_since: dict[bytes, int] = {}
@@ -357,13 +358,15 @@ class World:
             ours = peer.trainer.replica.chain
             if message.snapshot is not None:
                 count["restores_from_snapshot"] += 1
-            path = self.oracle.path(message.rounds[-1].id if message.rounds else message.chain.id)
-            if ours.round and ours.id not in path:
+            fork_round = self._fork_round(ours.id, message.rounds[-1].id if message.rounds else message.chain.id)
+            if fork_round < ours.round:
                 count["deep_rollbacks"] += 1
-                journal = peer.driver._p.journal
-                common = [i for i in self.oracle.path(ours.id) if i in path]
-                if len(common) - 1 < journal.first - 1:
-                    count["forks_older_than_the_journal"] += 1
+                count["forks_older_than_the_journal"] += int(fork_round < peer.driver._p.journal.first - 1)
+
+    def _fork_round(self, ours: bytes, theirs: bytes) -> int:
+        """The last round that the chains to two state ids have in common."""
+        path = self.oracle.path(theirs)
+        return sum(state in path for state in self.oracle.path(ours)) - 1
 
     # ---- what must hold ---------------------------------------------------------------------------------------
 
@@ -382,15 +385,16 @@ class World:
                 f"consumed {consumed[place]:g}"
             )
 
-    def restored(self, peer: SimPeer) -> None:
+    def restored(self, peer: SimPeer, journal: Journal) -> None:
         """A peer has come back from its disk: what it lost must be what it had gathered since it last wrote."""
         trainer = peer.trainer
-        produced = self._produced.pop(peer.name, None)
-        if produced is None:
+        if peer.name not in self._left:
             return
+        produced, stood_at = self._left.pop(peer.name)
         trainer.produced = produced
         peer.lost = produced - trainer.retained
-        if trainer.ledger.given_up:
+        # It may have died after its journal went over to another chain and before it did itself.
+        if trainer.ledger.given_up or self._fork_round(stood_at, trainer.replica.chain.id) < journal.first - 1:
             self.gave_up(peer, trainer.at_stake())
         peer.retained_at[trainer.replica.optimizer.decays] = produced - peer.lost
         self.check_account(peer)
@@ -411,7 +415,7 @@ class World:
     def died(self, peer: SimPeer) -> None:
         """A peer is about to be gone."""
         if hasattr(peer, "trainer"):
-            self._produced[peer.name] = peer.trainer.produced
+            self._left[peer.name] = peer.trainer.produced, peer.leaves or peer.trainer.replica.chain.id
 
     def _check_seal(self, peer: SimPeer, sealed: SealedRound) -> None:
         """A sealer seals what it holds, and all of it."""

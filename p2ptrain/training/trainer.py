@@ -336,6 +336,8 @@ class Trainer:
             if sealed.seal.round % self._rules.root_interval == 0:
                 snapshot = self._snapshots.save(sealed.seal.round, sealed.id, self.replica.snapshot())
                 swarm.root_computed(snapshot.round, snapshot.id, snapshot.root)
+        # What this has undone must be known after a crash, when the journal may no longer reach back to the fork.
+        self.save()
         self._show()
 
     def _apply(self, sealed: SealedRound, live: Apply | None = None) -> None:
