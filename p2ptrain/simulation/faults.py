@@ -105,8 +105,8 @@ class Faults:
 
     async def _wipe(self) -> None:
         peer = self._some()
-        if peer is None or sum(p.alive for p in self._world.peers) < 2:
-            return
+        if peer is None or not any(p.total and not p.gone for p in self._world.peers if p is not peer):
+            return  # nobody else holds the chain
         peer.die()
         peer.gone = True
         fresh = self._world.add_peer(len(self._world.peers), f"{peer.name}-w{next(self._names)}")

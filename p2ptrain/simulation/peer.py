@@ -32,6 +32,7 @@ from p2ptrain.averaging.events import (
 )
 from p2ptrain.averaging.machine import RoundMachine
 from p2ptrain.averaging.messages import Traffic
+from p2ptrain.compression import wire
 from p2ptrain.models.gpt import GPT
 from p2ptrain.observe.status import Status
 from p2ptrain.optim.demo import PartReply
@@ -194,14 +195,18 @@ class SimTrainer(Trainer):
         """[chunks, ENTRIES]"""
         return self.replica.optimizer.momentum[:, :ENTRIES].numpy().astype(np.float64)
 
-    def at_stake(self) -> NDArray[np.float64]:
+    def at_stake(self) -> Rows:
         """[chunks, ENTRIES] the most that a change of chains which gives up what was sent can change."""
-        contributions = [
-            *(pending.sent for pending in self.ledger.pending.values()),
-            *(entry.settled.pending.sent for entry in self.ledger._settled),
-            *(self._sent_by(entry) for key in self.ledger.given_up if (entry := self._own_log.find(key)) is not None),
-        ]
-        rows = [abs(dense(sent.chunk, sent.index, sent.value, len(self.produced))) for sent in contributions]
+        settled = [entry.settled.pending for entry in self.ledger._settled]
+        return self._sum([p.sent for p in (*self.ledger.pending.values(), *settled)]) + self.given_up()
+
+    def given_up(self) -> Rows:
+        """[chunks, ENTRIES] sum of the sizes of what is in doubt."""
+        entries = (self._own_log.find(key) for key in self.ledger.given_up)
+        return self._sum([self._sent_by(entry) for entry in entries if entry is not None])
+
+    def _sum(self, contributions: list[wire.Coefficients]) -> Rows:
+        rows = (abs(dense(sent.chunk, sent.index, sent.value, len(self.produced))) for sent in contributions)
         return sum(rows, np.zeros_like(self.produced))
 
     def pending_rows(self) -> NDArray[np.float64]:
@@ -314,6 +319,8 @@ class SimPeer:
         self.total = 0
         #: the state id that its trainer is leaving, while it takes a message
         self.leaves = b""
+        #: a change of chains has lost something
+        self.has_given_up = False
         #: its replica went wrong, and nothing has mended it yet
         self.corrupt = False
         #: replies that it was given for the rounds under way
@@ -337,6 +344,11 @@ class SimPeer:
     @property
     def machine(self) -> RoundMachine:
         return self.driver.machine
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether what became of some contribution is not known, or was not at a time."""
+        return self.has_given_up or bool(self.trainer.ledger.given_up)
 
     def start(self, *, founder: bool = False) -> None:
         """Begin to live, or again from disk."""
@@ -468,10 +480,13 @@ class SimPeer:
             await asyncio.sleep(self.world.apply_seconds())
             self.world.took(self, message)
             at_stake = trainer.at_stake()
+            doubtful = trainer.given_up()
             self.leaves = trainer.replica.chain.id
             trainer.take(message, link)
             self.leaves = b""
-            left = isinstance(message, Restore | Rollback)
-            if left and (trainer.ledger.given_up or (isinstance(message, Restore) and not message.common)):
+            if isinstance(message, Restore) and not message.common:
                 self.world.gave_up(self, at_stake)
+            elif self.in_doubt:
+                # What is in doubt may be on this chain after all.
+                self.world.gave_up(self, at_stake if isinstance(message, Restore | Rollback) else doubtful)
             self.world.check_account(self)

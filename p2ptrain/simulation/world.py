@@ -394,7 +394,7 @@ class World:
         trainer.produced = produced
         peer.lost = produced - trainer.retained
         # It may have died after its journal went over to another chain and before it did itself.
-        if trainer.ledger.given_up or self._fork_round(stood_at, trainer.replica.chain.id) < journal.first - 1:
+        if peer.in_doubt or self._fork_round(stood_at, trainer.replica.chain.id) < journal.first - 1:
             self.gave_up(peer, trainer.at_stake())
         peer.retained_at[trainer.replica.optimizer.decays] = produced - peer.lost
         self.check_account(peer)
@@ -410,6 +410,7 @@ class World:
         peer.lost = peer.lost + change
         for decays, retained in peer.retained_at.items():
             peer.retained_at[decays] = retained - change
+        peer.has_given_up |= bool(change.any())
         self.report.coverage["given_up"] += int(change.any())
 
     def died(self, peer: SimPeer) -> None:
