@@ -448,7 +448,7 @@ class RoundDriver:
     def _from_journal(self, key: Key, part: int) -> Reply | None:
         """The reply in a round that is sealed already."""
         journal = self._p.journal
-        if not journal.first <= key.round <= journal.last or journal.position(key.base) not in (key.round - 2, None):
+        if not journal.first <= key.round <= journal.last or journal.position(key.base) != key.round - 2:
             return None
         data = journal.read(key.round).replies
         if part >= len(data) or data[part] is None:

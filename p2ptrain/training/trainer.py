@@ -303,7 +303,7 @@ class Trainer:
 
     def _on_apply(self, message: Apply, swarm: Swarm) -> None:
         sealed = message.sealed
-        self._apply(sealed, message)
+        self._apply(sealed)
         if message.index is not None or sealed.seal.sealer == self._peer_id:
             self.rounds_applied += 1
         if self._current is not None and self._current.key.round <= sealed.seal.round:
@@ -340,29 +340,25 @@ class Trainer:
         self.save()
         self._show()
 
-    def _apply(self, sealed: SealedRound, live: Apply | None = None) -> None:
-        """Take the step of one sealed round and settle what we sent for it.
-
-        Args:
-            live: as the machine put it; None: from the journal or a donor, where the own log knows what we sent.
-        """
+    def _apply(self, sealed: SealedRound) -> None:
+        """Take the step of one sealed round and settle what we sent for it."""
         chunks = self.replica.layout.chunks
         shape = chain.shape_of(self.replica.chain, chunks)
         state = chain.extend(self.replica.chain, sealed.id, sealed.seal, chunks)
         key = Key(shape.round, shape.base)
         replies = self.replica.apply(sealed, shape, state)
         index = shape.index(self._peer_id)
-        if not self._has_sent(key, shape, live):
+        if not self._has_sent(key):
             index = None
         self.status.consumed_share = self.ledger.settle(shape.round, sealed.id, key, replies, index)
 
-    def _has_sent(self, key: Key, shape: RoundShape, live: Apply | None) -> bool:
-        """Whether a contribution of ours can be in the replies of a round: the own log outlives this process."""
+    def _has_sent(self, key: Key) -> bool:
+        """Whether a contribution of ours can be in the replies of a round, on whichever branch.
+
+        Only what the own log has ever leaves for a round, and it outlives this process.
+        """
         entry = self._own_log.find(key)
-        if entry is None or entry.stood_in:
-            return False
-        # The log has the parts that it was cut for last; the machine knows of those before, on another branch.
-        return entry.ranges == ranges_of(shape) or (live is not None and live.contributed)
+        return entry is not None and not entry.stood_in
 
     @property
     def has_work(self) -> bool:
