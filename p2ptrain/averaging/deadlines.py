@@ -108,6 +108,8 @@ class Deadlines:
         self._learns = learns
         self._rounds = 0
         self._round_seconds = 0.0
+        #: whom it has been learned with
+        self._group: frozenset[bytes] = frozenset()
 
     def observe_round(self, seconds: float) -> None:
         """Half of the others were heard this long after the round began."""
@@ -116,7 +118,13 @@ class Deadlines:
         self._round_seconds += (seconds - self._round_seconds) * gain
 
     def keep_only(self, members: Collection[bytes]) -> None:
-        """Forget who is no member any more."""
+        """Forget who is no member any more; with a group a quarter of which is new, begin to learn again.
+
+        Who comes how late, after half of the others, depends on who they are: a fast newcomer makes all the rest late.
+        """
+        if len(members) <= 4 * len(set(members) - self._group):
+            self._group = frozenset(members)
+            self._rounds = 0
         self.contributions.keep_only(members)
         self.replies.keep_only(members)
 

@@ -447,15 +447,8 @@ class RoundDriver:
 
     def _from_journal(self, key: Key, part: int) -> Reply | None:
         """The reply in a round that is sealed already."""
-        journal = self._p.journal
-        if not journal.first <= key.round <= journal.last or journal.position(key.base) != key.round - 2:
-            return None
-        data = journal.read(key.round).replies
-        if part >= len(data) or data[part] is None:
-            return None
-        reply = data[part]
-        assert reply is not None
-        return Reply(reply_digest(reply), frozenset(), reply)
+        data = self._p.journal.reply(key.round, key.base, part)
+        return None if data is None else Reply(reply_digest(data), frozenset(), data)
 
     # ---- what others ask (called by the servicer) -------------------------------------------------------------
 

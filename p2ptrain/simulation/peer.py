@@ -325,6 +325,8 @@ class SimPeer:
         self.corrupt = False
         #: replies that it was given for the rounds under way
         self.held: dict[tuple[Key, int], RoundShape] = {}
+        #: it was told to bootstrap the run, and is told so again when it comes back
+        self.founder = False
         #: it never comes back
         self.gone = False
 
@@ -353,6 +355,7 @@ class SimPeer:
     def start(self, *, founder: bool = False) -> None:
         """Begin to live, or again from disk."""
         self.lives += 1
+        self.founder |= founder
         for folder in ("journal", "own", "checkpoints"):
             (self.home / folder).mkdir(parents=True, exist_ok=True)
             remove_unfinished(self.home / folder)
@@ -366,7 +369,7 @@ class SimPeer:
         self.__dict__.pop("trainer", None)
         self.node = SimNode(self.world.network, self.identity, self.actor, self.line, dialable=self.dialable)
         self.world.network.add(self.node)
-        self.actor.spawn(self._live(founder))
+        self.actor.spawn(self._live())
 
     def watch(self, place: str) -> None:
         """A failpoint is passed."""
@@ -398,7 +401,7 @@ class SimPeer:
         self.home.rename(moved)
         self.home = moved
 
-    async def _live(self, founder: bool) -> None:
+    async def _live(self) -> None:
         world, manifest = self.world, self.world.manifest
         loop = asyncio.get_running_loop()
         replica = SimReplica(self)
@@ -427,7 +430,7 @@ class SimPeer:
             replica.chain,
             self.identity.sign,
             Row(0, 0, uplink),
-            founder=founder,
+            founder=self.founder,
         )
         parts = DriverParts(
             node=cast(SwarmNode, self.node),

@@ -65,6 +65,16 @@ class Journal:
         """One round that is kept."""
         return decode_sealed(self._path(round).read_bytes(), self._verify)
 
+    def reply(self, round: int, base: bytes, part: int) -> bytes | None:
+        """The sealed reply of a part of the round shaped by the seal `base`; None where this chain has none.
+
+        A base that is not ours is another fork's, and so is its round, whatever its number.
+        """
+        if not self.first <= round <= self.last or self.position(base) != round - 2:
+            return None
+        replies = self.read(round).replies
+        return replies[part] if part < len(replies) else None
+
     def append(self, sealed: SealedRound) -> None:
         """Keep a round; one of the same number, and all after it, were rolled back and go.
 

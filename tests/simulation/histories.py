@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
+import msgspec
 import torch
 
 from p2ptrain.config.manifest import Manifest, RoundConfig
@@ -31,9 +32,14 @@ MANIFEST = Manifest(
 )
 
 
+SHORT_JOURNALS = msgspec.structs.replace(MANIFEST, round=msgspec.structs.replace(MANIFEST.round, root_interval=2))
+"""Journals of about six rounds, so that many forks are older than they are."""
+
+
 def scenario(seed: int, faults: tuple[str, ...] = FAULTS) -> Scenario:
-    """Three to six peers."""
-    return Scenario(manifest=MANIFEST, seed=seed, peers=3 + seed % 4, rounds=20, faults=faults)
+    """Three to six peers; every other history with short journals."""
+    manifest = MANIFEST if seed % 2 else SHORT_JOURNALS
+    return Scenario(manifest=manifest, seed=seed, peers=3 + seed // 2 % 4, rounds=20, faults=faults)
 
 
 def play(seed: int, faults: tuple[str, ...] = FAULTS) -> Report:

@@ -86,6 +86,22 @@ def test_a_group_that_becomes_slower_is_waited_for_again_after_two_rounds(count:
     assert lateness.wait_seconds(1.0) >= seconds
 
 
+def test_a_group_a_quarter_of_which_is_new_is_learned_anew() -> None:
+    """Three peers whose one newcomer is fast: the others are as late as that, and were not before."""
+    for count, newcomers, again in ((2, 1, True), (6, 2, True), (6, 1, False), (30, 9, False)):
+        deadlines, members = Deadlines(2.0, 2.0), [bytes([n]) for n in range(count)]
+        deadlines.keep_only(members)
+        for _ in range(ROUNDS_LEARNING):
+            deadlines.observe_round(1.0)
+            for member in members:
+                deadlines.contributions.observe(member, 0.0)
+        assert deadlines.grace_seconds == FLOOR_SECONDS
+        deadlines.keep_only([*members, *(bytes([100 + n]) for n in range(newcomers))])
+        assert deadlines.grace_seconds == (2.0 if again else FLOOR_SECONDS)
+        deadlines.keep_only(members[:1])
+        assert deadlines.grace_seconds == (2.0 if again else FLOOR_SECONDS), "who leaves makes nobody late"
+
+
 def test_until_enough_was_observed_the_manifest_decides_and_with_fixed_pace_always() -> None:
     for learns in (True, False):
         deadlines = Deadlines(2.0, 4.0, learns=learns)

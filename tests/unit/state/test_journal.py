@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from pathlib import Path
 
@@ -42,6 +43,17 @@ def test_a_position_is_that_of_every_id_that_later_rounds_continue(tmp_path: Pat
     journal = filled(tmp_path, lone)
     assert [journal.position(state.id) for state in lone.states] == list(range(7))
     assert journal.position(bytes(32)) is None
+
+
+def test_a_reply_is_only_for_the_fork_that_the_round_is_of(tmp_path: Path, lone: Lone) -> None:
+    journal = filled(tmp_path, lone)
+    for number in range(3, 7):
+        base = lone.states[number - 2].id
+        assert journal.reply(number, base, 0) == lone.rounds[number - 1].replies[0] is not None
+        assert journal.reply(number, base, 1) is None
+        assert journal.reply(number, hashlib.sha256(base).digest(), 0) is None
+        assert journal.reply(number, lone.states[number - 1].id, 0) is None
+    assert journal.reply(7, lone.states[5].id, 0) is None
 
 
 def test_a_gap_is_refused(tmp_path: Path, lone: Lone) -> None:
