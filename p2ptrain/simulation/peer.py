@@ -120,12 +120,12 @@ class SimReplica(Replica):
     def snapshot(self) -> bytes:
         data = super().snapshot()
         if self._peer.corrupt:
-            self._world.corrupt_roots.add(root_of(len(data), piece_hashes(data)))
+            self._peer.corrupt_roots.add(root_of(len(data), piece_hashes(data)))
         return data
 
     def load_snapshot(self, data: bytes) -> None:
         # Only its own disk may give it back what went wrong.
-        self._peer.corrupt &= root_of(len(data), piece_hashes(data)) in self._world.corrupt_roots
+        self._peer.corrupt = root_of(len(data), piece_hashes(data)) in self._peer.corrupt_roots
         super().load_snapshot(data)
 
     def load_arrays(self, arrays: dict[str, NDArray[np.float32]], chain: ChainState) -> None:
@@ -323,6 +323,8 @@ class SimPeer:
         self.has_given_up = False
         #: its replica went wrong, and nothing has mended it yet
         self.corrupt = False
+        #: roots of the snapshots that it has written meanwhile
+        self.corrupt_roots: set[bytes] = set()
         #: replies that it was given for the rounds under way
         self.held: dict[tuple[Key, int], RoundShape] = {}
         #: it was told to bootstrap the run, and is told so again when it comes back

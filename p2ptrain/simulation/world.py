@@ -127,8 +127,6 @@ class World:
         #: in calm: members' contributions in a row that no seal included
         self._missed: Counter[bytes] = Counter()
         self._waiting_since: dict[bytes, int] = {}
-        #: roots of snapshots of replicas gone wrong
-        self.corrupt_roots: set[bytes] = set()
         reference = SimReplicaShape(self)
         self.oracle = Oracle(self.manifest, self.run_id, reference.layout, reference.parameters)
 

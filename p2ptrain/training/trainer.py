@@ -194,6 +194,8 @@ class Trainer:
             return
         if journal.position(self.replica.run_id) is None:
             journal.restart_at(self.replica.run_id)
+            # Whatever settled these is gone with the journal: on this chain nothing is settled.
+            self.ledger.undo_after(0)
         self.replica.reset()
 
     def _sent_by(self, entry: OwnEntry) -> wire.Coefficients:
