@@ -880,7 +880,7 @@ class RoundMachine:
             parts=tuple(digests),
             rows=tuple(rows[m.peer_id] for m in shape.members),
             joins=joins,
-            root=self._majority_root(shape, included),
+            root=self._majority_root(shape),
         )
         signed: SignedSeal = chain.encode_seal(seal, self._sign)
         sealed = SealedRound(chain.seal_id(signed.body), seal, signed, tuple(replies))
@@ -892,7 +892,7 @@ class RoundMachine:
         self._begin_round(now)
         return True
 
-    def _majority_root(self, shape: RoundShape, included: frozenset[int]) -> bytes:
+    def _majority_root(self, shape: RoundShape) -> bytes:
         """The root most members sent for `chain.root_round`; tie: the smaller (4.10)."""
         wanted = chain.root_round(shape.round, self.rules.root_interval)
         members = {m.peer_id for m in shape.members} | {self.me}
@@ -901,7 +901,7 @@ class RoundMachine:
         )
         best = min(votes, key=lambda root: (-votes[root], root), default=b"")
         # A root that few have computed yet is no verdict on the others.
-        return best if 2 * votes[best] >= len(included) else b""
+        return best if 2 * votes[best] >= len(shape.members) else b""
 
 
 def _merit(tip: TipHeard) -> tuple[int, bytes]:

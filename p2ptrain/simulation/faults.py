@@ -34,8 +34,8 @@ split, halves, isolate, one_way: links are cut, between two groups, two equal on
 slow: a peer's line gets a tenth as fast, its delay ten times as long. late, truncate, repeat: streams go wrong.
 """
 CORRUPT = "corrupt"
-"""A replica gets a wrong bit. Not with the others: roots find it where most of those included are right, and who is
-alone, or cut off, is not outvoted."""
+"""A replica gets a wrong bit. Not with the others: roots find it where most members are right and there. Nobody else
+crashes meanwhile, and only a member of three or more that live goes wrong."""
 MEAN_SECONDS_BETWEEN = 5.0
 
 
@@ -84,11 +84,15 @@ class Faults:
         there = [peer for peer in self._world.peers if peer.running]
         return self._random.choice(there) if there else None
 
+    @property
+    def _corrupt_one(self) -> SimPeer | None:
+        return next((peer for peer in self._world.peers if peer.corrupt and not peer.gone), None)
+
     # ---- peers ------------------------------------------------------------------------------------------------
 
     async def _crash(self) -> None:
         peer = self._some()
-        if peer is None:
+        if peer is None or (self._corrupt_one is not None and self._corrupt_one is not peer):
             return
         # Somewhere in what it does next, or right now.
         peer.dies_after = self._random.choice((0, self._random.randrange(60)))
@@ -135,8 +139,9 @@ class Faults:
     async def _corrupt(self) -> None:
         peer = self._some()
         shape = peer.machine.shape if peer is not None else None
-        alone = shape is None or len(shape.members) < 3
-        if peer is not None and not alone and not any(p.corrupt for p in self._world.peers if not p.gone):
+        well = {p.id for p in self._world.peers if p.running and p.dies_after is None}
+        outvoted = shape is not None and len(shape.members) >= 3 and all(m.peer_id in well for m in shape.members)
+        if peer is not None and outvoted and self._corrupt_one is None:
             peer.trainer.replica.go_wrong()
 
     # ---- links ------------------------------------------------------------------------------------------------
