@@ -33,3 +33,8 @@ class Status:
     waiting_seconds: float = 0.0
     #: share of the last contribution that the group used
     consumed_share: float = 0.0
+    #: computed by this peer in all its lives, and how many of them may be in vain, since the chain changed
+    sequences_read: int = 0
+    sequences_given_up: int = 0
+    #: since this process began
+    snapshots_fetched: int = 0

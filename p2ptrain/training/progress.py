@@ -90,6 +90,7 @@ class Display:
             if status is not None:
                 entry |= {
                     "round": status.round,
+                    "state_id": status.state_id.hex(),
                     "state": status.state,
                     "loss": status.loss,
                     "bits_per_byte": status.bits_per_byte,
@@ -99,6 +100,9 @@ class Display:
                     "bytes_received_per_round": status.bytes_received_per_round,
                     "computing_seconds": round(status.computing_seconds, 3),
                     "waiting_seconds": round(status.waiting_seconds, 3),
+                    "sequences_read": status.sequences_read,
+                    "sequences_given_up": status.sequences_given_up,
+                    "snapshots_fetched": status.snapshots_fetched,
                 }
             text = json.dumps(entry)
         self._console.print(text, markup=False)

@@ -148,6 +148,8 @@ class Trainer:
             self._restore_from_snapshot(journal)
         for number in range(self.replica.chain.round + 1, journal.last + 1):
             self._apply(journal.read(number))
+        if self._sequences_read:
+            _logger.info("back at round %d with %d sequences read", self.replica.chain.round, self._sequences_read)
 
     def _replay_own_log(self, outcomes: tuple[Outcome, ...], unsettled: tuple[SentUnsettled, ...]) -> None:
         """Sends and outcomes in their order, over the momentum of the checkpoint, which has some of them already.
@@ -327,7 +329,11 @@ class Trainer:
     def _on_restore(self, message: Restore, swarm: Swarm) -> None:
         self.ledger.undo_after(message.chain.round)
         if not message.common:
+            self.status.snapshots_fetched += 1
+            before = self.ledger.given_up.copy()
             self.ledger.give_up_until(message.chain.round, message.chain.id)
+            entries = (self._own_log.find(key) for key in self.ledger.given_up - before)
+            self.status.sequences_given_up += sum(entry.row.weight for entry in entries if entry is not None)
         if message.snapshot is not None:
             self.replica.load_snapshot(message.snapshot)
         else:
@@ -471,6 +477,7 @@ class Trainer:
     def _show(self) -> None:
         state = self.replica.chain
         self.status.round, self.status.state_id, self.status.total = state.round, state.id, state.total
+        self.status.sequences_read = self._sequences_read
 
 
 def _overlap(known: tuple[Outcome, ...], logged: tuple[Outcome, ...]) -> int:
