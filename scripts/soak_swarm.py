@@ -621,6 +621,8 @@ def main() -> int:
     options = parser.parse_args()
     if os.geteuid() != 0:
         parser.error("it makes network namespaces: run it as root")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit("stopped"))
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="soak-", dir="/tmp"))
     peers = [Peer(folder, number) for number in range(options.peers)]

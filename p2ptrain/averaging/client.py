@@ -12,7 +12,7 @@ from google.protobuf.wrappers_pb2 import BytesValue
 from hivemind.p2p import P2PHandlerError
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 
-from p2ptrain.averaging.chain import Row
+from p2ptrain.averaging.chain import Row, SignedSeal
 from p2ptrain.averaging.handout import Handout
 from p2ptrain.averaging.messages import (
     NAMESPACE,
@@ -26,6 +26,7 @@ from p2ptrain.averaging.messages import (
     JoinRequest,
     News,
     RefusedError,
+    Relay,
     RoundsHeader,
     RoundsRequest,
     SnapshotHeld,
@@ -73,6 +74,12 @@ class Client:
     async def join(self, peer: bytes, row: Row) -> None:
         """Ask `peer` to admit us by its next seal. Raises RefusedError, CallError."""
         answer = await self._unary(peer, "rpc_join", self.traffic.message(JoinRequest(self.run_id, row)), Answer)
+        if answer.refusal:
+            raise RefusedError(answer.refusal)
+
+    async def relay(self, peer: bytes, tip: Tip, seal: SignedSeal) -> None:
+        """Pass a seal on. Raises RefusedError, CallError."""
+        answer = await self._unary(peer, "rpc_relay", self.traffic.message(Relay(self.run_id, tip, seal)), Answer)
         if answer.refusal:
             raise RefusedError(answer.refusal)
 

@@ -19,7 +19,7 @@ import msgspec
 
 from p2ptrain.averaging import chain
 from p2ptrain.averaging.catching_up import CatchingUp, Restore
-from p2ptrain.averaging.chain import ChainState
+from p2ptrain.averaging.chain import ChainState, Member, Seal, SealError
 from p2ptrain.averaging.client import Client
 from p2ptrain.averaging.events import (
     Apply,
@@ -135,7 +135,7 @@ class RoundDriver:
         self.machine = parts.machine
         self.handout = Handout(lambda: self.machine.row.uplink)
         self._client = Client(parts.node, parts.traffic, parts.run_id, self.handout)
-        self.feed = NewsFeed(self._client, lambda: self.tip, self.dispatch)
+        self.feed = NewsFeed(self._client, lambda: self.tip, self.dispatch, self._audience)
         self.catching_up = CatchingUp(
             self._client,
             parts.layout,
@@ -272,6 +272,7 @@ class RoundDriver:
                 self._spawn(self._reduce(effect))
             case PublishSeal():
                 self.feed.tell(effect.sealed.signed)
+                self.feed.pass_on(effect.sealed.id, effect.sealed.seal, effect.sealed.signed)
             case Apply():
                 self._apply(effect)
             case Rollback():
@@ -542,10 +543,23 @@ class RoundDriver:
     # ---- others -----------------------------------------------------------------------------------------------
 
     def follow_members(self) -> None:
-        """Follow every member of this round and the next."""
-        shape = self.machine.shape
-        for member in (*(shape.members if shape else ()), *self.machine.head.following):
-            self.feed.follow(member.peer_id)
+        """Follow members of this round and the next."""
+        head = self.machine.head
+        members = {member.peer_id: member for member in head.now + head.following}
+        self.feed.follow_group(list(members.values()))
+
+    def _audience(self, identifier: bytes, seal: Seal) -> tuple[Member, ...]:
+        """Who needs a seal: the members of the round after it. All compute the same, before they adopt it and after."""
+        head = self.machine.head
+        if seal.solo:
+            return ()
+        if identifier == head.id:
+            return head.now
+        try:
+            chain.extend(head, identifier, seal, self._p.layout.chunks)
+        except SealError:
+            return ()
+        return head.following
 
     async def _ask_to_join(self, sealer: bytes) -> None:
         try:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from p2ptrain.averaging import chain
+from p2ptrain.averaging import chain, relay
 from p2ptrain.averaging.chain import ChainState, Join, RoundShape, Row, Seal, SealError, SignedSeal
 from p2ptrain.averaging.deadlines import Deadlines
 from p2ptrain.averaging.events import (
@@ -175,6 +175,8 @@ class RoundMachine:
         self._heard: dict[bytes, float] = {}
         self._left: set[bytes] = set()
         self._tips: dict[bytes, TipHeard] = {}
+        #: id of a tip that we want -> when we first did
+        self._wanted_since: dict[bytes, float] = {}
         self._roots: dict[int, bytes] = {}
         self._deadlines = Deadlines(rules.grace_seconds, rules.reply_timeout_seconds, learns=not rules.fixed_pace)
         #: our last message in the trainer's stead came too late to be sealed
@@ -660,9 +662,15 @@ class RoundMachine:
             self._shun(donor, now + self.rules.seal_timeout_seconds)
         self._shunned = {donor: until for donor, until in self._shunned.items() if until > now}
         coming = {w.heard.id: self._replies_expected_until(w) for w in self._waiting.values()}
-        for tip in sorted(self._tips.values(), key=_merit):
-            if not self._wants(tip):
-                continue
+        wanted = [tip for tip in sorted(self._tips.values(), key=_merit) if self._wants(tip)]
+        self._wanted_since = {tip.id: self._wanted_since.get(tip.id, now) for tip in wanted}
+        if self._exchange is not None and self._exchange.sent_at is not None:
+            # What others say of their tip often overtakes the seal, in a large group by all its way down the tree.
+            patience = self.rules.seal_timeout_seconds / (2 if relay.relayed(self._group) else 4)
+            for tip in wanted:
+                if tip.round == self.head.round + 1:
+                    coming.setdefault(tip.id, self._wanted_since[tip.id] + patience)
+        for tip in wanted:
             due = max(self._shunned.get(tip.peer_id, now), coming.get(tip.id, now))
             if due <= now:
                 self._ask(tip.peer_id, now)

@@ -110,6 +110,15 @@ class News(_Message, frozen=True):
     leaving: bool
 
 
+class Relay(_Message, frozen=True):
+    """A seal on its way down its sealer's tree."""
+
+    run_id: Hash
+    tip: Tip
+    """Of whoever passes it on."""
+    seal: SignedSeal
+
+
 class RoundsRequest(_Message, frozen=True):
     """Asks for the sealed rounds after the first of these ids that the donor keeps."""
 

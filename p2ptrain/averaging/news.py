@@ -1,17 +1,20 @@
-"""News between peers: each follows every other it knows of, and hears its tip at each change and every second.
+"""News between peers: each follows others, and hears their tips at each change and every second.
 
-A sealer's news carry the seal itself. Silence is a peer that is gone, for whoever follows it. Cost: one open stream for
-each pair, and one small frame a second on each; above 16 members a tree would do with less (design 4.6).
+A sealer's news carry the seal itself; in a large group it goes down a tree instead, each peer passing it on, and peers
+follow only some of the members (`relay.py`). Silence is a peer that is gone, for whoever follows it. Cost: one open
+stream for each pair that follows, and one small frame a second on each; a large group's seal costs each at most
+`FAN_OUT` calls, and their bytes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
 
-from p2ptrain.averaging import chain
-from p2ptrain.averaging.chain import SealError
+from p2ptrain.averaging import chain, relay
+from p2ptrain.averaging.chain import Member, Seal, SealError, SignedSeal
 from p2ptrain.averaging.client import Client
 from p2ptrain.averaging.events import PeerLeft, SealHeard, TipHeard
 from p2ptrain.averaging.messages import CallError, News, RefusedError, Tip
@@ -26,6 +29,8 @@ QUEUED_MAX = 64
 ATTEMPTS = 4
 CONNECT_SECONDS = 3.0
 RETRY_SECONDS = (0.25, 0.5, 1.0, 2.0)
+SEALS_REMEMBERED = 32
+"""That were passed on, and are not again."""
 
 _logger = logging.getLogger(__name__)
 
@@ -38,14 +43,27 @@ class NewsFeed:
     Args:
         tip: where our chain stands now.
         heard: takes what others say.
+        audience: the members that a seal is for, where it continues our chain or is its head; else nobody.
     """
 
-    def __init__(self, client: Client, tip: Callable[[], Tip], heard: Heard) -> None:
-        self._client, self._tip, self._heard = client, tip, heard
+    def __init__(
+        self,
+        client: Client,
+        tip: Callable[[], Tip],
+        heard: Heard,
+        audience: Callable[[bytes, Seal], Sequence[Member]],
+    ) -> None:
+        self._client, self._tip, self._heard, self._audience = client, tip, heard, audience
         self._me = client.node.peer_id
         self._followers: dict[bytes, asyncio.Queue[News | None]] = {}
         self._followed: dict[bytes, asyncio.Task[None]] = {}
         self._leaving = False
+        #: members, and those of them that we follow
+        self._group: frozenset[bytes] = frozenset()
+        self._near: frozenset[bytes] = frozenset()
+        #: ids of seals passed on
+        self._passed_on: deque[bytes] = deque(maxlen=SEALS_REMEMBERED)
+        self._passing: set[asyncio.Task[None]] = set()
         #: where others said they stand
         self.tips: dict[bytes, Tip] = {}
 
@@ -57,7 +75,7 @@ class NewsFeed:
             news.put_nowait(None)
         # The followers' streams take their frames in this loop's next turns.
         await asyncio.sleep(0.2 if self._followers else 0)
-        tasks = list(self._followed.values())
+        tasks = [*self._followed.values(), *self._passing]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -95,21 +113,80 @@ class NewsFeed:
 
     def tell(self, seal: chain.SignedSeal | None) -> None:
         """Our tip has changed; `seal`: by a seal of ours."""
-        news = News(self._tip(), seal, False)
-        for follower in self._followers.values():
+        whole, bare = News(self._tip(), seal, False), News(self._tip(), None, False)
+        large = relay.relayed(self._group)
+        for peer, follower in self._followers.items():
             if follower.qsize() < QUEUED_MAX:
-                follower.put_nowait(news)
+                # Members of a large group have the seal from the tree.
+                follower.put_nowait(bare if large and peer in self._group else whole)
+
+    # ---- the tree ---------------------------------------------------------------------------------------------
+
+    def pass_on(self, identifier: bytes, seal: Seal, signed: SignedSeal) -> None:
+        """Send a seal to those below us in its sealer's tree, once, where the group is so large that it needs one."""
+        members = self._audience(identifier, seal)
+        if not relay.relayed(members) or identifier in self._passed_on or self._leaving:
+            return
+        self._passed_on.append(identifier)
+        order = relay.tree(members, seal.sealer)
+        if self._me in order:
+            self._pass_below(order, order.index(self._me), signed)
+
+    def take_relayed(self, peer: bytes, tip: Tip, signed: SignedSeal) -> None:
+        """A peer has passed a seal on to us."""
+        heard = self._open(peer, signed)
+        if heard is not None:
+            self.pass_on(heard.id, heard.seal, signed)
+            self._heard(heard)
+            self.hear_tip(peer, tip)
+
+    def _pass_below(self, order: Sequence[bytes], position: int, signed: SignedSeal) -> None:
+        for below in relay.branches(position, len(order)):
+            task = asyncio.create_task(self._pass_to(order, below, signed))
+            self._passing.add(task)
+            task.add_done_callback(self._passing.discard)
+            task.add_done_callback(_report)
+
+    async def _pass_to(self, order: Sequence[bytes], position: int, signed: SignedSeal) -> None:
+        try:
+            await self._client.relay(order[position], self._tip(), signed)
+        except CallError as error:
+            _logger.debug("no seal for %s: %s", format_peer_id(order[position])[-8:], error)
+            # Those below it are ours to tell.
+            self._pass_below(order, position, signed)
+
+    def _open(self, peer: bytes, signed: SignedSeal) -> SealHeard | None:
+        try:
+            identifier, seal = chain.open_seal(signed, verify)
+        except SealError as error:
+            _logger.info("%s sent a bad seal: %s", format_peer_id(peer)[-8:], error)
+            return None
+        return SealHeard(identifier, seal, signed, peer)
 
     # ---- those we follow --------------------------------------------------------------------------------------
 
     def follow(self, peer: bytes) -> None:
-        """Keep hearing news of `peer` for as long as it gives any."""
+        """Keep hearing news of `peer` for as long as it gives any; of members of a large group, of the near ones."""
         if peer == self._me or peer in self._followed or len(self._followed) >= FOLLOWED_MAX or self._leaving:
+            return
+        if self._is_far(peer):
             return
         task = asyncio.create_task(self._listen(peer))
         self._followed[peer] = task
         task.add_done_callback(lambda _: self._followed.pop(peer, None))
         task.add_done_callback(_report)
+
+    def follow_group(self, members: Sequence[Member]) -> None:
+        """These are the members now: follow those of them that are near, and no others of them."""
+        self._group = frozenset(member.peer_id for member in members)
+        self._near = relay.neighbours(members, self._me)
+        for peer in [peer for peer in self._followed if self._is_far(peer)]:
+            self._followed[peer].cancel()
+        for peer in sorted(self._near):
+            self.follow(peer)
+
+    def _is_far(self, peer: bytes) -> bool:
+        return peer in self._group and peer not in self._near
 
     def hear_tip(self, peer: bytes, tip: Tip) -> None:
         """A peer said where it stands."""
@@ -147,12 +224,10 @@ class NewsFeed:
 
     def _take(self, peer: bytes, news: News) -> None:
         if news.seal is not None:
-            try:
-                identifier, seal = chain.open_seal(news.seal, verify)
-            except SealError as error:
-                _logger.info("%s sent a bad seal: %s", format_peer_id(peer)[-8:], error)
+            heard = self._open(peer, news.seal)
+            if heard is None:
                 return
-            self._heard(SealHeard(identifier, seal, news.seal, peer))
+            self._heard(heard)
         self.hear_tip(peer, news.tip)
         if news.leaving:
             self.tips.pop(peer, None)

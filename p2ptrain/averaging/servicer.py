@@ -26,6 +26,7 @@ from p2ptrain.averaging.messages import (
     FrameReader,
     Hello,
     JoinRequest,
+    Relay,
     RoundsHeader,
     RoundsRequest,
     SnapshotHeld,
@@ -65,6 +66,14 @@ class PeerServicer(ServicerBase):
         """Ask to be admitted by the next seal."""
         wanted = decode_message(request.value, JoinRequest)
         return self._traffic.message(Answer(self._driver.take_join(wanted, context.remote_id.to_bytes())))
+
+    async def rpc_relay(self, request: BytesValue, context: P2PContext) -> BytesValue:
+        """Hear a seal, and pass it on."""
+        relay = decode_message(request.value, Relay)
+        refusal = self._driver.wrong_run(relay.run_id)
+        if refusal is None:
+            self._driver.feed.take_relayed(context.remote_id.to_bytes(), relay.tip, relay.seal)
+        return self._traffic.message(Answer(refusal or ""))
 
     async def rpc_contribute(self, stream: AsyncIterator[BytesValue], context: P2PContext) -> AsyncIterator[BytesValue]:
         """A contribution for one part, answered with that part's reply once it is frozen."""

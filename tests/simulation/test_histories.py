@@ -6,15 +6,19 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from histories import coverage, play, play_all
+from histories import coverage, play, play_all, scenario
 
+from p2ptrain.averaging.relay import RELAY_ABOVE
 from p2ptrain.config.loading import new_manifest, render
+from p2ptrain.simulation import world
 from p2ptrain.simulation.faults import CORRUPT
 
 SEEDS = 200
@@ -45,6 +49,14 @@ def test_a_replica_that_went_wrong_is_noticed_and_mended() -> None:
     reports = [play(seed, (CORRUPT, "crash", "late")) for seed in range(6)]
     assert [report.violations for report in reports if report.violations] == []
     assert coverage(reports)["fault_corrupt"] > len(reports)
+
+
+@pytest.mark.parametrize("seed", [1, 3])
+def test_a_group_that_needs_a_tree_keeps_what_must_hold(seed: int) -> None:
+    torch.set_num_threads(1)
+    report = world.simulate(replace(scenario(seed), peers=RELAY_ABOVE + 4, rounds=12, chunks=40))
+    assert report.violations == []
+    assert report.coverage["applied"] > 12 * RELAY_ABOVE
 
 
 def simulate(manifest: Path, *flags: str, hash_seed: str = "0") -> subprocess.CompletedProcess[str]:
