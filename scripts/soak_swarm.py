@@ -5,8 +5,9 @@
 As root, on Linux: each peer is a `p2ptrain` process in a network namespace of its own, behind a line of --mbit, on one
 bridge. First all of them train in calm. Then, every 5 to 20 s, one of all but the first suffers a fault: kill -9 and a
 restart from its disk; the same with its home wiped; SIGSTOP for 1 to 60 s; kill -9 of its libp2p daemon; its link down
-for 1 to 30 s. In the end all must be on one chain again within a minute, are asked to leave, and each disk is replayed
-to one round. Prints a table on stderr and one JSON object last; exits with 1 when something does not hold.
+for 1 to 30 s; another IP address, as a laptop has that changes networks. In the end all must be on one chain again
+within two minutes, are asked to leave, and each disk is replayed to one round. Prints a table on stderr and one JSON
+object last; exits with 1 when something does not hold.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ from p2ptrain.state.snapshot import SnapshotStore
 from p2ptrain.swarm.identity import verify
 from p2ptrain.training.replica import Replica
 
-FAULTS = ("kill", "wipe", "stop", "daemon", "link")
+FAULTS = ("kill", "wipe", "stop", "daemon", "link", "address")
 NAMESPACE = "p2ptsoak"
-NETWORK = ipaddress.ip_network("10.231.7.0/24")
+NETWORK = ipaddress.ip_network("10.231.0.0/16")
 PAUSE_SECONDS = (5.0, 20.0)
 RECOVERY_SECONDS = 120.0
 SAMPLE_SECONDS = 5.0
@@ -80,6 +81,8 @@ class Network:
     def __init__(self, peers: int, mbit: float) -> None:
         self.peers, self.mbit = peers, mbit
         self._made: list[str] = []
+        self._addresses = (f"{address}/{NETWORK.prefixlen}" for address in NETWORK.hosts())
+        self._address: dict[int, str] = {}
 
     def __enter__(self) -> Network:
         switch = self._namespace("switch")
@@ -89,7 +92,7 @@ class Network:
             name = self._namespace(str(number))
             ip("-n", name, "link", "add", "eth0", "type", "veth", "peer", "name", f"peer{number}", "netns", switch)
             ip("-n", switch, "link", "set", f"peer{number}", "master", "br0", "up")
-            ip("-n", name, "addr", "add", f"{NETWORK[number + 1]}/{NETWORK.prefixlen}", "dev", "eth0")
+            self.readdress(number)
             for where, device in ((name, "eth0"), (switch, f"peer{number}")):
                 shaping = ["root", "tbf", "rate", f"{self.mbit}mbit", "burst", "64kb", "latency", "300ms"]
                 command = ["ip", "netns", "exec", where, "tc", "qdisc", "add", "dev", device, *shaping]
@@ -112,6 +115,14 @@ class Network:
     def set_link(self, number: int, *, up: bool) -> None:
         """Of one peer."""
         ip("-n", f"{NAMESPACE}-{number}", "link", "set", "eth0", "up" if up else "down")
+
+    def readdress(self, number: int) -> None:
+        """Give one peer an address that nobody has had."""
+        name, old = f"{NAMESPACE}-{number}", self._address.get(number)
+        if old is not None:
+            ip("-n", name, "addr", "del", old, "dev", "eth0")
+        self._address[number] = next(self._addresses)
+        ip("-n", name, "addr", "add", self._address[number], "dev", "eth0")
 
 
 class Peer:
@@ -348,6 +359,9 @@ class Soak:
                     fault.over = time.time()
 
                 self.due.append((time.time() + chance.uniform(1.0, 30.0), link_up))
+            case "address":
+                self.network.readdress(peer.number)
+                fault.over = time.time()
 
     def count_lost(self, peer: Peer, fault: Fault, before: int) -> None:
         """How far behind what it had computed a peer came back."""
@@ -648,7 +662,7 @@ def main() -> int:
     text = json.dumps(report, indent=2)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(options.out, f"{text}\n".encode())
+        atomic_write(options.out, f"{text}\n".encode(), mode=0o644)
     print(text)
     return int(wrong)
 
