@@ -264,3 +264,11 @@ def reply_members(data: bytes, members: int) -> frozenset[int]:
     if found and max(found) >= members:
         raise WireError("reply includes members that are not there")
     return found
+
+
+def header_bytes(data: bytes) -> int:
+    """How much of a payload of our own is neither index, nor scale, nor value."""
+    if data[:4] == CONTRIBUTION_MAGIC:
+        return _CONTRIBUTION.size
+    *_, members, clips = _REPLY.unpack_from(data)
+    return _REPLY.size + int((members + 7) // 8 + 3 * clips)
