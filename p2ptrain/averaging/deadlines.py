@@ -7,8 +7,9 @@ time that rises by half of what an observation exceeds it by, and falls by a six
 - the same for the slowest of all, but no more than `round / (2 x members)` plus 0.05 s: to wait for one member is worth
   half of what its work is worth, so that it can cost no more, whatever it does.
 
-Given up: a member that is always later than that is left out. What it computed stays in its momentum, and
-`StandIn` has it heard of often enough to stay a member. Memory: a number for each member.
+A member of whom nothing is known yet counts as the slowest that may be. One that is always later than all that is
+left out, so it does its part too: `HeadStart` has it compute for less time, so that it is in time, and `StandIn` has it
+heard of where its trainer has nothing to send. Memory: a number for each member.
 """
 
 from __future__ import annotations
@@ -48,9 +49,14 @@ class Lateness:
         """Forget who is no member any more."""
         self._of = {member: seconds for member, seconds in self._of.items() if member in members}
 
-    def wait_seconds(self, round_seconds: float) -> float:
-        """How long to wait, in rounds that take about `round_seconds` until half of the others are heard."""
-        ascending = sorted(self._of.values())
+    def wait_seconds(self, round_seconds: float, unknown: int = 0) -> float:
+        """How long to wait, in rounds that take about `round_seconds` until half of the others are heard.
+
+        Args:
+            round_seconds: see above.
+            unknown: members to expect that were never observed.
+        """
+        ascending = sorted(self._of.values()) + [self.bound_seconds] * unknown
         count = len(ascending)
         outliers = max(1, count // 4)
         bulk = ascending[-1 - outliers] if count > outliers else 0.0
@@ -90,6 +96,27 @@ class StandIn:
         return min(grace_seconds * self._share, self._limit_seconds)
 
 
+class HeadStart:
+    """How much less than the others a member computes that is left out for being late, so that it is in time.
+
+    An eighth of the round's length less for each message that a seal left out, down to half; what it gave up comes
+    back by a sixteenth with each message that was included. Before the last seal that may leave it out it takes no
+    chance: what it has after three eighths of the length is in before anybody stops waiting.
+    """
+
+    def __init__(self) -> None:
+        #: of the length
+        self._share = 0.0
+
+    def observe(self, included: bool) -> None:
+        """A seal that includes others did, or did not, include our message."""
+        self._share = self._share * (1 - _FALL) if included else min(self._share + 1 / 8, 1 / 2)
+
+    def computing_seconds(self, length_seconds: float, *, last_chance: bool) -> float:
+        """For how long to compute in a round of this length."""
+        return length_seconds * min(1.0 - self._share, 3 / 8 if last_chance else 1.0)
+
+
 class Deadlines:
     """All that one peer has learned of when others come.
 
@@ -105,11 +132,14 @@ class Deadlines:
         #: replies, after the first one
         self.replies = Lateness(reply_timeout_seconds)
         self.stand_in = StandIn(grace_seconds)
+        self.head_start = HeadStart()
         self._learns = learns
         self._rounds = 0
         self._round_seconds = 0.0
         #: whom it has been learned with
         self._group: frozenset[bytes] = frozenset()
+        #: how many others there are now
+        self._members = 0
 
     def observe_round(self, seconds: float) -> None:
         """Half of the others were heard this long after the round began."""
@@ -118,20 +148,21 @@ class Deadlines:
         self._round_seconds += (seconds - self._round_seconds) * gain
 
     def keep_only(self, members: Collection[bytes]) -> None:
-        """Forget who is no member any more; with a group a quarter of which is new, begin to learn again.
+        """Forget who is no other member any more; with a group a quarter of which is new, begin to learn again.
 
         Who comes how late, after half of the others, depends on who they are: a fast newcomer makes all the rest late.
         """
         if len(members) <= 4 * len(set(members) - self._group):
             self._group = frozenset(members)
             self._rounds = 0
+        self._members = len(members)
         self.contributions.keep_only(members)
         self.replies.keep_only(members)
 
     @property
     def grace_seconds(self) -> float:
         """How long a reducer waits for the rest, once half of the others were heard."""
-        return self._learned(self.contributions)
+        return self._learned(self.contributions, self._members - len(self.contributions))
 
     @property
     def reply_seconds(self) -> float:
@@ -143,7 +174,15 @@ class Deadlines:
         """How long a late trainer is given, once half of the others were heard."""
         return self.stand_in.wait_seconds(self.grace_seconds)
 
-    def _learned(self, lateness: Lateness) -> float:
+    def computing_seconds(self, length_seconds: float, *, last_chance: bool) -> float:
+        """For how long to compute ourselves, in a round of this length; the next seal may be the last with us."""
+        return (
+            self.head_start.computing_seconds(length_seconds, last_chance=last_chance)
+            if self._learns
+            else length_seconds
+        )
+
+    def _learned(self, lateness: Lateness, unknown: int = 0) -> float:
         if not self._learns or self._rounds < ROUNDS_LEARNING or not len(lateness):
             return lateness.bound_seconds
-        return lateness.wait_seconds(self._round_seconds)
+        return lateness.wait_seconds(self._round_seconds, unknown)

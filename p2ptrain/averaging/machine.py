@@ -541,11 +541,12 @@ class RoundMachine:
         self._joins = {p: j for p, j in self._joins.items() if head.round - j[1] < JOIN_ROUNDS and p != self.me}
         self._sent = {key: shape for key, shape in self._sent.items() if key.round >= head.round}
         self._missed = {of: missed for of, missed in self._missed.items() if of[0].round >= head.round}
-        self._deadlines.keep_only(group)
+        self._deadlines.keep_only(group - {self.me})
 
     def _start_training(self, exchange: _Exchange) -> None:
         if exchange.index is not None:
-            seconds = self._computing_seconds(exchange)
+            length = self._computing_seconds(exchange)
+            seconds = self._deadlines.computing_seconds(length, last_chance=self._last_chance())
             self._effects.append(StartRound(exchange.key, exchange.shape, exchange.index, seconds))
 
     def _computing_seconds(self, exchange: _Exchange) -> float:
@@ -580,13 +581,15 @@ class RoundMachine:
             if not seal.parts[number] and number not in exchange.replies and part.reducer != exchange.index:
                 # Given up by the sealer, and by us: it may have been a moment late, or dead.
                 self._deadlines.replies.observe(members[part.reducer].peer_id, given_up)
+        included = chain.bits(seal.included, len(members))
         self._stood_in_late = False
         if exchange.stood_in_after is not None:
-            included = exchange.index in chain.bits(seal.included, len(members))
-            self._deadlines.stand_in.observe(included, exchange.stood_in_after)
-            self._stood_in_late = not included
+            self._deadlines.stand_in.observe(exchange.index in included, exchange.stood_in_after)
+            self._stood_in_late = exchange.index not in included
         else:
             self._deadlines.stand_in.observe_ready()
+            if included:
+                self._deadlines.head_start.observe(exchange.index in included)
 
     def _check_root(self, seal: Seal) -> None:
         """4.10: who differs from the sealed root resyncs and says so."""
@@ -749,8 +752,8 @@ class RoundMachine:
         if not self.rules.fixed_pace:
             # Who reduces sees the others arrive; who does not can but assume that they keep the pace.
             seen = self._grace_from(exchange, min(halves, default=-math.inf))
-            if self._absences() == chain.ABSENCES_ALLOWED - 1:
-                # One more, and we are no member. Not at once: the trainer may have something in hand.
+            if self._last_chance():
+                # Not at once: the trainer may have something in hand.
                 due, wait = exchange.started_at + length / 2, 0.0
             elif self._stood_in_late:
                 # No waiting for a sign that the others see before we can answer it.
@@ -767,9 +770,10 @@ class RoundMachine:
         self._send(exchange, empty, tuple(b"" for _ in exchange.shape.parts), now)
         self._close_parts(now)
 
-    def _absences(self) -> int:
-        """Consecutive seals that left us out; the third ends our membership."""
-        return next((m.absent for m in self.head.following if m.peer_id == self.me), 0)
+    def _last_chance(self) -> bool:
+        """Whether one more seal that leaves us out ends our membership."""
+        absent = next((m.absent for m in self.head.following if m.peer_id == self.me), 0)
+        return absent == chain.ABSENCES_ALLOWED - 1
 
     # ---- sealing ----------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from cluster import DELAY, RULES, RUN_ID, Cluster, Peer, identity_of
 
 from p2ptrain.averaging import chain
 from p2ptrain.averaging.chain import ChainState, Member, Row
-from p2ptrain.averaging.deadlines import FLOOR_SECONDS, ROUNDS_LEARNING, Deadlines, Lateness, StandIn
+from p2ptrain.averaging.deadlines import FLOOR_SECONDS, ROUNDS_LEARNING, Deadlines, HeadStart, Lateness, StandIn
 from p2ptrain.averaging.events import CameLate, ContributionReady, ContributionReceived, Tick
 from p2ptrain.averaging.machine import RoundMachine, RoundRules
 
@@ -97,9 +97,44 @@ def test_a_group_a_quarter_of_which_is_new_is_learned_anew() -> None:
                 deadlines.contributions.observe(member, 0.0)
         assert deadlines.grace_seconds == FLOOR_SECONDS
         deadlines.keep_only([*members, *(bytes([100 + n]) for n in range(newcomers))])
-        assert deadlines.grace_seconds == (2.0 if again else FLOOR_SECONDS)
+        worth = 1.0 / (2 * (count + newcomers + 1))
+        assert deadlines.grace_seconds == (2.0 if again else FLOOR_SECONDS + worth)
         deadlines.keep_only(members[:1])
         assert deadlines.grace_seconds == (2.0 if again else FLOOR_SECONDS), "who leaves makes nobody late"
+
+
+def test_members_of_whom_nothing_is_known_are_waited_for_as_the_slowest_are() -> None:
+    """They may have been here before, and forgotten since."""
+    deadlines = Deadlines(2.0, 2.0)
+    members = [bytes([n]) for n in range(6)]
+    deadlines.keep_only(members)
+    for _ in range(ROUNDS_LEARNING):
+        deadlines.observe_round(1.2)
+        for member in members:
+            deadlines.contributions.observe(member, 0.0)
+    deadlines.keep_only(members[:1])
+    deadlines.keep_only(members[:2])
+    assert deadlines.grace_seconds == pytest.approx(FLOOR_SECONDS + 1.2 / 6)
+    deadlines.keep_only(members)
+    assert deadlines.grace_seconds == 2.0
+    for member in members:
+        deadlines.contributions.observe(member, 0.0)
+    assert deadlines.grace_seconds == FLOOR_SECONDS
+
+
+@given(st.lists(st.booleans(), max_size=60), st.floats(0.1, 60.0))
+def test_who_is_left_out_computes_less_but_never_under_half_until_its_last_chance(
+    outcomes: list[bool], length: float
+) -> None:
+    head_start = HeadStart()
+    for included in outcomes:
+        before = head_start.computing_seconds(length, last_chance=False)
+        head_start.observe(included)
+        after = head_start.computing_seconds(length, last_chance=False)
+        assert length / 2 <= after <= length
+        assert after >= before if included else after == pytest.approx(max(before - length / 8, length / 2))
+        assert head_start.computing_seconds(length, last_chance=True) == 3 / 8 * length
+    assert Deadlines(2.0, 2.0, learns=False).computing_seconds(length, last_chance=True) == length
 
 
 def test_until_enough_was_observed_the_manifest_decides_and_with_fixed_pace_always() -> None:
@@ -220,6 +255,25 @@ def test_a_straggler_costs_the_others_little_and_its_gradient_still_counts(count
         assert seconds <= 1.1 * seconds_a_round(count - 1, seed)
     assert rounds_with_work_of(peers[0], peers[-1], since) >= 4
     assert sum(left_out(peers[0], peers[-1], since)) <= 2
+    cluster.check()
+
+
+@pytest.mark.parametrize("count", [3, 4, 6])
+@pytest.mark.parametrize("slow_seconds", [0.1, 0.2, 0.3])
+def test_a_member_on_a_slow_line_computes_less_and_is_in_time(count: int, slow_seconds: float) -> None:
+    """Twice its delay, late to hear of a seal and late to answer, is up to three fifths of the time to compute."""
+    cluster = Cluster()
+    links(cluster, 1)
+    peers = cluster.group(count)
+    usual = cluster.delay
+    assert usual is not None
+    cluster.delay = lambda a, b: usual(a, b) + (slow_seconds if peers[-1] in (a, b) else 0.0)
+    rounds_on(cluster, peers[0], 16)
+    since = peers[0].head.round
+    rounds_on(cluster, peers[0], 120)
+    absences = "".join("x" if out else "." for out in left_out(peers[0], peers[-1], since))
+    assert "xxx" not in absences
+    assert rounds_with_work_of(peers[0], peers[-1], since) >= 90
     cluster.check()
 
 
