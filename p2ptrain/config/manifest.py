@@ -163,6 +163,8 @@ class RoundConfig(_Table, frozen=True, kw_only=True):
     """Shortest computing time of a round."""
     max_seconds: Seconds = 60.0
     """Longest computing time of a round."""
+    overlap: Annotated[int, Meta(ge=0, le=1)] = 0
+    """1: a peer computes for the next round while the exchange of this one is under way; its gradients are a step older."""
     round_max_seconds: Seconds = 30.0
     """After its own contribution a reducer waits at most this long for half of the others."""
     grace_seconds: Seconds = 2.0

@@ -432,6 +432,7 @@ def rules_of(manifest: Manifest, chunks: int) -> RoundRules:
         min_seconds=config.min_seconds,
         max_seconds=config.max_seconds,
         fixed_pace=config.pace == "fixed",
+        overlap=config.overlap == 1,
         round_max_seconds=config.round_max_seconds,
         grace_seconds=config.grace_seconds,
         reply_timeout_seconds=config.reply_timeout_seconds,

@@ -1,7 +1,8 @@
 """The training loop: computes gradients, hands contributions over, applies what was sealed.
 
 Runs in the main thread and hears of the swarm through a queue only. Seals are applied between micro-batches; a gradient
-that came too late for its round stays where it is and counts in the next. Nothing here decides anything about rounds.
+that came too late for its round stays where it is and counts in the next. With overlap it computes on for the next round
+as soon as it has handed over, and hands that over when the next round has begun. Nothing here decides about rounds.
 """
 
 from __future__ import annotations
@@ -106,8 +107,12 @@ class Trainer:
         self._computing_seconds = 0.0
         #: a micro-batch was computed for it
         self._begun = False
-        #: when the round's time to compute is over
+        #: when the time to compute, for the round under way or ahead of it, is over
         self._deadline = -math.inf
+        #: with overlap: since when it computes for the round after the one that it has contributed to
+        self._ahead_since: float | None = None
+        #: how long it computes for a round
+        self._round_seconds = 0.0
         #: a message of weight 0 went out in our stead since the last contribution
         self._stood_in = False
         #: contributions until it is not careful any more
@@ -256,8 +261,10 @@ class Trainer:
         """Do what the network thread asks for."""
         match message:
             case StartRound():
-                self._current, self._begun = message, False
-                self._deadline = self._clock() + message.seconds
+                self._current, self._round_seconds = message, message.seconds
+                self._begun = self._ahead_since is not None and self._micro_batches > 0
+                self._deadline = (self._clock() if self._ahead_since is None else self._ahead_since) + message.seconds
+                self._ahead_since = None
                 self._resume_sent(message)
             case StoodIn():
                 if self._current is not None and self._current.key == message.key:
@@ -370,8 +377,10 @@ class Trainer:
 
     @property
     def has_work(self) -> bool:
-        """Whether there is a round to compute for."""
-        return self._current is not None
+        """Whether there is a round to compute for, or, with overlap, time until the next one begins."""
+        if self._current is not None:
+            return True
+        return self._ahead_since is not None and not self._computed_enough()
 
     @property
     def needs_batch(self) -> bool:
@@ -469,6 +478,10 @@ class Trainer:
         self._tokens_sent = row.weight * self.replica.manifest.model.context
         self.status.computing_seconds = seconds
         self._current = None
+        if self._rules.overlap and len(start.shape.members) > 1:
+            # Alone there is no exchange to wait for.
+            self._ahead_since = self._clock()
+            self._deadline = self._ahead_since + self._round_seconds
         self._stood_in = False
         self._careful_rounds = max(self._careful_rounds - 1, 0)
         self._micro_batches = self._sequences = self._overdue = 0
