@@ -135,7 +135,7 @@ class RoundDriver:
     def __init__(self, parts: DriverParts) -> None:
         self._p = parts
         self.machine = parts.machine
-        self.handout = Handout(lambda: self.machine.row.uplink)
+        self.handout = Handout(lambda: parts.uplink.line_kbit)
         self._client = Client(parts.node, parts.traffic, parts.run_id, self.handout)
         self.feed = NewsFeed(self._client, lambda: self.tip, self.dispatch, self._audience)
         self.catching_up = CatchingUp(
