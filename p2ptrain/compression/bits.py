@@ -29,7 +29,16 @@ def rice_parameter(length: int, rare: int) -> int:
     The one with the least bound on what the runs take, rare * (k + 1) + floor((length - rare) / 2**k); the smaller at
     a tie.
     """
-    return min(range(FIELD_MAX_BITS + 1), key=lambda k: rare * (k + 1) + ((length - rare) >> k))
+    # Where 2**k exceeds the mean run, another bit costs more than it can save.
+    last = min(((length - rare) // rare).bit_length(), FIELD_MAX_BITS)
+    return min(range(last + 1), key=lambda k: rare * (k + 1) + ((length - rare) >> k))
+
+
+def _runs(places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many places lie before each of these, ascending, and after the one before it."""
+    runs = places.copy()
+    runs[1:] -= places[:-1] + 1
+    return runs
 
 
 def sieve_max_bits(length: int) -> int:
@@ -47,16 +56,16 @@ class BitWriter:
     """Appends to a string of bits, the low bit of a byte first."""
 
     def __init__(self) -> None:
-        self._values: list[NDArray[np.int64]] = []
-        self._widths: list[NDArray[np.int64]] = []
+        self._values: list[NDArray[np.uint32]] = []
+        self._widths: list[NDArray[np.uint32]] = []
         #: bits written so far
         self.length = 0
 
     def fields(self, values: NDArray[np.integer], widths: NDArray[np.integer]) -> None:
         """Integers [n], each below 2**width, in `widths` [n] bits each (0 to 16), the low bit first."""
-        self._values.append(values.astype(np.int64, copy=False))
-        self._widths.append(widths.astype(np.int64, copy=False))
-        self.length += int(widths.sum())
+        self._values.append(values.astype(np.uint32))
+        self._widths.append(widths.astype(np.uint32))
+        self.length += int(widths.sum(dtype=np.int64))
 
     def number(self, value: int, width: int) -> None:
         """One integer in `width` bits (up to 32), the low bit first."""
@@ -83,7 +92,7 @@ class BitWriter:
             self.flags(flags)
             return
         places = np.flatnonzero(flags if count == rare else ~flags)
-        runs = np.diff(places, prepend=-1) - 1
+        runs = _runs(places)
         self.fields(runs & ((1 << low) - 1), np.full(rare, low))
         ends = np.cumsum((runs >> low) + 1) - 1
         unary = np.zeros(int(ends[-1]) + 1, np.bool_)
@@ -107,14 +116,14 @@ class BitWriter:
         """All of it, padded with zeros to a whole byte."""
         if not self._values:
             return b""
-        values, widths = np.concatenate(self._values).view(np.uint64), np.concatenate(self._widths).view(np.uint64)
-        spare = np.zeros(-len(values) % 4, np.uint64)
-        values, widths = np.append(values, spare), np.append(widths, spare)
-        for _ in range(2):  # Four fields fit a word.
+        spare = [np.zeros(-sum(map(len, self._values)) % 4, np.uint32)]
+        values, widths = np.concatenate(self._values + spare), np.concatenate(self._widths + spare)
+        for wider in (np.uint32, np.uint64):  # Two fields fit 32 bits, four fit 64.
+            values, widths = values.astype(wider, copy=False), widths.astype(wider, copy=False)
             values = values[0::2] | values[1::2] << widths[0::2]
             widths = widths[0::2] + widths[1::2]
         starts = np.cumsum(widths) - widths
-        word, shift = (starts >> 6).astype(np.int64), starts & 63
+        word, shift = (starts >> 6).view(np.int64), starts & 63
         words = np.zeros((self.length >> 6) + 2, np.uint64)
         np.add.at(words, word, values << shift)
         np.add.at(words, word + 1, values >> 1 >> (63 - shift))
@@ -189,7 +198,7 @@ class BitReader:
         if len(ends) < rare:
             raise WireError("runs do not end")
         self._take(int(ends[-1]) + 1)
-        runs += (np.diff(ends, prepend=-1) - 1) << low
+        runs += _runs(ends) << low
         places = np.cumsum(runs + 1) - 1
         if places[-1] >= length:
             raise WireError("runs are too long")
