@@ -68,6 +68,8 @@ class RoundRules:
     min_seconds: float
     max_seconds: float
     fixed_pace: bool
+    overlap: bool
+    """Members compute for the next round while their messages and replies of this one are on their way."""
     round_max_seconds: float
     grace_seconds: float
     reply_timeout_seconds: float
@@ -115,6 +117,8 @@ class _Exchange:
     #: our index among the members; None: we look on
     index: int | None
     started_at: float
+    #: when members began to compute for it: at its beginning, or once their message of the round before was handed over
+    computing_since: float
     #: parts we reduce, by part number
     reducing: dict[int, _Part]
     #: when we sent our contribution or a weight-0 message in its stead
@@ -384,7 +388,7 @@ class RoundMachine:
                 self._deadlines.contributions.observe(event.peer_id, now - self._grace_from(exchange, part.half_at))
         elif others and arrived >= math.ceil(others / 2):
             part.half_at = now
-            self._deadlines.observe_round(self._grace_from(exchange, now) - exchange.started_at)
+            self._deadlines.observe_round(self._grace_from(exchange, now) - exchange.computing_since)
             for peer in part.received.keys() - {self.me}:
                 self._deadlines.contributions.observe(peer, 0.0)
 
@@ -522,13 +526,20 @@ class RoundMachine:
             return
         index = shape.index(self.me)
         mine = {n: _Part() for n, part in enumerate(shape.parts) if part.reducer == index}
-        self._exchange = _Exchange(shape, key, index, now, mine)
+        self._exchange = _Exchange(shape, key, index, now, self._computing_since(shape, now), mine)
         for message in early.values():
             self._on_contribution(message, now)
         if self.me not in {m.peer_id for m in self.head.following}:
             self._join(shape)
         if index is not None:
             self._start_training(self._exchange)
+
+    def _computing_since(self, shape: RoundShape, now: float) -> float:
+        """When members began to compute for the round that begins now, judged by ourselves."""
+        before = self._exchange
+        if not self.rules.overlap or before is None or before.sent_at is None or before.key.round != shape.round - 1:
+            return now
+        return before.sent_at
 
     def _remember_only(self, group: frozenset[bytes]) -> None:
         """Drop what was kept for peers and rounds that are of no more use."""
@@ -738,7 +749,7 @@ class RoundMachine:
 
         Messages of weight 0 may come as soon as a round begins; they must not start the clock for those who compute.
         """
-        return max(half_at, exchange.started_at + self._computing_seconds(exchange))
+        return max(half_at, exchange.computing_since + self._computing_seconds(exchange))
 
     def _stand_in(self, now: float) -> None:
         """Send a weight-0 message when our trainer is slower than the group, so that we stay a member (4.3)."""
@@ -747,7 +758,8 @@ class RoundMachine:
             return
         halves = [p.half_at for p in exchange.reducing.values() if p.half_at is not None]
         length = self._computing_seconds(exchange)
-        due = exchange.started_at + length + self.rules.round_max_seconds
+        ends = exchange.computing_since + length
+        due = max(ends, exchange.started_at) + self.rules.round_max_seconds
         wait = self._deadlines.stand_in_seconds
         if not self.rules.fixed_pace:
             # Who reduces sees the others arrive; who does not can but assume that they keep the pace.
@@ -757,7 +769,7 @@ class RoundMachine:
                 due, wait = exchange.started_at + length / 2, 0.0
             elif self._stood_in_late:
                 # No waiting for a sign that the others see before we can answer it.
-                due, wait = exchange.started_at + length, 0.0
+                due, wait = max(ends, exchange.started_at + length / 2), 0.0
             elif halves or not exchange.reducing:
                 due = min(due, seen + wait)
         if len(exchange.shape.members) == 1 or now < due:

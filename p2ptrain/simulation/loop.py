@@ -108,8 +108,9 @@ class VirtualLoop(asyncio.BaseEventLoop):
         """The history is over: forget what has never begun, in silence."""
         for actor in self.actors:
             for task in actor.tasks:
-                work = cast(Coroutine[Any, Any, Any], task.get_coro())
-                if inspect.getcoroutinestate(work) == inspect.CORO_CREATED:
+                work = task.get_coro()
+                # The closing of an asynchronous generator is no coroutine, and says nothing when forgotten.
+                if inspect.iscoroutine(work) and inspect.getcoroutinestate(work) == inspect.CORO_CREATED:
                     work.close()
         self.close()
 

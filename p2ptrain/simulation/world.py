@@ -256,12 +256,12 @@ class World:
         return min((self._round_of(peer) for peer in self._living()), default=0)
 
     def _converged(self) -> bool:
-        """Whether all live peers are on one chain, up to a seal or two that are on their way."""
+        """Whether all live peers are on one chain, up to a seal that is on its way."""
         heads = [peer.machine.head for peer in self._living()]
         if len(heads) < sum(peer.alive for peer in self.peers):
             return False
         best = max(heads, key=lambda head: (head.total, head.round))
-        path = self.oracle.path_tail(best.id, 4)
+        path = self.oracle.path_tail(best.id, 2)
         return all(head.id in path for head in heads)
 
     def _sent_totals(self) -> tuple[int, int]:

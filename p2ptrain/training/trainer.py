@@ -1,7 +1,9 @@
 """The training loop: computes gradients, hands contributions over, applies what was sealed.
 
 Runs in the main thread and hears of the swarm through a queue only. Seals are applied between micro-batches; a gradient
-that came too late for its round stays where it is and counts in the next. Nothing here decides anything about rounds.
+that came too late for its round stays where it is and counts in the next. With overlap it computes on for the next
+round as soon as it has handed over, and hands that over when the next round has begun. Nothing here decides anything
+about rounds.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from p2ptrain.averaging.catching_up import Restore
 from p2ptrain.averaging.chain import THROUGHPUT_MAX_MILLI, RoundShape, Row
 from p2ptrain.averaging.driver import Dropped, TrainerMessage
 from p2ptrain.averaging.events import Apply, ContributionReady, Key, Rollback, SealedRound, StartRound, StoodIn
+from p2ptrain.averaging.uplink import UplinkMeter
 from p2ptrain.compression import wire
 from p2ptrain.compression.layout import CHUNK_SIZE
 from p2ptrain.data.assignment import sequence_offsets
@@ -59,7 +62,7 @@ class Trainer:
         peer_id: ours, which decides what we read.
         tokens: the training text [tokens].
         bytes_per_token: of that text.
-        uplink_kbit: what we say of our line; 0: we cannot be dialled.
+        uplink: says how fast our line is.
         checkpoints: folder of the checkpoint and the snapshots.
         clock: seconds, monotonic.
     """
@@ -70,7 +73,7 @@ class Trainer:
         peer_id: bytes,
         tokens: NDArray[np.uint16],
         bytes_per_token: float,
-        uplink_kbit: int,
+        uplink: UplinkMeter,
         inbox: queue.SimpleQueue[TrainerMessage | None],
         checkpoints: Path,
         own_log: OwnLog,
@@ -83,7 +86,7 @@ class Trainer:
         #: rounds applied in which this peer had a part; those caught up on do not count
         self.rounds_applied = 0
         self._peer_id, self._tokens, self._bytes_per_token = peer_id, tokens, bytes_per_token
-        self._uplink_kbit = uplink_kbit
+        self._uplink = uplink
         self._inbox, self._own_log, self._clock = inbox, own_log, clock
         self._checkpoints, self._snapshots = checkpoints, SnapshotStore(checkpoints)
         self._device = next(replica.model.parameters()).device
@@ -106,8 +109,12 @@ class Trainer:
         self._computing_seconds = 0.0
         #: a micro-batch was computed for it
         self._begun = False
-        #: when the round's time to compute is over
+        #: when the time to compute, for the round under way or ahead of it, is over
         self._deadline = -math.inf
+        #: with overlap: since when it computes for the round after the one that it has contributed to
+        self._ahead_since: float | None = None
+        #: how long it computes for a round
+        self._round_seconds = 0.0
         #: a message of weight 0 went out in our stead since the last contribution
         self._stood_in = False
         #: contributions until it is not careful any more
@@ -256,8 +263,10 @@ class Trainer:
         """Do what the network thread asks for."""
         match message:
             case StartRound():
-                self._current, self._begun = message, False
-                self._deadline = self._clock() + message.seconds
+                self._current, self._round_seconds = message, message.seconds
+                self._begun = self._ahead_since is not None and self._micro_batches > 0
+                self._deadline = (self._clock() if self._ahead_since is None else self._ahead_since) + message.seconds
+                self._ahead_since = None
                 self._resume_sent(message)
             case StoodIn():
                 if self._current is not None and self._current.key == message.key:
@@ -370,8 +379,10 @@ class Trainer:
 
     @property
     def has_work(self) -> bool:
-        """Whether there is a round to compute for."""
-        return self._current is not None
+        """Whether there is a round to compute for, or, with overlap, time until the next one begins."""
+        if self._current is not None:
+            return True
+        return self._ahead_since is not None and not self._computed_enough()
 
     @property
     def needs_batch(self) -> bool:
@@ -446,7 +457,7 @@ class Trainer:
         row = Row(
             weight=min(self._sequences + self._overdue, _WEIGHT_MAX),
             throughput=min(int(1000 * self._sequences_per_second), THROUGHPUT_MAX_MILLI),
-            uplink=self._uplink_kbit,
+            uplink=self._uplink.kbit,
         )
         self.ledger.send(start.key, pending)
         outcomes, self.ledger.outcomes = tuple(self.ledger.outcomes), []
@@ -469,6 +480,10 @@ class Trainer:
         self._tokens_sent = row.weight * self.replica.manifest.model.context
         self.status.computing_seconds = seconds
         self._current = None
+        if self._rules.overlap and len(start.shape.members) > 1:
+            # Alone there is no exchange to wait for.
+            self._ahead_since = self._clock()
+            self._deadline = self._ahead_since + self._round_seconds
         self._stood_in = False
         self._careful_rounds = max(self._careful_rounds - 1, 0)
         self._micro_batches = self._sequences = self._overdue = 0

@@ -59,6 +59,7 @@ RULES: dict[str, Any] = {
     "min_seconds": 1.0,
     "max_seconds": 4.0,
     "fixed_pace": False,
+    "overlap": False,
     "round_max_seconds": 10.0,
     "grace_seconds": 1.0,
     "reply_timeout_seconds": 3.0,
