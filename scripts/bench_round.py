@@ -45,7 +45,7 @@ PARTS = ("p2ptrain", "hivemind", "flatness")
 FLATNESS_PEERS = (2, 4, 8, 16)
 FLATNESS_ROUNDS = 3
 METER_ROUNDS = 9
-"""After a line has changed its rate: peers measure theirs, and parts follow."""
+"""After peers have joined, or a line has changed its rate: they measure theirs, and parts follow."""
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -63,7 +63,7 @@ def bench_p2ptrain(peers: int, options: argparse.Namespace, folder: Path) -> Fig
         for name, mbit in options.lines:
             for number in range(peers):
                 lines.set_rate(number, mbit)
-            rounds.play(options.warm_up if mbit is None else max(options.warm_up, METER_ROUNDS), idle)
+            rounds.play(METER_ROUNDS, idle)
             unary = round(rounds.unary_seconds(), 5)
             figures = figures_of(rounds.play(options.rounds, idle))
             if mbit is not None:
@@ -81,16 +81,19 @@ def summary(figures: Figures) -> str:
     return f"{text}, {figures['wire_bytes_sent']['median'] / 1000:.0f} kB sent by each"
 
 
-def bench_flatness(peers: int, known: Figures, folder: Path) -> Figures:
+def bench_flatness(peers: int, options: argparse.Namespace, known: Figures, folder: Path) -> Figures:
     """Payload of so many peers, from figures that are there or a few rounds more."""
-    figures = known.get("unlimited")
+    name, mbit = options.lines[-1]
+    figures = known.get(name)
     if figures is None:
-        with Lines(peers, None) as lines, Crew(lines, folder) as crew:
+        with Lines(peers, mbit) as lines, Crew(lines, folder) as crew:
             rounds = Rounds(crew, peers)
             rounds.start()
+            rounds.play(METER_ROUNDS, [(0.0, 0.0)] * peers)
             figures = figures_of(rounds.play(FLATNESS_ROUNDS, [(0.0, 0.0)] * peers))
     row = {
         "payload_bytes_sent": figures["payload_bytes_sent"],
+        "payload_bytes_mean": figures["payload_bytes_mean"],
         "all_gather_bytes_sent": (peers - 1) * figures["contribution_bytes"]["median"],
     }
     console.print(f"flatness, {peers} peers: {row}")
@@ -161,7 +164,7 @@ def draw(report: Figures, path: Path) -> None:
     middle.set(ylabel="MB sent by each peer, on the wire", title="Bytes a round", yscale="log")
     rows = {int(peers): row for peers, row in report["flatness"].items()}
     x = sorted(rows)
-    right.plot(x, [rows[n]["payload_bytes_sent"]["median"] / 1000 for n in x], "o-", label="sent")
+    right.plot(x, [rows[n]["payload_bytes_mean"] / 1000 for n in x], "o-", label="sent, on average")
     right.plot(x, [rows[n]["all_gather_bytes_sent"] / 1000 for n in x], "s--", label="all-gather would send")
     right.set(ylabel="kB payload by each peer and round", title="Flatness")
     right.set_ylim(bottom=0)
@@ -180,7 +183,6 @@ def main() -> int:
     parser.add_argument("--part", choices=PARTS, action="append", help="this part alone; repeatable")
     parser.add_argument("--peers", type=lambda text: [int(n) for n in text.split(",")], default=[2, 4, 8])
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--warm-up", type=int, default=2, help="rounds before, on each kind of line")
     parser.add_argument(
         "--mbit", type=float, default=10.0, help="of the limited lines, both ways; 0: unlimited ones alone"
     )
@@ -218,7 +220,7 @@ def main() -> int:
     if "flatness" in parts:
         for peers in FLATNESS_PEERS:
             known = report["p2ptrain"].get(str(peers), {})
-            run("flatness", peers, lambda place, n=peers, k=known: bench_flatness(n, k, place))  # type: ignore[misc]
+            run("flatness", peers, lambda place, n=peers, k=known: bench_flatness(n, options, k, place))  # type: ignore[misc]
     shutil.rmtree(folder, ignore_errors=True)
     report |= {"compared": compared(report), "load_before": round(load, 2)}
     report["seconds"] = round(time.monotonic() - began, 1)

@@ -202,6 +202,7 @@ def figures_of(rounds: list[dict[int, Figures]]) -> Figures:
     return {
         "rounds": len(rounds),
         "parts": rounds[0][0]["parts"],
+        "share_reduced": each(lambda one: one["share"]),
         "exchange_seconds": exchange,
         "exchange_until": {
             "last_contribution_in": last(lambda one: one["marks"].get("contributions", one["at"]))["median"],
