@@ -25,13 +25,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import signal
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from crew import Crew
@@ -53,7 +52,7 @@ console = Console(stderr=True, highlight=False, soft_wrap=True)
 def bench_p2ptrain(peers: int, options: argparse.Namespace, folder: Path) -> Figures:
     """One swarm, without limit and behind lines."""
     with Lines(peers, None) as lines, Crew(lines, folder) as crew:
-        found: Figures = {"rtt_seconds": round(round_trip_seconds(lines), 6)}
+        found: Figures = {}
         rounds = Rounds(crew, peers)
         began = time.monotonic()
         rounds.start()
@@ -63,12 +62,14 @@ def bench_p2ptrain(peers: int, options: argparse.Namespace, folder: Path) -> Fig
         for name, mbit in options.lines:
             for number in range(peers):
                 lines.set_rate(number, mbit)
+            rtt_seconds = round_trip_seconds(lines)
             rounds.play(METER_ROUNDS, idle)
-            unary = round(rounds.unary_seconds(), 5)
+            unary_seconds = rounds.unary_seconds()
             figures = figures_of(rounds.play(options.rounds, idle))
             if mbit is not None:
-                figures = with_floor(figures, mbit, found["rtt_seconds"])
-            found[name] = figures | {"unary_call_seconds": unary}
+                figures = with_floor(figures, mbit, rtt_seconds)
+            trips = {"rtt_seconds": round(rtt_seconds, 6), "unary_call_seconds": round(unary_seconds, 5)}
+            found[name] = figures | trips
             console.print(f"p2ptrain, {peers} peers, {name}: {summary(figures)}")
     return found
 
@@ -82,7 +83,7 @@ def summary(figures: Figures) -> str:
 
 
 def bench_flatness(peers: int, options: argparse.Namespace, known: Figures, folder: Path) -> Figures:
-    """Payload of so many peers, from figures that are there or a few rounds more."""
+    """Payload of so many peers, from figures `known` or else of a few rounds more."""
     name, mbit = options.lines[-1]
     figures = known.get(name)
     if figures is None:
@@ -101,12 +102,11 @@ def bench_flatness(peers: int, options: argparse.Namespace, known: Figures, fold
 
 
 def bench_hivemind(peers: int, options: argparse.Namespace, folder: Path) -> Figures:
-    """Its averager, over the same lines."""
+    """hivemind's averager, over the same lines."""
     found: Figures = {}
     with Lines(peers, None) as lines, Crew(lines, folder) as crew:
         averagers = Averagers(crew, peers)
         averagers.start()
-        rtt_seconds = round_trip_seconds(lines)
         for name, mbit in options.lines:
             for number in range(peers):
                 lines.set_rate(number, mbit)
@@ -114,7 +114,8 @@ def bench_hivemind(peers: int, options: argparse.Namespace, folder: Path) -> Fig
                 averagers.play(1)
                 figures = averager_figures(averagers.play(options.averagings))
             else:
-                figures = with_floor(averager_figures(averagers.play(options.averagings_limited)), mbit, rtt_seconds)
+                figures = averager_figures(averagers.play(options.averagings_limited))
+                figures = with_floor(figures, mbit, round_trip_seconds(lines))
             found[name] = figures
             console.print(f"hivemind, {peers} peers, {name}: {summary(figures)}")
     return found
@@ -130,9 +131,7 @@ def compared(report: Figures) -> Figures:
         ours = report["p2ptrain"].get(peers, {})
         for name in theirs.keys() & ours.keys():
             ratios.setdefault(peers, {})[name] = {
-                "times_fewer_bytes": round(
-                    theirs[name]["wire_bytes_sent"]["median"] / ours[name]["wire_bytes_sent"]["median"], 1
-                ),
+                "times_fewer_bytes": round(theirs[name]["wire_bytes_mean"] / ours[name]["wire_bytes_mean"], 1),
                 "times_less_exchange": round(
                     theirs[name]["exchange_seconds"]["median"] / ours[name]["exchange_seconds"]["median"], 1
                 ),
@@ -177,6 +176,14 @@ def draw(report: Figures, path: Path) -> None:
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
+def plan(parts: Sequence[str], sizes: Sequence[int]) -> Iterator[tuple[str, int]]:
+    """What to measure, in order: flatness last, which takes what figures are there already."""
+    for peers in sizes:
+        yield from ((part, peers) for part in parts if part != "flatness")
+    if "flatness" in parts:
+        yield from (("flatness", peers) for peers in FLATNESS_PEERS)
+
+
 def main() -> int:
     """All parts, or some."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -199,38 +206,28 @@ def main() -> int:
     if options.mbit:
         options.lines.append((f"{options.mbit:g} Mbit/s", options.mbit))
     parts = options.part or PARTS
-    began, load = time.monotonic(), os.getloadavg()[0]
     report: Figures = {part: {} for part in PARTS}
     if options.out is not None and options.out.exists():
         report = json.loads(options.out.read_text())
     report |= {"parameters": MODEL.parameters, "mbit": options.mbit, "cores": os.cpu_count()}
-    folder = Path(tempfile.mkdtemp(prefix="p2ptrain-round-", dir="/tmp"))
-
-    def run(part: str, peers: int, bench: Callable[[Path], Figures]) -> None:
-        place = folder / f"{part}-{peers}"
-        place.mkdir()
-        report[part][str(peers)] = bench(place)
-        shutil.rmtree(place)
-
-    for peers in options.peers:
-        if "p2ptrain" in parts:
-            run("p2ptrain", peers, lambda place, n=peers: bench_p2ptrain(n, options, place))  # type: ignore[misc]
-        if "hivemind" in parts:
-            run("hivemind", peers, lambda place, n=peers: bench_hivemind(n, options, place))  # type: ignore[misc]
-    if "flatness" in parts:
-        for peers in FLATNESS_PEERS:
-            known = report["p2ptrain"].get(str(peers), {})
-            run("flatness", peers, lambda place, n=peers, k=known: bench_flatness(n, options, k, place))  # type: ignore[misc]
-    shutil.rmtree(folder, ignore_errors=True)
-    report |= {"compared": compared(report), "load_before": round(load, 2)}
-    report["seconds"] = round(time.monotonic() - began, 1)
-    text = json.dumps(report, indent=2)
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(options.out, f"{text}\n".encode(), mode=0o644)
+    for part, peers in plan(parts, options.peers):
+        began, load = time.monotonic(), os.getloadavg()[0]
+        with tempfile.TemporaryDirectory(prefix="p2ptrain-round-", dir="/tmp") as folder:
+            if part == "p2ptrain":
+                figures = bench_p2ptrain(peers, options, Path(folder))
+            elif part == "hivemind":
+                figures = bench_hivemind(peers, options, Path(folder))
+            else:
+                figures = bench_flatness(peers, options, report["p2ptrain"].get(str(peers), {}), Path(folder))
+        took = round(time.monotonic() - began, 1)
+        report[part][str(peers)] = figures | {"load_before": round(load, 2), "took_seconds": took}
+        report["compared"] = compared(report)
+        if options.out is not None:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(options.out, f"{json.dumps(report, indent=2)}\n".encode(), mode=0o644)
     if options.picture is not None:
         draw(report, options.picture)
-    print(text)
+    print(json.dumps(report, indent=2))
     return 0
 
 
