@@ -171,6 +171,7 @@ def draw(report: Figures, path: Path) -> None:
     right.set_ylim(bottom=0)
     for axes in (left, middle, right):
         axes.set_xscale("log", base=2)
+        axes.set_xlim(x[0] / 1.2, x[-1] * 1.2)
         axes.set_xticks(x, [str(peers) for peers in x])
         axes.set_xlabel("peers")
         axes.grid(alpha=0.3, which="both")
