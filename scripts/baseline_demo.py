@@ -1,8 +1,9 @@
 """DeMo as one writes it from the paper (Peng et al., arXiv 2411.19870, algorithm 1), to measure ours against.
 
-As in the authors' own code: one parameter after the other, momentum in the parameter domain, three transforms a step (the
-momentum's, the inverse of what is sent, the inverse of what all sent), einsum over all chunks of a parameter at once,
-`torch.topk`, int64 indices and float32 values, sign. A chunk's side is the largest divisor of a dimension up to 64.
+As in the authors' own code: one parameter after the other, momentum in the parameter domain, three transforms a step
+(the momentum's, the inverse of what is sent, the inverse of what all sent), einsum over all chunks of a parameter at
+once, `torch.topk`, int64 indices and float32 values, sign. A chunk's side is the largest divisor of a dimension up to
+64.
 `products = "matmul"` is the same with the matrix products laid out for speed, which is more than the paper asks for.
 
 Here the group is one peer: what all sent is what it sent, and nothing is encoded.

@@ -1,8 +1,8 @@
 """What an optimizer step costs without a network, and what a contribution weighs.
 
-The step is `DeMo.step`, a group of one: accumulate, select, encode, reduce, decode, apply, settle, on a GPT of 15 million
-parameters with the manifest's default treatment. Beside it, in turns and each on parameters of its own with the same
-gradients: DeMo as the paper writes it (`baseline_demo.py`; once more with its products laid out for speed, as
+The step is `DeMo.step`, a group of one: accumulate, select, encode, reduce, decode, apply, settle, on a GPT of 15
+million parameters with the manifest's default treatment. Beside it, in turns and each on parameters of its own with
+the same gradients: DeMo as the paper writes it (`baseline_demo.py`; once more with its products laid out for speed, as
 `..._matmul`), AdamW foreach and AdamW fused. Ratios are of the same turn; torch's default number of threads. Gradients
 are normal random numbers, so indices lie evenly, which is the most they can cost.
 
@@ -16,6 +16,7 @@ Takes under a minute on two cores; progress on stderr, one JSON object last on s
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import statistics
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -250,7 +252,7 @@ def copy_bytes_per_second(device: torch.device, size: int = 64 * 1024 * 1024) ->
 def part_ranges(chunks: int) -> Iterator[tuple[int, int]]:
     """Equal parts, one a reducer."""
     edges = np.linspace(0, chunks, PARTS + 1).astype(int).tolist()
-    return zip(edges[:-1], edges[1:], strict=True)  # type: ignore[return-value]
+    return itertools.pairwise(edges)
 
 
 def sections(part: Coefficients, topk: tuple[int, ...], value_bits: int) -> dict[str, int]:
@@ -277,7 +279,7 @@ def message_bytes(payload: bytes, part: int) -> int:
 
 def codec_figures() -> dict[str, Any]:
     """Bits a coefficient and speed of the codec, with 1 and 2 bits a value."""
-    out: dict[str, Any] = {}
+    out: dict[str, Any] = {"index_entropy_bits": round(index_entropy_bits(), 3)}
     model = gpt(CODEC_MODEL)
     for gradient, parameter in zip(gradient_sets(model)[0], model.parameters(), strict=True):
         parameter.grad = gradient
@@ -286,38 +288,38 @@ def codec_figures() -> dict[str, Any]:
         optimizer = build_optimizer(model, manifest(CODEC_MODEL))
         optimizer.value_bits = bits
         optimizer.accumulate()
-        pending = optimizer.select()
-        topk, chunks = optimizer.layout.topk, optimizer.layout.chunks
-        count = len(pending.sent.index)
-        by_section: dict[str, float] = {}
-        sent_bytes, payload_bytes = 0, 0
-        for number, (start, end) in enumerate(part_ranges(chunks)):
-            payload = optimizer.payload(pending, start, end)
-            payload_bytes += len(payload)
-            sent_bytes += message_bytes(payload, number)
-            for name, value in sections(pending.sent.cut(start, end), topk, bits).items():
-                by_section[name] = by_section.get(name, 0) + value
-        by_section["messages"] = 8 * (sent_bytes - payload_bytes)
-        whole = optimizer.payload(pending, 0, chunks)
-        encode = statistics.median(timed(lambda: optimizer.payload(pending, 0, chunks)) for _ in range(9))
-        decode = statistics.median(
-            timed(lambda: wire.decode_contribution(whole, topk, 0, chunks, bits)) for _ in range(9)
-        )
-        out[f"bits_per_coefficient_{bits}bit"] = round(8 * sent_bytes / count, 3)
-        out[f"codec_{bits}bit"] = {
-            "bits_per_coefficient_by_section": {name: round(value / count, 4) for name, value in by_section.items()},
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "coefficients": count,
-            "parts": PARTS,
-            "payload_bytes": payload_bytes,
-            "message_bytes": sent_bytes,
-            "encode_ms": round(encode, 2),
-            "decode_ms": round(decode, 2),
-            "encode_mb_per_second": round(len(whole) / encode / 1000, 1),
-            "decode_mb_per_second": round(len(whole) / decode / 1000, 1),
-        }
-    out["index_entropy_bits"] = round(index_entropy_bits(), 3)
+        figures = contribution_figures(optimizer, optimizer.select())
+        out[f"bits_per_coefficient_{bits}bit"] = round(8 * figures["message_bytes"] / figures["coefficients"], 3)
+        out[f"codec_{bits}bit"] = figures
     return out
+
+
+def contribution_figures(optimizer: DeMo, pending: Pending) -> dict[str, Any]:
+    """What these contributions weigh, a part each, and how long one of all chunks takes."""
+    bits, topk, chunks = optimizer.value_bits, optimizer.layout.topk, optimizer.layout.chunks
+    count = len(pending.sent.index)
+    by_section: Counter[str] = Counter()
+    message_total, payload_total = 0, 0
+    for number, (start, end) in enumerate(part_ranges(chunks)):
+        payload = optimizer.payload(pending, start, end)
+        payload_total += len(payload)
+        message_total += message_bytes(payload, number)
+        by_section.update(sections(pending.sent.cut(start, end), topk, bits))
+    by_section["messages"] = 8 * (message_total - payload_total)
+    whole = optimizer.payload(pending, 0, chunks)
+    encode = statistics.median(timed(lambda: optimizer.payload(pending, 0, chunks)) for _ in range(9))
+    decode = statistics.median(timed(lambda: wire.decode_contribution(whole, topk, 0, chunks, bits)) for _ in range(9))
+    return {
+        "bits_per_coefficient_by_section": {name: round(value / count, 4) for name, value in by_section.items()},
+        "coefficients": count,
+        "parts": PARTS,
+        "payload_bytes": payload_total,
+        "message_bytes": message_total,
+        "encode_ms": round(encode, 2),
+        "decode_ms": round(decode, 2),
+        "encode_mb_per_second": round(len(whole) / encode / 1000, 1),
+        "decode_mb_per_second": round(len(whole) / decode / 1000, 1),
+    }
 
 
 def index_entropy_bits() -> float:

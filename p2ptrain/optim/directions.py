@@ -27,11 +27,29 @@ def correctly_rounded_root(x: Tensor) -> Tensor:
 
 
 class Direction(Protocol):
-    """One parameter's direction: `update` is [its chunks, 64 * 64]; `live` [its chunks] is False for a SKIP."""
+    """One parameter's direction.
 
+    `update` is [chunks, 64 * 64] and `live` [chunks], False for a SKIP. A step is `begin`, then `step_chunks` for all
+    of the parameter's chunks, in ranges, each once. State is replaced by a step, never changed: who holds on to it has
+    it as it was.
+    """
+
+    #: every device takes the same step to the bit
     exact: ClassVar[bool]
+    #: only the update's signs matter, and a step is -1, 0 or 1: its product with a rate is exact
+    of_signs: ClassVar[bool]
+    #: `step_chunks` needs all of a parameter at once
+    whole: ClassVar[bool]
 
-    def step(self, update: Tensor, live: Tensor) -> Tensor: ...
+    def begin(self) -> None: ...
+
+    def step_chunks(self, first: int, update: Tensor, live: Tensor) -> Tensor:
+        """The step of the parameter's chunks from `first` on; it may overwrite `update` and lie there."""
+        ...
+
+    def step(self, update: Tensor, live: Tensor) -> Tensor:
+        """The step of all chunks; `update` stays as it is."""
+        ...
 
     def state(self) -> dict[str, Tensor]: ...
 
@@ -42,14 +60,23 @@ class Sign:
     """The sign of the update, as in DeMo (arXiv 2411.19870)."""
 
     exact: ClassVar[bool] = True
+    of_signs: ClassVar[bool] = True
+    whole: ClassVar[bool] = False
 
     def __init__(
         self, layout: ChunkLayout, segment: Segment, beta: float, epsilon: float, device: torch.device
     ) -> None:
         pass
 
+    def begin(self) -> None:
+        pass
+
+    def step_chunks(self, first: int, update: Tensor, live: Tensor) -> Tensor:
+        return update.sign_()
+
     def step(self, update: Tensor, live: Tensor) -> Tensor:
-        return update.sign()
+        """The step of all chunks; `update` stays as it is."""
+        return self.step_chunks(0, update.clone(), live)
 
     def state(self) -> dict[str, Tensor]:
         return {}
@@ -66,6 +93,8 @@ class Rms:
     """
 
     exact: ClassVar[bool] = True
+    of_signs: ClassVar[bool] = False
+    whole: ClassVar[bool] = False
 
     def __init__(
         self, layout: ChunkLayout, segment: Segment, beta: float, epsilon: float, device: torch.device
@@ -74,17 +103,31 @@ class Rms:
         self._moment = torch.zeros(segment.end - segment.start, CHUNK_SIZE, device=device)
         #: beta**steps per chunk, by repeated multiplication: a power function may differ between machines
         self._decayed = torch.ones(segment.end - segment.start, 1, device=device)
+        self._before = self.state()
+
+    def begin(self) -> None:
+        self._before = self.state()
+        self._moment, self._decayed = torch.empty_like(self._moment), torch.empty_like(self._decayed)
+
+    def step_chunks(self, first: int, update: Tensor, live: Tensor) -> Tensor:
+        piece = slice(first, first + len(update))
+        before, decayed_before = self._before["moment"][piece], self._before["decayed"][piece]
+        moment, decayed = self._moment[piece], self._decayed[piece]
+        square = update * update
+        square.mul_(1 - self._beta)
+        torch.mul(before, self._beta, out=moment).add_(square)
+        torch.mul(decayed_before, self._beta, out=decayed)
+        if not live.all():
+            live = live.unsqueeze(1)
+            moment.copy_(torch.where(live, moment, before))
+            decayed.copy_(torch.where(live, decayed, decayed_before))
+        corrected = torch.div(moment, (1 - decayed).clamp(min=1e-6), out=square)
+        return update.div_(correctly_rounded_root(corrected).add_(self._epsilon))
 
     def step(self, update: Tensor, live: Tensor) -> Tensor:
-        live = live.unsqueeze(1)
-        square = update * update
-        square = square * (1 - self._beta)
-        moment = self._moment * self._beta
-        moment = moment + square
-        self._moment = torch.where(live, moment, self._moment)
-        self._decayed = torch.where(live, self._decayed * self._beta, self._decayed)
-        corrected = self._moment / (1 - self._decayed).clamp(min=1e-6)
-        return update / (correctly_rounded_root(corrected) + self._epsilon)
+        """The step of all chunks; `update` stays as it is."""
+        self.begin()
+        return self.step_chunks(0, update.clone(), live)
 
     def state(self) -> dict[str, Tensor]:
         return {"moment": self._moment, "decayed": self._decayed}
@@ -92,6 +135,7 @@ class Rms:
     def load_state(self, state: dict[str, Tensor]) -> None:
         self._moment = state["moment"].to(self._moment.device, copy=True)
         self._decayed = state["decayed"].to(self._decayed.device, copy=True)
+        self._before = self.state()
 
 
 class Muon:
@@ -101,6 +145,8 @@ class Muon:
     """
 
     exact: ClassVar[bool] = False
+    of_signs: ClassVar[bool] = False
+    whole: ClassVar[bool] = True
 
     def __init__(
         self, layout: ChunkLayout, segment: Segment, beta: float, epsilon: float, device: torch.device
@@ -109,7 +155,10 @@ class Muon:
             raise ValueError(f"direction muon needs a matrix; {segment.spec.name} has shape {segment.spec.shape}")
         self._layout, self._segment, self._epsilon = layout, segment, epsilon
 
-    def step(self, update: Tensor, live: Tensor) -> Tensor:
+    def begin(self) -> None:
+        pass
+
+    def step_chunks(self, first: int, update: Tensor, live: Tensor) -> Tensor:
         segment = self._segment
         tall, wide = -(-segment.rows // 64), -(-segment.columns // 64)
         matrix = update.view(tall, wide, 64, 64).transpose(1, 2).reshape(tall * 64, wide * 64)
@@ -124,6 +173,10 @@ class Muon:
         out = update.new_zeros(tall * 64, wide * 64)
         out[: segment.rows, : segment.columns] = x
         return out.view(tall, 64, wide, 64).transpose(1, 2).reshape(update.shape) * live.unsqueeze(1)
+
+    def step(self, update: Tensor, live: Tensor) -> Tensor:
+        """The step of all chunks."""
+        return self.step_chunks(0, update, live)
 
     def state(self) -> dict[str, Tensor]:
         return {}
