@@ -49,7 +49,7 @@ CODEC_MODEL = ModelConfig(layers=4, heads=6, embedding=384)
 GPU_MODEL = {"layers": 18, "embedding": 2048, "vocabulary": 32_768}
 LEARNING_RATE, TOPK = 1e-4, 32
 PARTS = 4
-WARM_UP, TURNS_MIN, STEP_SECONDS = 2, 7, 25.0
+WARM_UP, TURNS_MIN, STEP_SECONDS = 2, 7, 15.0
 GRADIENTS = 2
 """Sets of gradients, used by turns."""
 

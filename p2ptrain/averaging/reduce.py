@@ -21,7 +21,8 @@ from p2ptrain.compression.layout import CHUNK_SIZE
 CLIP_UNIT = 256
 CHUNK_BITS = CHUNK_SIZE.bit_length() - 1
 _POSITION_BITS = 31
-_Places, _Values = NDArray[np.int64], NDArray[np.float32]
+_Places = NDArray[np.int64]
+_Values = NDArray[np.float32]
 
 
 def reduce_part(
@@ -124,6 +125,7 @@ def _largest_of_each(chunk: _Places, magnitude: _Values, limits: NDArray[np.int6
     table.sort(axis=1)
     least = table[np.arange(len(limits)), np.maximum(table.shape[1] - limits, 0)][chunk]
     above, equal = magnitude > least, magnitude == least
-    room = limits - np.bincount(chunk[above], minlength=len(limits))
+    room: _Places = limits - np.bincount(chunk[above], minlength=len(limits))
     before = np.cumsum(equal) - equal
-    return above | equal & (before - before[np.minimum(starts, len(chunk) - 1)][chunk] < room[chunk])
+    kept: NDArray[np.bool_] = above | equal & (before - before[np.minimum(starts, len(chunk) - 1)][chunk] < room[chunk])
+    return kept

@@ -89,7 +89,7 @@ def decode_exact(layout: ChunkLayout, values: Tensor) -> tuple[Tensor, Tensor]:
         integers as float32 [chunks, 64 * 64], and for each chunk [chunks] the power of two that one unit of it is
         worth relative to the values (so that integers * unit approximates the real inverse DCT).
     """
-    runs = [decode_exact_form(form, values[start:end]) for form, start, end in layout.runs]
+    runs = [decode_exact_form(form, values[start:end].clone()) for form, start, end in layout.runs]
     return torch.cat([integers for integers, _ in runs]), torch.cat([unit for _, unit in runs])
 
 
@@ -97,8 +97,11 @@ def decode_exact_form(form: Form, values: Tensor, scratch: Tensor | None = None)
     """`decode_exact` of chunks of one form.
 
     Args:
-        scratch: [2, chunks, 64 * 64] to be overwritten, which then holds the integers.
+        values: overwritten.
+        scratch: [chunks, 64 * 64], overwritten. The integers lie in one of the two.
     """
+    if scratch is None:
+        scratch = torch.empty_like(values)
     allow = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -119,15 +122,15 @@ def _decode_exact(form: Form, values: Tensor, scratch: Tensor) -> tuple[Tensor, 
     if form == "none":
         return values, torch.ones(len(values), device=values.device)
     if form == "rows":
-        rows = torch.mm(values.view(-1, SIDE), basis, out=scratch[0].view(-1, SIDE))
+        rows = torch.mm(values.view(-1, SIDE), basis, out=scratch.view(-1, SIDE))
         return rows.view(values.shape), torch.full((len(values),), 2.0**-BASIS_BITS, device=values.device)
     squares = values.view(-1, SIDE, SIDE)
-    first = torch.bmm(basis.T.expand_as(squares), squares, out=scratch[1].view(-1, SIDE, SIDE)).view(values.shape)
+    first = torch.bmm(basis.T.expand_as(squares), squares, out=scratch.view(-1, SIDE, SIDE)).view(values.shape)
     # frexp of an integer below 2**24 gives its bit length exactly.
     bits = torch.frexp(torch.maximum(first.amax(1), -first.amin(1))).exponent
     shift = (bits - MIDDLE_BITS).clamp(min=0)
     # Below 2**24 both the product with a power of two and the sum with a half are exact, and so is a floor. What comes
     # of it is within 2**11, as `bits` is the bit length.
     middle = first.mul_(_power_of_two(-shift).unsqueeze(1)).add_(0.5).floor_()
-    integers = torch.mm(middle.view(-1, SIDE), basis, out=scratch[0].view(-1, SIDE))
+    integers = torch.mm(middle.view(-1, SIDE), basis, out=values.view(-1, SIDE))
     return integers.view(values.shape), _power_of_two(shift - 2 * BASIS_BITS)

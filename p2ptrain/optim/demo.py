@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
@@ -29,10 +29,12 @@ from p2ptrain.averaging.reduce import reduce_part
 from p2ptrain.compression import dct, selection, wire
 from p2ptrain.compression.layout import CHUNK_SIZE, SIDE, Batch, ChunkLayout, ParameterSpec, Treatment
 from p2ptrain.compression.wire import Coefficients, ReplyContent
+from p2ptrain.optim import threads
 from p2ptrain.optim.directions import DIRECTIONS, Direction
 
-_CPU_BATCH_CHUNKS, _DEVICE_BATCH_CHUNKS = 64, 8192
-"""1 MiB, of which a step holds three: a core's second-level cache, with two cores. And enough to keep a GPU busy."""
+T = TypeVar("T")
+_CPU_BATCH_CHUNKS, _DEVICE_BATCH_CHUNKS = 48, 8192
+"""On a CPU 768 KiB, of which a thread holds two, in its core's second-level cache; elsewhere enough to keep it busy."""
 
 
 @dataclass(slots=True)
@@ -150,8 +152,9 @@ class DeMo(torch.optim.Optimizer):
         self._batch_chunks = _CPU_BATCH_CHUNKS if device.type == "cpu" else _DEVICE_BATCH_CHUNKS
         self._batches = self.layout.batches(self._batch_chunks, whole)
         most = max(batch.end - batch.start for batch in self._batches)
-        #: values of a batch and two places for what is made of them
-        self._scratch = torch.empty(3, most, CHUNK_SIZE, device=device)
+        self._scratch_shape = (2, most, CHUNK_SIZE)
+        #: for each thread, values of a batch and what is made of them
+        self._scratch: list[Tensor] = []
         #: [sum of topk] chunk of each coefficient sent
         self._chunk = np.repeat(np.arange(self.layout.chunks), self.layout.topk)
         self._directions: list[Direction] = [
@@ -170,36 +173,60 @@ class DeMo(torch.optim.Optimizer):
     @torch.no_grad()
     def accumulate(self) -> None:
         """Add the gradients (means over the sequences computed) to the momentum, after one decay of it."""
-        for batch in self._batches:
-            blocks, scratch, _ = self._scratch[:, : batch.end - batch.start]
-            for piece in batch.pieces:
-                gradient, chunks = self._params[piece.number].grad, blocks[piece.start - batch.start :]
-                chunks = chunks[: piece.end - piece.start]
-                if gradient is None:
-                    chunks.zero_()
-                else:
-                    piece.read(gradient, chunks)
-            dct.accumulate(batch.form, blocks, self.momentum[batch.start : batch.end], self.beta, scratch)
+        self._for_each(self._batches, self._accumulate_batch)
         self._decays += 1
+
+    def _accumulate_batch(self, thread: int, batch: Batch) -> None:
+        blocks, scratch = self._scratch[thread][:, : batch.end - batch.start]
+        for piece in batch.pieces:
+            gradient, chunks = (
+                self._params[piece.number].grad,
+                blocks[piece.start - batch.start : piece.end - batch.start],
+            )
+            if gradient is None:
+                chunks.zero_()
+            else:
+                piece.read(gradient, chunks)
+        dct.accumulate(batch.form, blocks, self.momentum[batch.start : batch.end], self.beta, scratch)
 
     @torch.no_grad()
     def select(self) -> Pending:
         """Move the top-k of every chunk, as quantised, out of the momentum."""
-        found: list[tuple[Tensor, Tensor]] = []
-        for start, end, count in _runs(self.layout.topk):
-            index = torch.cat(
-                [
-                    selection.largest(self.momentum[first : min(first + self._batch_chunks, end)], count)
-                    for first in range(start, end, self._batch_chunks)
-                ]
-            )
-            held = self.momentum[start:end]
+        runs = [
+            (start, count, torch.empty(end - start, count, dtype=torch.int64, device=self.momentum.device))
+            for start, end, count in _runs(self.layout.topk)
+        ]
+
+        def search(thread: int, task: tuple[int, int, Tensor]) -> None:
+            first, count, index = task
+            index.copy_(selection.largest(self.momentum[first : first + len(index)], count))
+
+        step = self._batch_chunks
+        self._for_each(
+            [
+                (start + first, count, index[first : first + step])
+                for start, count, index in runs
+                for first in range(0, len(index), step)
+            ],
+            search,
+        )
+        quantised = []
+        for start, _, index in runs:
+            held = self.momentum[start : start + len(index)]
             value = held.gather(1, index)
-            quantised = selection.quantise(value, self.value_bits)
-            held.scatter_(1, index, value - quantised)
-            found.append((index.flatten(), quantised.flatten()))
-        places, values = (torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
-        return Pending(Coefficients(0, self.layout.chunks, self._chunk, places, values), self._decays)
+            quantised.append(selection.quantise(value, self.value_bits))
+            held.scatter_(1, index, value - quantised[-1])
+        index, value = (torch.cat([x.flatten() for x in parts]) for parts in ([i for _, _, i in runs], quantised))
+        sent = Coefficients(0, self.layout.chunks, self._chunk, index.cpu().numpy(), value.cpu().numpy())
+        return Pending(sent, self._decays)
+
+    def _for_each(self, items: Sequence[T], work: Callable[[int, T], None]) -> None:
+        """Call work(thread, item), with scratch for each thread."""
+        device = self.momentum.device
+        count = threads.usable() if device.type == "cpu" else 1
+        while len(self._scratch) < count:
+            self._scratch.append(torch.empty(self._scratch_shape, device=device))
+        threads.for_each(items, work, count)
 
     def payload(self, pending: Pending, start: int, end: int) -> bytes:
         """The contribution for chunks [start, end)."""
@@ -247,19 +274,31 @@ class DeMo(torch.optim.Optimizer):
         edges = np.searchsorted(chunk, [batch.start for batch in self._batches] + [self.layout.chunks]).tolist()
         for direction in self._directions:
             direction.begin()
-        for batch, low, high in zip(self._batches, edges[:-1], edges[1:], strict=True):
+
+        def take(thread: int, task: tuple[Batch, int, int]) -> None:
+            batch, low, high = task
             piece = slice(batch.start, batch.end)
-            chunks = self._scratch[0, : batch.end - batch.start].zero_()
-            chunks.view(-1)[place[low:high] - batch.start * CHUNK_SIZE] = values[low:high]
-            self._step_batch(batch, chunks, scales[piece], lives[piece], bool(live[piece].all()), learning_rate)
+            chunks, scratch = self._scratch[thread][:, : batch.end - batch.start]
+            chunks.zero_().view(-1)[place[low:high] - batch.start * CHUNK_SIZE] = values[low:high]
+            all_live = bool(live[piece].all())
+            self._step_batch(batch, chunks, scratch, scales[piece], lives[piece], all_live, learning_rate)
+
+        self._for_each(list(zip(self._batches, edges[:-1], edges[1:], strict=True)), take)
 
     def _step_batch(
-        self, batch: Batch, values: Tensor, scale: Tensor, live: Tensor, all_live: bool, learning_rate: float | None
+        self,
+        batch: Batch,
+        values: Tensor,
+        scratch: Tensor,
+        scale: Tensor,
+        live: Tensor,
+        all_live: bool,
+        learning_rate: float | None,
     ) -> None:
         """Decode, direction, decay, step."""
         of_signs = self._directions[batch.pieces[0].number].of_signs
         if self.exact:
-            update, unit = dct.decode_exact_form(batch.form, values, self._scratch[1:, : len(values)])
+            update, unit = dct.decode_exact_form(batch.form, values, scratch)
             if not of_signs:
                 update.mul_((unit * scale).unsqueeze(1))
         else:
