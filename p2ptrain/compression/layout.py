@@ -141,6 +141,17 @@ class Piece:
         matrix = self.as_blocks(chunks.view(-1, SIDE, SIDE)).transpose(1, 2).reshape(tall * SIDE, wide * SIDE)
         return matrix[: self.segment.rows - top * SIDE, : self.segment.columns - left * SIDE]
 
+    def flat(self, place: Tensor) -> tuple[Tensor, Tensor]:
+        """Where `place` [n], of its chunks flattened, lies in a flattened parameter; False for what is padding."""
+        segment = self.segment
+        if segment.is_vector:
+            flat = place + self.first * CHUNK_SIZE
+            return flat, flat < segment.columns
+        chunk, index = place // CHUNK_SIZE + self.first, place % CHUNK_SIZE
+        band = chunk // segment.wide
+        row, column = band * SIDE + index // SIDE, (chunk - band * segment.wide) * SIDE + index % SIDE
+        return row * segment.columns + column, (row < segment.rows) & (column < segment.columns)
+
     def _rectangle(self) -> tuple[int, int, int, int]:
         """Top, left, height and width, in chunks."""
         top, left = divmod(self.first, self.segment.wide)

@@ -38,7 +38,7 @@ def largest_by_partition(chunks: Tensor, count: int) -> Tensor:
         return torch.from_numpy(_at_least(_ordered(chunks.abs()), count))
     # Entry e is in group e % groups: its maximum then compares rows, not neighbours.
     grouped = chunks.view(-1, CHUNK_SIZE // _GROUPS, _GROUPS)
-    group = _at_least(_ordered(torch.maximum(grouped.amax(1), grouped.amin(1).neg_())), count)
+    group = _at_least(_ordered(torch.maximum(grouped.amax(1), grouped.amin(1).neg_()).abs_()), count)
     picked = torch.from_numpy(group).unsqueeze(1).expand(-1, grouped.shape[1], -1)
     place = _at_least(_ordered(grouped.gather(2, picked).abs_().flatten(1)), count)
     # Entry e of what was picked is in its row e // count, in the group picked in place e % count. Ascending in e is

@@ -27,14 +27,14 @@ from torch import Tensor
 
 from p2ptrain.averaging.reduce import reduce_part
 from p2ptrain.compression import dct, selection, wire
-from p2ptrain.compression.layout import CHUNK_SIZE, SIDE, Batch, ChunkLayout, ParameterSpec, Treatment
+from p2ptrain.compression.layout import CHUNK_SIZE, SIDE, Batch, ChunkLayout, ParameterSpec, Piece, Treatment
 from p2ptrain.compression.wire import Coefficients, ReplyContent
 from p2ptrain.optim import threads
-from p2ptrain.optim.directions import DIRECTIONS, Direction
+from p2ptrain.optim.directions import DIRECTIONS, Direction, Rms
 
 T = TypeVar("T")
-_CPU_BATCH_CHUNKS, _DEVICE_BATCH_CHUNKS = 48, 8192
-"""On a CPU 768 KiB, of which a thread holds two, in its core's second-level cache; elsewhere enough to keep it busy."""
+_CPU_BATCH_CHUNKS, _DEVICE_BATCH_CHUNKS = 128, 8192
+"""On a CPU 2 MiB, of which a thread holds two, so that a cache has room for them; elsewhere enough to keep it busy."""
 
 
 @dataclass(slots=True)
@@ -75,6 +75,14 @@ class Settled:
         """Share of the sent norm that was consumed, for display."""
         whole = float(np.abs(self.pending.sent.value).sum())
         return float(np.abs(self.consumed).sum()) / whole if whole else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Live:
+    """Which chunks [n] of a batch take a step: those of parts that were not skipped."""
+
+    chunks: Tensor
+    all: bool
 
 
 PartReply = tuple[int, int, ReplyContent | None]
@@ -153,6 +161,8 @@ class DeMo(torch.optim.Optimizer):
         self._batches = self.layout.batches(self._batch_chunks, whole)
         most = max(batch.end - batch.start for batch in self._batches)
         self._scratch_shape = (2, most, CHUNK_SIZE)
+        #: the parameters, or contiguous copies of them for the time of a step
+        self._targets: list[Tensor] = []
         #: for each thread, values of a batch and what is made of them
         self._scratch: list[Tensor] = []
         #: [sum of topk] chunk of each coefficient sent
@@ -274,26 +284,29 @@ class DeMo(torch.optim.Optimizer):
         edges = np.searchsorted(chunk, [batch.start for batch in self._batches] + [self.layout.chunks]).tolist()
         for direction in self._directions:
             direction.begin()
+        # Views of pieces are what is written to.
+        self._targets = [parameter.contiguous() for parameter in self._params]
 
         def take(thread: int, task: tuple[Batch, int, int]) -> None:
             batch, low, high = task
-            piece = slice(batch.start, batch.end)
-            chunks, scratch = self._scratch[thread][:, : batch.end - batch.start]
-            chunks.zero_().view(-1)[place[low:high] - batch.start * CHUNK_SIZE] = values[low:high]
-            all_live = bool(live[piece].all())
-            self._step_batch(batch, chunks, scratch, scales[piece], lives[piece], all_live, learning_rate)
+            here = slice(batch.start, batch.end)
+            alive = _Live(lives[here], bool(live[here].all()))
+            inside = place[low:high] - batch.start * CHUNK_SIZE
+            if batch.form == "none" and isinstance(self._directions[batch.pieces[0].number], Rms):
+                update = values[low:high] * scales[here][inside // CHUNK_SIZE]
+                self._step_entries(batch, inside, update, alive, learning_rate)
+            else:
+                chunks, scratch = self._scratch[thread][:, : batch.end - batch.start]
+                chunks.zero_().view(-1)[inside] = values[low:high]
+                self._step_batch(batch, chunks, scratch, scales[here], alive, learning_rate)
 
         self._for_each(list(zip(self._batches, edges[:-1], edges[1:], strict=True)), take)
+        for parameter, target in zip(self._params, self._targets, strict=True):
+            if target is not parameter:
+                parameter.copy_(target)
 
     def _step_batch(
-        self,
-        batch: Batch,
-        values: Tensor,
-        scratch: Tensor,
-        scale: Tensor,
-        live: Tensor,
-        all_live: bool,
-        learning_rate: float | None,
+        self, batch: Batch, values: Tensor, scratch: Tensor, scale: Tensor, live: _Live, learning_rate: float | None
     ) -> None:
         """Decode, direction, decay, step."""
         of_signs = self._directions[batch.pieces[0].number].of_signs
@@ -304,30 +317,46 @@ class DeMo(torch.optim.Optimizer):
         else:
             update = dct.decode_float(batch.form, values)
         for piece in batch.pieces:
-            parameter, direction = self._params[piece.number], self._directions[piece.number]
-            group = self.param_groups[self._group_of[piece.number]]
-            rate = group["lr"] if learning_rate is None else learning_rate
-            rate *= group["learning_rate_scale"]
             here = slice(piece.start - batch.start, piece.end - batch.start)
-            step = direction.step_chunks(piece.first, update[here], live[here])
+            step = self._directions[piece.number].step_chunks(piece.first, update[here], live.chunks[here])
+            rate, blocks = self._decay(piece, live, here, learning_rate), piece.blocks(self._targets[piece.number])
             # Decay and step apart, each rounded on its own: a fused multiply-add would differ between devices, except
             # of a sign, whose product with the rate is exact.
             step, factor = (step, rate) if of_signs else (step.mul_(rate), 1.0)
-            decay = 1 - rate * group["weight_decay"]
-            blocks = piece.blocks(parameter)
             if blocks is None:
-                target, step = piece.view(parameter), piece.entries(step)
+                piece.view(self._targets[piece.number]).sub_(piece.entries(step), alpha=factor)
             else:
-                target, step = blocks, piece.as_blocks(step.view(-1, *blocks.shape[2:]))
-            if decay != 1 and all_live:
-                target.mul_(decay)
-            elif decay != 1:
-                by_chunk = torch.where(live[here], decay, 1.0).view(-1, 1, 1)
-                if blocks is None:
-                    target.mul_(piece.entries(by_chunk.expand(-1, SIDE, SIDE).reshape(-1, CHUNK_SIZE)))
-                else:
-                    target.mul_(piece.as_blocks(by_chunk))
-            target.sub_(step, alpha=factor)
+                blocks.sub_(piece.as_blocks(step.view(-1, SIDE, SIDE)), alpha=factor)
+
+    def _step_entries(
+        self, batch: Batch, place: Tensor, update: Tensor, live: _Live, learning_rate: float | None
+    ) -> None:
+        """The same, of chunks that are not transformed, for all that moves: `update` [n] at `place` [n] of them."""
+        edges = torch.tensor([CHUNK_SIZE * (piece.start - batch.start) for piece in batch.pieces], device=place.device)
+        lows = torch.searchsorted(place, edges).tolist()
+        for piece, low, high in zip(batch.pieces, lows, [*lows[1:], len(place)], strict=True):
+            here = slice(piece.start - batch.start, piece.end - batch.start)
+            inside, direction = place[low:high] - CHUNK_SIZE * here.start, self._directions[piece.number]
+            assert isinstance(direction, Rms)
+            step = direction.step_entries(piece.first, inside, update[low:high], live.chunks[here])
+            rate = self._decay(piece, live, here, learning_rate)
+            flat, there = piece.flat(inside)
+            flat = flat[there]
+            parameter = self._targets[piece.number].view(-1)
+            parameter[flat] = parameter[flat] - step[there].mul_(rate)
+
+    def _decay(self, piece: Piece, live: _Live, here: slice, learning_rate: float | None) -> float:
+        """Take the weight decay off a piece's parameters; returns the rate."""
+        group, parameter = self.param_groups[self._group_of[piece.number]], self._targets[piece.number]
+        rate: float = group["lr"] if learning_rate is None else learning_rate
+        rate *= group["learning_rate_scale"]
+        decay = 1 - rate * group["weight_decay"]
+        if decay != 1 and live.all:
+            piece.view(parameter).mul_(decay)
+        elif decay != 1:
+            by_chunk = torch.where(live.chunks[here], decay, 1.0).unsqueeze(1).expand(-1, CHUNK_SIZE)
+            piece.view(parameter).mul_(piece.entries(by_chunk.contiguous()))
+        return rate
 
     @torch.no_grad()
     def settle(self, pending: Pending, replies: Sequence[PartReply], index: int | None) -> Settled:

@@ -30,8 +30,8 @@ class Direction(Protocol):
     """One parameter's direction.
 
     `update` is [chunks, 64 * 64] and `live` [chunks], False for a SKIP. A step is `begin`, then `step_chunks` for all
-    of the parameter's chunks, in ranges, each once. State is replaced by a step, never changed: who holds on to it has
-    it as it was.
+    of the parameter's chunks, in ranges, each once. A step replaces the state: what `state` gave before it stays as it
+    is until the step after.
     """
 
     #: every device takes the same step to the bit
@@ -103,26 +103,41 @@ class Rms:
         self._moment = torch.zeros(segment.end - segment.start, CHUNK_SIZE, device=device)
         #: beta**steps per chunk, by repeated multiplication: a power function may differ between machines
         self._decayed = torch.ones(segment.end - segment.start, 1, device=device)
-        self._before = self.state()
+        #: both from before the step, which the next step overwrites
+        self._before = torch.empty_like(self._moment), torch.empty_like(self._decayed)
 
     def begin(self) -> None:
-        self._before = self.state()
-        self._moment, self._decayed = torch.empty_like(self._moment), torch.empty_like(self._decayed)
+        (self._moment, self._decayed), self._before = self._before, (self._moment, self._decayed)
 
     def step_chunks(self, first: int, update: Tensor, live: Tensor) -> Tensor:
-        piece = slice(first, first + len(update))
-        before, decayed_before = self._before["moment"][piece], self._before["decayed"][piece]
-        moment, decayed = self._moment[piece], self._decayed[piece]
-        square = update * update
-        square.mul_(1 - self._beta)
-        torch.mul(before, self._beta, out=moment).add_(square)
-        torch.mul(decayed_before, self._beta, out=decayed)
+        square = (update * update).mul_(1 - self._beta)
+        moment, corrected_by = self._decay(first, live)
         if not live.all():
-            live = live.unsqueeze(1)
-            moment.copy_(torch.where(live, moment, before))
-            decayed.copy_(torch.where(live, decayed, decayed_before))
-        corrected = torch.div(moment, (1 - decayed).clamp(min=1e-6), out=square)
+            square.mul_(live.unsqueeze(1))
+        corrected = torch.div(moment.add_(square), corrected_by, out=square)
         return update.div_(correctly_rounded_root(corrected).add_(self._epsilon))
+
+    def step_entries(self, first: int, place: Tensor, update: Tensor, live: Tensor) -> Tensor:
+        """`step_chunks` where `update` [n] holds all that is not zero, at `place` [n] of the chunks flattened.
+
+        The rest takes no step, and of its moment a multiplication is all: adding zero changes no bit.
+        """
+        moment, corrected_by = self._decay(first, live)
+        flat = moment.view(-1)
+        flat.index_add_(0, place, (update * update).mul_(1 - self._beta).mul_(live[place // CHUNK_SIZE]))
+        corrected = flat[place] / corrected_by.view(-1)[place // CHUNK_SIZE]
+        return update / correctly_rounded_root(corrected).add_(self._epsilon)
+
+    def _decay(self, first: int, live: Tensor) -> tuple[Tensor, Tensor]:
+        """The moment of these chunks after its decay, and what corrects it for its beginning at zero [chunks, 1]."""
+        piece = slice(first, first + len(live))
+        before, decayed_before = (tensor[piece] for tensor in self._before)
+        moment = torch.mul(before, self._beta, out=self._moment[piece])
+        decayed = torch.mul(decayed_before, self._beta, out=self._decayed[piece])
+        if not live.all():
+            moment.copy_(torch.where(live.unsqueeze(1), moment, before))
+            decayed.copy_(torch.where(live.unsqueeze(1), decayed, decayed_before))
+        return moment, (1 - decayed).clamp(min=1e-6)
 
     def step(self, update: Tensor, live: Tensor) -> Tensor:
         """The step of all chunks; `update` stays as it is."""
@@ -135,7 +150,6 @@ class Rms:
     def load_state(self, state: dict[str, Tensor]) -> None:
         self._moment = state["moment"].to(self._moment.device, copy=True)
         self._decayed = state["decayed"].to(self._decayed.device, copy=True)
-        self._before = self.state()
 
 
 class Muon:
