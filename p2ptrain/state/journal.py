@@ -52,9 +52,10 @@ class Journal:
             return self.first - 1
         return self._rounds.get(identifier)
 
-    def id_of(self, round: int) -> bytes:
-        """The id of a round that is kept."""
-        return self._ids[round]
+    @property
+    def ids(self) -> dict[int, bytes]:
+        """Round -> its id, of the one before the first, too."""
+        return {self.first - 1: self._parent_of_first} | self._ids
 
     def after(self, round: int) -> Iterator[tuple[int, bytes]]:
         """(round, encoded sealed round) of all rounds after this one, in order."""

@@ -147,8 +147,7 @@ class Trainer:
             self._sequences_read = meta.sequences_read
             outcomes, unsettled = meta.outcomes, meta.pending
         self._replay_own_log(outcomes, unsettled)
-        ids = {number: journal.id_of(number) for number in range(journal.first, journal.last + 1)}
-        self.ledger.undo_off(ids)
+        self.ledger.undo_off(journal.ids)
         if journal.position(self.replica.chain.id) is None:
             if journal.last:
                 _logger.warning("the journal does not continue the checkpoint; going back to a snapshot")

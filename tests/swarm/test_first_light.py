@@ -42,7 +42,7 @@ def same_replica(*peers: Peer) -> None:
 
 
 def test_a_late_peer_ends_bit_identical_and_inspect_tells_the_truth_all_along(swarm: Swarm) -> None:
-    swarm.write_manifest(last_round=70)
+    swarm.write_manifest(last_round=120)
     ada = swarm.bootstrap("ada")
     address = ada.address()
     observer = swarm.watch(address)

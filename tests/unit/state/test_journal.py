@@ -77,6 +77,7 @@ def test_after_pruning_the_parent_of_the_oldest_round_is_still_a_position(tmp_pa
     for kept in (journal, Journal(tmp_path, RUN_ID, verify)):
         assert (kept.first, kept.last) == (4, 6)
         assert kept.position(lone.states[3].id) == 3
+        assert kept.ids == {number: lone.states[number].id for number in range(3, 7)}
         assert kept.position(lone.states[2].id) is None
 
 

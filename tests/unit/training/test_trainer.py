@@ -261,6 +261,27 @@ def test_after_a_crash_the_seal_of_a_round_sent_before_still_consumes(tmp_path: 
     assert again.trainer.status.consumed_share > 0.5
 
 
+def test_after_a_crash_what_a_seal_off_the_chain_consumed_is_not_settled(tmp_path: Path, home: Home) -> None:
+    home.trainer.save()
+    home.hand(home.start())
+    before, key = home.lone.states[-1], home.lone.key
+    home.hand(home.apply(home.sealed(), contributed=True))
+    # The next contribution takes along what became of the first. Then the group's chain turns out to be another, whose
+    # journal begins right after the fork, and the process dies before it has written down what that undoes.
+    home.hand(home.start())
+    assert home.trainer.status.consumed_share > 0.5
+    skip = seal(before, home.lone.identity, home.lone.chunks, (None,))
+    other = chain.extend(before, skip.id, skip.seal, home.lone.chunks)
+    after = seal(other, home.lone.identity, home.lone.chunks, (None,))
+    home.journal.restart_at(skip.id)
+    home.journal.append(after)
+    again = Home(tmp_path, home.lone)
+    again.trainer._replay_own_log((), ())
+    assert key not in again.trainer.ledger.pending, "as the own log knows it"
+    again.trainer.ledger.undo_off(again.journal.ids)
+    assert key in again.trainer.ledger.pending
+
+
 def test_a_message_of_weight_zero_in_the_trainers_stead_consumes_nothing(tmp_path: Path, home: Home) -> None:
     home.trainer.save()
     home.hand(home.start())
