@@ -36,9 +36,8 @@ from baseline_demo import StraightforwardDeMo
 from p2ptrain.averaging.chain import Row
 from p2ptrain.averaging.messages import ContributionHeader, Tip, Traffic
 from p2ptrain.averaging.reduce import reduce_part
-from p2ptrain.compression import coding, wire
+from p2ptrain.compression import wire
 from p2ptrain.compression.layout import SIDE
-from p2ptrain.compression.wire import Coefficients
 from p2ptrain.config.manifest import Manifest, ModelConfig
 from p2ptrain.models.gpt import GPT
 from p2ptrain.optim.demo import DeMo, PartReply, Pending
@@ -49,7 +48,7 @@ CODEC_MODEL = ModelConfig(layers=4, heads=6, embedding=384)
 GPU_MODEL = {"layers": 18, "embedding": 2048, "vocabulary": 32_768}
 LEARNING_RATE, TOPK = 1e-4, 32
 PARTS = 4
-WARM_UP, TURNS_MIN, STEP_SECONDS = 2, 7, 15.0
+WARM_UP, TURNS_MIN, STEP_SECONDS = 2, 9, 20.0
 GRADIENTS = 2
 """Sets of gradients, used by turns."""
 
@@ -255,17 +254,6 @@ def part_ranges(chunks: int) -> Iterator[tuple[int, int]]:
     return itertools.pairwise(edges)
 
 
-def sections(part: Coefficients, topk: tuple[int, ...], value_bits: int) -> dict[str, int]:
-    """Bits of an encoded contribution by what they say."""
-    payload = wire.encode_contribution(part, topk, value_bits)
-    bits = {
-        "index": 8 * coding.packed_indices_bytes(len(part.index)),
-        "scale": 8 * (part.end - part.start),
-        "value": value_bits * len(part.index),
-    }
-    return {"header": 8 * len(payload) - sum(bits.values()), **bits}
-
-
 def message_bytes(payload: bytes, part: int) -> int:
     """Bytes of the frames that carry a contribution."""
     traffic, digest = Traffic(), bytes(range(32))
@@ -304,7 +292,7 @@ def contribution_figures(optimizer: DeMo, pending: Pending) -> dict[str, Any]:
         payload = optimizer.payload(pending, start, end)
         payload_total += len(payload)
         message_total += message_bytes(payload, number)
-        by_section.update(sections(pending.sent.cut(start, end), topk, bits))
+        by_section.update(wire.section_bits(pending.sent.cut(start, end), topk, bits))
     by_section["messages"] = 8 * (message_total - payload_total)
     whole = optimizer.payload(pending, 0, chunks)
     encode = statistics.median(timed(lambda: optimizer.payload(pending, 0, chunks)) for _ in range(9))

@@ -501,7 +501,7 @@ class RoundDriver:
         shape = self.machine.shape
         if shape is not None and header.round == shape.round and header.part < len(shape.parts):
             start, end = shape.parts[header.part].start, shape.parts[header.part].end
-        return wire.contribution_bytes(self._p.layout.topk, start, end, bits)
+        return wire.contribution_max_bytes(self._p.layout.topk, start, end, bits)
 
     def take_contribution(self, header: ContributionHeader, peer: bytes, payload: bytes) -> str | None:
         """A contribution arrived whole; returns a refusal or None."""

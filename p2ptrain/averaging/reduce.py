@@ -110,7 +110,7 @@ def _freeze(
     kept = np.flatnonzero(byte)
     kept = kept[_largest_of_each(chunk[kept], magnitude[kept], np.asarray(reply_topk[start:end]))]
     counts = np.bincount(chunk[kept], minlength=end - start)
-    return wire.encode_reply(start, end, members, included, clips, counts, index[kept], byte[kept], codes)
+    return wire.encode_reply(start, end, members, included, clips, reply_topk, counts, index[kept], byte[kept], codes)
 
 
 def _largest_of_each(chunk: _Places, magnitude: _Values, limits: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -434,19 +434,27 @@ class DeMo(torch.optim.Optimizer):
             sent, chunks = pending.sent, self.layout.chunks
             self._step(sent.chunk, sent.index, sent.value, np.ones(chunks, np.float32), np.ones(chunks, bool), None)
             return loss
-        end = self.layout.chunks
-        data = reduce_part(
-            [(0, 1, self.payload(pending, 0, end))],
-            topk=self.layout.topk,
-            reply_topk=self.layout.reply_topk,
-            start=0,
-            end=end,
-            members=1,
-            value_bits=self.value_bits,
-            clip_ratio=1.0,
-            weight_cap_ratio=1.0,
-        )
-        replies = [(0, end, wire.decode_reply(data, self.layout.reply_topk, 0, end, 1))]
+        replies: list[PartReply] = []
+
+        def exchange(thread: int, part: tuple[int, int]) -> None:
+            start, end = part
+            data = reduce_part(
+                [(0, 1, self.payload(pending, start, end))],
+                topk=self.layout.topk,
+                reply_topk=self.layout.reply_topk,
+                start=start,
+                end=end,
+                members=1,
+                value_bits=self.value_bits,
+                clip_ratio=1.0,
+                weight_cap_ratio=1.0,
+            )
+            replies.append((start, end, wire.decode_reply(data, self.layout.reply_topk, start, end, 1)))
+
+        # A part for each thread: a chunk's reply is the same in whichever part it is.
+        edges = np.linspace(0, self.layout.chunks, min(threads.usable(), self.layout.chunks) + 1).astype(int).tolist()
+        self._for_each(list(itertools.pairwise(edges)), exchange)
+        replies.sort(key=lambda reply: reply[0])
         self.apply(replies)
         self.settle(pending, replies, 0)
         return loss

@@ -100,7 +100,7 @@ def dense_reply(sent: list[Sent], value_bits: int, limits: list[int], clip_ratio
         codes.append(code)
     joined = [np.concatenate(arrays) for arrays in (indices, values, codes)]
     included = frozenset(member for member, _, _ in sent)
-    return wire.encode_reply(START, END, MEMBERS, included, clips, np.asarray(counts), *joined)
+    return wire.encode_reply(START, END, MEMBERS, included, clips, limits, np.asarray(counts), *joined)
 
 
 def assert_quantises(content: ReplyContent, exact: NDArray[np.float64], reply_topk: int = CHUNK_SIZE) -> None:
