@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from p2ptrain.averaging.reduce import reduce_part
+from p2ptrain.averaging.reduce import reply_to_one
 from p2ptrain.compression import dct, selection, wire
 from p2ptrain.compression.layout import CHUNK_SIZE, Batch, ChunkLayout, ParameterSpec, Piece, Treatment
 from p2ptrain.compression.wire import Coefficients, ReplyContent
@@ -423,7 +423,7 @@ class DeMo(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One round of a group of one."""
+        """One round of a group of one, which needs no bytes for it."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -434,27 +434,7 @@ class DeMo(torch.optim.Optimizer):
             sent, chunks = pending.sent, self.layout.chunks
             self._step(sent.chunk, sent.index, sent.value, np.ones(chunks, np.float32), np.ones(chunks, bool), None)
             return loss
-        replies: list[PartReply] = []
-
-        def exchange(thread: int, part: tuple[int, int]) -> None:
-            start, end = part
-            data = reduce_part(
-                [(0, 1, self.payload(pending, start, end))],
-                topk=self.layout.topk,
-                reply_topk=self.layout.reply_topk,
-                start=start,
-                end=end,
-                members=1,
-                value_bits=self.value_bits,
-                clip_ratio=1.0,
-                weight_cap_ratio=1.0,
-            )
-            replies.append((start, end, wire.decode_reply(data, self.layout.reply_topk, start, end, 1)))
-
-        # A part for each thread: a chunk's reply is the same in whichever part it is.
-        edges = np.linspace(0, self.layout.chunks, min(threads.usable(), self.layout.chunks) + 1).astype(int).tolist()
-        self._for_each(list(itertools.pairwise(edges)), exchange)
-        replies.sort(key=lambda reply: reply[0])
+        replies = [(0, self.layout.chunks, reply_to_one(pending.sent, self.layout.reply_topk))]
         self.apply(replies)
         self.settle(pending, replies, 0)
         return loss
