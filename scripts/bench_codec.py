@@ -1,10 +1,11 @@
 """What an optimizer step costs without a network, and what a contribution weighs.
 
-The step is `DeMo.step`, a group of one: accumulate, select, encode, reduce, decode, apply, settle, on a GPT of 15
-million parameters with the manifest's default treatment. Beside it, in turns and each on parameters of its own with
-the same gradients: DeMo as the paper writes it (`baseline_demo.py`; once more with its products laid out for speed, as
-`..._matmul`), AdamW foreach and AdamW fused. Ratios are of the same turn; torch's default number of threads. Gradients
-are normal random numbers, so indices lie evenly, which is the most they can cost.
+A step is a round of a group of one: accumulate, select, encode, reduce, decode, apply, settle, on a GPT of 15 million
+parameters with the manifest's default treatment. `lone` is `DeMo.step`, which takes the same step without making bytes
+of it. Beside them, in turns and each on parameters of its own with the same gradients: DeMo as the paper writes it
+(`baseline_demo.py`, which makes no bytes either; once more with its products laid out for speed, as `..._tuned`), AdamW
+foreach and AdamW fused. Ratios are of the same turn; torch's default number of threads. Gradients are normal random
+numbers, so indices lie evenly, which is the most they can cost.
 
 Bits are those of a contribution to each of PARTS reducers, with the frames, headers and hashes of its messages.
 
@@ -16,6 +17,7 @@ Takes under a minute on two cores; progress on stderr, one JSON object last on s
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -36,9 +38,8 @@ from baseline_demo import StraightforwardDeMo
 from p2ptrain.averaging.chain import Row
 from p2ptrain.averaging.messages import ContributionHeader, Tip, Traffic
 from p2ptrain.averaging.reduce import reduce_part
-from p2ptrain.compression import coding, wire
+from p2ptrain.compression import wire
 from p2ptrain.compression.layout import SIDE
-from p2ptrain.compression.wire import Coefficients
 from p2ptrain.config.manifest import Manifest, ModelConfig
 from p2ptrain.models.gpt import GPT
 from p2ptrain.optim.demo import DeMo, PartReply, Pending
@@ -49,7 +50,7 @@ CODEC_MODEL = ModelConfig(layers=4, heads=6, embedding=384)
 GPU_MODEL = {"layers": 18, "embedding": 2048, "vocabulary": 32_768}
 LEARNING_RATE, TOPK = 1e-4, 32
 PARTS = 4
-WARM_UP, TURNS_MIN, STEP_SECONDS = 2, 7, 15.0
+WARM_UP, TURNS_MIN, STEP_SECONDS = 2, 5, 25.0
 GRADIENTS = 2
 """Sets of gradients, used by turns."""
 
@@ -133,21 +134,21 @@ def replies_of(optimizer: DeMo, reply: bytes) -> list[PartReply]:
     return [(0, end, wire.decode_reply(reply, optimizer.layout.reply_topk, 0, end, 1))]
 
 
-def phases(optimizer: DeMo, of: dict[str, list[float]]) -> None:
-    """One step, each phase timed."""
+def phases(optimizer: DeMo, of: dict[str, list[float]]) -> float:
+    """One step, each phase timed; milliseconds of all."""
     held: dict[str, Any] = {}
 
-    def phase(name: str, work: Callable[[], Any]) -> None:
+    def phase(name: str, work: Callable[[], Any]) -> float:
         of.setdefault(name, []).append(timed(lambda: held.__setitem__(name, work())))
+        return of[name][-1]
 
-    phase("accumulate", optimizer.accumulate)
-    phase("select", optimizer.select)
+    taken = phase("accumulate", optimizer.accumulate) + phase("select", optimizer.select)
     pending: Pending = held["select"]
-    phase("encode", lambda: optimizer.payload(pending, 0, optimizer.layout.chunks))
-    phase("reduce", lambda: reduced(optimizer, held["encode"]))
-    phase("decode", lambda: replies_of(optimizer, held["reduce"]))
-    phase("apply", lambda: optimizer.apply(held["decode"]))
-    phase("settle", lambda: optimizer.settle(pending, held["decode"], 0))
+    taken += phase("encode", lambda: optimizer.payload(pending, 0, optimizer.layout.chunks))
+    taken += phase("reduce", lambda: reduced(optimizer, held["encode"]))
+    taken += phase("decode", lambda: replies_of(optimizer, held["reduce"]))
+    taken += phase("apply", lambda: optimizer.apply(held["decode"]))
+    return taken + phase("settle", lambda: optimizer.settle(pending, held["decode"], 0))
 
 
 def gradient_sets(model: GPT) -> list[list[torch.Tensor]]:
@@ -158,78 +159,84 @@ def gradient_sets(model: GPT) -> list[list[torch.Tensor]]:
 def step_figures() -> dict[str, Any]:
     """Ours beside the others, turn by turn."""
     note("optimizer step: warming up")
-    models = [gpt(STEP_MODEL) for _ in range(5)]
-    ours = build_optimizer(models[0], manifest(STEP_MODEL))
+    models = [gpt(STEP_MODEL) for _ in range(6)]
+    ours, lone = (build_optimizer(model, manifest(STEP_MODEL)) for model in models[:2])
     lists = [list(model.parameters()) for model in models]
-    contenders: dict[str, Any] = {
-        "ours": ours,
-        "straightforward": StraightforwardDeMo(lists[1], LEARNING_RATE, ours.beta, TOPK),
-        "straightforward_matmul": StraightforwardDeMo(lists[2], LEARNING_RATE, ours.beta, TOPK, products="matmul"),
-        "adamw_foreach": torch.optim.AdamW(lists[3], LEARNING_RATE, foreach=True),
-        "adamw_fused": torch.optim.AdamW(lists[4], LEARNING_RATE, fused=True),
+    by_phase: dict[str, list[float]] = {}
+    contenders: dict[str, Callable[[], float]] = {"ours": lambda: phases(ours, by_phase)} | {
+        name: functools.partial(timed, optimizer.step)
+        for name, optimizer in {
+            "lone": lone,
+            "straightforward": StraightforwardDeMo(lists[2], LEARNING_RATE, ours.beta, TOPK),
+            "straightforward_tuned": StraightforwardDeMo(lists[3], LEARNING_RATE, ours.beta, TOPK, tuned=True),
+            "adamw_foreach": torch.optim.AdamW(lists[4], LEARNING_RATE, foreach=True),
+            "adamw_fused": torch.optim.AdamW(lists[5], LEARNING_RATE, fused=True),
+        }.items()
     }
     sets = gradient_sets(models[0])
     milliseconds: dict[str, list[float]] = {name: [] for name in contenders}
-    by_phase: dict[str, list[float]] = {}
-    memory: list[int] = []
     began, turn = time.monotonic(), 0
     while turn < WARM_UP + TURNS_MIN or time.monotonic() - began < STEP_SECONDS:
         for parameters in lists:
             for parameter, gradient in zip(parameters, sets[turn % GRADIENTS], strict=True):
                 parameter.grad = gradient
+        if turn == WARM_UP:
+            for values in (*milliseconds.values(), *by_phase.values()):
+                values.clear()
         names = list(contenders)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            taken = timed(contenders[name].step)
-            if turn >= WARM_UP:
-                milliseconds[name].append(taken)
-        if turn >= WARM_UP:
-            phases(ours, by_phase)
-        else:
-            with PeakMemory() as peak:
-                ours.step()
-            memory.append(peak.extra_bytes)
+            milliseconds[name].append(contenders[name]())
         turn += 1
         if turn % 10 == WARM_UP:
             note(f"optimizer step: {turn - WARM_UP} turns, {time.monotonic() - began:.0f} s")
-    parameters_count = sum(parameter.numel() for parameter in lists[0])
-    ratio = {
-        name: [other / one for other, one in zip(taken, milliseconds["ours"], strict=True)]
-        for name, taken in milliseconds.items()
-    }
-    inverse = {name: [1 / value for value in values] for name, values in ratio.items()}
-    bandwidth = copy_bytes_per_second(lists[0][0].device)
-    flops = transform_flops(ours)
-    median = {name: statistics.median(taken) for name, taken in (milliseconds | by_phase).items()}
-    # What has to move at least: gradient in, momentum in and out, parameters in and out.
-    floor_bytes = 4 * (parameters_count + 2 * ours.momentum.numel() + 2 * parameters_count)
+    with PeakMemory() as peak:
+        lone.step()
     return {
-        "speedup_vs_straightforward": round(statistics.median(ratio["straightforward"]), 3),
-        "time_vs_adamw_foreach": round(statistics.median(inverse["adamw_foreach"]), 3),
-        "speedup_vs_straightforward_matmul": round(statistics.median(ratio["straightforward_matmul"]), 3),
-        "time_vs_adamw_fused": round(statistics.median(inverse["adamw_fused"]), 3),
-        "spread": {
-            "speedup_vs_straightforward": spread(ratio["straightforward"]),
-            "speedup_vs_straightforward_matmul": spread(ratio["straightforward_matmul"]),
-            "time_vs_adamw_foreach": spread(inverse["adamw_foreach"]),
-            "time_vs_adamw_fused": spread(inverse["adamw_fused"]),
-        },
-        "step": {
-            "parameters": parameters_count,
-            "chunks": ours.layout.chunks,
-            "turns": len(milliseconds["ours"]),
-            "threads": torch.get_num_threads(),
-            "milliseconds": {name: spread(taken) for name, taken in milliseconds.items()},
-            "parameters_per_second": {
-                name: round(1000 * parameters_count / statistics.median(taken)) for name, taken in milliseconds.items()
-            },
-            "phases_ms": {name: round(statistics.median(taken), 2) for name, taken in by_phase.items()},
-            "accumulate_gflop_per_second": round(flops / median["accumulate"] / 1e6, 1),
-            "apply_gflop_per_second": round(flops / median["apply"] / 1e6, 1),
-            "copy_gb_per_second": round(bandwidth / 1e9, 1),
-            "share_of_bandwidth": round(floor_bytes / bandwidth / (median["ours"] / 1000), 3),
-            "peak_extra_bytes": max(memory),
-            "momentum_bytes": 4 * ours.momentum.numel(),
-        },
+        **ratios(milliseconds),
+        "step": step_table(ours, lists[0], milliseconds, by_phase),
+        "memory": {"step_peak_extra_bytes": peak.extra_bytes, "momentum_bytes": 4 * ours.momentum.numel()},
+    }
+
+
+def ratios(milliseconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Of times in the same turn: medians, and below `spread` more of them."""
+    of: dict[str, list[float]] = {}
+    for ending, one in (("", "ours"), ("_lone", "lone")):
+        mine = milliseconds[one]
+        for other in ("straightforward", "straightforward_tuned"):
+            pairs = zip(milliseconds[other], mine, strict=True)
+            of[f"speedup_vs_{other}{ending}"] = [theirs / ours for theirs, ours in pairs]
+        for other in ("adamw_foreach", "adamw_fused"):
+            pairs = zip(milliseconds[other], mine, strict=True)
+            of[f"time_vs_{other}{ending}"] = [ours / theirs for theirs, ours in pairs]
+    medians = {name: round(statistics.median(values), 3) for name, values in of.items()}
+    return {**medians, "spread": {name: spread(values) for name, values in of.items()}}
+
+
+def step_table(
+    optimizer: DeMo,
+    parameters: list[torch.Tensor],
+    milliseconds: dict[str, list[float]],
+    by_phase: dict[str, list[float]],
+) -> dict[str, Any]:
+    """Milliseconds of all, phases of ours, and how near they come to what the machine can do."""
+    count = sum(parameter.numel() for parameter in parameters)
+    medians = {name: statistics.median(taken) for name, taken in (milliseconds | by_phase).items()}
+    bandwidth, flops = copy_bytes_per_second(parameters[0].device), transform_flops(optimizer)
+    # What has to move at least: gradient in, momentum in and out, parameters in and out.
+    floor_bytes = 4 * (count + 2 * optimizer.momentum.numel() + 2 * count)
+    return {
+        "parameters": count,
+        "chunks": optimizer.layout.chunks,
+        "turns": len(milliseconds["ours"]),
+        "threads": torch.get_num_threads(),
+        "milliseconds": {name: spread(taken) for name, taken in milliseconds.items()},
+        "parameters_per_second": {name: round(1000 * count / medians[name]) for name in milliseconds},
+        "phases_ms": {name: round(medians[name], 2) for name in by_phase},
+        "accumulate_gflop_per_second": round(flops / medians["accumulate"] / 1e6, 1),
+        "apply_gflop_per_second": round(flops / medians["apply"] / 1e6, 1),
+        "copy_gb_per_second": round(bandwidth / 1e9, 1),
+        "share_of_bandwidth": round(floor_bytes / bandwidth / (medians["lone"] / 1000), 3),
     }
 
 
@@ -253,17 +260,6 @@ def part_ranges(chunks: int) -> Iterator[tuple[int, int]]:
     """Equal parts, one a reducer."""
     edges = np.linspace(0, chunks, PARTS + 1).astype(int).tolist()
     return itertools.pairwise(edges)
-
-
-def sections(part: Coefficients, topk: tuple[int, ...], value_bits: int) -> dict[str, int]:
-    """Bits of an encoded contribution by what they say."""
-    payload = wire.encode_contribution(part, topk, value_bits)
-    bits = {
-        "index": 8 * coding.packed_indices_bytes(len(part.index)),
-        "scale": 8 * (part.end - part.start),
-        "value": value_bits * len(part.index),
-    }
-    return {"header": 8 * len(payload) - sum(bits.values()), **bits}
 
 
 def message_bytes(payload: bytes, part: int) -> int:
@@ -304,7 +300,7 @@ def contribution_figures(optimizer: DeMo, pending: Pending) -> dict[str, Any]:
         payload = optimizer.payload(pending, start, end)
         payload_total += len(payload)
         message_total += message_bytes(payload, number)
-        by_section.update(sections(pending.sent.cut(start, end), topk, bits))
+        by_section.update(wire.section_bits(pending.sent.cut(start, end), topk, bits))
     by_section["messages"] = 8 * (message_total - payload_total)
     whole = optimizer.payload(pending, 0, chunks)
     encode = statistics.median(timed(lambda: optimizer.payload(pending, 0, chunks)) for _ in range(9))

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from p2ptrain.compression import coding, wire
 from p2ptrain.compression.layout import CHUNK_SIZE
+from p2ptrain.compression.wire import Coefficients, ReplyContent
 
 CLIP_UNIT = 256
 CHUNK_BITS = CHUNK_SIZE.bit_length() - 1
@@ -68,7 +69,18 @@ def reduce_part(
             # Shares of one, not weights divided afterwards: a mean of what float32 holds cannot become inf - inf.
             values.append(part.value * np.float32(weight / weight_included * factor / CLIP_UNIT))
         place, total = _summed([(part.chunk - start) * CHUNK_SIZE + part.index for _, _, part in work], values)
-    return _freeze(place, total, reply_topk, start, end, members, included, clips)
+    counts, index, byte, codes = _freeze(place, total, np.asarray(reply_topk[start:end]))
+    return wire.encode_reply(start, end, members, included, clips, reply_topk, counts, index, byte, codes)
+
+
+def reply_to_one(sent: Coefficients, reply_topk: Sequence[int]) -> ReplyContent:
+    """What a group of one gets back for its contribution: as by way of `reduce_part` and the bytes of both."""
+    place = (sent.chunk - sent.start) * CHUNK_SIZE + sent.index
+    counts, index, byte, codes = _freeze(place, sent.value, np.asarray(reply_topk[sent.start : sent.end]))
+    chunk = np.repeat(np.arange(sent.start, sent.end), counts)
+    scale = coding.scale_table()[codes]
+    value = (byte * np.repeat(scale, counts)).astype(np.float32)
+    return ReplyContent(frozenset({0}), {}, Coefficients(sent.start, sent.end, chunk, index, value), byte, scale)
 
 
 def _summed(places: list[_Places], values: list[_Values]) -> tuple[_Places, _Values]:
@@ -86,19 +98,16 @@ def _summed(places: list[_Places], values: list[_Values]) -> tuple[_Places, _Val
 
 
 def _freeze(
-    place: _Places,
-    total: _Values,
-    reply_topk: Sequence[int],
-    start: int,
-    end: int,
-    members: int,
-    included: frozenset[int],
-    clips: dict[int, int],
-) -> bytes:
-    """Keep at most `reply_topk` coefficients a chunk, as signed bytes with one scale; none that round to zero."""
+    place: _Places, total: _Values, limits: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]:
+    """Keep at most `limits` [chunks] coefficients a chunk, as signed bytes with one scale; none that round to zero.
+
+    Returns:
+        How many are kept of each chunk [chunks], their indices and bytes [kept], and the chunks' scale codes [chunks].
+    """
     chunk, index = place >> CHUNK_BITS, place & CHUNK_SIZE - 1
     magnitude = np.abs(total)
-    largest = np.zeros(end - start, np.float32)
+    largest = np.zeros(len(limits), np.float32)
     if len(chunk):
         first = np.flatnonzero(np.r_[True, chunk[1:] != chunk[:-1]])
         largest[chunk[first]] = np.maximum.reduceat(magnitude, first)
@@ -108,9 +117,8 @@ def _freeze(
         byte = np.rint(np.where(scale > 0, total / scale, 0))
     byte = np.clip(byte, -coding.REPLY_VALUE_MAX, coding.REPLY_VALUE_MAX).astype(np.int64)
     kept = np.flatnonzero(byte)
-    kept = kept[_largest_of_each(chunk[kept], magnitude[kept], np.asarray(reply_topk[start:end]))]
-    counts = np.bincount(chunk[kept], minlength=end - start)
-    return wire.encode_reply(start, end, members, included, clips, reply_topk, counts, index[kept], byte[kept], codes)
+    kept = kept[_largest_of_each(chunk[kept], magnitude[kept], limits)]
+    return np.bincount(chunk[kept], minlength=len(limits)), index[kept], byte[kept], codes
 
 
 def _largest_of_each(chunk: _Places, magnitude: _Values, limits: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -107,21 +107,25 @@ class Piece:
 
     def blocks(self, tensor: Tensor) -> Tensor | None:
         """The same as a view [tall, wide, 64, 64], where that is a matrix of whole chunks; None: it is not."""
-        entries = self.view(tensor)
-        if self.segment.is_vector or entries.shape[0] % SIDE or entries.shape[1] % SIDE:
+        segment = self.segment
+        top, left, tall, wide = self._rectangle()
+        if segment.is_vector or (top + tall) * SIDE > segment.rows or (left + wide) * SIDE > segment.columns:
             return None
-        return entries.unflatten(1, (-1, SIDE)).unflatten(0, (-1, SIDE)).transpose(1, 2)
+        # One operation in place of six, each of which would give up Python's lock.
+        tensor, row = tensor.contiguous(), segment.columns
+        offset = tensor.storage_offset() + (top * row + left) * SIDE
+        return tensor.as_strided((tall, wide, SIDE, SIDE), (SIDE * row, SIDE, row, 1), offset)
 
     def as_blocks(self, chunks: Tensor) -> Tensor:
-        """Its chunks [end - start, ...] in the order of `blocks`: [tall, wide, ...]."""
+        """Its chunks [end - start, 64 * 64] in the order of `blocks`."""
         _, _, tall, wide = self._rectangle()
-        return chunks.unflatten(0, (tall, wide))
+        return chunks.view(tall, wide, SIDE, SIDE)
 
     def read(self, tensor: Tensor, chunks: Tensor) -> None:
         """Copy its entries of a parameter-shaped tensor to `chunks` [end - start, 64 * 64], with zeros around them."""
         blocks = self.blocks(tensor)
         if blocks is not None:
-            self.as_blocks(chunks.view(-1, SIDE, SIDE)).copy_(blocks)
+            self.as_blocks(chunks).copy_(blocks)
             return
         entries = self.view(tensor)
         if self.segment.is_vector:
@@ -131,14 +135,14 @@ class Piece:
         _, _, tall, wide = self._rectangle()
         pad = (0, wide * SIDE - entries.shape[1], 0, tall * SIDE - entries.shape[0])
         matrix = torch.nn.functional.pad(entries, pad).view(tall, SIDE, wide, SIDE)
-        self.as_blocks(chunks.view(-1, SIDE, SIDE)).copy_(matrix.transpose(1, 2))
+        self.as_blocks(chunks).copy_(matrix.transpose(1, 2))
 
     def entries(self, chunks: Tensor) -> Tensor:
         """Of `chunks` [end - start, 64 * 64], what lies at `view`, in its shape; it may share their memory."""
         if self.segment.is_vector:
             return chunks.reshape(-1)[: self.segment.columns - self.first * CHUNK_SIZE]
         top, left, tall, wide = self._rectangle()
-        matrix = self.as_blocks(chunks.view(-1, SIDE, SIDE)).transpose(1, 2).reshape(tall * SIDE, wide * SIDE)
+        matrix = self.as_blocks(chunks).transpose(1, 2).reshape(tall * SIDE, wide * SIDE)
         return matrix[: self.segment.rows - top * SIDE, : self.segment.columns - left * SIDE]
 
     def flat(self, place: Tensor) -> tuple[Tensor, Tensor]:

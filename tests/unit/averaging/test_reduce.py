@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from p2ptrain.averaging.reduce import reduce_part
+from p2ptrain.averaging.reduce import reduce_part, reply_to_one
 from p2ptrain.compression import coding, wire
 from p2ptrain.compression.layout import CHUNK_SIZE
 from p2ptrain.compression.wire import Coefficients, ReplyContent
@@ -179,6 +179,25 @@ def test_a_reply_is_the_bytes_that_a_dense_sum_gives(
         weight_cap_ratio=ratio,
     )
     assert data == dense_reply(sent, value_bits, limits, ratio, ratio)
+
+
+@given(seed=st.integers(0, 2**32 - 1), value_bits=st.sampled_from([1, 2, 32]), reply_topk=st.integers(1, 12))
+@settings(max_examples=30)
+def test_a_group_of_one_gets_the_reply_that_bytes_would_carry(seed: int, value_bits: int, reply_topk: int) -> None:
+    part = coefficients(seed, value_bits)
+    direct, through = (
+        reply_to_one(part, [reply_topk] * END),
+        reduced([(0, 1, part)], value_bits=value_bits, reply_topk=reply_topk),
+    )
+    assert (direct.included, direct.clips) == (through.included, through.clips)
+    for one, other in (
+        (direct.byte, through.byte),
+        (direct.scale, through.scale),
+        (direct.coefficients.chunk, through.coefficients.chunk),
+        (direct.coefficients.index, through.coefficients.index),
+        (direct.coefficients.value, through.coefficients.value),
+    ):
+        assert np.array_equal(one, other)
 
 
 def test_the_sum_is_divided_by_all_the_weight_not_by_who_picked_a_coefficient() -> None:

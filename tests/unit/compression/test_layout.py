@@ -123,7 +123,7 @@ def test_batches_are_all_chunks_in_order_and_pieces_rectangles(shapes: list[tupl
             assert torch.equal(piece.entries(block), piece.view(tensor))
             blocks = piece.blocks(tensor)
             if blocks is not None:
-                assert torch.equal(piece.as_blocks(block.view(-1, SIDE, SIDE)), blocks)
+                assert torch.equal(piece.as_blocks(block), blocks)
             flat, there = piece.flat(torch.arange(block.numel()))
             assert torch.equal(tensor.flatten()[flat[there]], block.flatten()[there])
             assert not block.flatten()[~there].any()
