@@ -189,12 +189,28 @@ def step_figures() -> dict[str, Any]:
         turn += 1
         if turn % 10 == WARM_UP:
             note(f"optimizer step: {turn - WARM_UP} turns, {time.monotonic() - began:.0f} s")
-    with PeakMemory() as peak:
-        lone.step()
     return {
         **ratios(milliseconds),
         "step": step_table(ours, lists[0], milliseconds, by_phase),
-        "memory": {"step_peak_extra_bytes": peak.extra_bytes, "momentum_bytes": 4 * ours.momentum.numel()},
+        "memory": memory_figures(models[0]),
+    }
+
+
+def memory_figures(model: GPT) -> dict[str, int]:
+    """What an optimizer's first step takes beyond parameters, gradients, momentum and the directions' state."""
+    optimizer = build_optimizer(model, manifest(STEP_MODEL))
+    optimizer.momentum.zero_()  # so that its pages are there
+    state_bytes = 0
+    for tensor in optimizer.replicated_state().values():
+        tensor.add_(0)
+        state_bytes += tensor.nbytes
+    with PeakMemory() as peak:
+        optimizer.step()
+    # The directions' state is there twice, the second time from the first step on.
+    return {
+        "step_peak_extra_bytes": peak.extra_bytes - state_bytes,
+        "momentum_bytes": optimizer.momentum.nbytes,
+        "directions_state_bytes": 2 * state_bytes,
     }
 
 
