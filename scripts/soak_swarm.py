@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ipaddress
 import json
 import os
 import random
@@ -33,6 +32,7 @@ from typing import Any
 
 import psutil
 import torch
+from lines import Lines
 from rich.console import Console
 from rich.table import Table
 
@@ -46,8 +46,6 @@ from p2ptrain.swarm.identity import verify
 from p2ptrain.training.replica import Replica
 
 FAULTS = ("kill", "wipe", "stop", "daemon", "link", "address")
-NAMESPACE = "p2ptsoak"
-NETWORK = ipaddress.ip_network("10.231.0.0/16")
 PAUSE_SECONDS = (5.0, 20.0)
 RECOVERY_SECONDS = 120.0
 SAMPLE_SECONDS = 5.0
@@ -70,66 +68,11 @@ root_interval = 16
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def ip(*arguments: str) -> None:
-    """One `ip` command."""
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
-
-
-class Network:
-    """One bridge, in a namespace of its own, and a line to it for each peer."""
-
-    def __init__(self, peers: int, mbit: float) -> None:
-        self.peers, self.mbit = peers, mbit
-        self._made: list[str] = []
-        self._addresses = (f"{address}/{NETWORK.prefixlen}" for address in NETWORK.hosts())
-        self._address: dict[int, str] = {}
-
-    def __enter__(self) -> Network:
-        switch = self._namespace("switch")
-        ip("-n", switch, "link", "add", "br0", "type", "bridge")
-        ip("-n", switch, "link", "set", "br0", "up")
-        for number in range(self.peers):
-            name = self._namespace(str(number))
-            ip("-n", name, "link", "add", "eth0", "type", "veth", "peer", "name", f"peer{number}", "netns", switch)
-            ip("-n", switch, "link", "set", f"peer{number}", "master", "br0", "up")
-            self.readdress(number)
-            for where, device in ((name, "eth0"), (switch, f"peer{number}")):
-                shaping = ["root", "tbf", "rate", f"{self.mbit}mbit", "burst", "64kb", "latency", "300ms"]
-                command = ["ip", "netns", "exec", where, "tc", "qdisc", "add", "dev", device, *shaping]
-                subprocess.run(command, check=True, capture_output=True)
-            self.set_link(number, up=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for name in self._made:
-            with contextlib.suppress(subprocess.CalledProcessError):
-                ip("netns", "del", name)
-
-    def _namespace(self, name: str) -> str:
-        full = f"{NAMESPACE}-{name}"
-        ip("netns", "add", full)
-        self._made.append(full)
-        ip("-n", full, "link", "set", "lo", "up")
-        return full
-
-    def set_link(self, number: int, *, up: bool) -> None:
-        """Of one peer."""
-        ip("-n", f"{NAMESPACE}-{number}", "link", "set", "eth0", "up" if up else "down")
-
-    def readdress(self, number: int) -> None:
-        """Give one peer an address that nobody has had."""
-        name, old = f"{NAMESPACE}-{number}", self._address.get(number)
-        if old is not None:
-            ip("-n", name, "addr", "del", old, "dev", "eth0")
-        self._address[number] = next(self._addresses)
-        ip("-n", name, "addr", "add", self._address[number], "dev", "eth0")
-
-
 class Peer:
     """One peer through all its lives."""
 
-    def __init__(self, folder: Path, number: int) -> None:
-        self.name, self.number, self.folder = f"peer{number}", number, folder
+    def __init__(self, folder: Path, number: int, lines: Lines) -> None:
+        self.name, self.number, self.folder, self.lines = f"peer{number}", number, folder, lines
         self.home, self.log = folder / f"peer{number}", folder / f"peer{number}.log"
         self.out = folder / f"peer{number}.out"
         self.process: subprocess.Popen[bytes] | None = None
@@ -144,10 +87,9 @@ class Peer:
     def start(self, *command: str) -> None:
         """Begin to live, or again."""
         flags = ["--home", str(self.home), "--name", self.name, "--threads", "1", "-v", "--log-format", "json"]
-        inside = ["ip", "netns", "exec", f"{NAMESPACE}-{self.number}"]
         with self.log.open("ab") as log, self.out.open("ab") as out:
             self.process = subprocess.Popen(
-                [*inside, sys.executable, "-m", "p2ptrain", *command, *flags],
+                [*self.lines.inside(self.number), sys.executable, "-m", "p2ptrain", *command, *flags],
                 stdout=out,
                 stderr=log,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(self.folder)},
@@ -239,7 +181,7 @@ class Soak:
 
     options: argparse.Namespace
     folder: Path
-    network: Network
+    lines: Lines
     peers: list[Peer]
     faults: list[Fault] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
@@ -352,15 +294,15 @@ class Soak:
                     daemon.kill()
                 fault.over = time.time()
             case "link":
-                self.network.set_link(peer.number, up=False)
+                self.lines.set_link(peer.number, up=False)
 
                 def link_up() -> None:
-                    self.network.set_link(peer.number, up=True)
+                    self.lines.set_link(peer.number, up=True)
                     fault.over = time.time()
 
                 self.due.append((time.time() + chance.uniform(1.0, 30.0), link_up))
             case "address":
-                self.network.readdress(peer.number)
+                self.lines.readdress(peer.number)
                 fault.over = time.time()
 
     def count_lost(self, peer: Peer, fault: Fault, before: int) -> None:
@@ -516,7 +458,7 @@ class Soak:
             "peers": len(self.peers),
             "minutes": self.options.minutes,
             "seed": self.options.seed,
-            "mbit": self.network.mbit,
+            "mbit": self.lines.mbit,
             "state_id": disks[0][0],
             "parameters_sha256": disks[0][1],
             "replicas_identical_at_round": common,
@@ -639,11 +581,11 @@ def main() -> int:
         signal.signal(number, lambda *_: sys.exit("stopped"))
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="soak-", dir="/tmp"))
-    peers = [Peer(folder, number) for number in range(options.peers)]
     wrong = True
     try:
-        with Network(options.peers, options.mbit) as network:
-            soak = Soak(options, folder, network, peers)
+        with Lines(options.peers, options.mbit) as lines:
+            peers = [Peer(folder, number, lines) for number in range(options.peers)]
+            soak = Soak(options, folder, lines, peers)
             try:
                 report = soak.run()
             finally:
