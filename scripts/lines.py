@@ -26,6 +26,7 @@ DEVICE = "eth0"
 NETWORK = ipaddress.ip_network("10.231.0.0/16")
 BURST_BYTES = 5000
 BUFFER_MILLISECONDS = 1000
+UNSPLIT_SEGMENTS = 65535
 STATISTICS = Path("/sys/class/net", DEVICE, "statistics")
 
 
@@ -51,7 +52,7 @@ class Lines:
 
     def __init__(self, peers: int, mbit: float | None) -> None:
         """Of so many Mbit/s each way, each; None: as fast as the kernel copies."""
-        self.peers, self.mbit = peers, mbit
+        self.peers, self._mbit = peers, mbit
         self._run = f"p2pt{os.getpid()}"
         self._made: list[str] = []
         self._addresses: Iterator[str] = (str(address) for address in NETWORK.hosts())
@@ -68,10 +69,7 @@ class Lines:
                 ip("-n", name, "link", "add", DEVICE, "type", "veth", "peer", "name", port, "netns", switch)
                 ip("-n", switch, "link", "set", port, "master", "br0", "up")
                 self.readdress(number)
-                if self.mbit is not None:
-                    self._shape("add", number, self.mbit)
-                    for where, device in ((name, DEVICE), (switch, port)):
-                        ip("-n", where, "link", "set", device, "gso_max_segs", "1")
+                self.set_rate(number, self._mbit)
                 self.set_link(number, up=True)
             undo.pop_all()
         return self
@@ -91,21 +89,6 @@ class Lines:
         ip("-n", full, "link", "set", "lo", "up")
         return full
 
-    def _shape(self, verb: str, number: int, mbit: float) -> None:
-        bucket = [
-            "root",
-            "tbf",
-            "rate",
-            f"{mbit}mbit",
-            "burst",
-            str(BURST_BYTES),
-            "latency",
-            f"{BUFFER_MILLISECONDS}ms",
-        ]
-        for where, device in ((str(number), DEVICE), ("switch", f"peer{number}")):
-            command = ["tc", "-n", f"{self._run}-{where}", "qdisc", verb, "dev", device, *bucket]
-            subprocess.run(command, check=True, capture_output=True)
-
     def inside(self, number: int) -> list[str]:
         """What comes before a command that is to run behind one peer's line."""
         return ["ip", "netns", "exec", f"{self._run}-{number}"]
@@ -118,11 +101,19 @@ class Lines:
         """Of one peer."""
         ip("-n", f"{self._run}-{number}", "link", "set", DEVICE, "up" if up else "down")
 
-    def set_rate(self, number: int, mbit: float) -> None:
-        """Of one peer's line, both ways; lines made without limit stay so."""
-        if self.mbit is None:
-            raise ValueError("these lines were made without a limit")
-        self._shape("change", number, mbit)
+    def set_rate(self, number: int, mbit: float | None) -> None:
+        """Of one peer's line, both ways, from now on; also while it is in use."""
+        for where, device in ((str(number), DEVICE), ("switch", f"peer{number}")):
+            name = f"{self._run}-{where}"
+            segments = UNSPLIT_SEGMENTS if mbit is None else 1
+            ip("-n", name, "link", "set", device, "gso_max_segs", str(segments))
+            command = ["tc", "-n", name, "qdisc", "replace", "dev", device, "root"]
+            if mbit is None:
+                command += ["noqueue"]
+            else:
+                size = ["burst", str(BURST_BYTES), "latency", f"{BUFFER_MILLISECONDS}ms"]
+                command += ["tbf", "rate", f"{mbit}mbit", *size]
+            subprocess.run(command, check=True, capture_output=True)
 
     def readdress(self, number: int) -> None:
         """Give one peer an address that nobody has had."""

@@ -37,6 +37,7 @@ from p2ptrain.averaging.driver import DriverParts, Dropped, RoundDriver
 from p2ptrain.averaging.events import Apply, ContributionReady, StartRound
 from p2ptrain.averaging.machine import RoundMachine
 from p2ptrain.averaging.messages import Traffic
+from p2ptrain.averaging.uplink import UplinkMeter
 from p2ptrain.compression import wire
 from p2ptrain.compression.layout import ChunkLayout
 from p2ptrain.config.manifest import Manifest, ModelConfig, RoundConfig, canonical_bytes, run_id
@@ -81,6 +82,7 @@ class ScalePeer:
             (home / name).mkdir(parents=True)
         self.home = home
         self.traffic = CountedTraffic()
+        self.uplink = UplinkMeter(dialable=True)
         #: round -> when it was applied here
         self.applied: dict[int, float] = {}
         self.included = 0
@@ -108,6 +110,7 @@ class ScalePeer:
             own_log=OwnLog(self.home / "own"),
             snapshots=SnapshotStore(self.home / "checkpoints"),
             inbox=self,
+            uplink=self.uplink,
             traffic=self.traffic,
             snapshot_max_bytes=1,
             snapshot_chain=lambda data: state,

@@ -458,7 +458,7 @@ class Soak:
             "peers": len(self.peers),
             "minutes": self.options.minutes,
             "seed": self.options.seed,
-            "mbit": self.lines.mbit,
+            "mbit": self.options.mbit,
             "state_id": disks[0][0],
             "parameters_sha256": disks[0][1],
             "replicas_identical_at_round": common,

@@ -12,6 +12,7 @@ program: it must come out the same on every machine, and floating-point solvers 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -23,6 +24,9 @@ SEAL_VERSION = 1
 HASH_BYTES = 32
 ABSENCES_ALLOWED = 3  # consecutive seals without a member before it is no longer one
 MEMBERS_MAX = 1024
+PART_CHUNKS_MIN = 1024  # a reducer's range is not cut into smaller parts
+PARTS_PER_REDUCER_MAX = 8
+PARTS_MAX = 256  # cut no further beyond; a reducer has one part at least
 JOINS_MAX = 32  # newcomers one seal may admit
 SEAL_MAX_BYTES = 256 * 1024
 UPLINK_MAX_KBIT = 10_000_000
@@ -232,6 +236,17 @@ def partition(chunks: int, uplinks: Sequence[int]) -> list[tuple[int, int]]:
     return ranges
 
 
+def cut(start: int, end: int, most: int) -> list[tuple[int, int]]:
+    """One reducer's range as at most `most` parts [start, end) of nearly equal size.
+
+    In pieces, because a part is reduced and its reply on its way while the next one is still coming; few and large
+    ones, because each costs every member a header and the seal a hash.
+    """
+    count = min(max(1, (end - start) // PART_CHUNKS_MIN), most)
+    edges = [start + (end - start) * n // count for n in range(count + 1)]
+    return [(a, b) for a, b in itertools.pairwise(edges) if b > a]
+
+
 def _rotated(indices: list[int], by: int) -> list[int]:
     if not indices:
         return []
@@ -255,7 +270,9 @@ def _shape(number: int, base: bytes, members: tuple[Member, ...], chunks: int) -
     # A lone peer that cannot be dialled still reduces for itself.
     reducers = first or dialable or list(range(min(1, len(members))))
     ranges = partition(chunks, [members[i].row.uplink for i in reducers]) if reducers else []
-    parts = tuple(Part(i, start, end) for i, (start, end) in zip(reducers, ranges, strict=True) if end > start)
+    most = min(PARTS_PER_REDUCER_MAX, max(1, PARTS_MAX // max(1, len(reducers))))
+    pieces = [(i, piece) for i, (start, end) in zip(reducers, ranges, strict=True) for piece in cut(start, end, most)]
+    parts = tuple(Part(i, start, end) for i, (start, end) in pieces)
     rest = sorted(set(range(len(members))) - set(first))
     return RoundShape(number, base, members, parts, tuple(_rotated(first, number) + _rotated(rest, number)))
 

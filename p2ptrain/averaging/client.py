@@ -38,6 +38,7 @@ from p2ptrain.averaging.messages import (
     decode_message,
 )
 from p2ptrain.averaging.servicer import PeerServicer
+from p2ptrain.averaging.uplink import Burst
 from p2ptrain.config.manifest import PROTOCOL_VERSION
 from p2ptrain.errors import P2PTrainError
 from p2ptrain.state.pieces import piece_length, pieces_of
@@ -84,9 +85,20 @@ class Client:
             raise RefusedError(answer.refusal)
 
     async def contribute(
-        self, peer: bytes, header: ContributionHeader, payload: bytes, reply_max_bytes: int, reply_seconds: float
+        self,
+        peer: bytes,
+        header: ContributionHeader,
+        payload: bytes,
+        reply_max_bytes: int,
+        reply_seconds: float,
+        turn: asyncio.Lock,
+        burst: Burst,
     ) -> bytes:
         """Send a contribution and wait for the reply of its part, at most `reply_seconds`.
+
+        Args:
+            turn: held while it is sent, so that the first of several parts is there before the others.
+            burst: hears when it is there.
 
         Raises:
             RefusedError: with the reducer's reason.
@@ -100,11 +112,18 @@ class Client:
                     yield frame
             sending.close()
 
+        await turn.acquire()
+        clock = asyncio.get_running_loop().time
         # Whatever becomes of the frames, the call's end is the end of sending too.
         with contextlib.ExitStack() as sending:
+            sending.callback(turn.release)
             sending.enter_context(self.handout.urgent())
             async with self._stream(peer, "rpc_contribute", frames()) as reader:
                 await reader.accepted(reply_seconds)
+                if header.row.weight:
+                    burst.heard(clock())
+                    await reader.accepted(reply_seconds)
+                    burst.arrived(clock(), len(payload))
                 return await reader.blob(reply_max_bytes, reply_seconds)
 
     async def follow(self, peer: bytes, tip: Tip) -> AsyncIterator[News]:

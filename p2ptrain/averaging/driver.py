@@ -19,7 +19,7 @@ import msgspec
 
 from p2ptrain.averaging import chain
 from p2ptrain.averaging.catching_up import CatchingUp, Restore
-from p2ptrain.averaging.chain import ChainState, Member, Seal, SealError
+from p2ptrain.averaging.chain import ChainState, Member, RoundShape, Seal, SealError
 from p2ptrain.averaging.client import Client
 from p2ptrain.averaging.events import (
     Apply,
@@ -68,6 +68,7 @@ from p2ptrain.averaging.sealed import (
     reply_digest,
 )
 from p2ptrain.averaging.servicer import PeerServicer
+from p2ptrain.averaging.uplink import Burst, UplinkMeter
 from p2ptrain.compression import wire
 from p2ptrain.compression.layout import ChunkLayout
 from p2ptrain.config.manifest import PROTOCOL_VERSION, Manifest
@@ -120,6 +121,7 @@ class DriverParts:
     own_log: OwnLog
     snapshots: SnapshotStore
     inbox: Inbox
+    uplink: UplinkMeter
     traffic: Traffic
     snapshot_max_bytes: int
     snapshot_chain: Callable[[bytes], ChainState]
@@ -158,6 +160,9 @@ class RoundDriver:
         self._me = parts.node.peer_id
         #: in the order of their making, as sets of objects have none
         self._tasks: dict[asyncio.Task[None], None] = {}
+        #: the messages of the round under way, for the uplink; who is being sent one of several parts
+        self._burst: tuple[Key, Burst] | None = None
+        self._turns: dict[bytes, asyncio.Lock] = {}
         #: deliveries under way -> their round
         self._deliveries: dict[asyncio.Task[None], int] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -372,6 +377,8 @@ class RoundDriver:
         reply_max = wire.reply_max_bytes(self._p.layout.reply_topk, spec.start, spec.end, len(shape.members))
         rules = self.machine.rules
         reply_seconds = rules.max_seconds + rules.round_max_seconds + rules.grace_seconds + rules.reply_timeout_seconds
+        burst = self._burst_of(effect.key, shape)
+        turn = self._turns.setdefault(effect.reducer, asyncio.Lock())
         attempt = 0
         while self.machine.exchange_key == effect.key:
             header = ContributionHeader(
@@ -385,7 +392,9 @@ class RoundDriver:
                 tip=self.tip,
             )
             try:
-                data = await self._client.contribute(effect.reducer, header, effect.payload, reply_max, reply_seconds)
+                data = await self._client.contribute(
+                    effect.reducer, header, effect.payload, reply_max, reply_seconds, turn, burst
+                )
                 reply = make_reply(data, self._p.layout, shape, effect.part)
                 if self.machine.shape is shape:
                     self.dispatch(ReplyHeld(effect.key, effect.part, reply))
@@ -396,8 +405,17 @@ class RoundDriver:
                     return
             except (CallError, SealedRoundError) as error:
                 _logger.debug("contribution to %s: %s", format_peer_id(effect.reducer)[-8:], error)
+            burst.spoil()
             await asyncio.sleep(RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)])
             attempt += 1
+
+    def _burst_of(self, key: Key, shape: RoundShape) -> Burst:
+        """What all messages of one round of ours tell of the line."""
+        if self._burst is None or self._burst[0] != key:
+            elsewhere = sum(shape.members[part.reducer].peer_id != self._me for part in shape.parts)
+            self._burst = key, self._p.uplink.burst(elsewhere)
+            self._turns = {peer: turn for peer, turn in self._turns.items() if turn.locked()}
+        return self._burst[1]
 
     async def _reduce(self, effect: Reduce) -> None:
         config = self._p.manifest

@@ -40,7 +40,7 @@ from p2ptrain.swarm.identity import format_peer_id
 if TYPE_CHECKING:
     from p2ptrain.averaging.driver import RoundDriver
 
-CALLS_PER_PEER = 16
+CALLS_PER_PEER = 32
 PIECES_A_CALL = 16
 PACED_BYTES = 64 * 1024
 FRAME_SECONDS = 15.0
@@ -123,14 +123,16 @@ class PeerServicer(ServicerBase):
         reader = FrameReader(stream, self._traffic, FRAME_SECONDS)
         header = await reader.message(ContributionHeader)
         refusal = self._driver.refuse(header, peer)
-        if refusal is None:
-            payload = b""
-            if header.row.weight:
-                payload = await reader.blob(self._driver.contribution_max_bytes(header))
-            refusal = self._driver.take_contribution(header, peer, payload)
+        if refusal is None and not header.row.weight:
+            refusal = self._driver.take_contribution(header, peer, b"")
         # Who was late or came twice may still have the reply.
-        yield self._traffic.message(Answer("" if refusal in (None, "late", "twice") else str(refusal)))
-        if refusal not in (None, "late", "twice"):
+        yield self._traffic.message(Answer(_unless_late(refusal)))
+        if header.row.weight and not _unless_late(refusal):
+            payload = await reader.blob(self._driver.contribution_max_bytes(header))
+            if refusal is None:
+                refusal = self._driver.take_contribution(header, peer, payload)
+            yield self._traffic.message(Answer(_unless_late(refusal)))
+        if _unless_late(refusal):
             return
         reply = await self._driver.frozen_reply(Key(header.round, header.base), header.part)
         if reply is None:
@@ -218,3 +220,8 @@ class PeerServicer(ServicerBase):
         if packed:
             for frame in self._traffic.blob(packed):
                 yield frame
+
+
+def _unless_late(refusal: str | None) -> str:
+    """The refusal as it is answered: who comes late, or twice, is heard out."""
+    return "" if refusal in (None, "late", "twice") else str(refusal)

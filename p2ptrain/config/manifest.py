@@ -19,7 +19,7 @@ from msgspec import Meta
 
 from p2ptrain.errors import ManifestError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MANIFEST_MAX_BYTES = 16 * 1024
 PARAMETERS_MAX = 2**31
 TOKENIZER_VOCABULARY = 4096
@@ -164,7 +164,7 @@ class RoundConfig(_Table, frozen=True, kw_only=True):
     max_seconds: Seconds = 60.0
     """Longest computing time of a round."""
     overlap: Annotated[int, Meta(ge=0, le=1)] = 0
-    """1: a peer computes for the next round while the exchange of this one is under way; its gradients are a step older."""
+    """1: compute for the next round while the exchange of this one is under way; gradients are a step older."""
     round_max_seconds: Seconds = 30.0
     """After its own contribution a reducer waits at most this long for half of the others."""
     grace_seconds: Seconds = 2.0

@@ -109,7 +109,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         for actor in self.actors:
             for task in actor.tasks:
                 work = task.get_coro()
-                # The closing of an asynchronous generator is a task that is no coroutine, and says nothing when forgotten.
+                # The closing of an asynchronous generator is no coroutine, and says nothing when forgotten.
                 if inspect.iscoroutine(work) and inspect.getcoroutinestate(work) == inspect.CORO_CREATED:
                     work.close()
         self.close()

@@ -32,6 +32,7 @@ from p2ptrain.averaging.events import (
 )
 from p2ptrain.averaging.machine import RoundMachine
 from p2ptrain.averaging.messages import Traffic
+from p2ptrain.averaging.uplink import UplinkMeter
 from p2ptrain.compression import wire
 from p2ptrain.models.gpt import GPT
 from p2ptrain.observe.status import Status
@@ -410,7 +411,7 @@ class SimPeer:
         own_log = OwnLog(self.home / "own")
         journal = Journal(self.home / "journal", world.run_id, verify)
         inbox, status = SimInbox(), Status()
-        uplink = max(1, int(self.line.up * 8 / 1000)) if self.dialable else 0
+        uplink = UplinkMeter(dialable=self.dialable)
         self.trainer = SimTrainer(
             replica,
             self.id,
@@ -431,7 +432,7 @@ class SimPeer:
             rules_of(manifest, replica.layout.chunks),
             replica.chain,
             self.identity.sign,
-            Row(0, 0, uplink),
+            Row(0, 0, uplink.kbit),
             founder=self.founder,
         )
         parts = DriverParts(
@@ -445,6 +446,7 @@ class SimPeer:
             own_log=own_log,
             snapshots=SnapshotStore(self.home / "checkpoints"),
             inbox=inbox,
+            uplink=uplink,
             traffic=Traffic(),
             snapshot_max_bytes=replica.snapshot_max_bytes,
             snapshot_chain=replica.snapshot_chain,

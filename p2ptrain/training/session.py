@@ -27,6 +27,7 @@ from p2ptrain.averaging.driver import DriverParts, RoundDriver, TrainerMessage
 from p2ptrain.averaging.events import ContributionReady
 from p2ptrain.averaging.machine import RoundMachine, RoundRules
 from p2ptrain.averaging.messages import Traffic
+from p2ptrain.averaging.uplink import UplinkMeter
 from p2ptrain.config.home import Home
 from p2ptrain.config.manifest import Manifest, open_manifest, sign_manifest
 from p2ptrain.config.node import NodeSettings
@@ -48,8 +49,6 @@ from p2ptrain.training.replica import Replica
 from p2ptrain.training.selftest import check as check_decoding
 from p2ptrain.training.trainer import Trainer
 
-DEFAULT_UPLINK_KBIT = 10_000
-"""What a peer says of its line while it does not measure it."""
 LEAVE_SECONDS = 15.0
 """After the first Ctrl-C a round under way may take this long to end."""
 FINISH_SECONDS = 15.0
@@ -221,7 +220,7 @@ class PeerSession:
         torch.set_num_threads(threads)
         check_decoding(device)
         tokens = cached_tokens(corpus.train, self.home.data)
-        status = Status()
+        status, uplink = Status(), UplinkMeter(dialable=self.node.dialable)
         own_log = OwnLog(self.home.own)
         journal = Journal(self.home.journal, run.run_id, verify)
         replica = Replica(run.manifest, run.run_id, device)
@@ -230,14 +229,14 @@ class PeerSession:
             self.node.peer_id,
             tokens,
             len(corpus.train) / len(tokens),
-            DEFAULT_UPLINK_KBIT if self.node.dialable else 0,
+            uplink,
             self._inbox,
             self.home.checkpoints,
             own_log,
             status,
         )
         trainer.restore(journal)
-        driver = self._start_driver(run, corpus, replica, journal, own_log)
+        driver = self._start_driver(run, corpus, replica, journal, own_log, uplink)
         addresses = self.network.run(self.node.join_addresses(), 10.0)
         presence = Presence(
             self.node,
@@ -266,15 +265,14 @@ class PeerSession:
             self.network.run(presence.publish(), 3.0)
 
     def _start_driver(
-        self, run: Run, corpus: Corpus, replica: Replica, journal: Journal, own_log: OwnLog
+        self, run: Run, corpus: Corpus, replica: Replica, journal: Journal, own_log: OwnLog, uplink: UplinkMeter
     ) -> RoundDriver:
-        uplink = DEFAULT_UPLINK_KBIT if self.node.dialable else 0
         machine = RoundMachine(
             self.node.peer_id,
             rules_of(run.manifest, replica.layout.chunks),
             replica.chain,
             self.node.identity.sign,
-            Row(0, 0, uplink),
+            Row(0, 0, uplink.kbit),
             founder=run.founder,
         )
         packed = _PackedCorpus(self.home, run.manifest.data.sha256, corpus)
@@ -289,6 +287,7 @@ class PeerSession:
             own_log=own_log,
             snapshots=SnapshotStore(self.home.checkpoints),
             inbox=self._inbox,
+            uplink=uplink,
             traffic=Traffic(),
             snapshot_max_bytes=replica.snapshot_max_bytes,
             snapshot_chain=replica.snapshot_chain,

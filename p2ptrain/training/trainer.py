@@ -1,8 +1,9 @@
 """The training loop: computes gradients, hands contributions over, applies what was sealed.
 
 Runs in the main thread and hears of the swarm through a queue only. Seals are applied between micro-batches; a gradient
-that came too late for its round stays where it is and counts in the next. With overlap it computes on for the next round
-as soon as it has handed over, and hands that over when the next round has begun. Nothing here decides about rounds.
+that came too late for its round stays where it is and counts in the next. With overlap it computes on for the next
+round as soon as it has handed over, and hands that over when the next round has begun. Nothing here decides anything
+about rounds.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from p2ptrain.averaging.catching_up import Restore
 from p2ptrain.averaging.chain import THROUGHPUT_MAX_MILLI, RoundShape, Row
 from p2ptrain.averaging.driver import Dropped, TrainerMessage
 from p2ptrain.averaging.events import Apply, ContributionReady, Key, Rollback, SealedRound, StartRound, StoodIn
+from p2ptrain.averaging.uplink import UplinkMeter
 from p2ptrain.compression import wire
 from p2ptrain.compression.layout import CHUNK_SIZE
 from p2ptrain.data.assignment import sequence_offsets
@@ -60,7 +62,7 @@ class Trainer:
         peer_id: ours, which decides what we read.
         tokens: the training text [tokens].
         bytes_per_token: of that text.
-        uplink_kbit: what we say of our line; 0: we cannot be dialled.
+        uplink: says how fast our line is.
         checkpoints: folder of the checkpoint and the snapshots.
         clock: seconds, monotonic.
     """
@@ -71,7 +73,7 @@ class Trainer:
         peer_id: bytes,
         tokens: NDArray[np.uint16],
         bytes_per_token: float,
-        uplink_kbit: int,
+        uplink: UplinkMeter,
         inbox: queue.SimpleQueue[TrainerMessage | None],
         checkpoints: Path,
         own_log: OwnLog,
@@ -84,7 +86,7 @@ class Trainer:
         #: rounds applied in which this peer had a part; those caught up on do not count
         self.rounds_applied = 0
         self._peer_id, self._tokens, self._bytes_per_token = peer_id, tokens, bytes_per_token
-        self._uplink_kbit = uplink_kbit
+        self._uplink = uplink
         self._inbox, self._own_log, self._clock = inbox, own_log, clock
         self._checkpoints, self._snapshots = checkpoints, SnapshotStore(checkpoints)
         self._device = next(replica.model.parameters()).device
@@ -455,7 +457,7 @@ class Trainer:
         row = Row(
             weight=min(self._sequences + self._overdue, _WEIGHT_MAX),
             throughput=min(int(1000 * self._sequences_per_second), THROUGHPUT_MAX_MILLI),
-            uplink=self._uplink_kbit,
+            uplink=self._uplink.kbit,
         )
         self.ledger.send(start.key, pending)
         outcomes, self.ledger.outcomes = tuple(self.ledger.outcomes), []

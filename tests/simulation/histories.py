@@ -37,8 +37,9 @@ SHORT_JOURNALS = msgspec.structs.replace(MANIFEST, round=msgspec.structs.replace
 
 
 def scenario(seed: int, faults: tuple[str, ...] = FAULTS) -> Scenario:
-    """Three to six peers; every other history with short journals."""
+    """Three to six peers; every other history with short journals; eight with overlap after eight without."""
     manifest = MANIFEST if seed % 2 else SHORT_JOURNALS
+    manifest = msgspec.structs.replace(manifest, round=msgspec.structs.replace(manifest.round, overlap=seed // 8 % 2))
     return Scenario(manifest=manifest, seed=seed, peers=3 + seed // 2 % 4, rounds=20, faults=faults)
 
 

@@ -124,8 +124,8 @@ def test_another_order_of_the_same_fields_is_refused() -> None:
 
 
 def test_another_protocol_is_named_even_if_its_fields_are_unknown() -> None:
-    with pytest.raises(ManifestError, match="protocol 2") as caught:
-        open_manifest(as_sent(protocol=2, invented_later=True))
+    with pytest.raises(ManifestError, match="protocol 999") as caught:
+        open_manifest(as_sent(protocol=999, invented_later=True))
     assert "version" in caught.value.hint
 
 

@@ -19,6 +19,7 @@ from p2ptrain.averaging import chain
 from p2ptrain.averaging.catching_up import Restore
 from p2ptrain.averaging.driver import TrainerMessage
 from p2ptrain.averaging.events import Apply, ContributionReady, Rollback, SealedRound, StartRound, StoodIn
+from p2ptrain.averaging.uplink import UplinkMeter
 from p2ptrain.observe.status import Status
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import OwnEntry, OwnLog
@@ -60,7 +61,7 @@ class Home:
             lone.identity.peer_id,
             TOKENS,
             3.5,
-            ROW.uplink,
+            UplinkMeter(dialable=True),
             self.inbox,
             folder / "checkpoints",
             self.log,
