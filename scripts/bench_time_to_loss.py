@@ -45,7 +45,8 @@ COMPUTE_SECONDS = (1.0, 10.0, 60.0)
 STEPS = {"p2ptrain": {1.0: 30, 10.0: 8, 60.0: 3}}
 """Timed, by method and seconds of computing; a baseline's steps take half a minute and more, and 3 must do."""
 BASELINE_STEPS = 3
-LOSS_BITS_PER_BYTE = 2.3
+LOSS_BITS_PER_BYTE = 2.4
+STOP_BELOW_BITS = 0.03
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -135,7 +136,6 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="the report; timings that are in it are kept")
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--loss", type=float, default=LOSS_BITS_PER_BYTE, help="bits per byte")
-    parser.add_argument("--curve-steps", type=int, default=400, help="after which a training run is given up")
     parser.add_argument("--only-curves", action="store_true", help="train, time nothing")
     parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS), help=",".join(METHODS))
     parser.add_argument("--compute", type=lambda text: [float(n) for n in text.split(",")], default=COMPUTE_SECONDS)
@@ -146,7 +146,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     cache = Path(tempfile.gettempdir()) / "p2ptrain-time-to-loss"
-    known = curves(options.curves, cache, options.curve_steps, options.loss - 0.02, console.print)
+    known = curves(options.curves, cache, options.loss - STOP_BELOW_BITS, console.print)
     if options.only_curves:
         return 0
     if os.geteuid() != 0:

@@ -7,17 +7,19 @@ and a part for each reducer; every bit of the exchange is the product's, only so
 that each gradient is of the parameters one step before, as it is where a round is computed while the last one's seal is
 on its way and a round is one micro-batch: the worst there is.
 
-All methods read the same sequences, start from the same parameters and have the manifest's schedule: warm-up, then as
-good as constant, so that when a loss is reached does not depend on how many steps were planned.
+All methods read the same sequences, start from the same parameters and have the manifest's schedule, a cosine over so
+many steps as are trained at most: what reaches the loss before its end would reach it sooner with a shorter one.
 
 A step of the 10M-parameter model on 16 sequences of 128 tokens takes about 1.3 s of one core, half a second more with
-DeMo and 4 members. Finished runs are kept in the file of curves and not repeated.
+DeMo and 4 members. A run ends a little below the loss asked for, or once it is far behind another learning rate of the
+same method. Runs in the file of curves are kept and not repeated.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +33,7 @@ from torch import Tensor
 
 from p2ptrain.averaging.reduce import reduce_part
 from p2ptrain.compression import wire
-from p2ptrain.config.manifest import Manifest, ModelConfig
+from p2ptrain.config.manifest import Manifest, ModelConfig, OptimizerConfig
 from p2ptrain.data.assignment import sequence_offsets
 from p2ptrain.data.corpus import load_embedded
 from p2ptrain.data.tokenizer import cached_tokens
@@ -46,13 +48,18 @@ from p2ptrain.training.replica import build_optimizer
 MEMBERS = 4
 EVALUATE_EVERY = 10
 EVALUATION_TOKENS = 8192
+BEHIND_BITS_PER_BYTE = 0.1
+BEHIND_FROM_STEP = 60
+"""A run that is so far behind another of its method, after so many steps, is given up."""
 ADAMW_BETAS = (0.9, 0.95)
+STEPS = 250
 MANIFEST = Manifest(
     name="time to loss",
     nonce="0123456789abcdef" * 2,
     model=ModelConfig(layers=6, heads=5, embedding=320, context=128),
+    optimizer=OptimizerConfig(total_rounds=STEPS),
 )
-"""The GPT of 10 million parameters; everything else as a new run has it."""
+"""The GPT of 10 million parameters; everything else but the length of the schedule as a new run has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,20 +208,28 @@ class Members:
         self._sealed = None
 
 
-def train(setting: Setting, text: Text, steps: int, stop_below: float, say: Any) -> dict[str, Any]:
-    """One run: held-out bits per byte by step, until it is well below `stop_below`, or for so many steps."""
+def train(setting: Setting, text: Text, stop_below: float, others: list[dict[int, float]], say: Any) -> dict[str, Any]:
+    """One run: held-out bits per byte by step.
+
+    Args:
+        stop_below: bits per byte at which it ends, where it stays below.
+        others: curves {step: bits per byte} not to be far behind.
+    """
     model = GPT(MANIFEST.model)
     initialise(model, bytes.fromhex(MANIFEST.nonce))
     trainer = AdamW(model, setting) if setting.method == "adamw" else Members(model, setting)
     schedule, count = MANIFEST.optimizer, sequences_per_member()
     curve: list[tuple[int, float]] = []
     began = time.process_time()
-    for step in range(steps + 1):
+    for step in range(STEPS + 1):
         if step % EVALUATE_EVERY == 0:
             bits = bits_per_byte(model, text.heldout, text.heldout_bytes, max_tokens=EVALUATION_TOKENS)
             curve.append((step, round(bits, 4)))
             say(f"{setting}: step {step}: {bits:.4f} bits per byte")
             if len(curve) > 1 and max(bits for _, bits in curve[-2:]) < stop_below:
+                break
+            best = min((other.get(step, math.inf) for other in others), default=math.inf)
+            if step >= BEHIND_FROM_STEP and bits > best + BEHIND_BITS_PER_BYTE:
                 break
         rate = learning_rate(
             step,
@@ -235,7 +250,7 @@ def steps_to(curve: list[tuple[int, float]], bits: float) -> float | None:
     return None
 
 
-def curves(path: Path, cache: Path, steps: int, stop_below: float, say: Any) -> dict[str, Any]:
+def curves(path: Path, cache: Path, stop_below: float, say: Any) -> dict[str, Any]:
     """All runs, those in the file at `path` as they are, the others trained and added to it."""
     setup = {
         "parameters": MANIFEST.model.parameters,
@@ -251,7 +266,9 @@ def curves(path: Path, cache: Path, steps: int, stop_below: float, say: Any) -> 
     for setting in SETTINGS:
         if any({key: run[key] for key in asdict(setting)} == asdict(setting) for run in known["runs"]):
             continue
-        known["runs"].append(train(setting, text, steps, stop_below, say))
+        alike = [r for r in known["runs"] if (r["method"], r["overlap"]) == (setting.method, setting.overlap)]
+        others = [dict(run["heldout_bits_per_byte"]) for run in alike]
+        known["runs"].append(train(setting, text, stop_below, others, say))
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, f"{json.dumps(known, indent=1)}\n".encode(), mode=0o644)
     return known
