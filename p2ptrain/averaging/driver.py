@@ -135,7 +135,7 @@ class RoundDriver:
     def __init__(self, parts: DriverParts) -> None:
         self._p = parts
         self.machine = parts.machine
-        self.handout = Handout(lambda: self.machine.row.uplink)
+        self.handout = Handout(lambda: parts.uplink.line_kbit)
         self._client = Client(parts.node, parts.traffic, parts.run_id, self.handout)
         self.feed = NewsFeed(self._client, lambda: self.tip, self.dispatch, self._audience)
         self.catching_up = CatchingUp(
@@ -519,7 +519,7 @@ class RoundDriver:
         shape = self.machine.shape
         if shape is not None and header.round == shape.round and header.part < len(shape.parts):
             start, end = shape.parts[header.part].start, shape.parts[header.part].end
-        return wire.contribution_bytes(self._p.layout.topk, start, end, bits)
+        return wire.contribution_max_bytes(self._p.layout.topk, start, end, bits)
 
     def take_contribution(self, header: ContributionHeader, peer: bytes, payload: bytes) -> str | None:
         """A contribution arrived whole; returns a refusal or None."""

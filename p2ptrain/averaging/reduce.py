@@ -91,4 +91,4 @@ def _freeze(
         keep[row, dropped] = False
     _, index = np.nonzero(keep)
     counts = keep.sum(1)
-    return wire.encode_reply(start, end, members, included, clips, counts, index, byte[keep], codes)
+    return wire.encode_reply(start, end, members, included, clips, reply_topk, counts, index, byte[keep], codes)

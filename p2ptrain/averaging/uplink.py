@@ -15,8 +15,10 @@ import statistics
 from collections import deque
 
 LEAST_KBIT, MOST_KBIT = 100, 100_000
-FIRST_KBIT = 10_000
-"""What a peer says of its line before it has measured it."""
+USUAL_KBIT = 10_000
+"""What a line is taken for before it was measured."""
+CAREFUL_KBIT = 1_000
+"""What a peer says of a line that it has not measured: it reduces little, and holds up nobody if the line is slow."""
 ROUNDS_REMEMBERED = 9
 ROUNDS_NEEDED = 3
 BURST_MIN_BYTES = 4096
@@ -35,13 +37,22 @@ class UplinkMeter:
         self._seen_kbit: deque[float] = deque(maxlen=ROUNDS_REMEMBERED)
 
     @property
-    def kbit(self) -> int:
-        """[kbit/s]"""
+    def declared_kbit(self) -> int:
+        """What to say of it, for parts in proportion [kbit/s]."""
         if not self._dialable:
             return 0
-        if len(self._seen_kbit) < ROUNDS_NEEDED:
-            return FIRST_KBIT
+        return self.line_kbit if self._measured else CAREFUL_KBIT
+
+    @property
+    def line_kbit(self) -> int:
+        """What it is, as far as we know [kbit/s]."""
+        if not self._measured:
+            return USUAL_KBIT
         return int(min(max(statistics.median(self._seen_kbit), LEAST_KBIT), MOST_KBIT))
+
+    @property
+    def _measured(self) -> bool:
+        return len(self._seen_kbit) >= ROUNDS_NEEDED
 
     def observe(self, size_bytes: int, seconds: float) -> None:
         """So many bytes were carried in so long a time."""

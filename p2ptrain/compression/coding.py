@@ -1,8 +1,9 @@
-"""Indices, values and scales as bits.
+"""Scales and levels: what values are quantised to.
 
-Indices inside a chunk take 12 bits. A contribution's value is a sign and, with 2 bits, one magnitude bit around the
-chunk's scale; a reply's value is a signed byte. The scale of a chunk is one byte: scales are the powers of two and
-seven steps between each (ratio 2**(1/8)), from a table of exact float32 values, so that none depends on a libm.
+A contribution's value is a sign and, with 2 bits, one magnitude bit around the chunk's scale; a reply's value is a
+signed byte. The scale of a chunk is one of 256: scales are the powers of two and seven steps between each (ratio
+2**(1/8)), from a table of exact float32 values, so that none depends on a libm. Neighbours have similar scales, so a
+scale is coded as its difference from the one before: 4 to 5 bits in training.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import functools
 import numpy as np
 from numpy.typing import NDArray
 
-INDEX_BITS = 12
+from p2ptrain.compression.bits import BitReader, BitWriter
+
+SCALE_BITS = 8
 REPLY_VALUE_MAX = 127
 SCALE_STEPS = 8  # per octave
 SCALE_LOWEST_EXPONENT = -28
@@ -62,38 +65,14 @@ def nearest_scale(values: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.where(closer, lower, upper).astype(np.uint8)
 
 
-def pack_indices(indices: NDArray[np.int64]) -> bytes:
-    """Pack indices [n] below 4096 into 12 bits each: two in three bytes, the low bits first."""
-    flat = indices.astype(np.uint16)
-    if len(flat) % 2:
-        flat = np.append(flat, np.uint16(0))
-    even, odd = flat[0::2], flat[1::2]
-    packed = np.empty((len(even), 3), np.uint8)
-    packed[:, 0] = even & 0xFF
-    packed[:, 1] = (even >> 8) | ((odd & 0xF) << 4)
-    packed[:, 2] = odd >> 4
-    return packed.tobytes()
+def write_scales(writer: BitWriter, codes: NDArray[np.uint8]) -> None:
+    """Write scale codes [n] as differences from the one before (the first from 0), modulo 256, small ones first."""
+    step = np.diff(codes, prepend=np.uint8(0)).view(np.int8).astype(np.int32)
+    writer.symbols(np.where(step < 0, -2 * step - 1, 2 * step), SCALE_BITS)
 
 
-def packed_indices_bytes(count: int) -> int:
-    """Bytes that `count` packed indices take."""
-    return (count + 1) // 2 * 3
-
-
-def unpack_indices(data: bytes, count: int) -> NDArray[np.int64]:
-    """Inverse of `pack_indices`; `data` has `packed_indices_bytes(count)` bytes."""
-    packed = np.frombuffer(data, np.uint8).reshape(-1, 3).astype(np.int64)
-    flat = np.empty(len(packed) * 2, np.int64)
-    flat[0::2] = packed[:, 0] | (packed[:, 1] & 0xF) << 8
-    flat[1::2] = packed[:, 1] >> 4 | packed[:, 2] << 4
-    return flat[:count]
-
-
-def pack_bits(flags: NDArray[np.bool_]) -> bytes:
-    """Pack booleans [n] eight to a byte, the low bit first."""
-    return np.packbits(flags, bitorder="little").tobytes()
-
-
-def unpack_bits(data: bytes, count: int) -> NDArray[np.bool_]:
-    """Inverse of `pack_bits`; `data` has ceil(count / 8) bytes."""
-    return np.unpackbits(np.frombuffer(data, np.uint8), count=count, bitorder="little").astype(np.bool_)
+def read_scales(reader: BitReader, count: int) -> NDArray[np.uint8]:
+    """Inverse of `write_scales`. Raises WireError."""
+    folded = reader.symbols(count, SCALE_BITS)
+    step = np.where(folded & 1, -((folded + 1) >> 1), folded >> 1)
+    return np.cumsum(step).astype(np.uint8)

@@ -432,7 +432,7 @@ class SimPeer:
             rules_of(manifest, replica.layout.chunks),
             replica.chain,
             self.identity.sign,
-            Row(0, 0, uplink.kbit),
+            Row(0, 0, uplink.declared_kbit),
             founder=self.founder,
         )
         parts = DriverParts(

@@ -272,7 +272,7 @@ class PeerSession:
             rules_of(run.manifest, replica.layout.chunks),
             replica.chain,
             self.node.identity.sign,
-            Row(0, 0, uplink.kbit),
+            Row(0, 0, uplink.declared_kbit),
             founder=run.founder,
         )
         packed = _PackedCorpus(self.home, run.manifest.data.sha256, corpus)

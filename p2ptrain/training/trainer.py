@@ -457,7 +457,7 @@ class Trainer:
         row = Row(
             weight=min(self._sequences + self._overdue, _WEIGHT_MAX),
             throughput=min(int(1000 * self._sequences_per_second), THROUGHPUT_MAX_MILLI),
-            uplink=self._uplink.kbit,
+            uplink=self._uplink.declared_kbit,
         )
         self.ledger.send(start.key, pending)
         outcomes, self.ledger.outcomes = tuple(self.ledger.outcomes), []

@@ -6,20 +6,24 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from histories import coverage, play, play_all, scenario
+from histories import MANIFEST, coverage, play, play_all, scenario
 
+from p2ptrain.averaging.events import Effect, PublishSeal
 from p2ptrain.averaging.relay import RELAY_ABOVE
 from p2ptrain.config.loading import new_manifest, render
 from p2ptrain.simulation import world
 from p2ptrain.simulation.faults import CORRUPT
+from p2ptrain.simulation.peer import SimPeer
 
 SEEDS = 200
 HAPPENS = (
@@ -57,6 +61,72 @@ def test_a_group_that_needs_a_tree_keeps_what_must_hold(seed: int) -> None:
     report = world.simulate(replace(scenario(seed), peers=RELAY_ABOVE + 4, rounds=12, chunks=40))
     assert report.violations == []
     assert report.coverage["applied"] > 12 * RELAY_ABOVE
+
+
+class Line(world.World):
+    """A calm swarm of equal machines; the second peer's line may be another."""
+
+    def __init__(
+        self, folder: Path, *, chunks: int = 12, overlap: int = 0, second: float = 1.0, uplink: float, delay: float
+    ) -> None:
+        rounds = msgspec.structs.replace(MANIFEST.round, overlap=overlap)
+        super().__init__(
+            world.Scenario(
+                manifest=msgspec.structs.replace(MANIFEST, round=rounds),
+                seed=1,
+                peers=4,
+                rounds=15,
+                faults=(),
+                chunks=chunks,
+                uplink_bytes_per_second=uplink,
+                delay_seconds=delay,
+                even_speeds=True,
+            ),
+            folder,
+        )
+        self._second = second
+        self.network.jitter_seconds = 0.001
+        #: when rounds were sealed [s]
+        self.sealed_at: list[float] = []
+
+    def add_peer(self, number: int, name: str = "") -> SimPeer:
+        peer = super().add_peer(number, name)
+        if number == 1:
+            peer.line.up *= self._second
+        return peer
+
+    def saw(self, peer: SimPeer, effect: Effect) -> None:
+        super().saw(peer, effect)
+        if isinstance(effect, PublishSeal):
+            self.sealed_at.append(self.loop.time())
+
+    def play(self) -> None:
+        torch.set_num_threads(1)
+        assert self.run().violations == []
+
+
+def test_a_peer_with_a_tenth_of_the_uplink_gets_about_a_tenth_of_the_reducing(tmp_path: Path) -> None:
+    swarm = Line(tmp_path, chunks=300, second=0.1, uplink=1.25e5, delay=0.04)
+    swarm.play()
+    shape = swarm.peers[0].machine.shape
+    assert shape is not None
+    share = Counter[bytes]()
+    for part in shape.parts:
+        share[shape.members[part.reducer].peer_id] += part.end - part.start
+    slow = share.pop(swarm.peers[1].id)
+    others = sum(share.values()) / len(share)
+    assert len(share) == 3 and 0.05 < slow / others < 0.2
+
+
+def test_with_overlap_most_of_the_exchange_costs_no_time(tmp_path: Path) -> None:
+    seconds = []
+    for overlap in (0, 1):
+        swarm = Line(tmp_path / str(overlap), overlap=overlap, uplink=1.25e6, delay=0.12)
+        swarm.play()
+        seconds.append((swarm.sealed_at[-1] - swarm.sealed_at[-9]) / 8)
+    without, overlapped = (whole - MANIFEST.round.min_seconds for whole in seconds)
+    assert without > 0.4, "there is something to gain"
+    assert overlapped < without / 2
 
 
 def simulate(manifest: Path, *flags: str, hash_seed: str = "0") -> subprocess.CompletedProcess[str]:

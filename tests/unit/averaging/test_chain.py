@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections import defaultdict
 from typing import Any
 
 import msgspec
@@ -192,3 +193,20 @@ def test_a_round_lasts_as_long_as_the_target_batch_takes_within_bounds() -> None
     assert chain.length_seconds(shape, 12, 0.5, 60) == 3
     assert chain.length_seconds(shape, 1, 0.5, 60) == 0.5
     assert chain.length_seconds(shape, 1000, 0.5, 60) == 60
+
+
+@given(st.integers(1, 300_000), st.sampled_from([1, 2, 7, 40, 300]))
+def test_a_range_is_cut_into_few_parts_of_nearly_equal_size(chunks: int, reducers: int) -> None:
+    members = tuple(chain.Member(bytes([n % 256, n // 256]) * 19, Row(4, 1000, 1000), 0, True) for n in range(reducers))
+    state = msgspec.structs.replace(chain.genesis(RUN_ID), now=members, round=5)
+    parts = chain.shape_of(state, chunks).parts
+    assert [part.start for part in parts[1:]] == [part.end for part in parts[:-1]], "no gaps"
+    assert (parts[0].start, parts[-1].end) == (0, chunks)
+    assert len(parts) <= max(chain.PARTS_MAX, reducers)
+    sizes = defaultdict[int, list[int]](list)
+    for part in parts:
+        sizes[part.reducer].append(part.end - part.start)
+    for pieces in sizes.values():
+        assert len(pieces) <= chain.PARTS_PER_REDUCER_MAX
+        assert max(pieces) - min(pieces) <= 1
+        assert len(pieces) == 1 or min(pieces) >= chain.PART_CHUNKS_MIN

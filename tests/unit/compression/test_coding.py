@@ -1,39 +1,33 @@
-"""Bits on the wire: indices, flags and scales come back as they went."""
+"""Scales come back as they went, and are the nearest there are."""
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slow_reader import Bits
 
 from p2ptrain.compression import coding
+from p2ptrain.compression.bits import BitReader, BitWriter
 
 
-@given(st.lists(st.integers(0, 4095), max_size=50))
-def test_indices_come_back(values: list[int]) -> None:
-    data = coding.pack_indices(np.array(values, np.int64))
-    assert len(data) == coding.packed_indices_bytes(len(values)) == math.ceil(len(values) / 2) * 3
-    assert coding.unpack_indices(data, len(values)).tolist() == values
+@given(st.lists(st.integers(0, 255), max_size=100))
+def test_scales_come_back(codes: list[int]) -> None:
+    writer = BitWriter()
+    coding.write_scales(writer, np.array(codes, np.uint8))
+    data = writer.to_bytes()
+    reader = BitReader(data, 0)
+    found = coding.read_scales(reader, len(codes))
+    reader.close()
+    assert found.dtype == np.uint8
+    assert found.tolist() == codes == Bits(data, 0).scale_codes(len(codes))
 
 
-def test_two_indices_lie_in_three_bytes_low_bits_first() -> None:
-    assert coding.pack_indices(np.array([0xABC, 0x123])) == bytes([0xBC, 0x3A, 0x12])
-
-
-@given(st.binary(max_size=60))
-def test_no_bytes_give_an_index_beyond_the_chunk(data: bytes) -> None:
-    data = data[: len(data) // 3 * 3]
-    found = coding.unpack_indices(data, len(data) // 3 * 2)
-    assert ((found >= 0) & (found < 4096)).all()
-
-
-@given(st.lists(st.booleans(), max_size=70))
-def test_flags_come_back(flags: list[bool]) -> None:
-    data = coding.pack_bits(np.array(flags, np.bool_))
-    assert len(data) == math.ceil(len(flags) / 8)
-    assert coding.unpack_bits(data, len(flags)).tolist() == flags
+def test_scales_that_hardly_change_cost_little() -> None:
+    codes = 100 + np.cumsum(np.random.default_rng(1).integers(-1, 2, 2000))
+    writer = BitWriter()
+    coding.write_scales(writer, codes.astype(np.uint8))
+    assert writer.length / len(codes) < 1.9
 
 
 def test_scales_are_the_nearest_floats_to_eighth_octaves() -> None:

@@ -7,13 +7,14 @@ import queue
 import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lone import ROW, RUN_ID, Lone, replica, seal
+from lone import MANIFEST, ROW, RUN_ID, Lone, replica, seal
 
 from p2ptrain.averaging import chain
 from p2ptrain.averaging.catching_up import Restore
@@ -48,7 +49,7 @@ class Swarm:
 class Home:
     """One peer's disk, and a trainer over it."""
 
-    def __init__(self, folder: Path, lone: Lone) -> None:
+    def __init__(self, folder: Path, lone: Lone, *, overlap: int = 0) -> None:
         for name in ("journal", "own", "checkpoints"):
             (folder / name).mkdir(exist_ok=True)
         self.lone = lone
@@ -56,8 +57,11 @@ class Home:
         self.log = OwnLog(folder / "own")
         self.swarm = Swarm(self.log)
         self.inbox: queue.SimpleQueue[TrainerMessage | None] = queue.SimpleQueue()
+        #: seconds, for the trainer
+        self.now = 0.0
+        rounds = msgspec.structs.replace(MANIFEST.round, overlap=overlap)
         self.trainer = Trainer(
-            replica(),
+            replica(msgspec.structs.replace(MANIFEST, round=rounds)),
             lone.identity.peer_id,
             TOKENS,
             3.5,
@@ -66,6 +70,7 @@ class Home:
             folder / "checkpoints",
             self.log,
             Status(),
+            lambda: self.now,
         )
 
     @property
@@ -158,6 +163,45 @@ def test_who_is_too_slow_for_one_round_hands_over_as_soon_as_the_next_begins(hom
     home.hand(sealed, home.start())
     (ready,) = home.swarm.handed
     assert ready.key == home.lone.key and ready.row.weight == 4, "one more micro-batch would be too late again"
+
+
+def in_company(start: StartRound) -> StartRound:
+    """The same round with one more member."""
+    (member,) = start.shape.members
+    other = msgspec.structs.replace(member, peer_id=Lone("grace").identity.peer_id)
+    return dataclasses.replace(start, shape=dataclasses.replace(start.shape, members=(member, other)), seconds=10.0)
+
+
+def test_with_overlap_a_trainer_computes_on_while_the_exchange_is_under_way(tmp_path: Path, lone: Lone) -> None:
+    home = Home(tmp_path, lone, overlap=1)
+    home.first_round()
+    trainer = home.trainer
+    trainer.take(in_company(home.start()), home.swarm)
+    trainer.compute()
+    home.now = 10.0
+    assert not trainer.needs_batch
+    trainer.hand_over(home.swarm)
+    assert trainer.has_work and trainer.needs_batch, "it need not wait for the seal"
+    trainer.compute()
+    home.now = 14.0
+    home.inbox.put(home.apply(home.sealed(), contributed=True))
+    home.hand()  # between two micro-batches
+    trainer.compute()
+    home.now = 20.0
+    assert not trainer.has_work, "as long as for any round, and no longer"
+    assert len(home.swarm.handed) == 1, "not before its round has begun"
+    trainer.take(in_company(home.start()), home.swarm)
+    assert trainer.has_work and not trainer.needs_batch, "its time was over when the round began"
+    trainer.hand_over(home.swarm)
+    assert [ready.row.weight for ready in home.swarm.handed] == [4, 8]
+    assert home.swarm.handed[1].key == home.lone.key
+
+
+def test_alone_there_is_nothing_to_overlap_with(tmp_path: Path, lone: Lone) -> None:
+    home = Home(tmp_path, lone, overlap=1)
+    home.first_round()
+    home.hand(home.start())
+    assert len(home.swarm.handed) == 1 and not home.trainer.has_work
 
 
 def test_what_was_not_sent_after_all_returns_to_the_momentum(home: Home) -> None:
