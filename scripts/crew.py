@@ -11,13 +11,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 from lines import Lines
 
-END_SECONDS = 30.0
+END_SECONDS = 10.0
 
 
 class Crew:
@@ -41,9 +42,10 @@ class Crew:
             with contextlib.suppress(OSError):
                 assert process.stdin is not None
                 process.stdin.close()
+        deadline = time.monotonic() + END_SECONDS
         for process in self._processes.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(END_SECONDS)
+                process.wait(max(0.0, deadline - time.monotonic()))
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()

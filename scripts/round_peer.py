@@ -208,6 +208,7 @@ class Gate:
                 members=len(shape.members),
                 included=len(bits(sealed.seal.included, len(shape.members))),
                 parts=len(shape.parts),
+                share=sum(part.end - part.start for part in shape.parts if part.reducer == index) / shape.parts[-1].end,
                 skipped=sum(data is None for data in sealed.replies),
                 sealer=sealed.seal.sealer == self._me,
                 state=sealed.id.hex(),
