@@ -43,7 +43,7 @@ from p2ptrain.state.files import atomic_write
 PARTS = ("p2ptrain", "hivemind", "flatness")
 FLATNESS_PEERS = (2, 4, 8, 16)
 FLATNESS_ROUNDS = 3
-METER_ROUNDS = 9
+METER_ROUNDS = 25
 """After peers have joined, or a line has changed its rate: they measure theirs, and parts follow."""
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -154,7 +154,7 @@ def draw(report: Figures, path: Path) -> None:
             label = f"{of}, {name}"
             left.plot(x, [rows[n]["exchange_seconds"]["median"] for n in x], f"o{style}", color=colour, label=label)
             if style == "-":
-                sent = [rows[n]["wire_bytes_sent"]["median"] / 1e6 for n in x]
+                sent = [rows[n]["wire_bytes_mean"] / 1e6 for n in x]
                 middle.plot(x, sent, "o-", color=colour, label=of)
             if style == "-" and of == "p2ptrain":
                 floors = [rows[n]["floor"]["wire"]["seconds"] for n in x]
@@ -162,12 +162,17 @@ def draw(report: Figures, path: Path) -> None:
     left.set(ylabel="s", title="Exchange", yscale="log")
     middle.set(ylabel="MB sent by each peer, on the wire", title="Bytes a round", yscale="log")
     rows = {int(peers): row for peers, row in report["flatness"].items()}
-    x = sorted(rows)
-    right.plot(x, [rows[n]["payload_bytes_mean"] / 1000 for n in x], "o-", label="sent, on average")
-    right.plot(x, [rows[n]["all_gather_bytes_sent"] / 1000 for n in x], "s--", label="all-gather would send")
+    x = sorted({int(peers) for part in PARTS for peers in report[part]})
+    measured = sorted(rows)
+    right.plot(measured, [rows[n]["payload_bytes_mean"] / 1000 for n in measured], "o-", label="sent, on average")
+    gathered = [rows[n]["all_gather_bytes_sent"] / 1000 for n in measured]
+    right.plot(measured, gathered, "s--", label="all-gather would send")
     right.set(ylabel="kB payload by each peer and round", title="Flatness")
     right.set_ylim(bottom=0)
     for axes in (left, middle, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xlim(x[0] / 1.2, x[-1] * 1.2)
+        axes.set_xticks(x, [str(peers) for peers in x])
         axes.set_xlabel("peers")
         axes.grid(alpha=0.3, which="both")
         if axes.lines:

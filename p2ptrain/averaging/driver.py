@@ -418,11 +418,16 @@ class RoundDriver:
         return self._burst[1]
 
     async def _reduce(self, effect: Reduce) -> None:
-        config = self._p.manifest
+        config, shape = self._p.manifest, self.machine.shape
+        spec = shape.parts[effect.part] if shape is not None and effect.part < len(shape.parts) else None
+        if spec is None or (spec.start, spec.end) != (effect.start, effect.end):
+            return  # the round is over, or a fork has cut it otherwise
 
         def work() -> bytes:
+            # What came a round early was not looked at yet.
+            sound = [c for c in effect.contributions if self._well_formed(shape, effect.part, *c[1:])]
             return reduce_part(
-                contributions,
+                sound,
                 topk=self._p.layout.topk,
                 reply_topk=self._p.layout.reply_topk,
                 start=effect.start,
@@ -433,8 +438,6 @@ class RoundDriver:
                 weight_cap_ratio=config.round.weight_cap_ratio,
             )
 
-        shape = self.machine.shape
-        contributions = [c for c in effect.contributions if self._well_formed(effect.key.round, effect.part, *c[1:])]
         data = await asyncio.to_thread(work)
         if self.machine.shape is not shape:
             return  # the round is over, or its parts are others now
@@ -525,7 +528,8 @@ class RoundDriver:
         """A contribution arrived whole; returns a refusal or None."""
         key = Key(header.round, header.base)
         refusal = self._refusal(key, header.part, peer)
-        if refusal is None and not self._well_formed(header.round, header.part, header.row.weight, payload):
+        shape = self.machine.shape if header.round == self.machine.head.round + 1 else None
+        if refusal is None and not self._well_formed(shape, header.part, header.row.weight, payload):
             refusal = "malformed"
         if refusal is None:
             self.dispatch(
@@ -533,12 +537,11 @@ class RoundDriver:
             )
         return refusal
 
-    def _well_formed(self, round: int, part: int, weight: int, payload: bytes) -> bool:
-        """Whether a payload is what its part takes; one that came a round early is looked at when its round begins."""
+    def _well_formed(self, shape: RoundShape | None, part: int, weight: int, payload: bytes) -> bool:
+        """Whether a payload is what its part takes; without a shape it is looked at later. Any thread."""
         if bool(payload) != bool(weight):
             return False
-        shape = self.machine.shape
-        if not payload or shape is None or round != shape.round:
+        if not payload or shape is None:
             return True
         spec = shape.parts[part]
         try:

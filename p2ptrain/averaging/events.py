@@ -184,6 +184,8 @@ class StartRound:
     shape: RoundShape
     index: int
     seconds: float
+    length_seconds: float
+    """How long members compute for such a round; with overlap the trainer goes on for so long after handing over."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,10 +117,12 @@ class _Exchange:
     #: our index among the members; None: we look on
     index: int | None
     started_at: float
-    #: when members began to compute for it: at its beginning, or once their message of the round before was handed over
+    #: when computing for it began: with it, or with overlap when our message of the round before was due
     computing_since: float
     #: parts we reduce, by part number
     reducing: dict[int, _Part]
+    #: when the trainer was told to hand over
+    due_at: float | None = None
     #: when we sent our contribution or a weight-0 message in its stead
     sent_at: float | None = None
     #: how long we left a late trainer, before we sent a message of weight 0 in its stead
@@ -507,7 +509,7 @@ class RoundMachine:
         self._begin_round(now)
         if exchange is self._exchange and exchange is not None and exchange.sent_at is None:
             # The same round as before, but the trainer began anew.
-            self._start_training(exchange)
+            self._start_training(exchange, now)
 
     # ---- rounds -----------------------------------------------------------------------------------------------
 
@@ -532,14 +534,18 @@ class RoundMachine:
         if self.me not in {m.peer_id for m in self.head.following}:
             self._join(shape)
         if index is not None:
-            self._start_training(self._exchange)
+            self._start_training(self._exchange, now)
 
     def _computing_since(self, shape: RoundShape, now: float) -> float:
-        """When members began to compute for the round that begins now, judged by ourselves."""
+        """When computing for the round that begins now began.
+
+        When our last message was due, not when it left: who was late once is in step again with the next. And who
+        computes less, since seals left it out, is so much earlier from then on.
+        """
         before = self._exchange
-        if not self.rules.overlap or before is None or before.sent_at is None or before.key.round != shape.round - 1:
+        if not self.rules.overlap or before is None or before.due_at is None or before.key.round != shape.round - 1:
             return now
-        return before.sent_at
+        return min(before.due_at, now)
 
     def _remember_only(self, group: frozenset[bytes]) -> None:
         """Drop what was kept for peers and rounds that are of no more use."""
@@ -554,11 +560,13 @@ class RoundMachine:
         self._missed = {of: missed for of, missed in self._missed.items() if of[0].round >= head.round}
         self._deadlines.keep_only(group - {self.me})
 
-    def _start_training(self, exchange: _Exchange) -> None:
+    def _start_training(self, exchange: _Exchange, now: float) -> None:
         if exchange.index is not None:
             length = self._computing_seconds(exchange)
             seconds = self._deadlines.computing_seconds(length, last_chance=self._last_chance())
-            self._effects.append(StartRound(exchange.key, exchange.shape, exchange.index, seconds))
+            exchange.due_at = max(exchange.computing_since + seconds, now)
+            start = StartRound(exchange.key, exchange.shape, exchange.index, exchange.due_at - now, length)
+            self._effects.append(start)
 
     def _computing_seconds(self, exchange: _Exchange) -> float:
         rules = self.rules

@@ -4,7 +4,8 @@ The sum is divided by the weight included, not by the number of peers that happe
 measured worse, and it hands every lone coefficient to its sender. The reply is frozen as bytes, so this arithmetic
 need not agree with anybody else's; only its decoding must (dct.decode_exact).
 
-Cost: O(members * topk + reply_topk * log) a chunk and one dense float32 part in memory.
+Cost: all of it over the coefficients that came, sorted by place, and never over the part's entries: members * topk a
+chunk, in time (but for the sort's logarithm) and memory.
 """
 
 from __future__ import annotations
@@ -12,11 +13,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from p2ptrain.compression import coding, wire
 from p2ptrain.compression.layout import CHUNK_SIZE
 
 CLIP_UNIT = 256
+CHUNK_BITS = CHUNK_SIZE.bit_length() - 1
+_POSITION_BITS = 31
+_Places = NDArray[np.int64]
+_Values = NDArray[np.float32]
 
 
 def reduce_part(
@@ -45,29 +51,43 @@ def reduce_part(
         for member, weight, payload in contributions
         if weight > 0
     ]
-    chunks = end - start
-    total = np.zeros(chunks * CHUNK_SIZE, np.float32)
     clips: dict[int, int] = {}
+    place, total = np.zeros(0, np.int64), np.zeros(0, np.float32)
     if work:
         norms = [float(np.sqrt(np.square(part.value, dtype=np.float64).sum())) for _, _, part in work]
         limit = clip_ratio * float(np.median(norms))
         cap = weight_cap_ratio * float(np.median([weight for _, weight, _ in work]))
         capped = [min(float(weight), cap) for _, weight, _ in work]
         weight_included = sum(capped)
+        values = []
         for (member, _, part), norm, weight in zip(work, norms, capped, strict=True):
             factor = CLIP_UNIT
             if norm > limit:
                 factor = int(CLIP_UNIT * limit / norm)
                 clips[member] = factor
-            # Indices are unique within one sender, so plain fancy addition is a correct scatter-add. Shares of one,
-            # not weights divided afterwards: a mean of what float32 holds does not overflow into inf - inf.
-            flat = (part.chunk - start) * CHUNK_SIZE + part.index
-            total[flat] += part.value * np.float32(weight / weight_included * factor / CLIP_UNIT)
-    return _freeze(total.reshape(chunks, CHUNK_SIZE), reply_topk, start, end, members, included, clips)
+            # Shares of one, not weights divided afterwards: a mean of what float32 holds cannot become inf - inf.
+            values.append(part.value * np.float32(weight / weight_included * factor / CLIP_UNIT))
+        place, total = _summed([(part.chunk - start) * CHUNK_SIZE + part.index for _, _, part in work], values)
+    return _freeze(place, total, reply_topk, start, end, members, included, clips)
+
+
+def _summed(places: list[_Places], values: list[_Values]) -> tuple[_Places, _Values]:
+    """Distinct places [n], ascending, and the sums there, added in the order given; each of `places` ascends."""
+    if len(places) == 1:
+        return places[0], values[0]
+    # Sorted with its position beside it, a place sorts fast and stays in order among its equals.
+    key = np.sort(np.concatenate(places) << _POSITION_BITS | np.arange(sum(map(len, places))))
+    place, value = key >> _POSITION_BITS, np.concatenate(values)[key & (1 << _POSITION_BITS) - 1]
+    first = np.flatnonzero(np.r_[True, place[1:] != place[:-1]])
+    total = np.zeros(len(first), np.float32)
+    # One after the other: `add.reduceat` adds in an order of its own.
+    np.add.at(total, np.repeat(np.arange(len(first)), np.diff(np.r_[first, len(place)])), value)
+    return place[first], total
 
 
 def _freeze(
-    total: np.ndarray,
+    place: _Places,
+    total: _Values,
     reply_topk: Sequence[int],
     start: int,
     end: int,
@@ -76,19 +96,36 @@ def _freeze(
     clips: dict[int, int],
 ) -> bytes:
     """Keep at most `reply_topk` coefficients a chunk, as signed bytes with one scale; none that round to zero."""
+    chunk, index = place >> CHUNK_BITS, place & CHUNK_SIZE - 1
     magnitude = np.abs(total)
-    largest = magnitude.max(1) if len(total) else np.zeros(0, np.float32)
+    largest = np.zeros(end - start, np.float32)
+    if len(chunk):
+        first = np.flatnonzero(np.r_[True, chunk[1:] != chunk[:-1]])
+        largest[chunk[first]] = np.maximum.reduceat(magnitude, first)
     codes = coding.encode_scale((largest / coding.REPLY_VALUE_MAX).astype(np.float32))
-    scale = coding.scale_table()[codes]
+    scale = coding.scale_table()[codes][chunk]
     with np.errstate(divide="ignore", invalid="ignore"):
-        byte = np.rint(np.where(scale[:, None] > 0, total / scale[:, None], 0))
+        byte = np.rint(np.where(scale > 0, total / scale, 0))
     byte = np.clip(byte, -coding.REPLY_VALUE_MAX, coding.REPLY_VALUE_MAX).astype(np.int64)
-    keep = byte != 0
-    limits = np.asarray(reply_topk[start:end])
-    for row in np.flatnonzero(keep.sum(1) > limits):
-        limit = int(limits[row])
-        dropped = np.argpartition(magnitude[row], CHUNK_SIZE - limit)[: CHUNK_SIZE - limit]
-        keep[row, dropped] = False
-    _, index = np.nonzero(keep)
-    counts = keep.sum(1)
-    return wire.encode_reply(start, end, members, included, clips, reply_topk, counts, index, byte[keep], codes)
+    kept = np.flatnonzero(byte)
+    kept = kept[_largest_of_each(chunk[kept], magnitude[kept], np.asarray(reply_topk[start:end]))]
+    counts = np.bincount(chunk[kept], minlength=end - start)
+    return wire.encode_reply(start, end, members, included, clips, reply_topk, counts, index[kept], byte[kept], codes)
+
+
+def _largest_of_each(chunk: _Places, magnitude: _Values, limits: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Whether each of these [n], in order of chunk, is among the `limits` [chunks] largest of its chunk; of equal ones,
+    those that come first."""
+    counts = np.bincount(chunk, minlength=len(limits))
+    if (counts <= limits).all():
+        return np.ones(len(chunk), np.bool_)
+    starts = np.cumsum(counts) - counts
+    table = np.full((len(limits), counts.max()), -1, np.float32)
+    table[chunk, np.arange(len(chunk)) - starts[chunk]] = magnitude
+    table.sort(axis=1)
+    least = table[np.arange(len(limits)), np.maximum(table.shape[1] - limits, 0)][chunk]
+    above, equal = magnitude > least, magnitude == least
+    room: _Places = limits - np.bincount(chunk[above], minlength=len(limits))
+    before = np.cumsum(equal) - equal
+    kept: NDArray[np.bool_] = above | equal & (before - before[np.minimum(starts, len(chunk) - 1)][chunk] < room[chunk])
+    return kept

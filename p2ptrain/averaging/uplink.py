@@ -19,7 +19,7 @@ USUAL_KBIT = 10_000
 """What a line is taken for before it was measured."""
 CAREFUL_KBIT = 1_000
 """What a peer says of a line that it has not measured: it reduces little, and holds up nobody if the line is slow."""
-ROUNDS_REMEMBERED = 9
+ROUNDS_REMEMBERED = 25
 ROUNDS_NEEDED = 3
 BURST_MIN_BYTES = 4096
 """Less says nothing: it is timers and the way there that take the time."""

@@ -1,11 +1,14 @@
 """The transform of chunks: a real DCT for what a peer keeps to itself, an integer one for what all must agree on.
 
-Forward, in float32, on one's own gradients: two batched matrix products over all chunks. Nobody else sees its rounding.
+Forward, in float32, on one's own gradients: two batched matrix products, the second of which adds to the momentum.
+Nobody else sees its rounding.
 Inverse, of replies, exactly: the basis is rounded to 10 bits, values are integers of at most 255, and between the two
 passes each chunk is shifted, by its own integer bit length, to 11 bits. Every partial sum then stays below 2**24, where
 float32 holds integers exactly, so any device, thread count and summation order gives the same integers, whatever
 arrives (bound: 64 * 255 * largest basis entry, then 2**11 * the largest column sum of the basis).
 The integer basis is shipped in `basis.npz`, because no two machines need agree on a cosine.
+
+Cost: 2**20 floating-point operations a chunk and transform, where that is in two dimensions.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from p2ptrain.compression.layout import SIDE, ChunkLayout
+from p2ptrain.compression.layout import SIDE, ChunkLayout, Form
 
 BASIS_BITS, VALUE_MAX, MIDDLE_BITS = 10, 255, 11
 
@@ -40,38 +43,40 @@ def integer_basis(device: torch.device) -> Tensor:
     return torch.from_numpy(basis.astype(np.float32)).to(device)
 
 
-def _select(blocks: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` of `blocks`, without a copy when that is all of them."""
-    return blocks if len(index) == len(blocks) else blocks.index_select(0, index)
+def accumulate(form: Form, blocks: Tensor, momentum: Tensor, beta: float, scratch: Tensor) -> None:
+    """momentum * beta + transform of `blocks`, in place; all three [chunks, 64 * 64] of float32, of chunks of one form.
+
+    Args:
+        scratch: overwritten.
+    """
+    if form == "none":
+        torch.add(blocks, momentum, alpha=beta, out=momentum)
+        return
+    basis = float_basis(blocks.device)
+    if form == "rows":
+        held = momentum.view(-1, SIDE)
+        torch.addmm(held, blocks.view(-1, SIDE), basis.T, beta=beta, out=held)
+        return
+    rows = torch.mm(blocks.view(-1, SIDE), basis.T, out=scratch.view(-1, SIDE)).view(-1, SIDE, SIDE)
+    squares = momentum.view(-1, SIDE, SIDE)
+    torch.baddbmm(squares, basis.expand_as(squares), rows, beta=beta, out=squares)
 
 
 def encode(layout: ChunkLayout, blocks: Tensor) -> Tensor:
     """Transform chunks [chunks, 64 * 64] of float32 in place, each as its kind wants; returns them."""
-    basis = float_basis(blocks.device)
-    for index, both in ((layout.matrix_chunks, True), (layout.row_chunks, False)):
-        if len(index):
-            index = index.to(blocks.device)
-            part = _select(blocks, index).view(-1, SIDE, SIDE)
-            part = part @ basis.T
-            if both:
-                part = basis @ part
-            blocks.index_copy_(0, index, part.reshape(len(index), -1))
+    for form, start, end in layout.runs:
+        part = blocks[start:end].clone()
+        accumulate(form, part, blocks[start:end].zero_(), 0.0, torch.empty_like(part))
     return blocks
 
 
-def decode_float(layout: ChunkLayout, blocks: Tensor) -> Tensor:
-    """Inverse of `encode` in float32; used where bits need not agree (a lone optimizer, tests)."""
+def decode_float(form: Form, blocks: Tensor) -> Tensor:
+    """Inverse of `accumulate` in float32; used where bits need not agree (a lone optimizer, tests)."""
     basis = float_basis(blocks.device)
-    out = blocks.clone()
-    for index, both in ((layout.matrix_chunks, True), (layout.row_chunks, False)):
-        if len(index):
-            index = index.to(blocks.device)
-            part = _select(blocks, index).view(-1, SIDE, SIDE)
-            part = part @ basis
-            if both:
-                part = basis.T @ part
-            out.index_copy_(0, index, part.reshape(len(index), -1))
-    return out
+    if form == "none":
+        return blocks
+    part = (blocks.view(-1, SIDE) @ basis).view(-1, SIDE, SIDE)
+    return (basis.T @ part if form == "both" else part).view(blocks.shape)
 
 
 def decode_exact(layout: ChunkLayout, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,10 +89,25 @@ def decode_exact(layout: ChunkLayout, values: Tensor) -> tuple[Tensor, Tensor]:
         integers as float32 [chunks, 64 * 64], and for each chunk [chunks] the power of two that one unit of it is
         worth relative to the values (so that integers * unit approximates the real inverse DCT).
     """
+    runs = [decode_exact_form(form, values[start:end].clone()) for form, start, end in layout.runs]
+    return torch.cat([integers for integers, _ in runs]), torch.cat([unit for _, unit in runs])
+
+
+def decode_exact_form(form: Form, values: Tensor, scratch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`decode_exact` of chunks of one form.
+
+    Args:
+        values: overwritten.
+        scratch: [chunks, 64 * 64], overwritten. The integers lie in one of the two.
+    """
+    if scratch is None:
+        scratch = torch.empty_like(values)
     allow = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        return _decode_exact(layout, values)
+        return _decode_exact(
+            form, values, torch.empty(2, *values.shape, device=values.device) if scratch is None else scratch
+        )
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allow
 
@@ -97,26 +117,20 @@ def _power_of_two(exponent: Tensor) -> Tensor:
     return ((exponent + 127) << 23).view(torch.float32)
 
 
-def _decode_exact(layout: ChunkLayout, values: Tensor) -> tuple[Tensor, Tensor]:
+def _decode_exact(form: Form, values: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
     basis = integer_basis(values.device)
-    out = values.clone()
-    unit = torch.ones(len(values), device=values.device)
-    if len(layout.row_chunks):
-        index = layout.row_chunks.to(values.device)
-        part = _select(values, index).view(-1, SIDE, SIDE) @ basis
-        out.index_copy_(0, index, part.reshape(len(index), -1))
-        unit[index] = 2.0**-BASIS_BITS
-    if len(layout.matrix_chunks):
-        index = layout.matrix_chunks.to(values.device)
-        first = basis.T @ _select(values, index).view(-1, SIDE, SIDE)
-        # frexp of an integer below 2**24 gives its bit length exactly.
-        largest = first.abs().amax((1, 2))
-        bits = torch.frexp(largest).exponent
-        shift = (bits - MIDDLE_BITS).clamp(min=0)
-        step = _power_of_two(shift).view(-1, 1, 1)
-        # Dividing by a power of two is exact, and so is a floor, unlike a division that rounds.
-        middle = torch.floor(first / step + 0.5).clamp(-(2.0**MIDDLE_BITS), 2.0**MIDDLE_BITS)
-        part = middle @ basis
-        out.index_copy_(0, index, part.reshape(len(index), -1))
-        unit[index] = _power_of_two(shift - 2 * BASIS_BITS)
-    return out, unit
+    if form == "none":
+        return values, torch.ones(len(values), device=values.device)
+    if form == "rows":
+        rows = torch.mm(values.view(-1, SIDE), basis, out=scratch.view(-1, SIDE))
+        return rows.view(values.shape), torch.full((len(values),), 2.0**-BASIS_BITS, device=values.device)
+    squares = values.view(-1, SIDE, SIDE)
+    first = torch.bmm(basis.T.expand_as(squares), squares, out=scratch.view(-1, SIDE, SIDE)).view(values.shape)
+    # frexp of an integer below 2**24 gives its bit length exactly.
+    bits = torch.frexp(torch.maximum(first.amax(1), -first.amin(1))).exponent
+    shift = (bits - MIDDLE_BITS).clamp(min=0)
+    # Below 2**24 both the product with a power of two and the sum with a half are exact, and so is a floor. What comes
+    # of it is within 2**11, as `bits` is the bit length.
+    middle = first.mul_(_power_of_two(-shift).unsqueeze(1)).add_(0.5).floor_()
+    integers = torch.mm(middle.view(-1, SIDE), basis, out=values.view(-1, SIDE))
+    return integers.view(values.shape), _power_of_two(shift - 2 * BASIS_BITS)

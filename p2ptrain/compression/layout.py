@@ -3,13 +3,17 @@
 A parameter of two or more dimensions is seen as a matrix [shape[0], rest] and cut into 64x64 chunks, padded with zeros
 at its right and lower edges. A vector or scalar is cut into segments of 64, 64 of them to a chunk. Padding makes any
 shape work (a prime side has no useful divisor), and one chunk size for everything lets the transform, the selection
-and the codec run over all parameters in one batch; the price is momentum for the padding.
+and the codec run over chunks of many parameters at once; the price is momentum for the padding.
+
+What reads or writes parameters goes batch by batch: so many chunks that a batch and what is made of it stay in a
+processor's cache. A batch holds pieces of parameters that are all transformed and stepped alike, and a piece is a
+rectangle of its parameter, so that neither copies more than the batch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +25,8 @@ CHUNK_SIZE = SIDE * SIDE
 
 Kind = Literal["matrix", "embedding", "head", "vector"]
 Transform = Literal["dct", "none"]
+Form = Literal["both", "rows", "none"]
+"""How a chunk is transformed: in both dimensions, in each row of 64, or not at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +68,106 @@ class Segment:
         """Laid out in segments of 64, and transformed along rows only."""
         return len(self.spec.shape) < 2
 
+    @property
+    def form(self) -> Form:
+        """How its chunks are transformed."""
+        if self.treatment.transform == "none":
+            return "none"
+        return "rows" if self.is_vector else "both"
+
+    @property
+    def wide(self) -> int:
+        """Chunks side by side in a matrix."""
+        return math.ceil(self.columns / SIDE)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Chunks [start, end) of one parameter that form a rectangle of it; of a vector, a range."""
+
+    number: int
+    """The parameter's."""
+    segment: Segment
+    start: int
+    end: int
+
+    @property
+    def first(self) -> int:
+        """Its first chunk, counted from the parameter's first."""
+        return self.start - self.segment.start
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """Its entries of a parameter-shaped tensor, as a view if that is contiguous: [entries] or [rows, columns]."""
+        segment = self.segment
+        if segment.is_vector:
+            return tensor.reshape(-1)[self.first * CHUNK_SIZE : (self.end - segment.start) * CHUNK_SIZE]
+        top, left, tall, wide = self._rectangle()
+        matrix = tensor.reshape(segment.rows, segment.columns)
+        return matrix[top * SIDE : (top + tall) * SIDE, left * SIDE : (left + wide) * SIDE]
+
+    def blocks(self, tensor: Tensor) -> Tensor | None:
+        """The same as a view [tall, wide, 64, 64], where that is a matrix of whole chunks; None: it is not."""
+        entries = self.view(tensor)
+        if self.segment.is_vector or entries.shape[0] % SIDE or entries.shape[1] % SIDE:
+            return None
+        return entries.unflatten(1, (-1, SIDE)).unflatten(0, (-1, SIDE)).transpose(1, 2)
+
+    def as_blocks(self, chunks: Tensor) -> Tensor:
+        """Its chunks [end - start, ...] in the order of `blocks`: [tall, wide, ...]."""
+        _, _, tall, wide = self._rectangle()
+        return chunks.unflatten(0, (tall, wide))
+
+    def read(self, tensor: Tensor, chunks: Tensor) -> None:
+        """Copy its entries of a parameter-shaped tensor to `chunks` [end - start, 64 * 64], with zeros around them."""
+        blocks = self.blocks(tensor)
+        if blocks is not None:
+            self.as_blocks(chunks.view(-1, SIDE, SIDE)).copy_(blocks)
+            return
+        entries = self.view(tensor)
+        if self.segment.is_vector:
+            chunks.view(-1)[: len(entries)].copy_(entries)
+            chunks.view(-1)[len(entries) :].zero_()
+            return
+        _, _, tall, wide = self._rectangle()
+        pad = (0, wide * SIDE - entries.shape[1], 0, tall * SIDE - entries.shape[0])
+        matrix = torch.nn.functional.pad(entries, pad).view(tall, SIDE, wide, SIDE)
+        self.as_blocks(chunks.view(-1, SIDE, SIDE)).copy_(matrix.transpose(1, 2))
+
+    def entries(self, chunks: Tensor) -> Tensor:
+        """Of `chunks` [end - start, 64 * 64], what lies at `view`, in its shape; it may share their memory."""
+        if self.segment.is_vector:
+            return chunks.reshape(-1)[: self.segment.columns - self.first * CHUNK_SIZE]
+        top, left, tall, wide = self._rectangle()
+        matrix = self.as_blocks(chunks.view(-1, SIDE, SIDE)).transpose(1, 2).reshape(tall * SIDE, wide * SIDE)
+        return matrix[: self.segment.rows - top * SIDE, : self.segment.columns - left * SIDE]
+
+    def flat(self, place: Tensor) -> tuple[Tensor, Tensor]:
+        """Where `place` [n], of its chunks flattened, lies in a flattened parameter; False for what is padding."""
+        segment = self.segment
+        if segment.is_vector:
+            flat = place + self.first * CHUNK_SIZE
+            return flat, flat < segment.columns
+        chunk, index = place // CHUNK_SIZE + self.first, place % CHUNK_SIZE
+        band = chunk // segment.wide
+        row, column = band * SIDE + index // SIDE, (chunk - band * segment.wide) * SIDE + index % SIDE
+        return row * segment.columns + column, (row < segment.rows) & (column < segment.columns)
+
+    def _rectangle(self) -> tuple[int, int, int, int]:
+        """Top, left, height and width, in chunks."""
+        top, left = divmod(self.first, self.segment.wide)
+        wide = min(self.end - self.start, self.segment.wide)
+        return top, left, (self.end - self.start) // wide, wide
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Chunks [start, end), of parameters of one form and one treatment."""
+
+    form: Form
+    start: int
+    end: int
+    pieces: tuple[Piece, ...]
+
 
 class ChunkLayout:
     """Maps parameters, in order, to chunks; a pure function of specs and treatments.
@@ -86,21 +192,56 @@ class ChunkLayout:
         self.chunks = start
         self.topk = self._per_chunk(lambda t: t.topk)
         self.reply_topk = self._per_chunk(lambda t: t.reply_topk)
-        vector = torch.zeros(start, dtype=torch.bool)
-        identity = torch.zeros(start, dtype=torch.bool)
+        #: runs of chunks of one form: [start, end)
+        self.runs: tuple[tuple[Form, int, int], ...] = ()
         for segment in segments:
-            vector[segment.start : segment.end] = segment.is_vector
-            identity[segment.start : segment.end] = segment.treatment.transform == "none"
+            if self.runs and self.runs[-1][0] == segment.form:
+                self.runs = (*self.runs[:-1], (segment.form, self.runs[-1][1], segment.end))
+            else:
+                self.runs = (*self.runs, (segment.form, segment.start, segment.end))
         #: chunks to transform in two dimensions, in one, and not at all
-        self.matrix_chunks = torch.nonzero(~vector & ~identity).flatten()
-        self.row_chunks = torch.nonzero(vector & ~identity).flatten()
-        self.plain_chunks = torch.nonzero(identity).flatten()
+        self.matrix_chunks = self._of_form("both")
+        self.row_chunks = self._of_form("rows")
+        self.plain_chunks = self._of_form("none")
+
+    def _of_form(self, form: Form) -> Tensor:
+        runs = [torch.arange(start, end) for which, start, end in self.runs if which == form]
+        return torch.cat(runs) if runs else torch.zeros(0, dtype=torch.int64)
 
     def _per_chunk(self, of: Callable[[Treatment], int]) -> tuple[int, ...]:
         values: list[int] = []
         for segment in self.segments:
             values += [of(segment.treatment)] * (segment.end - segment.start)
         return tuple(values)
+
+    def batches(self, most: int, whole: Container[str] = ()) -> tuple[Batch, ...]:
+        """All chunks, in order, at most `most` at a time.
+
+        Args:
+            whole: directions that need all of a parameter at once: each is a batch of its own, however large.
+        """
+        batches: list[Batch] = []
+        held: list[Piece] = []
+
+        def close() -> None:
+            if held:
+                batches.append(Batch(held[0].segment.form, held[0].start, held[-1].end, tuple(held)))
+                held.clear()
+
+        for number, segment in enumerate(self.segments):
+            alone = segment.treatment.direction in whole
+            if alone or (
+                held and (held[0].segment.form, held[0].segment.treatment) != (segment.form, segment.treatment)
+            ):
+                close()
+            for start, end in [(segment.start, segment.end)] if alone else _rectangles(segment, most):
+                if held and end - held[0].start > most:
+                    close()
+                held.append(Piece(number, segment, start, end))
+            if alone:
+                close()
+        close()
+        return tuple(batches)
 
     def gather(self, tensors: Sequence[Tensor | None], out: Tensor) -> Tensor:
         """Copy parameter-shaped tensors into chunks; None counts as zeros.
@@ -109,27 +250,25 @@ class ChunkLayout:
             tensors: one per segment, in order.
             out: [chunks, 64 * 64], overwritten.
         """
-        out.zero_()
-        for segment, tensor in zip(self.segments, tensors, strict=True):
-            if tensor is None:
-                continue
+        for number, (segment, tensor) in enumerate(zip(self.segments, tensors, strict=True)):
             block = out[segment.start : segment.end]
-            if segment.is_vector:
-                block.view(-1)[: segment.columns].copy_(tensor.reshape(-1))
-                continue
-            tall, wide = math.ceil(segment.rows / SIDE), math.ceil(segment.columns / SIDE)
-            matrix = tensor.reshape(segment.rows, segment.columns)
-            if (segment.rows % SIDE, segment.columns % SIDE) != (0, 0):
-                pad = (0, wide * SIDE - segment.columns, 0, tall * SIDE - segment.rows)
-                matrix = torch.nn.functional.pad(matrix, pad)
-            block.view(tall, wide, SIDE, SIDE).copy_(matrix.reshape(tall, SIDE, wide, SIDE).transpose(1, 2))
+            if tensor is None:
+                block.zero_()
+            else:
+                Piece(number, segment, segment.start, segment.end).read(tensor, block)
         return out
 
     def extract(self, segment: Segment, chunks: Tensor) -> Tensor:
         """The parameter-shaped tensor that lies in `chunks` [all chunks, 64 * 64]; it may share their memory."""
-        block = chunks[segment.start : segment.end]
-        if segment.is_vector:
-            return block.reshape(-1)[: segment.columns].reshape(segment.spec.shape)
-        tall, wide = math.ceil(segment.rows / SIDE), math.ceil(segment.columns / SIDE)
-        matrix = block.view(tall, wide, SIDE, SIDE).transpose(1, 2).reshape(tall * SIDE, wide * SIDE)
-        return matrix[: segment.rows, : segment.columns].reshape(segment.spec.shape)
+        whole = Piece(0, segment, segment.start, segment.end)
+        return whole.entries(chunks[segment.start : segment.end]).reshape(segment.spec.shape)
+
+
+def _rectangles(segment: Segment, most: int) -> Iterator[tuple[int, int]]:
+    """Chunks of a segment in ranges of at most `most`, each a rectangle."""
+    row = 1 if segment.is_vector else segment.wide
+    step = most // row * row if row <= most else most
+    for band in range(segment.start, segment.end, max(step, row)):
+        band_end = min(band + max(step, row), segment.end)
+        for start in range(band, band_end, step):
+            yield start, min(start + step, band_end)

@@ -8,14 +8,17 @@ In a swarm a round is `accumulate` (once or more), `select`, exchange, `apply`, 
 with a group of one. With `value_bits=32, exact=False, reply_topk=None` a lone step is the paper's rule; the learning
 rate multiplies the step, not the gradient, which is the same under a constant rate, because the sign drops scale.
 
-Cost: one momentum plus one batch of chunks beyond the gradient.
+Cost: one momentum plus a few batches of chunks beyond the gradient. Whatever is as large as the model (gradient,
+momentum, parameters) is passed through once a phase, in batches of chunks that stay in a processor's cache from the
+gradient to the momentum, and from the reply to the parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
@@ -23,10 +26,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from p2ptrain.averaging.reduce import reduce_part
-from p2ptrain.compression import dct, wire
-from p2ptrain.compression.layout import CHUNK_SIZE, ChunkLayout, ParameterSpec, Treatment
+from p2ptrain.compression import dct, selection, wire
+from p2ptrain.compression.layout import CHUNK_SIZE, SIDE, Batch, ChunkLayout, ParameterSpec, Piece, Treatment
 from p2ptrain.compression.wire import Coefficients, ReplyContent
-from p2ptrain.optim.directions import DIRECTIONS, Direction
+from p2ptrain.optim import threads
+from p2ptrain.optim.directions import DIRECTIONS, Direction, Rms
+
+T = TypeVar("T")
+_CPU_BATCH_CHUNKS, _DEVICE_BATCH_CHUNKS = 128, 8192
+"""On a CPU 2 MiB, of which a thread holds two, so that a cache has room for them; elsewhere enough to keep it busy."""
 
 
 @dataclass(slots=True)
@@ -67,6 +75,14 @@ class Settled:
         """Share of the sent norm that was consumed, for display."""
         whole = float(np.abs(self.pending.sent.value).sum())
         return float(np.abs(self.consumed).sum()) / whole if whole else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Live:
+    """Which chunks [n] of a batch take a step: those of parts that were not skipped."""
+
+    chunks: Tensor
+    all: bool
 
 
 PartReply = tuple[int, int, ReplyContent | None]
@@ -140,7 +156,17 @@ class DeMo(torch.optim.Optimizer):
         self.layout = ChunkLayout(specs, treatments)
         device = self._params[0].device
         self.momentum = torch.zeros(self.layout.chunks, CHUNK_SIZE, device=device)
-        self._buffer = torch.zeros_like(self.momentum)
+        whole = {name for name, direction in DIRECTIONS.items() if direction.whole}
+        self._batch_chunks = _CPU_BATCH_CHUNKS if device.type == "cpu" else _DEVICE_BATCH_CHUNKS
+        self._batches = self.layout.batches(self._batch_chunks, whole)
+        most = max(batch.end - batch.start for batch in self._batches)
+        self._scratch_shape = (2, most, CHUNK_SIZE)
+        #: the parameters, or contiguous copies of them for the time of a step
+        self._targets: list[Tensor] = []
+        #: for each thread, values of a batch and what is made of them
+        self._scratch: list[Tensor] = []
+        #: [sum of topk] chunk of each coefficient sent
+        self._chunk = np.repeat(np.arange(self.layout.chunks), self.layout.topk)
         self._directions: list[Direction] = [
             DIRECTIONS[segment.treatment.direction](self.layout, segment, rms_beta, rms_epsilon, device)
             for segment in self.layout.segments
@@ -157,22 +183,60 @@ class DeMo(torch.optim.Optimizer):
     @torch.no_grad()
     def accumulate(self) -> None:
         """Add the gradients (means over the sequences computed) to the momentum, after one decay of it."""
-        self.layout.gather([parameter.grad for parameter in self._params], self._buffer)
-        dct.encode(self.layout, self._buffer)
-        self.momentum.mul_(self.beta).add_(self._buffer)
+        self._for_each(self._batches, self._accumulate_batch)
         self._decays += 1
+
+    def _accumulate_batch(self, thread: int, batch: Batch) -> None:
+        blocks, scratch = self._scratch[thread][:, : batch.end - batch.start]
+        for piece in batch.pieces:
+            gradient, chunks = (
+                self._params[piece.number].grad,
+                blocks[piece.start - batch.start : piece.end - batch.start],
+            )
+            if gradient is None:
+                chunks.zero_()
+            else:
+                piece.read(gradient, chunks)
+        dct.accumulate(batch.form, blocks, self.momentum[batch.start : batch.end], self.beta, scratch)
 
     @torch.no_grad()
     def select(self) -> Pending:
         """Move the top-k of every chunk, as quantised, out of the momentum."""
-        index = self._top_indices()
-        chunk = np.repeat(np.arange(self.layout.chunks), self.layout.topk)
-        rows, columns = torch.from_numpy(chunk), torch.from_numpy(index)
-        value = self.momentum[rows, columns].cpu().numpy()
-        quantised = wire.quantise(chunk, value, self.value_bits)
-        sent = Coefficients(0, self.layout.chunks, chunk, index, quantised)
-        self._add(sent, -quantised)
+        runs = [
+            (start, count, torch.empty(end - start, count, dtype=torch.int64, device=self.momentum.device))
+            for start, end, count in _runs(self.layout.topk)
+        ]
+
+        def search(thread: int, task: tuple[int, int, Tensor]) -> None:
+            first, count, index = task
+            index.copy_(selection.largest(self.momentum[first : first + len(index)], count))
+
+        step = self._batch_chunks
+        self._for_each(
+            [
+                (start + first, count, index[first : first + step])
+                for start, count, index in runs
+                for first in range(0, len(index), step)
+            ],
+            search,
+        )
+        quantised = []
+        for start, _, index in runs:
+            held = self.momentum[start : start + len(index)]
+            value = held.gather(1, index)
+            quantised.append(selection.quantise(value, self.value_bits))
+            held.scatter_(1, index, value - quantised[-1])
+        index, value = (torch.cat([x.flatten() for x in parts]) for parts in ([i for _, _, i in runs], quantised))
+        sent = Coefficients(0, self.layout.chunks, self._chunk, index.cpu().numpy(), value.cpu().numpy())
         return Pending(sent, self._decays)
+
+    def _for_each(self, items: Sequence[T], work: Callable[[int, T], None]) -> None:
+        """Call work(thread, item), with scratch for each thread."""
+        device = self.momentum.device
+        count = threads.usable() if device.type == "cpu" else 1
+        while len(self._scratch) < count:
+            self._scratch.append(torch.empty(self._scratch_shape, device=device))
+        threads.for_each(items, work, count)
 
     def payload(self, pending: Pending, start: int, end: int) -> bytes:
         """The contribution for chunks [start, end)."""
@@ -186,45 +250,113 @@ class DeMo(torch.optim.Optimizer):
             replies: covering all chunks; None where the seal says SKIP, which leaves those chunks where they are.
             learning_rate: before each group's scale; default: each group's own `lr`.
         """
-        values = self._buffer.zero_()
-        scale = torch.zeros(self.layout.chunks, dtype=torch.float32)
-        live = torch.zeros(self.layout.chunks, dtype=torch.bool)
-        for start, end, content in replies:
-            if content is None:
-                continue
-            rows = torch.from_numpy(content.coefficients.chunk).to(values.device)
-            columns = torch.from_numpy(content.coefficients.index).to(values.device)
-            numbers = content.byte if self.exact else content.coefficients.value
-            values[rows, columns] = torch.from_numpy(numbers.astype(np.float32)).to(values.device)
-            scale[start:end] = torch.from_numpy(content.scale.copy())
-            live[start:end] = True
-        self._step(values, scale.to(values.device), live.to(values.device), learning_rate)
+        held = [(start, end, content) for start, end, content in replies if content is not None]
+        scale = np.zeros(self.layout.chunks, np.float32)
+        live = np.zeros(self.layout.chunks, bool)
+        for start, end, content in held:
+            scale[start:end], live[start:end] = content.scale, True
+        numbers = [content.byte if self.exact else content.coefficients.value for _, _, content in held]
+        self._step(
+            _joined([content.coefficients.chunk for _, _, content in held]),
+            _joined([content.coefficients.index for _, _, content in held]),
+            _joined(numbers).astype(np.float32),
+            scale,
+            live,
+            learning_rate,
+        )
 
-    def _step(self, values: Tensor, scale: Tensor, live: Tensor, learning_rate: float | None) -> None:
+    def _step(
+        self,
+        chunk: NDArray[np.int64],
+        index: NDArray[np.int64],
+        value: NDArray[np.float32],
+        scale: NDArray[np.float32],
+        live: NDArray[np.bool_],
+        learning_rate: float | None,
+    ) -> None:
+        """Step by these coefficients [n], in order of chunk, times their chunk's `scale` [chunks]."""
+        device = self.momentum.device
         if self.exact:
-            integers, unit = dct.decode_exact(self.layout, values)
-            update = integers.mul_((unit * scale).unsqueeze(1))
-        else:
-            update = dct.decode_float(self.layout, values)
-        all_live = bool(live.all())
-        for segment, parameter, number, direction in zip(
-            self.layout.segments, self._params, self._group_of, self._directions, strict=True
-        ):
-            group = self.param_groups[number]
-            rate = group["lr"] if learning_rate is None else learning_rate
-            rate *= group["learning_rate_scale"]
-            piece = slice(segment.start, segment.end)
-            step = direction.step(update[piece], live[piece])
-            # Decay and step apart, each rounded on its own: a fused multiply-add would differ between devices.
-            decay = 1 - rate * group["weight_decay"]
-            if all_live:
-                parameter.mul_(decay)
+            # With a scale of zero nothing moves, of which a sign would know nothing.
+            value = np.where(scale[chunk] > 0, value, np.float32(0))
+        place = _flat(chunk, index, device)
+        values, scales, lives = (torch.from_numpy(array).to(device) for array in (value, scale, live))
+        edges = np.searchsorted(chunk, [batch.start for batch in self._batches] + [self.layout.chunks]).tolist()
+        for direction in self._directions:
+            direction.begin()
+        # Views of pieces are what is written to.
+        self._targets = [parameter.contiguous() for parameter in self._params]
+
+        def take(thread: int, task: tuple[Batch, int, int]) -> None:
+            batch, low, high = task
+            here = slice(batch.start, batch.end)
+            alive = _Live(lives[here], bool(live[here].all()))
+            inside = place[low:high] - batch.start * CHUNK_SIZE
+            if batch.form == "none" and isinstance(self._directions[batch.pieces[0].number], Rms):
+                update = values[low:high] * scales[here][inside // CHUNK_SIZE]
+                self._step_entries(batch, inside, update, alive, learning_rate)
             else:
-                by_chunk = torch.where(live, decay, 1.0).unsqueeze(1).expand(-1, CHUNK_SIZE)
-                parameter.mul_(self.layout.extract(segment, by_chunk))
-            update[piece] = step
-            shaped = self.layout.extract(segment, update)
-            parameter.sub_(shaped.mul_(rate))
+                chunks, scratch = self._scratch[thread][:, : batch.end - batch.start]
+                chunks.zero_().view(-1)[inside] = values[low:high]
+                self._step_batch(batch, chunks, scratch, scales[here], alive, learning_rate)
+
+        self._for_each(list(zip(self._batches, edges[:-1], edges[1:], strict=True)), take)
+        for parameter, target in zip(self._params, self._targets, strict=True):
+            if target is not parameter:
+                parameter.copy_(target)
+
+    def _step_batch(
+        self, batch: Batch, values: Tensor, scratch: Tensor, scale: Tensor, live: _Live, learning_rate: float | None
+    ) -> None:
+        """Decode, direction, decay, step."""
+        of_signs = self._directions[batch.pieces[0].number].of_signs
+        if self.exact:
+            update, unit = dct.decode_exact_form(batch.form, values, scratch)
+            if not of_signs:
+                update.mul_((unit * scale).unsqueeze(1))
+        else:
+            update = dct.decode_float(batch.form, values)
+        for piece in batch.pieces:
+            here = slice(piece.start - batch.start, piece.end - batch.start)
+            step = self._directions[piece.number].step_chunks(piece.first, update[here], live.chunks[here])
+            rate, blocks = self._decay(piece, live, here, learning_rate), piece.blocks(self._targets[piece.number])
+            # Decay and step apart, each rounded on its own: a fused multiply-add would differ between devices, except
+            # of a sign, whose product with the rate is exact.
+            step, factor = (step, rate) if of_signs else (step.mul_(rate), 1.0)
+            if blocks is None:
+                piece.view(self._targets[piece.number]).sub_(piece.entries(step), alpha=factor)
+            else:
+                blocks.sub_(piece.as_blocks(step.view(-1, SIDE, SIDE)), alpha=factor)
+
+    def _step_entries(
+        self, batch: Batch, place: Tensor, update: Tensor, live: _Live, learning_rate: float | None
+    ) -> None:
+        """The same, of chunks that are not transformed, for all that moves: `update` [n] at `place` [n] of them."""
+        edges = torch.tensor([CHUNK_SIZE * (piece.start - batch.start) for piece in batch.pieces], device=place.device)
+        lows = torch.searchsorted(place, edges).tolist()
+        for piece, low, high in zip(batch.pieces, lows, [*lows[1:], len(place)], strict=True):
+            here = slice(piece.start - batch.start, piece.end - batch.start)
+            inside, direction = place[low:high] - CHUNK_SIZE * here.start, self._directions[piece.number]
+            assert isinstance(direction, Rms)
+            step = direction.step_entries(piece.first, inside, update[low:high], live.chunks[here])
+            rate = self._decay(piece, live, here, learning_rate)
+            flat, there = piece.flat(inside)
+            flat = flat[there]
+            parameter = self._targets[piece.number].view(-1)
+            parameter[flat] = parameter[flat] - step[there].mul_(rate)
+
+    def _decay(self, piece: Piece, live: _Live, here: slice, learning_rate: float | None) -> float:
+        """Take the weight decay off a piece's parameters; returns the rate."""
+        group, parameter = self.param_groups[self._group_of[piece.number]], self._targets[piece.number]
+        rate: float = group["lr"] if learning_rate is None else learning_rate
+        rate *= group["learning_rate_scale"]
+        decay = 1 - rate * group["weight_decay"]
+        if decay != 1 and live.all:
+            piece.view(parameter).mul_(decay)
+        elif decay != 1:
+            by_chunk = torch.where(live.chunks[here], decay, 1.0).unsqueeze(1).expand(-1, CHUNK_SIZE)
+            piece.view(parameter).mul_(piece.entries(by_chunk.contiguous()))
+        return rate
 
     @torch.no_grad()
     def settle(self, pending: Pending, replies: Sequence[PartReply], index: int | None) -> Settled:
@@ -233,15 +365,19 @@ class DeMo(torch.optim.Optimizer):
         Args:
             index: our place among that round's members; None: we were none, all returns.
         """
-        sent = pending.sent
+        sent, device = pending.sent, self.momentum.device
         kept = np.zeros(len(sent.value), bool)
         clips = []
         for start, end, content in replies:
             if content is None or index is None or index not in content.included:
                 continue
             low, high = np.searchsorted(sent.chunk, (start, end))
-            ours = sent.chunk[low:high] * CHUNK_SIZE + sent.index[low:high]
-            kept[low:high] = np.isin(ours, content.coefficients.chunk * CHUNK_SIZE + content.coefficients.index)
+            theirs = _flat(content.coefficients.chunk, content.coefficients.index, device)
+            if len(theirs):
+                ours = _flat(sent.chunk[low:high], sent.index[low:high], device)
+                # Both ascend.
+                nearest = torch.searchsorted(theirs, ours).clamp_(max=len(theirs) - 1)
+                kept[low:high] = (theirs[nearest] == ours).cpu().numpy()
             if index in content.clips:
                 clips.append((int(low), int(high), content.clips[index]))
         settled = Settled(pending, kept, tuple(clips))
@@ -302,13 +438,8 @@ class DeMo(torch.optim.Optimizer):
         self.accumulate()
         pending = self.select()
         if not self.exact:
-            values = self._buffer.zero_()
-            sent = pending.sent
-            values[torch.from_numpy(sent.chunk), torch.from_numpy(sent.index)] = torch.from_numpy(sent.value).to(
-                values.device
-            )
-            live = torch.ones(self.layout.chunks, dtype=torch.bool, device=values.device)
-            self._step(values, torch.ones(self.layout.chunks, device=values.device), live, None)
+            sent, chunks = pending.sent, self.layout.chunks
+            self._step(sent.chunk, sent.index, sent.value, np.ones(chunks, np.float32), np.ones(chunks, bool), None)
             return loss
         end = self.layout.chunks
         data = reduce_part(
@@ -357,20 +488,26 @@ class DeMo(torch.optim.Optimizer):
 
     # ---- parts ------------------------------------------------------------------------------------------------
 
-    def _top_indices(self) -> NDArray[np.int64]:
-        """Indices of the largest magnitudes, ascending inside each chunk, chunk after chunk [sum of topk]."""
-        found, start = [], 0
-        counts = self.layout.topk
-        while start < len(counts):
-            end = start
-            while end < len(counts) and counts[end] == counts[start]:
-                end += 1
-            top = self.momentum[start:end].abs().topk(counts[start], dim=1, sorted=False).indices
-            found.append(top.sort(dim=1).values.flatten().cpu().numpy())
-            start = end
-        return np.concatenate(found)
-
     def _add(self, at: Coefficients, values: NDArray[np.float32]) -> None:
-        rows = torch.from_numpy(at.chunk).to(self.momentum.device)
-        columns = torch.from_numpy(at.index).to(self.momentum.device)
-        self.momentum[rows, columns] += torch.from_numpy(values).to(self.momentum.device)
+        some = np.flatnonzero(values)
+        place = _flat(at.chunk[some], at.index[some], self.momentum.device)
+        self.momentum.view(-1).index_add_(0, place, torch.from_numpy(values[some]).to(self.momentum.device))
+
+
+def _flat(chunk: NDArray[np.int64], index: NDArray[np.int64], device: torch.device) -> Tensor:
+    """Places in [chunks, 64 * 64] as one dimension."""
+    return torch.from_numpy(chunk * CHUNK_SIZE + index).to(device)
+
+
+def _joined(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """One array of all, without a copy where there is one."""
+    return arrays[0] if len(arrays) == 1 else np.concatenate([np.zeros(0, np.int64), *arrays])
+
+
+def _runs(counts: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Ranges [start, end) of equal counts, and the count."""
+    start = 0
+    for count, group in itertools.groupby(counts):
+        end = start + len(list(group))
+        yield start, end, count
+        start = end

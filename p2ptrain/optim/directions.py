@@ -27,11 +27,29 @@ def correctly_rounded_root(x: Tensor) -> Tensor:
 
 
 class Direction(Protocol):
-    """One parameter's direction: `update` is [its chunks, 64 * 64]; `live` [its chunks] is False for a SKIP."""
+    """One parameter's direction.
 
+    `update` is [chunks, 64 * 64] and `live` [chunks], False for a SKIP. A step is `begin`, then `step_chunks` for all
+    of the parameter's chunks, in ranges, each once. A step replaces the state: what `state` gave before it stays as it
+    is until the step after.
+    """
+
+    #: every device takes the same step to the bit
     exact: ClassVar[bool]
+    #: only the update's signs matter, and a step is -1, 0 or 1: its product with a rate is exact
+    of_signs: ClassVar[bool]
+    #: `step_chunks` needs all of a parameter at once
+    whole: ClassVar[bool]
 
-    def step(self, update: Tensor, live: Tensor) -> Tensor: ...
+    def begin(self) -> None: ...
+
+    def step_chunks(self, first: int, update: Tensor, live: Tensor) -> Tensor:
+        """The step of the parameter's chunks from `first` on; it may overwrite `update` and lie there."""
+        ...
+
+    def step(self, update: Tensor, live: Tensor) -> Tensor:
+        """The step of all chunks; `update` stays as it is."""
+        ...
 
     def state(self) -> dict[str, Tensor]: ...
 
@@ -42,14 +60,23 @@ class Sign:
     """The sign of the update, as in DeMo (arXiv 2411.19870)."""
 
     exact: ClassVar[bool] = True
+    of_signs: ClassVar[bool] = True
+    whole: ClassVar[bool] = False
 
     def __init__(
         self, layout: ChunkLayout, segment: Segment, beta: float, epsilon: float, device: torch.device
     ) -> None:
         pass
 
+    def begin(self) -> None:
+        pass
+
+    def step_chunks(self, first: int, update: Tensor, live: Tensor) -> Tensor:
+        return update.sign_()
+
     def step(self, update: Tensor, live: Tensor) -> Tensor:
-        return update.sign()
+        """The step of all chunks; `update` stays as it is."""
+        return self.step_chunks(0, update.clone(), live)
 
     def state(self) -> dict[str, Tensor]:
         return {}
@@ -66,6 +93,8 @@ class Rms:
     """
 
     exact: ClassVar[bool] = True
+    of_signs: ClassVar[bool] = False
+    whole: ClassVar[bool] = False
 
     def __init__(
         self, layout: ChunkLayout, segment: Segment, beta: float, epsilon: float, device: torch.device
@@ -74,17 +103,46 @@ class Rms:
         self._moment = torch.zeros(segment.end - segment.start, CHUNK_SIZE, device=device)
         #: beta**steps per chunk, by repeated multiplication: a power function may differ between machines
         self._decayed = torch.ones(segment.end - segment.start, 1, device=device)
+        #: both from before the step, which the next step overwrites
+        self._before = torch.empty_like(self._moment), torch.empty_like(self._decayed)
+
+    def begin(self) -> None:
+        (self._moment, self._decayed), self._before = self._before, (self._moment, self._decayed)
+
+    def step_chunks(self, first: int, update: Tensor, live: Tensor) -> Tensor:
+        square = (update * update).mul_(1 - self._beta)
+        moment, corrected_by = self._decay(first, live)
+        if not live.all():
+            square.mul_(live.unsqueeze(1))
+        corrected = torch.div(moment.add_(square), corrected_by, out=square)
+        return update.div_(correctly_rounded_root(corrected).add_(self._epsilon))
+
+    def step_entries(self, first: int, place: Tensor, update: Tensor, live: Tensor) -> Tensor:
+        """`step_chunks` where `update` [n] holds all that is not zero, at `place` [n] of the chunks flattened.
+
+        The rest takes no step, and of its moment a multiplication is all: adding zero changes no bit.
+        """
+        moment, corrected_by = self._decay(first, live)
+        flat = moment.view(-1)
+        flat.index_add_(0, place, (update * update).mul_(1 - self._beta).mul_(live[place // CHUNK_SIZE]))
+        corrected = flat[place] / corrected_by.view(-1)[place // CHUNK_SIZE]
+        return update / correctly_rounded_root(corrected).add_(self._epsilon)
+
+    def _decay(self, first: int, live: Tensor) -> tuple[Tensor, Tensor]:
+        """The moment of these chunks after its decay, and what corrects it for its beginning at zero [chunks, 1]."""
+        piece = slice(first, first + len(live))
+        before, decayed_before = (tensor[piece] for tensor in self._before)
+        moment = torch.mul(before, self._beta, out=self._moment[piece])
+        decayed = torch.mul(decayed_before, self._beta, out=self._decayed[piece])
+        if not live.all():
+            moment.copy_(torch.where(live.unsqueeze(1), moment, before))
+            decayed.copy_(torch.where(live.unsqueeze(1), decayed, decayed_before))
+        return moment, (1 - decayed).clamp(min=1e-6)
 
     def step(self, update: Tensor, live: Tensor) -> Tensor:
-        live = live.unsqueeze(1)
-        square = update * update
-        square = square * (1 - self._beta)
-        moment = self._moment * self._beta
-        moment = moment + square
-        self._moment = torch.where(live, moment, self._moment)
-        self._decayed = torch.where(live, self._decayed * self._beta, self._decayed)
-        corrected = self._moment / (1 - self._decayed).clamp(min=1e-6)
-        return update / (correctly_rounded_root(corrected) + self._epsilon)
+        """The step of all chunks; `update` stays as it is."""
+        self.begin()
+        return self.step_chunks(0, update.clone(), live)
 
     def state(self) -> dict[str, Tensor]:
         return {"moment": self._moment, "decayed": self._decayed}
@@ -101,6 +159,8 @@ class Muon:
     """
 
     exact: ClassVar[bool] = False
+    of_signs: ClassVar[bool] = False
+    whole: ClassVar[bool] = True
 
     def __init__(
         self, layout: ChunkLayout, segment: Segment, beta: float, epsilon: float, device: torch.device
@@ -109,7 +169,10 @@ class Muon:
             raise ValueError(f"direction muon needs a matrix; {segment.spec.name} has shape {segment.spec.shape}")
         self._layout, self._segment, self._epsilon = layout, segment, epsilon
 
-    def step(self, update: Tensor, live: Tensor) -> Tensor:
+    def begin(self) -> None:
+        pass
+
+    def step_chunks(self, first: int, update: Tensor, live: Tensor) -> Tensor:
         segment = self._segment
         tall, wide = -(-segment.rows // 64), -(-segment.columns // 64)
         matrix = update.view(tall, wide, 64, 64).transpose(1, 2).reshape(tall * 64, wide * 64)
@@ -124,6 +187,10 @@ class Muon:
         out = update.new_zeros(tall * 64, wide * 64)
         out[: segment.rows, : segment.columns] = x
         return out.view(tall, 64, wide, 64).transpose(1, 2).reshape(update.shape) * live.unsqueeze(1)
+
+    def step(self, update: Tensor, live: Tensor) -> Tensor:
+        """The step of all chunks."""
+        return self.step_chunks(0, update, live)
 
     def state(self) -> dict[str, Tensor]:
         return {}

@@ -111,10 +111,10 @@ class Trainer:
         self._begun = False
         #: when the time to compute, for the round under way or ahead of it, is over
         self._deadline = -math.inf
-        #: with overlap: since when it computes for the round after the one that it has contributed to
-        self._ahead_since: float | None = None
-        #: how long it computes for a round
-        self._round_seconds = 0.0
+        #: with overlap: it computes for the round after the one that it has contributed to
+        self._ahead = False
+        #: how long members compute for a round
+        self._length_seconds = 0.0
         #: a message of weight 0 went out in our stead since the last contribution
         self._stood_in = False
         #: contributions until it is not careful any more
@@ -263,10 +263,10 @@ class Trainer:
         """Do what the network thread asks for."""
         match message:
             case StartRound():
-                self._current, self._round_seconds = message, message.seconds
-                self._begun = self._ahead_since is not None and self._micro_batches > 0
-                self._deadline = (self._clock() if self._ahead_since is None else self._ahead_since) + message.seconds
-                self._ahead_since = None
+                self._current, self._length_seconds = message, message.length_seconds
+                self._begun = self._ahead and self._micro_batches > 0
+                self._deadline = self._clock() + message.seconds
+                self._ahead = False
                 self._resume_sent(message)
             case StoodIn():
                 if self._current is not None and self._current.key == message.key:
@@ -382,7 +382,7 @@ class Trainer:
         """Whether there is a round to compute for, or, with overlap, time until the next one begins."""
         if self._current is not None:
             return True
-        return self._ahead_since is not None and not self._computed_enough()
+        return self._ahead and not self._computed_enough()
 
     @property
     def needs_batch(self) -> bool:
@@ -482,8 +482,8 @@ class Trainer:
         self._current = None
         if self._rules.overlap and len(start.shape.members) > 1:
             # Alone there is no exchange to wait for.
-            self._ahead_since = self._clock()
-            self._deadline = self._ahead_since + self._round_seconds
+            self._ahead = True
+            self._deadline += self._length_seconds
         self._stood_in = False
         self._careful_rounds = max(self._careful_rounds - 1, 0)
         self._micro_batches = self._sequences = self._overdue = 0

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from p2ptrain.averaging.reduce import reduce_part
-from p2ptrain.compression import wire
+from p2ptrain.compression import coding, wire
 from p2ptrain.compression.layout import CHUNK_SIZE
 from p2ptrain.compression.wire import Coefficients, ReplyContent
 
@@ -75,6 +75,34 @@ def reference(
     return total / sum(min(weight, cap) for _, weight, _ in sent), clips
 
 
+def dense_reply(sent: list[Sent], value_bits: int, limits: list[int], clip_ratio: float, cap_ratio: float) -> bytes:
+    """The same reply by way of every entry of the part: float32 sums in the order sent, one sort a chunk."""
+    work = [(member, weight, part) for member, weight, part in sent if weight]
+    norms = [float(np.sqrt(np.square(part.value, dtype=np.float64).sum())) for _, _, part in work]
+    weights = np.minimum([weight for _, weight, _ in work], cap_ratio * np.median([weight for _, weight, _ in work]))
+    total, clips = np.zeros((END - START, CHUNK_SIZE), np.float32), {}
+    for (member, _, part), norm, weight in zip(work, norms, weights, strict=True):
+        factor = 256
+        if norm > clip_ratio * float(np.median(norms)):
+            factor = clips[member] = int(256 * clip_ratio * float(np.median(norms)) / norm)
+        share = np.float32(float(weight) / sum(weights.tolist()) * factor / 256)
+        total[part.chunk - START, part.index] += part.value * share
+    counts, indices, values, codes = [], [], [], []
+    for row, one in enumerate(total):
+        code = coding.encode_scale(np.asarray([np.abs(one).max() / 127], np.float32))
+        scale = coding.scale_table()[code][0]
+        byte = np.clip(np.rint(one / scale if scale else one * 0), -127, 127).astype(np.int64)
+        order = np.argsort(-np.abs(one), kind="stable")
+        kept = np.sort([index for index in order if byte[index]][: limits[START + row]]).astype(np.int64)
+        counts.append(len(kept))
+        indices.append(kept)
+        values.append(byte[kept])
+        codes.append(code)
+    joined = [np.concatenate(arrays) for arrays in (indices, values, codes)]
+    included = frozenset(member for member, _, _ in sent)
+    return wire.encode_reply(START, END, MEMBERS, included, clips, limits, np.asarray(counts), *joined)
+
+
 def assert_quantises(content: ReplyContent, exact: NDArray[np.float64], reply_topk: int = CHUNK_SIZE) -> None:
     """The reply holds the largest entries of `exact`, each within half a step of its chunk's scale."""
     part = content.coefficients
@@ -123,6 +151,34 @@ def test_a_reply_is_the_mean_of_clipped_and_capped_contributions(
     exact, clips = reference(sent, clip_ratio, cap_ratio)
     assert content.clips == clips
     assert_quantises(content, exact, reply_topk)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    weights=st.lists(st.integers(1, 9), min_size=1, max_size=MEMBERS),
+    value_bits=st.sampled_from([1, 2, 32]),
+    reply_topk=st.integers(1, 12),
+    ratio=st.sampled_from([1.0, 1.5, 1000.0]),
+)
+@settings(max_examples=40)
+def test_a_reply_is_the_bytes_that_a_dense_sum_gives(
+    seed: int, weights: list[int], value_bits: int, reply_topk: int, ratio: float
+) -> None:
+    """Equal magnitudes, which 1 and 2 bits make many of, are kept from the first on."""
+    sent = [(member, weight, coefficients(seed + member, value_bits)) for member, weight in enumerate(weights)]
+    limits = [reply_topk] * END
+    data = reduce_part(
+        [(member, weight, wire.encode_contribution(part, TOPK, value_bits)) for member, weight, part in sent],
+        topk=TOPK,
+        reply_topk=limits,
+        start=START,
+        end=END,
+        members=MEMBERS,
+        value_bits=value_bits,
+        clip_ratio=ratio,
+        weight_cap_ratio=ratio,
+    )
+    assert data == dense_reply(sent, value_bits, limits, ratio, ratio)
 
 
 def test_the_sum_is_divided_by_all_the_weight_not_by_who_picked_a_coefficient() -> None:

@@ -113,7 +113,9 @@ def test_decode_float_inverts_encode() -> None:
     real = torch.randn(5, CHUNK_SIZE, generator=torch.Generator().manual_seed(4))
     layout = layout_of(2, 2, 1)
     kept = real.clone()
-    torch.testing.assert_close(dct.decode_float(layout, dct.encode(layout, kept)), real, atol=1e-5, rtol=0)
+    dct.encode(layout, kept)
+    for form, start, end in layout.runs:
+        torch.testing.assert_close(dct.decode_float(form, kept[start:end]), real[start:end], atol=1e-5, rtol=0)
 
 
 def test_the_shipped_basis_is_the_dct_rounded_to_ten_bits() -> None:

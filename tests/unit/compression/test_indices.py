@@ -62,7 +62,7 @@ def assert_comes_back(counts: Sequence[int], index: NDArray[np.int64]) -> None:
     ),
     seed=seeds,
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_indices_come_back_wherever_they_cluster(chunks: list[tuple[int, str]], seed: int) -> None:
     rng = np.random.default_rng(seed)
     index = np.concatenate([chosen(kind, count, rng) for count, kind in chunks])

@@ -101,6 +101,53 @@ def test_half_precision_gradients_become_float32() -> None:
     assert torch.equal(layout.extract(layout.segments[0], chunks), gradient.float())
 
 
+@given(
+    st.lists(st.lists(st.integers(1, 300), max_size=2).map(tuple), min_size=1, max_size=4),
+    st.integers(1, 9),
+)
+@settings(max_examples=40)
+def test_batches_are_all_chunks_in_order_and_pieces_rectangles(shapes: list[tuple[int, ...]], most: int) -> None:
+    layout = layout_of(shapes)
+    tensors = [numbered(shape, 1) for shape in shapes]
+    expected = layout.gather(tensors, torch.empty(layout.chunks, CHUNK_SIZE))
+    read = torch.full((layout.chunks, CHUNK_SIZE), torch.nan)
+    position = 0
+    for batch in layout.batches(most):
+        assert batch.start == position
+        assert 0 < batch.end - batch.start <= most
+        for piece in batch.pieces:
+            assert piece.start == position
+            position = piece.end
+            block, tensor = read[piece.start : piece.end], tensors[piece.number]
+            piece.read(tensor, block)
+            assert torch.equal(piece.entries(block), piece.view(tensor))
+            blocks = piece.blocks(tensor)
+            if blocks is not None:
+                assert torch.equal(piece.as_blocks(block.view(-1, SIDE, SIDE)), blocks)
+            flat, there = piece.flat(torch.arange(block.numel()))
+            assert torch.equal(tensor.flatten()[flat[there]], block.flatten()[there])
+            assert not block.flatten()[~there].any()
+        assert batch.end == position
+    assert position == layout.chunks
+    assert torch.equal(read, expected)
+
+
+def test_a_batch_is_of_one_form_and_treatment() -> None:
+    kinds = {"matrix": treatment(), "embedding": treatment(3, 5, "none"), "vector": treatment(2)}
+    specs = [
+        ParameterSpec(f"{kind}{n}", shape, kind) for kind, shape in zip(KINDS, SHAPES[5:8], strict=True) for n in "ab"
+    ]
+    layout = ChunkLayout(specs, kinds)
+    batches = layout.batches(100)
+    assert [[piece.segment.spec.kind for piece in batch.pieces] for batch in batches] == [[k, k] for k in KINDS]
+    assert [batch.form for batch in batches] == ["both", "none", "both"]
+
+
+def test_a_direction_that_needs_whole_parameters_gets_them() -> None:
+    layout = layout_of([(130, 200), (64, 64)])
+    assert [(b.start, b.end) for b in layout.batches(2, whole={"sign"})] == [(0, 12), (12, 13)]
+
+
 def test_chunks_carry_the_counts_and_transform_of_their_kind() -> None:
     specs = [ParameterSpec(kind, shape, kind) for kind, shape in zip(KINDS, [(65, 64), (3, 3), (5000,)], strict=True)]
     layout = ChunkLayout(

@@ -297,7 +297,7 @@ def test_cutting_a_contribution_in_parts_loses_nothing() -> None:
 
 @pytest.mark.parametrize("value_bits", [1, 2])
 @given(topk=topks, seed=seeds)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_reader_from_the_specification_reads_the_same_contribution(
     value_bits: int, topk: list[int], seed: int
 ) -> None:
@@ -310,7 +310,7 @@ def test_a_reader_from_the_specification_reads_the_same_contribution(
 
 
 @given(counts=st.lists(st.integers(0, 60), min_size=1, max_size=40), members=st.integers(1, 40), seed=seeds)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_reader_from_the_specification_reads_the_same_reply(counts: list[int], members: int, seed: int) -> None:
     data, limits, end = reply(counts, members, seed), reply_topk(counts), 10 + len(counts)
     fast = wire.decode_reply(data, limits, 10, end, members)
@@ -343,7 +343,7 @@ def damaged(data: bytes, rng: np.random.Generator, header: int) -> bytes:
     seed=seeds,
     value_bits=st.sampled_from([1, 2]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_both_readers_refuse_the_same_damage_to_a_contribution(topk: list[int], seed: int, value_bits: int) -> None:
     rng, end = np.random.default_rng(seed), len(topk)
     data = damaged(wire.encode_contribution(contribution(topk, value_bits, seed), topk, value_bits), rng, 18)
@@ -360,7 +360,7 @@ def test_both_readers_refuse_the_same_damage_to_a_contribution(topk: list[int], 
 
 
 @given(counts=st.lists(st.integers(0, 40), min_size=1, max_size=40), seed=seeds)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_both_readers_refuse_the_same_damage_to_a_reply(counts: list[int], seed: int) -> None:
     limits, end = reply_topk(counts), 10 + len(counts)
     data = damaged(reply(counts, 9, seed), np.random.default_rng(seed), 21)

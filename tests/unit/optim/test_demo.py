@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 from p2ptrain.averaging.reduce import reduce_part
-from p2ptrain.compression import wire
+from p2ptrain.compression import dct, wire
 from p2ptrain.compression.layout import CHUNK_SIZE, SIDE
+from p2ptrain.optim import demo
 from p2ptrain.optim.demo import DeMo, PartReply, Pending
 
 Shape = tuple[int, ...]
@@ -400,6 +401,98 @@ def test_after_a_crash_only_the_rounding_of_what_was_sent_is_gone() -> None:
     places = (pending.sent.chunk, pending.sent.index)
     rounding[places] = before[places] - pending.sent.value
     np.testing.assert_allclose(missing, rounding, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunks_at_once", [1, 2, 5])
+@pytest.mark.parametrize("thread_count", [1, 3])
+def test_batches_and_threads_change_no_bit(
+    chunks_at_once: int, thread_count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_num_threads()
+    whole = mixed(weight_decay=0.1)
+    monkeypatch.setattr(demo, "_CPU_BATCH_CHUNKS", chunks_at_once)
+    cut = mixed(weight_decay=0.1)
+    try:
+        for number in range(4):
+            pending = []
+            for one, threads in ((whole, 1), (cut, thread_count)):
+                torch.set_num_threads(threads)
+                pending.append(one_round(one, number))
+            replies = exchange([whole], pending[:1], parts=3, skip=(1,) if number == 2 else ())
+            for one, sent, threads in ((whole, pending[0], 1), (cut, pending[1], thread_count)):
+                torch.set_num_threads(threads)
+                one.apply(replies)
+                one.settle(sent, replies, 0)
+                assert torch.get_num_threads() == threads
+            assert_same_parameters(whole, cut)
+            assert np.array_equal(pending[0].sent.index, pending[1].sent.index)
+        for key, tensor in whole.replicated_state().items():
+            assert torch.equal(tensor, cut.replicated_state()[key])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_step_is_that_of_whole_parameters() -> None:
+    """Decode, direction, decay and step once more, parameter by parameter, with the directions' own `step`."""
+    ours = mixed(weight_decay=0.1)
+    expected = [p.clone() for p in parameters_of(ours)]
+    layout, directions = ours.layout, mixed()._directions
+    for number in range(4):
+        pending = one_round(ours, number)
+        replies = exchange([ours], [pending], parts=3, skip=(0,) if number == 1 else ())
+        values, scale = torch.zeros(layout.chunks, CHUNK_SIZE), torch.zeros(layout.chunks)
+        live = torch.zeros(layout.chunks, dtype=torch.bool)
+        for start, end, content in replies:
+            if content is not None:
+                values[content.coefficients.chunk, content.coefficients.index] = torch.from_numpy(content.byte).float()
+                scale[start:end], live[start:end] = torch.from_numpy(content.scale.copy()), True
+        integers, unit = dct.decode_exact(layout, values)
+        update = integers * (unit * scale).unsqueeze(1)
+        for segment, parameter, way in zip(layout.segments, expected, directions, strict=True):
+            piece = slice(segment.start, segment.end)
+            stepped = torch.zeros_like(update)
+            stepped[piece] = way.step(update[piece], live[piece])
+            rate = 0.01 * segment.treatment.learning_rate_scale
+            decay = torch.where(live, 1 - rate * 0.1, 1.0).unsqueeze(1).expand(-1, CHUNK_SIZE).contiguous()
+            parameter.mul_(layout.extract(segment, decay)).sub_(layout.extract(segment, stepped) * rate)
+        ours.apply(replies)
+        ours.settle(pending, replies, 0)
+        for a, b in zip(parameters_of(ours), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_parameter_that_is_not_contiguous_steps_like_one_that_is() -> None:
+    plain = parameters([(70, 130)])
+    turned = [torch.nn.Parameter(plain[0].detach().T.contiguous().T)]
+    assert not turned[0].is_contiguous()
+    for transform, direction in (("dct", "sign"), ("none", "rms")):
+        one, other = (DeMo(held, transform=transform, direction=direction, topk=9) for held in (plain, turned))
+        for optimizer in (one, other):
+            set_gradients(optimizer, 3)
+            optimizer.step()
+        assert_same_parameters(one, other)
+
+
+def test_a_state_taken_before_a_step_stays_as_it_was() -> None:
+    one = mixed()
+    for number in range(3):
+        set_gradients(one, number)
+        held = one.replicated_state()
+        copies = {key: tensor.clone() for key, tensor in held.items()}
+        one.step()
+        assert all(torch.equal(tensor, copies[key]) for key, tensor in held.items())
+
+
+def test_muon_steps_in_one_piece_whatever_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "_CPU_BATCH_CHUNKS", 2)
+    one = DeMo(parameters([(130, 200), (64, 64)]), direction="muon", topk=64)
+    before = [p.clone() for p in parameters_of(one)]
+    set_gradients(one, 1)
+    one.step()
+    for a, b in zip(parameters_of(one), before, strict=True):
+        step = (a - b).double().numpy() / (max(a.shape) ** 0.5 * 1e-3)
+        singular = np.linalg.svd(step, compute_uv=False)
+        assert singular.max() < 1.25
 
 
 def test_a_skipped_part_stays_where_it_is() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from p2ptrain.compression.layout import CHUNK_SIZE, ChunkLayout, ParameterSpec, Treatment
-from p2ptrain.optim.directions import DIRECTIONS, Direction, correctly_rounded_root
+from p2ptrain.optim.directions import DIRECTIONS, Direction, Rms, correctly_rounded_root
 
 CPU = torch.device("cpu")
 BETA, EPSILON = 0.9, 1e-8
@@ -91,6 +91,24 @@ def test_a_skipped_chunk_leaves_the_second_moment_alone() -> None:
         else:
             assert not got[1].any()
     assert torch.equal(rms.state()["moment"][1:], lone.state()["moment"])
+
+
+def test_an_rms_step_of_entries_is_the_step_of_chunks_to_the_bit() -> None:
+    (dense, _), (sparse, _) = direction("rms"), direction("rms")
+    assert isinstance(sparse, Rms)
+    for step in range(5):
+        values, live = update(step), torch.tensor([True, step != 2])
+        values = torch.where(live.unsqueeze(1) & (torch.rand(values.shape) < 0.05), values, 0)
+        place = torch.nonzero(values.flatten()).flatten()
+        sparse.begin()
+        got = torch.zeros_like(values)
+        for first in (0, 1):
+            here = place[place // CHUNK_SIZE == first]
+            flat = values.flatten()[here]
+            got.view(-1)[here] = sparse.step_entries(first, here - first * CHUNK_SIZE, flat, live[first : first + 1])
+        assert torch.equal(dense.step(values, live), got)
+        for key, tensor in dense.state().items():
+            assert torch.equal(tensor, sparse.state()[key])
 
 
 def test_rms_continues_alike_from_its_state() -> None:

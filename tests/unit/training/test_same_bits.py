@@ -32,8 +32,8 @@ def replay(folder: Path, device: str, *, compiled: bool) -> str:
     """The hash of the parameters after all rounds in a journal."""
     replica = Replica(MANIFEST, RUN_ID, torch.device(device))
     if compiled:
-        # The whole step: inverse transform, direction, decay, update.
-        replica.optimizer._step = torch.compile(replica.optimizer._step)  # type: ignore[method-assign]
+        # The whole step, batch by batch: inverse transform, direction, decay, update.
+        replica.optimizer._step_batch = torch.compile(replica.optimizer._step_batch)  # type: ignore[method-assign]
     journal = Journal(folder, RUN_ID, verify)
     for number in range(journal.first, journal.last + 1):
         sealed = journal.read(number)

@@ -94,7 +94,7 @@ class Home:
 
     def start(self) -> StartRound:
         shape = chain.shape_of(self.lone.states[-1], self.lone.chunks)
-        return StartRound(self.lone.key, shape, 0, 0.0)
+        return StartRound(self.lone.key, shape, 0, 0.0, 10.0)
 
     def apply(self, sealed: SealedRound, *, contributed: bool) -> Apply:
         """Journal a sealed round, and the message about it."""
@@ -165,18 +165,18 @@ def test_who_is_too_slow_for_one_round_hands_over_as_soon_as_the_next_begins(hom
     assert ready.key == home.lone.key and ready.row.weight == 4, "one more micro-batch would be too late again"
 
 
-def in_company(start: StartRound) -> StartRound:
-    """The same round with one more member."""
+def in_company(start: StartRound, seconds: float) -> StartRound:
+    """The same round with one more member, and so much time left to compute for it."""
     (member,) = start.shape.members
     other = msgspec.structs.replace(member, peer_id=Lone("grace").identity.peer_id)
-    return dataclasses.replace(start, shape=dataclasses.replace(start.shape, members=(member, other)), seconds=10.0)
+    return dataclasses.replace(start, shape=dataclasses.replace(start.shape, members=(member, other)), seconds=seconds)
 
 
 def test_with_overlap_a_trainer_computes_on_while_the_exchange_is_under_way(tmp_path: Path, lone: Lone) -> None:
     home = Home(tmp_path, lone, overlap=1)
     home.first_round()
     trainer = home.trainer
-    trainer.take(in_company(home.start()), home.swarm)
+    trainer.take(in_company(home.start(), 10.0), home.swarm)
     trainer.compute()
     home.now = 10.0
     assert not trainer.needs_batch
@@ -184,13 +184,12 @@ def test_with_overlap_a_trainer_computes_on_while_the_exchange_is_under_way(tmp_
     assert trainer.has_work and trainer.needs_batch, "it need not wait for the seal"
     trainer.compute()
     home.now = 14.0
-    home.inbox.put(home.apply(home.sealed(), contributed=True))
-    home.hand()  # between two micro-batches
+    trainer.take(home.apply(home.sealed(), contributed=True), home.swarm)  # between two micro-batches
     trainer.compute()
     home.now = 20.0
     assert not trainer.has_work, "as long as for any round, and no longer"
     assert len(home.swarm.handed) == 1, "not before its round has begun"
-    trainer.take(in_company(home.start()), home.swarm)
+    trainer.take(in_company(home.start(), 0.0), home.swarm)
     assert trainer.has_work and not trainer.needs_batch, "its time was over when the round began"
     trainer.hand_over(home.swarm)
     assert [ready.row.weight for ready in home.swarm.handed] == [4, 8]

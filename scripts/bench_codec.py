@@ -1,0 +1,389 @@
+"""What an optimizer step costs without a network, and what a contribution weighs.
+
+The step is `DeMo.step`, a group of one: accumulate, select, encode, reduce, decode, apply, settle, on a GPT of 15
+million parameters with the manifest's default treatment. Beside it, in turns and each on parameters of its own with
+the same gradients: DeMo as the paper writes it (`baseline_demo.py`; once more with its products laid out for speed, as
+`..._matmul`), AdamW foreach and AdamW fused. Ratios are of the same turn; torch's default number of threads. Gradients
+are normal random numbers, so indices lie evenly, which is the most they can cost.
+
+Bits are those of a contribution to each of PARTS reducers, with the frames, headers and hashes of its messages.
+
+Where there is a CUDA device, `cuda` holds the step of a model of a billion parameters on it: what runs on the device
+(accumulate, select with its copy to the host, apply, settle), with the replies at hand; else null.
+
+Takes under a minute on two cores; progress on stderr, one JSON object last on stdout.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import statistics
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from baseline_demo import StraightforwardDeMo
+
+from p2ptrain.averaging.chain import Row
+from p2ptrain.averaging.messages import ContributionHeader, Tip, Traffic
+from p2ptrain.averaging.reduce import reduce_part
+from p2ptrain.compression import coding, wire
+from p2ptrain.compression.layout import SIDE
+from p2ptrain.compression.wire import Coefficients
+from p2ptrain.config.manifest import Manifest, ModelConfig
+from p2ptrain.models.gpt import GPT
+from p2ptrain.optim.demo import DeMo, PartReply, Pending
+from p2ptrain.training.replica import build_optimizer
+
+STEP_MODEL = ModelConfig(layers=7, heads=6, embedding=384)
+CODEC_MODEL = ModelConfig(layers=4, heads=6, embedding=384)
+GPU_MODEL = {"layers": 18, "embedding": 2048, "vocabulary": 32_768}
+LEARNING_RATE, TOPK = 1e-4, 32
+PARTS = 4
+WARM_UP, TURNS_MIN, STEP_SECONDS = 2, 7, 15.0
+GRADIENTS = 2
+"""Sets of gradients, used by turns."""
+
+
+def note(text: str) -> None:
+    """Progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, quartiles and extremes."""
+    low, _, high = statistics.quantiles(values, n=4)
+    return {
+        "median": round(statistics.median(values), 3),
+        "quartiles": [round(low, 3), round(high, 3)],  # type: ignore[dict-item]
+        "extremes": [round(min(values), 3), round(max(values), 3)],  # type: ignore[dict-item]
+    }
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Milliseconds that it takes, what a GPU has been asked included."""
+    began = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - began)
+
+
+class PeakMemory:
+    """The most memory this process held at once beyond what it held before, in bytes, looked at each millisecond."""
+
+    def __enter__(self) -> PeakMemory:
+        self._process, self._done = psutil.Process(), threading.Event()
+        self._before = self.peak = self._process.memory_info().rss
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.001):
+            self.peak = max(self.peak, self._process.memory_info().rss)
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self.extra_bytes = self.peak - self._before
+
+
+# ---- the step -------------------------------------------------------------------------------------------------------
+
+
+def gpt(config: ModelConfig) -> GPT:
+    """The model; what its parameters hold does not matter here."""
+    torch.manual_seed(0)
+    return GPT(config)
+
+
+def manifest(config: ModelConfig, **changes: Any) -> Manifest:
+    """With the default treatment of each kind."""
+    return Manifest(name="bench", nonce="0" * 32, model=config, **changes)
+
+
+def reduced(optimizer: DeMo, payload: bytes) -> bytes:
+    """The reply to one contribution of all chunks."""
+    return reduce_part(
+        [(0, 1, payload)],
+        topk=optimizer.layout.topk,
+        reply_topk=optimizer.layout.reply_topk,
+        start=0,
+        end=optimizer.layout.chunks,
+        members=1,
+        value_bits=optimizer.value_bits,
+        clip_ratio=1.0,
+        weight_cap_ratio=1.0,
+    )
+
+
+def replies_of(optimizer: DeMo, reply: bytes) -> list[PartReply]:
+    """One part, of all chunks."""
+    end = optimizer.layout.chunks
+    return [(0, end, wire.decode_reply(reply, optimizer.layout.reply_topk, 0, end, 1))]
+
+
+def phases(optimizer: DeMo, of: dict[str, list[float]]) -> None:
+    """One step, each phase timed."""
+    held: dict[str, Any] = {}
+
+    def phase(name: str, work: Callable[[], Any]) -> None:
+        of.setdefault(name, []).append(timed(lambda: held.__setitem__(name, work())))
+
+    phase("accumulate", optimizer.accumulate)
+    phase("select", optimizer.select)
+    pending: Pending = held["select"]
+    phase("encode", lambda: optimizer.payload(pending, 0, optimizer.layout.chunks))
+    phase("reduce", lambda: reduced(optimizer, held["encode"]))
+    phase("decode", lambda: replies_of(optimizer, held["reduce"]))
+    phase("apply", lambda: optimizer.apply(held["decode"]))
+    phase("settle", lambda: optimizer.settle(pending, held["decode"], 0))
+
+
+def gradient_sets(model: GPT) -> list[list[torch.Tensor]]:
+    """Normal random gradients for all parameters."""
+    return [[torch.randn_like(parameter) for parameter in model.parameters()] for _ in range(GRADIENTS)]
+
+
+def step_figures() -> dict[str, Any]:
+    """Ours beside the others, turn by turn."""
+    note("optimizer step: warming up")
+    models = [gpt(STEP_MODEL) for _ in range(5)]
+    ours = build_optimizer(models[0], manifest(STEP_MODEL))
+    lists = [list(model.parameters()) for model in models]
+    contenders: dict[str, Any] = {
+        "ours": ours,
+        "straightforward": StraightforwardDeMo(lists[1], LEARNING_RATE, ours.beta, TOPK),
+        "straightforward_matmul": StraightforwardDeMo(lists[2], LEARNING_RATE, ours.beta, TOPK, products="matmul"),
+        "adamw_foreach": torch.optim.AdamW(lists[3], LEARNING_RATE, foreach=True),
+        "adamw_fused": torch.optim.AdamW(lists[4], LEARNING_RATE, fused=True),
+    }
+    sets = gradient_sets(models[0])
+    milliseconds: dict[str, list[float]] = {name: [] for name in contenders}
+    by_phase: dict[str, list[float]] = {}
+    memory: list[int] = []
+    began, turn = time.monotonic(), 0
+    while turn < WARM_UP + TURNS_MIN or time.monotonic() - began < STEP_SECONDS:
+        for parameters in lists:
+            for parameter, gradient in zip(parameters, sets[turn % GRADIENTS], strict=True):
+                parameter.grad = gradient
+        names = list(contenders)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            taken = timed(contenders[name].step)
+            if turn >= WARM_UP:
+                milliseconds[name].append(taken)
+        if turn >= WARM_UP:
+            phases(ours, by_phase)
+        else:
+            with PeakMemory() as peak:
+                ours.step()
+            memory.append(peak.extra_bytes)
+        turn += 1
+        if turn % 10 == WARM_UP:
+            note(f"optimizer step: {turn - WARM_UP} turns, {time.monotonic() - began:.0f} s")
+    parameters_count = sum(parameter.numel() for parameter in lists[0])
+    ratio = {
+        name: [other / one for other, one in zip(taken, milliseconds["ours"], strict=True)]
+        for name, taken in milliseconds.items()
+    }
+    inverse = {name: [1 / value for value in values] for name, values in ratio.items()}
+    bandwidth = copy_bytes_per_second(lists[0][0].device)
+    flops = transform_flops(ours)
+    median = {name: statistics.median(taken) for name, taken in (milliseconds | by_phase).items()}
+    # What has to move at least: gradient in, momentum in and out, parameters in and out.
+    floor_bytes = 4 * (parameters_count + 2 * ours.momentum.numel() + 2 * parameters_count)
+    return {
+        "speedup_vs_straightforward": round(statistics.median(ratio["straightforward"]), 3),
+        "time_vs_adamw_foreach": round(statistics.median(inverse["adamw_foreach"]), 3),
+        "speedup_vs_straightforward_matmul": round(statistics.median(ratio["straightforward_matmul"]), 3),
+        "time_vs_adamw_fused": round(statistics.median(inverse["adamw_fused"]), 3),
+        "spread": {
+            "speedup_vs_straightforward": spread(ratio["straightforward"]),
+            "speedup_vs_straightforward_matmul": spread(ratio["straightforward_matmul"]),
+            "time_vs_adamw_foreach": spread(inverse["adamw_foreach"]),
+            "time_vs_adamw_fused": spread(inverse["adamw_fused"]),
+        },
+        "step": {
+            "parameters": parameters_count,
+            "chunks": ours.layout.chunks,
+            "turns": len(milliseconds["ours"]),
+            "threads": torch.get_num_threads(),
+            "milliseconds": {name: spread(taken) for name, taken in milliseconds.items()},
+            "parameters_per_second": {
+                name: round(1000 * parameters_count / statistics.median(taken)) for name, taken in milliseconds.items()
+            },
+            "phases_ms": {name: round(statistics.median(taken), 2) for name, taken in by_phase.items()},
+            "accumulate_gflop_per_second": round(flops / median["accumulate"] / 1e6, 1),
+            "apply_gflop_per_second": round(flops / median["apply"] / 1e6, 1),
+            "copy_gb_per_second": round(bandwidth / 1e9, 1),
+            "share_of_bandwidth": round(floor_bytes / bandwidth / (median["ours"] / 1000), 3),
+            "peak_extra_bytes": max(memory),
+            "momentum_bytes": 4 * ours.momentum.numel(),
+        },
+    }
+
+
+def transform_flops(optimizer: DeMo) -> int:
+    """Floating-point operations of one transform of all chunks, as products of 64 by 64."""
+    both, rows = len(optimizer.layout.matrix_chunks), len(optimizer.layout.row_chunks)
+    return (2 * both + rows) * 2 * SIDE**3
+
+
+def copy_bytes_per_second(device: torch.device, size: int = 64 * 1024 * 1024) -> float:
+    """Bytes read and written by a plain copy, the best of a few."""
+    source = torch.zeros(size, device=device)
+    target = torch.empty_like(source)
+    return 2 * 4 * size / (min(timed(lambda: target.copy_(source)) for _ in range(5)) / 1000)
+
+
+# ---- bits -----------------------------------------------------------------------------------------------------------
+
+
+def part_ranges(chunks: int) -> Iterator[tuple[int, int]]:
+    """Equal parts, one a reducer."""
+    edges = np.linspace(0, chunks, PARTS + 1).astype(int).tolist()
+    return itertools.pairwise(edges)
+
+
+def sections(part: Coefficients, topk: tuple[int, ...], value_bits: int) -> dict[str, int]:
+    """Bits of an encoded contribution by what they say."""
+    payload = wire.encode_contribution(part, topk, value_bits)
+    bits = {
+        "index": 8 * coding.packed_indices_bytes(len(part.index)),
+        "scale": 8 * (part.end - part.start),
+        "value": value_bits * len(part.index),
+    }
+    return {"header": 8 * len(payload) - sum(bits.values()), **bits}
+
+
+def message_bytes(payload: bytes, part: int) -> int:
+    """Bytes of the frames that carry a contribution."""
+    traffic, digest = Traffic(), bytes(range(32))
+    tip = Tip(100_000, digest, 10_000_000)
+    row = Row(weight=64, throughput=20_000, uplink=10_000)
+    traffic.message(ContributionHeader(digest, 100_001, digest, part, row, 99_968, digest, tip))
+    for _ in traffic.blob(payload):
+        pass
+    return traffic.sent
+
+
+def codec_figures() -> dict[str, Any]:
+    """Bits a coefficient and speed of the codec, with 1 and 2 bits a value."""
+    out: dict[str, Any] = {"index_entropy_bits": round(index_entropy_bits(), 3)}
+    model = gpt(CODEC_MODEL)
+    for gradient, parameter in zip(gradient_sets(model)[0], model.parameters(), strict=True):
+        parameter.grad = gradient
+    for bits in (1, 2):
+        note(f"codec: {bits} bits a value")
+        optimizer = build_optimizer(model, manifest(CODEC_MODEL))
+        optimizer.value_bits = bits
+        optimizer.accumulate()
+        figures = contribution_figures(optimizer, optimizer.select())
+        out[f"bits_per_coefficient_{bits}bit"] = round(8 * figures["message_bytes"] / figures["coefficients"], 3)
+        out[f"codec_{bits}bit"] = figures
+    return out
+
+
+def contribution_figures(optimizer: DeMo, pending: Pending) -> dict[str, Any]:
+    """What these contributions weigh, a part each, and how long one of all chunks takes."""
+    bits, topk, chunks = optimizer.value_bits, optimizer.layout.topk, optimizer.layout.chunks
+    count = len(pending.sent.index)
+    by_section: Counter[str] = Counter()
+    message_total, payload_total = 0, 0
+    for number, (start, end) in enumerate(part_ranges(chunks)):
+        payload = optimizer.payload(pending, start, end)
+        payload_total += len(payload)
+        message_total += message_bytes(payload, number)
+        by_section.update(sections(pending.sent.cut(start, end), topk, bits))
+    by_section["messages"] = 8 * (message_total - payload_total)
+    whole = optimizer.payload(pending, 0, chunks)
+    encode = statistics.median(timed(lambda: optimizer.payload(pending, 0, chunks)) for _ in range(9))
+    decode = statistics.median(timed(lambda: wire.decode_contribution(whole, topk, 0, chunks, bits)) for _ in range(9))
+    return {
+        "bits_per_coefficient_by_section": {name: round(value / count, 4) for name, value in by_section.items()},
+        "coefficients": count,
+        "parts": PARTS,
+        "payload_bytes": payload_total,
+        "message_bytes": message_total,
+        "encode_ms": round(encode, 2),
+        "decode_ms": round(decode, 2),
+        "encode_mb_per_second": round(len(whole) / encode / 1000, 1),
+        "decode_mb_per_second": round(len(whole) / decode / 1000, 1),
+    }
+
+
+def index_entropy_bits() -> float:
+    """Bits an index of TOPK among 4096 takes at least, where all choices are equally likely."""
+    entries = SIDE * SIDE
+    choices = math.lgamma(entries + 1) - math.lgamma(TOPK + 1) - math.lgamma(entries - TOPK + 1)
+    return choices / math.log(2) / TOPK
+
+
+# ---- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+def cuda_figures() -> dict[str, Any] | None:
+    """The step of a model of a billion parameters on the device, with its replies at hand."""
+    if not torch.cuda.is_available():
+        return None
+    device = torch.device("cuda")
+    note(f"a billion parameters on {torch.cuda.get_device_name(device)}")
+    parameters = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in gpu_shapes()]
+    optimizer = DeMo(parameters, LEARNING_RATE, beta=0.95, topk=TOPK, reply_topk=TOPK)
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    of: dict[str, list[float]] = {}
+    for turn in range(7):
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        taken: dict[str, list[float]] = {}
+        phases(optimizer, taken)
+        if turn:
+            for name, values in taken.items():
+                of.setdefault(name, []).extend(values)
+        note(f"turn {turn}: { ({name: round(values[0], 1) for name, values in taken.items()}) }")
+    on_device = ("accumulate", "select", "apply", "settle")
+    step_ms = sum(statistics.median(of[name]) for name in on_device)
+    count = sum(parameter.numel() for parameter in parameters)
+    bandwidth = copy_bytes_per_second(device)
+    return {
+        "device": torch.cuda.get_device_name(device),
+        "parameters": count,
+        "step_ms": round(step_ms, 2),
+        "step_of": list(on_device),
+        "phases_ms": {name: spread(values) for name, values in of.items()},
+        "copy_gb_per_second": round(bandwidth / 1e9, 1),
+        "share_of_bandwidth": round(4 * 5 * count / bandwidth / (step_ms / 1000), 3),
+        "peak_extra_bytes": torch.cuda.max_memory_allocated() - held,
+    }
+
+
+def gpu_shapes() -> list[tuple[int, ...]]:
+    """Parameters of a GPT larger than what a manifest allows."""
+    width = GPU_MODEL["embedding"]
+    block = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width), (width,), (width,)]
+    ends = [(GPU_MODEL["vocabulary"], width)] * 2
+    return [*ends, *(shape for _ in range(GPU_MODEL["layers"]) for shape in block)]
+
+
+def main() -> None:
+    """The benchmark."""
+    began = time.monotonic()
+    load = os.getloadavg()[0]
+    figures = {**step_figures(), **codec_figures(), "cuda": cuda_figures()}
+    seconds = round(time.monotonic() - began, 1)
+    print(json.dumps({**figures, "load_before": round(load, 2), "seconds": seconds}))
+
+
+if __name__ == "__main__":
+    main()
