@@ -1,0 +1,190 @@
+"""Time to one loss behind slow lines: p2ptrain beside hivemind's Optimizer and torch's DDP, with the same GPT and text.
+
+    python scripts/bench_time_to_loss.py --out docs/results/time_to_loss.json --picture docs/pictures/time_to_loss.png
+
+Time to loss = seconds of a step, timed, times steps to the loss, from training runs without network. As root, on Linux.
+
+Timed: whole steps of 4 real peers, each a process in a network namespace behind a line of --mbit each way, no delay
+added: `p2ptrain` itself with and without overlap, hivemind.Optimizer with gradients in 16 bits, DDP over gloo plain and
+with its 16-bit hook. Gradients, what is sent, the optimizer's step and all waiting are real, and bytes are those that
+the lines' interfaces count. Modelled: computing, which sleeps for --compute seconds a step (synthetic_gpt.py), since
+two cores cannot compute for four peers at once; longer computing stands for a slower machine or a larger batch in the
+same number of steps. Warm-up steps are left out.
+
+Steps: see time_to_loss_curves.py; the best of its learning rates for each method. hivemind and DDP take the same steps
+and share a curve. p2ptrain with overlap has one of its own, whose gradients are all a step old.
+
+The loss, --loss bits per byte of held-out text, is below what xz needs for it, and far below the entropy of single
+tokens: a model that has only learned how frequent words are does not reach it.
+
+Curves and timings in the two files are kept and not made anew; --again makes those timings anew that are asked for.
+Prints one JSON object last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lines import Lines
+from rich.console import Console
+from time_to_loss_curves import MEMBERS, curves, steps_to
+from timed_steps import METHODS, measure
+
+from p2ptrain.state.files import atomic_write
+
+COMPUTE_SECONDS = (1.0, 10.0, 60.0)
+STEPS = {"p2ptrain": {1.0: 30, 10.0: 8, 60.0: 3}}
+"""Timed, by method and seconds of computing; a baseline's steps take half a minute and more, and 3 must do."""
+BASELINE_STEPS = 3
+LOSS_BITS_PER_BYTE = 2.4
+STOP_BELOW_BITS = 0.03
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def steps_by_method(known: dict[str, Any], bits: float) -> dict[str, dict[str, Any]]:
+    """For each method the learning rate with the fewest steps to the loss, and those steps."""
+    found: dict[str, dict[str, Any]] = {}
+    for method, (optimizer, overlap) in METHODS.items():
+        runs = [run for run in known["runs"] if (run["method"], run["overlap"]) == (optimizer, overlap)]
+        reached = [(steps_to(run["heldout_bits_per_byte"], bits), run) for run in runs]
+        best = min(
+            ((steps, run) for steps, run in reached if steps is not None), key=lambda pair: pair[0], default=None
+        )
+        if best is None:
+            raise SystemExit(f"no run of {optimizer} with overlap {overlap} reaches {bits} bits per byte")
+        rates = {f"{run['learning_rate']:g} x {run['ends_scale']:g}": steps for steps, run in reached}
+        found[method] = {"steps": round(best[0], 1), "learning_rate": best[1]["learning_rate"], "by_rate": rates}
+    return found
+
+
+def report(setup: dict[str, Any], known: dict[str, Any], timings: list[dict[str, Any]], bits: float) -> dict[str, Any]:
+    """Everything put together."""
+    steps = steps_by_method(known, bits)
+    table = []
+    for timing in timings:
+        seconds = timing["step_seconds"] * steps[timing["method"]]["steps"]
+        table.append({**timing, "steps": steps[timing["method"]]["steps"], "time_to_loss_seconds": round(seconds, 1)})
+    times = {(row["method"], row["compute_seconds"]): row["time_to_loss_seconds"] for row in table}
+    ratios = {}
+    for compute in sorted({row["compute_seconds"] for row in table}):
+        ours = [times[name, compute] for name in METHODS if name.startswith("p2ptrain") and (name, compute) in times]
+        others = [name for name in METHODS if not name.startswith("p2ptrain") and (name, compute) in times]
+        if ours:
+            ratios[f"{compute:g}"] = {name: round(times[name, compute] / min(ours), 2) for name in others}
+    return {
+        "setup": setup,
+        "loss_bits_per_byte": bits,
+        "marks_bits_per_byte": {name: round(value, 3) for name, value in known["marks_bits_per_byte"].items()},
+        "steps_to_loss": steps,
+        "timings": table,
+        "times_slower_than_p2ptrain_by_compute_seconds": ratios,
+    }
+
+
+def draw(result: dict[str, Any], known: dict[str, Any], path: Path) -> None:
+    """Curves by step on the left, time to the loss by seconds of computing on the right."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
+    names = {("adamw", 0): "AdamW (hivemind, DDP)", ("demo", 0): "p2ptrain", ("demo", 1): "p2ptrain, overlap"}
+    for (optimizer, overlap), label in names.items():
+        method = next(name for name, pair in METHODS.items() if pair == (optimizer, overlap))
+        rate = result["steps_to_loss"][method]["learning_rate"]
+        runs = [run for run in known["runs"] if (run["method"], run["overlap"]) == (optimizer, overlap)]
+        curve = min(
+            (run["heldout_bits_per_byte"] for run in runs if run["learning_rate"] == rate),
+            key=lambda curve: steps_to(curve, result["loss_bits_per_byte"]) or float("inf"),
+        )
+        left.plot(*zip(*curve, strict=True), label=f"{label}, {rate:g}")
+    left.axhline(result["loss_bits_per_byte"], color="black", linestyle=":", linewidth=1)
+    for name in ("unigram", "xz"):
+        left.axhline(result["marks_bits_per_byte"][name], color="grey", linestyle="--", linewidth=0.8)
+        left.text(0, result["marks_bits_per_byte"][name], f" {name}", va="bottom", fontsize=8, color="grey")
+    left.set(xlabel="steps", ylabel="bits per byte of held-out text", title="Steps, best learning rates")
+    left.legend(fontsize=8)
+    for method in METHODS:
+        rows = sorted((r for r in result["timings"] if r["method"] == method), key=lambda r: r["compute_seconds"])
+        if rows:
+            xs, ys = zip(*((r["compute_seconds"], r["time_to_loss_seconds"] / 3600) for r in rows), strict=True)
+            right.plot(xs, ys, "o-", label=method)
+    right.set(xscale="log", yscale="log", xlabel="seconds of computing in a step", ylabel="hours to the loss")
+    right.set_title(f"4 peers behind {result['setup']['mbit']:g} Mbit/s")
+    right.legend(fontsize=8)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def main() -> int:
+    """Curves, timings, and both together."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--curves", type=Path, default=Path("docs/results/time_to_loss_curves.json"))
+    parser.add_argument("--out", type=Path, help="the report; timings that are in it are kept")
+    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--loss", type=float, default=LOSS_BITS_PER_BYTE, help="bits per byte")
+    parser.add_argument("--only-curves", action="store_true", help="train, time nothing")
+    parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS), help=",".join(METHODS))
+    parser.add_argument("--compute", type=lambda text: [float(n) for n in text.split(",")], default=COMPUTE_SECONDS)
+    parser.add_argument("--steps", type=int, help="to time; default: by method and computing")
+    parser.add_argument("--mbit", type=float, default=10.0, help="each peer's line, both ways")
+    parser.add_argument("--again", action="store_true", help="time also what --out has")
+    parser.add_argument("--keep", action="store_true", help="keep homes and logs")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    cache = Path(tempfile.gettempdir()) / "p2ptrain-time-to-loss"
+    known = curves(options.curves, cache, options.loss - STOP_BELOW_BITS, console.print)
+    if options.only_curves:
+        return 0
+    if os.geteuid() != 0:
+        parser.error("it makes network namespaces: run it as root")
+    setup = {"mbit": options.mbit, "peers": MEMBERS, **{k: v for k, v in known["setup"].items() if k != "manifest"}}
+    before = json.loads(options.out.read_text()) if options.out is not None and options.out.exists() else {}
+    timings = before.get("timings", []) if before.get("setup") == setup else []
+    result: dict[str, Any] = {}
+    for compute in options.compute:
+        for method in options.methods:
+            kept = [t for t in timings if (t["method"], t["compute_seconds"]) == (method, compute)]
+            if kept and not options.again:
+                continue
+            usual = STEPS["p2ptrain"].get(compute, BASELINE_STEPS) if method.startswith("p2ptrain") else BASELINE_STEPS
+            folder = Path(tempfile.mkdtemp(prefix="time-to-loss-", dir="/tmp"))
+            began = time.monotonic()
+            try:
+                with Lines(MEMBERS, options.mbit) as lines:
+                    timing = measure(method, lines, compute, options.steps or usual, folder)
+            finally:
+                if options.keep:
+                    console.print(f"homes and logs: {folder}")
+                else:
+                    shutil.rmtree(folder, ignore_errors=True)
+            console.print(f"{json.dumps(timing)} in {time.monotonic() - began:.0f} s")
+            timings = [t for t in timings if t not in kept] + [timing]
+            result = report(setup, known, timings, options.loss)
+            if options.out is not None:
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                atomic_write(options.out, f"{json.dumps(result, indent=2)}\n".encode(), mode=0o644)
+    result = report(setup, known, timings, options.loss)
+    if options.out is not None:
+        atomic_write(options.out, f"{json.dumps(result, indent=2)}\n".encode(), mode=0o644)
+    if options.picture is not None:
+        draw(result, known, options.picture)
+    print(json.dumps(result, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
