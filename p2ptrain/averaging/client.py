@@ -105,7 +105,12 @@ class Client:
             CallError: no answer, or no reply.
         """
 
+        clock = asyncio.get_running_loop().time
+        began = clock()
+
         async def frames() -> AsyncIterator[BytesValue]:
+            nonlocal began
+            began = clock()
             yield self.traffic.message(header)
             if header.row.weight:
                 for frame in self.traffic.blob(payload):
@@ -113,7 +118,6 @@ class Client:
             sending.close()
 
         await turn.acquire()
-        clock = asyncio.get_running_loop().time
         # Whatever becomes of the frames, the call's end is the end of sending too.
         with contextlib.ExitStack() as sending:
             sending.callback(turn.release)
@@ -121,7 +125,7 @@ class Client:
             async with self._stream(peer, "rpc_contribute", frames()) as reader:
                 await reader.accepted(reply_seconds)
                 if header.row.weight:
-                    burst.heard(clock())
+                    burst.heard(began, clock())
                     await reader.accepted(reply_seconds)
                     burst.arrived(clock(), len(payload))
                 return await reader.blob(reply_max_bytes, reply_seconds)

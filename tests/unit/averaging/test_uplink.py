@@ -11,10 +11,10 @@ def send_round(meter: UplinkMeter, kbit: float, *, way_seconds: float = 0.08, me
     """Messages of 25 kB each over a line of this rate, to reducers `way_seconds` away, there and back."""
     burst, size = meter.burst(messages), 25_000
     carried_seconds = size * 8 / 1000 / kbit
-    for _ in range(messages):
-        burst.heard(way_seconds)
+    for number in range(messages):
+        burst.heard(5.0, 5.0 + way_seconds + number * carried_seconds)
     for number in range(1, messages + 1):
-        burst.arrived(way_seconds + number * carried_seconds, size)
+        burst.arrived(5.0 + way_seconds + number * carried_seconds, size)
 
 
 @pytest.mark.parametrize("kbit", [300, 1_000, 10_000, 90_000])
@@ -38,7 +38,7 @@ def test_until_some_rounds_were_measured_a_peer_reduces_little() -> None:
 def test_single_rounds_that_something_else_slowed_do_not_count() -> None:
     meter = UplinkMeter(dialable=True)
     for number in range(20):
-        send_round(meter, 100 if number % 3 == 2 else 20_000)
+        send_round(meter, 20_000 if number % 3 == 2 else 5_000 + 100 * number)
     assert meter.declared_kbit == pytest.approx(20_000, rel=0.01)
 
 
@@ -56,12 +56,12 @@ def test_a_message_sent_twice_or_never_answered_spoils_its_round_alone() -> None
     for _ in range(5):
         send_round(meter, 5_000)
         unanswered = meter.burst(2)
-        unanswered.heard(0.1)
+        unanswered.heard(0.0, 0.1)
         unanswered.arrived(100.0, 25_000)
         repeated = meter.burst(2)
-        repeated.heard(0.1)
+        repeated.heard(0.0, 0.1)
         repeated.spoil()
-        repeated.heard(50.0)
+        repeated.heard(49.9, 50.0)
         repeated.arrived(100.0, 25_000)
         repeated.arrived(100.0, 25_000)
     assert meter.declared_kbit == pytest.approx(5_000, rel=0.01)
