@@ -129,7 +129,7 @@ def compared(report: Figures) -> Figures:
     ratios: Figures = {}
     for peers, theirs in report["hivemind"].items():
         ours = report["p2ptrain"].get(peers, {})
-        for name in theirs.keys() & ours.keys():
+        for name in theirs.keys() & ours.keys() - {"load_before", "took_seconds"}:
             ratios.setdefault(peers, {})[name] = {
                 "times_fewer_bytes": round(theirs[name]["wire_bytes_mean"] / ours[name]["wire_bytes_mean"], 1),
                 "times_less_exchange": round(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -423,11 +423,9 @@ class RoundDriver:
         if spec is None or (spec.start, spec.end) != (effect.start, effect.end):
             return  # the round is over, or a fork has cut it otherwise
 
-        def work() -> bytes:
-            # What came a round early was not looked at yet.
-            sound = [c for c in effect.contributions if self._well_formed(shape, effect.part, *c[1:])]
+        def reduced(contributions: Sequence[tuple[int, int, bytes]]) -> bytes:
             return reduce_part(
-                sound,
+                contributions,
                 topk=self._p.layout.topk,
                 reply_topk=self._p.layout.reply_topk,
                 start=effect.start,
@@ -437,6 +435,13 @@ class RoundDriver:
                 clip_ratio=config.round.clip_ratio,
                 weight_cap_ratio=config.round.weight_cap_ratio,
             )
+
+        def work() -> bytes:
+            try:
+                return reduced(effect.contributions)
+            except wire.WireError:
+                # What came a round early was not looked at yet.
+                return reduced([c for c in effect.contributions if self._well_formed(shape, effect.part, *c[1:])])
 
         data = await asyncio.to_thread(work)
         if self.machine.shape is not shape:
