@@ -18,12 +18,15 @@ The loss, --loss bits per byte of held-out text, is below what xz needs for it, 
 tokens: a model that has only learned how frequent words are does not reach it.
 
 Curves and timings in the two files are kept and not made anew; --again makes those timings anew that are asked for.
+Where hivemind's delayed modes would hide computing behind averaging altogether, and cost no steps, its time is given
+too, as computed. All timings take over an hour, all curves as long; --parts, --methods and --compute make some of them.
 Prints one JSON object last.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -34,26 +37,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lines import Lines
 from rich.console import Console
-from time_to_loss_curves import MEMBERS, curves, steps_to
+from time_to_loss_curves import MANIFEST, MEMBERS, curves, sequences_per_member, steps_to
 from timed_steps import METHODS, measure
 
 from p2ptrain.state.files import atomic_write
 
 COMPUTE_SECONDS = (1.0, 10.0, 60.0)
-STEPS = {"p2ptrain": {1.0: 30, 10.0: 8, 60.0: 3}}
-"""Timed, by method and seconds of computing; a baseline's steps take half a minute and more, and 3 must do."""
+PARTS = ("timings", "curves")
+P2PTRAIN_STEPS = {1.0: 40, 10.0: 8}
 BASELINE_STEPS = 3
+"""A baseline's steps take half a minute and more; these must do, and for p2ptrain where computing takes so long."""
 LOSS_BITS_PER_BYTE = 2.4
 STOP_BELOW_BITS = 0.03
+
+Figures = dict[str, Any]
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def steps_by_method(known: dict[str, Any], bits: float) -> dict[str, dict[str, Any]]:
+def steps_by_method(known: Figures, bits: float) -> dict[str, Figures]:
     """For each method the learning rate with the fewest steps to the loss, and those steps."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Figures] = {}
     for method, (optimizer, overlap) in METHODS.items():
         runs = [run for run in known["runs"] if (run["method"], run["overlap"]) == (optimizer, overlap)]
         reached = [(steps_to(run["heldout_bits_per_byte"], bits), run) for run in runs]
@@ -67,20 +72,28 @@ def steps_by_method(known: dict[str, Any], bits: float) -> dict[str, dict[str, A
     return found
 
 
-def report(setup: dict[str, Any], known: dict[str, Any], timings: list[dict[str, Any]], bits: float) -> dict[str, Any]:
+def report(setup: Figures, known: Figures, timings: list[Figures], bits: float) -> Figures:
     """Everything put together."""
     steps = steps_by_method(known, bits)
     table = []
     for timing in timings:
-        seconds = timing["step_seconds"] * steps[timing["method"]]["steps"]
-        table.append({**timing, "steps": steps[timing["method"]]["steps"], "time_to_loss_seconds": round(seconds, 1)})
-    times = {(row["method"], row["compute_seconds"]): row["time_to_loss_seconds"] for row in table}
+        count = steps[timing["method"]]["steps"]
+        row = {**timing, "steps": count, "time_to_loss_seconds": round(timing["step_seconds"] * count, 1)}
+        if timing["method"] == "hivemind":
+            beside = timing["step_seconds"] - timing["compute_seconds"]
+            row["time_to_loss_seconds_if_wholly_overlapped"] = round(max(beside, timing["compute_seconds"]) * count, 1)
+        table.append(row)
+    table.sort(key=lambda row: (row["compute_seconds"], list(METHODS).index(row["method"])))
     ratios = {}
     for compute in sorted({row["compute_seconds"] for row in table}):
-        ours = [times[name, compute] for name in METHODS if name.startswith("p2ptrain") and (name, compute) in times]
-        others = [name for name in METHODS if not name.startswith("p2ptrain") and (name, compute) in times]
+        rows = [row for row in table if row["compute_seconds"] == compute]
+        ours = [row["time_to_loss_seconds"] for row in rows if row["method"].startswith("p2ptrain")]
         if ours:
-            ratios[f"{compute:g}"] = {name: round(times[name, compute] / min(ours), 2) for name in others}
+            ratios[f"{compute:g}"] = {
+                row["method"]: round(row["time_to_loss_seconds"] / min(ours), 2)
+                for row in rows
+                if not row["method"].startswith("p2ptrain")
+            }
     return {
         "setup": setup,
         "loss_bits_per_byte": bits,
@@ -91,7 +104,7 @@ def report(setup: dict[str, Any], known: dict[str, Any], timings: list[dict[str,
     }
 
 
-def draw(result: dict[str, Any], known: dict[str, Any], path: Path) -> None:
+def draw(result: Figures, known: Figures, path: Path) -> None:
     """Curves by step on the left, time to the loss by seconds of computing on the right."""
     import matplotlib
 
@@ -129,14 +142,45 @@ def draw(result: dict[str, Any], known: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
+def time_steps(options: argparse.Namespace, setup: Figures) -> list[Figures]:
+    """Timings of all methods and lengths of computing asked for, and those that the report at --out has."""
+    before = json.loads(options.out.read_text()) if options.out is not None and options.out.exists() else {}
+    timings: list[Figures] = before.get("timings", []) if before.get("setup") == setup else []
+    for compute, method in itertools.product(options.compute, options.methods):
+        kept = [t for t in timings if (t["method"], t["compute_seconds"]) == (method, compute)]
+        if kept and not options.again:
+            continue
+        usual = P2PTRAIN_STEPS.get(compute, BASELINE_STEPS) if method.startswith("p2ptrain") else BASELINE_STEPS
+        folder = Path(tempfile.mkdtemp(prefix="time-to-loss-", dir="/tmp"))
+        began = time.monotonic()
+        try:
+            timing = measure(method, MEMBERS, options.mbit, compute, options.steps or usual, folder)
+        finally:
+            if options.keep:
+                console.print(f"homes and logs: {folder}")
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+        console.print(f"{json.dumps(timing)} in {time.monotonic() - began:.0f} s")
+        timings = [t for t in timings if t not in kept] + [timing]
+        write(options.out, {**before, "setup": setup, "timings": timings})
+    return timings
+
+
+def write(path: Path | None, result: Figures) -> None:
+    """Where it is asked for."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, f"{json.dumps(result, indent=2)}\n".encode(), mode=0o644)
+
+
 def main() -> int:
-    """Curves, timings, and both together."""
+    """Timings, curves, and both together."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--curves", type=Path, default=Path("docs/results/time_to_loss_curves.json"))
     parser.add_argument("--out", type=Path, help="the report; timings that are in it are kept")
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS), help=",".join(PARTS))
     parser.add_argument("--loss", type=float, default=LOSS_BITS_PER_BYTE, help="bits per byte")
-    parser.add_argument("--only-curves", action="store_true", help="train, time nothing")
     parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS), help=",".join(METHODS))
     parser.add_argument("--compute", type=lambda text: [float(n) for n in text.split(",")], default=COMPUTE_SECONDS)
     parser.add_argument("--steps", type=int, help="to time; default: by method and computing")
@@ -145,43 +189,27 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="keep homes and logs")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    cache = Path(tempfile.gettempdir()) / "p2ptrain-time-to-loss"
-    known = curves(options.curves, cache, options.loss - STOP_BELOW_BITS, console.print)
-    if options.only_curves:
-        return 0
-    if os.geteuid() != 0:
-        parser.error("it makes network namespaces: run it as root")
-    setup = {"mbit": options.mbit, "peers": MEMBERS, **{k: v for k, v in known["setup"].items() if k != "manifest"}}
-    before = json.loads(options.out.read_text()) if options.out is not None and options.out.exists() else {}
-    timings = before.get("timings", []) if before.get("setup") == setup else []
-    result: dict[str, Any] = {}
-    for compute in options.compute:
-        for method in options.methods:
-            kept = [t for t in timings if (t["method"], t["compute_seconds"]) == (method, compute)]
-            if kept and not options.again:
-                continue
-            usual = STEPS["p2ptrain"].get(compute, BASELINE_STEPS) if method.startswith("p2ptrain") else BASELINE_STEPS
-            folder = Path(tempfile.mkdtemp(prefix="time-to-loss-", dir="/tmp"))
-            began = time.monotonic()
-            try:
-                with Lines(MEMBERS, options.mbit) as lines:
-                    timing = measure(method, lines, compute, options.steps or usual, folder)
-            finally:
-                if options.keep:
-                    console.print(f"homes and logs: {folder}")
-                else:
-                    shutil.rmtree(folder, ignore_errors=True)
-            console.print(f"{json.dumps(timing)} in {time.monotonic() - began:.0f} s")
-            timings = [t for t in timings if t not in kept] + [timing]
-            result = report(setup, known, timings, options.loss)
-            if options.out is not None:
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                atomic_write(options.out, f"{json.dumps(result, indent=2)}\n".encode(), mode=0o644)
-    result = report(setup, known, timings, options.loss)
-    if options.out is not None:
-        atomic_write(options.out, f"{json.dumps(result, indent=2)}\n".encode(), mode=0o644)
-    if options.picture is not None:
-        draw(result, known, options.picture)
+    setup = {
+        "mbit": options.mbit,
+        "peers": MEMBERS,
+        "parameters": MANIFEST.model.parameters,
+        "sequences_per_peer_and_step": sequences_per_member(),
+        "context": MANIFEST.model.context,
+    }
+    timings: list[Figures] = []
+    if "timings" in options.parts:
+        if os.geteuid() != 0:
+            parser.error("it makes network namespaces: run it as root")
+        timings = time_steps(options, setup)
+    result: Figures = {"setup": setup, "timings": timings}
+    if "curves" in options.parts:
+        cache = Path(tempfile.gettempdir()) / "p2ptrain-time-to-loss"
+        known = curves(options.curves, cache, options.loss - STOP_BELOW_BITS, console.print)
+        result = report(setup, known, timings, options.loss)
+        if "timings" in options.parts:
+            write(options.out, result)
+        if options.picture is not None:
+            draw(result, known, options.picture)
     print(json.dumps(result, indent=2))
     return 0
 

@@ -1,6 +1,7 @@
 """Starts real peers of one method behind lines, and times their steps and counts their bytes.
 
 A step is over when the last peer has taken it; bytes are what the peers' interfaces counted between their own steps.
+Lines are without limit until the group stands, so that nobody waits for what is sent once.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ METHODS = {
 START_SECONDS = 300.0
 STEP_SECONDS = 300.0
 """Beside computing, at most."""
-WARM_UP_STEPS = {"p2ptrain": 6, "p2ptrain-no-overlap": 6, "hivemind": 1, "ddp": 1, "ddp-fp16": 1}
-"""p2ptrain's peers learn how long to wait, and what their lines carry."""
+WARM_UP_STEPS = {"p2ptrain": 3, "p2ptrain-no-overlap": 3, "hivemind": 1, "ddp": 1, "ddp-fp16": 1}
+"""Behind limited lines; the step under way when they become so apart."""
 Figures = dict[str, Any]
 
 
@@ -113,8 +114,8 @@ def start_p2ptrain(crew: Crew, steps: Steps, common: list[str], peers: int, mani
             return int(message["step"])
 
 
-def start_baseline(method: str, crew: Crew, common: list[str], peers: int) -> int:
-    """Until all of them are about to step; how many steps they have taken."""
+def start_baseline(method: str, crew: Crew, steps: Steps, common: list[str], peers: int) -> int:
+    """Until all of them have stepped, or hivemind's are about to; how many steps they have taken."""
     join: list[str] = []
     for number in range(peers):
         host = ["--host", crew.lines.address(number), "--rank", str(number), "--master", crew.lines.address(0)]
@@ -128,22 +129,26 @@ def start_baseline(method: str, crew: Crew, common: list[str], peers: int) -> in
         crew.hear_all("sees", START_SECONDS)
         for number in range(peers):
             crew.tell(number, "go on")
-    return 0
+        return 0
+    while steps.reached < 1:
+        steps.hear(START_SECONDS)
+    return 1
 
 
-def measure(method: str, lines: Lines, compute_seconds: float, count: int, folder: Path) -> Figures:
-    """Seconds and bytes of so many steps, after some to warm up."""
-    peers = lines.peers
+def measure(method: str, peers: int, mbit: float, compute_seconds: float, count: int, folder: Path) -> Figures:
+    """Seconds and bytes of so many steps behind lines of `mbit`, after some to warm up."""
     common = ["--model", json.dumps(msgspec.to_builtins(MANIFEST.model)), "--peers", str(peers)]
     common += ["--sequences", str(sequences_per_member()), "--compute-seconds", str(compute_seconds)]
-    with Crew(lines, folder) as crew:
+    with Lines(peers, None) as lines, Crew(lines, folder) as crew:
         steps = Steps(crew, peers)
         if method.startswith("p2ptrain"):
             manifest = run_toml(compute_seconds, METHODS[method][1])
             first = start_p2ptrain(crew, steps, common, peers, manifest)
         else:
-            first = start_baseline(method, crew, common, peers)
-        first += WARM_UP_STEPS[method]
+            first = start_baseline(method, crew, steps, common, peers)
+        for number in range(peers):
+            lines.set_rate(number, mbit)
+        first += 1 + WARM_UP_STEPS[method]
         while steps.reached < first + count:
             steps.hear(compute_seconds + STEP_SECONDS)
         figures = steps.figures(first, first + count)
