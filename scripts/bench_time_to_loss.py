@@ -12,7 +12,8 @@ two cores cannot compute for four peers at once; longer computing stands for a s
 same number of steps. Warm-up steps are left out.
 
 Steps: see time_to_loss_curves.py; the best of its learning rates for each method. hivemind and DDP take the same steps
-and share a curve. p2ptrain with overlap has one of its own, whose gradients are all a step old.
+and share a curve. p2ptrain with overlap has curves of its own, where as many sequences of each round are computed
+before the last round's step as were in the timing run (of 4, one a micro-batch).
 
 The loss, --loss bits per byte of held-out text, is below what xz needs for it, and far below the entropy of single
 tokens: a model that has only learned how frequent words are does not reach it.
@@ -50,34 +51,43 @@ BASELINE_STEPS = 3
 """A baseline's steps take half a minute and more; these must do, and for p2ptrain where computing takes so long."""
 LOSS_BITS_PER_BYTE = 2.4
 STOP_BELOW_BITS = 0.03
+STALE_TOLERANCE = 0.1
+"""Of a sequence, on average: the curve with so much less is still taken."""
 
 Figures = dict[str, Any]
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def steps_by_method(known: Figures, bits: float) -> dict[str, Figures]:
-    """For each method the learning rate with the fewest steps to the loss, and those steps."""
-    found: dict[str, Figures] = {}
-    for method, (optimizer, overlap) in METHODS.items():
-        runs = [run for run in known["runs"] if (run["method"], run["overlap"]) == (optimizer, overlap)]
+def best_runs(known: Figures, bits: float) -> list[Figures]:
+    """For each optimizer and number of stale sequences the run with the fewest steps to the loss."""
+    best = []
+    for optimizer, stale in sorted({(run["method"], run["stale"]) for run in known["runs"]}):
+        runs = [run for run in known["runs"] if (run["method"], run["stale"]) == (optimizer, stale)]
         reached = [(steps_to(run["heldout_bits_per_byte"], bits), run) for run in runs]
-        best = min(
-            ((steps, run) for steps, run in reached if steps is not None), key=lambda pair: pair[0], default=None
-        )
-        if best is None:
-            raise SystemExit(f"no run of {optimizer} with overlap {overlap} reaches {bits} bits per byte")
-        rates = {f"{run['learning_rate']:g} x {run['ends_scale']:g}": steps for steps, run in reached}
-        found[method] = {"steps": round(best[0], 1), "learning_rate": best[1]["learning_rate"], "by_rate": rates}
-    return found
+        rates = {f"{run['learning_rate']:g}, ends x {run['ends_scale']:g}": steps for steps, run in reached}
+        found = min(((s, run) for s, run in reached if s is not None), key=lambda pair: pair[0], default=None)
+        if found is not None:
+            best.append({"optimizer": optimizer, "stale": stale, "steps": round(found[0], 1), "by_rate": rates})
+            best[-1]["curve"] = found[1]["heldout_bits_per_byte"]
+    return best
+
+
+def steps_of(timing: Figures, best: list[Figures]) -> float:
+    """Steps to the loss of a method, whose gradients were as stale as timed, or more."""
+    stale = timing.get("stale", 0)
+    fitting = [b for b in best if b["optimizer"] == METHODS[timing["method"]] and b["stale"] >= stale - STALE_TOLERANCE]
+    if not fitting:
+        raise SystemExit(f"no curve of {METHODS[timing['method']]} with {stale} stale sequences reaches the loss")
+    return float(min(fitting, key=lambda b: b["stale"])["steps"])
 
 
 def report(setup: Figures, known: Figures, timings: list[Figures], bits: float) -> Figures:
     """Everything put together."""
-    steps = steps_by_method(known, bits)
+    best = best_runs(known, bits)
     table = []
     for timing in timings:
-        count = steps[timing["method"]]["steps"]
+        count = steps_of(timing, best)
         row = {**timing, "steps": count, "time_to_loss_seconds": round(timing["step_seconds"] * count, 1)}
         if timing["method"] == "hivemind":
             beside = timing["step_seconds"] - timing["compute_seconds"]
@@ -98,7 +108,7 @@ def report(setup: Figures, known: Figures, timings: list[Figures], bits: float) 
         "setup": setup,
         "loss_bits_per_byte": bits,
         "marks_bits_per_byte": {name: round(value, 3) for name, value in known["marks_bits_per_byte"].items()},
-        "steps_to_loss": steps,
+        "steps_to_loss": [{key: value for key, value in one.items() if key != "curve"} for one in best],
         "timings": table,
         "times_slower_than_p2ptrain_by_compute_seconds": ratios,
     }
@@ -112,16 +122,10 @@ def draw(result: Figures, known: Figures, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
-    names = {("adamw", 0): "AdamW (hivemind, DDP)", ("demo", 0): "p2ptrain", ("demo", 1): "p2ptrain, overlap"}
-    for (optimizer, overlap), label in names.items():
-        method = next(name for name, pair in METHODS.items() if pair == (optimizer, overlap))
-        rate = result["steps_to_loss"][method]["learning_rate"]
-        runs = [run for run in known["runs"] if (run["method"], run["overlap"]) == (optimizer, overlap)]
-        curve = min(
-            (run["heldout_bits_per_byte"] for run in runs if run["learning_rate"] == rate),
-            key=lambda curve: steps_to(curve, result["loss_bits_per_byte"]) or float("inf"),
-        )
-        left.plot(*zip(*curve, strict=True), label=f"{label}, {rate:g}")
+    for one in best_runs(known, result["loss_bits_per_byte"]):
+        label = "AdamW (hivemind, DDP)" if one["optimizer"] == "adamw" else "p2ptrain"
+        label += f", {one['stale']} of {sequences_per_member()} sequences a step old" if one["stale"] else ""
+        left.plot(*zip(*one["curve"], strict=True), label=label)
     left.axhline(result["loss_bits_per_byte"], color="black", linestyle=":", linewidth=1)
     for name in ("unigram", "xz"):
         left.axhline(result["marks_bits_per_byte"][name], color="grey", linestyle="--", linewidth=0.8)

@@ -91,14 +91,29 @@ def run_p2ptrain(options: argparse.Namespace) -> None:
     from p2ptrain.training.trainer import Trainer
 
     class SayingTrainer(Trainer):
-        """Says when a step was taken."""
+        """Says when a step was taken, and how many micro-batches behind it were computed before the step before."""
+
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            #: where the replica stood at each micro-batch since the last contribution
+            self._stood_at: list[int] = []
+            self._stale = 0
+
+        def _micro_batch(self) -> None:
+            self._stood_at.append(self.replica.chain.round)
+            super()._micro_batch()
+
+        def _contribute(self, start: Any, swarm: Any) -> None:
+            self._stale = sum(round < start.key.round - 1 for round in self._stood_at)
+            self._stood_at.clear()
+            super()._contribute(start, swarm)
 
         def take(self, message: Any, swarm: Any) -> None:
             super().take(message, swarm)
             if isinstance(message, Apply):
                 members = len(message.shape.members)
                 seal = message.sealed.seal
-                say_step(seal.round, members=members, included=len(bits(seal.included, members)))
+                say_step(seal.round, members=members, included=len(bits(seal.included, members)), stale=self._stale)
 
     seconds = options.compute_seconds / options.sequences
     replica.GPT = functools.partial(SyntheticGPT, seconds_per_sequence=seconds)  # type: ignore[misc, assignment]

@@ -3,9 +3,9 @@
 hivemind's Optimizer (no local updates, no delays) and DDP both take AdamW's step on the mean gradient of all peers, so
 one curve serves both; the rounding of gradients to 16 bits on their way is left out, in their favour. p2ptrain's curve
 goes through its own accumulate, select, payload, reduce_part, decode, apply and settle, with a momentum for each member
-and a part for each reducer; every bit of the exchange is the product's, only sockets are missing. `overlap = 1` means
-that each gradient is of the parameters one step before, as it is where a round is computed while the last one's seal is
-on its way and a round is one micro-batch: the worst there is.
+and a part for each reducer; every bit of the exchange is the product's, only sockets are missing. With overlap, some of
+a member's sequences are computed before the step of the last round is taken, those that are under way or done when its
+seal arrives: `stale` of them, the first of each round.
 
 All methods read the same sequences, start from the same parameters and have the manifest's schedule, a cosine over so
 many steps as are trained at most: what reaches the loss before its end would reach it sooner with a shorter one.
@@ -72,15 +72,16 @@ class Setting:
     """Peak; for `demo` the size of a sign step."""
     ends_scale: float
     """Factor on it for embedding, head and gains."""
-    overlap: int = 0
-    """Steps that a gradient is behind."""
+    stale: int = 0
+    """Sequences of each member and round that are computed before the step of the round before."""
 
 
 ENDS_SCALE = MANIFEST.optimizer.embedding.learning_rate_scale
 SETTINGS = (
-    *(Setting("adamw", rate, 1.0) for rate in (1e-3, 2e-3, 4e-3)),
-    *(Setting("demo", rate, ENDS_SCALE) for rate in (5e-4, 1e-3, 2e-3)),
-    *(Setting("demo", rate, ENDS_SCALE, overlap=1) for rate in (5e-4, 1e-3, 2e-3)),
+    *(Setting("adamw", rate, 1.0) for rate in (4e-3, 2e-3, 8e-3, 1e-3)),
+    Setting("adamw", 4e-3, 4.0),
+    *(Setting("demo", rate, ENDS_SCALE) for rate in (1e-3, 5e-4, 2e-3)),
+    *(Setting("demo", rate, ENDS_SCALE, stale) for stale in (1, 2) for rate in (1e-3, 5e-4)),
 )
 
 
@@ -151,7 +152,7 @@ class Members:
         }
         optimizer = msgspec.structs.replace(MANIFEST.optimizer, learning_rate=setting.learning_rate, **ends)
         manifest = msgspec.structs.replace(MANIFEST, optimizer=optimizer)
-        self._model, self._overlap = model, setting.overlap
+        self._model, self._stale = model, setting.stale
         self._optimizers: list[DeMo] = [build_optimizer(model, manifest) for _ in range(MEMBERS)]
         #: sealed and not applied yet: contributions and replies
         self._sealed: tuple[list[Pending], list[PartReply]] | None = None
@@ -160,15 +161,16 @@ class Members:
 
     def step(self, batches: list[Tensor], rate: float) -> float:
         """One round; returns the mean loss in nats."""
-        losses, gradients = [], []
-        for batch in batches:
-            loss = self._model.loss(batch)
-            loss.backward()
-            losses.append(float(loss.detach()))
-            gradients.append([parameter.grad for parameter in self._model.parameters()])
-            self._model.zero_grad(set_to_none=True)
-        if self._overlap:
-            self._apply(rate)
+        losses = [0.0] * MEMBERS
+        gradients: list[list[Tensor | None]] = [[] for _ in range(MEMBERS)]
+        for ahead in (True, False):
+            if not ahead:
+                self._apply(rate)
+            for member, batch in enumerate(batches):
+                part = batch[: self._stale] if ahead else batch[self._stale :]
+                if len(part):
+                    share = len(part) / len(batch)
+                    losses[member] += share * self._gradient(part, share, gradients[member])
         pending = []
         for optimizer, gradient in zip(self._optimizers, gradients, strict=True):
             for parameter, one in zip(self._model.parameters(), gradient, strict=True):
@@ -177,9 +179,18 @@ class Members:
             pending.append(optimizer.select())
         self._model.zero_grad(set_to_none=True)
         self._sealed = pending, [self._reduce(pending, *part) for part in self._parts]
-        if not self._overlap:
+        if not self._stale:
             self._apply(rate)
         return sum(losses) / len(losses)
+
+    def _gradient(self, batch: Tensor, share: float, into: list[Tensor | None]) -> float:
+        """Add `share` times the mean gradient of a batch to `into`; returns the loss."""
+        loss = self._model.loss(batch)
+        (share * loss).backward()
+        gradients = [parameter.grad for parameter in self._model.parameters()]
+        into[:] = [a if b is None else b + a for a, b in itertools.zip_longest(gradients, into)]  # type: ignore[operator]
+        self._model.zero_grad(set_to_none=True)
+        return float(loss.detach())
 
     def _reduce(self, pending: list[Pending], start: int, end: int) -> PartReply:
         layout, rules = self._optimizers[0].layout, MANIFEST.round
@@ -266,7 +277,7 @@ def curves(path: Path, cache: Path, stop_below: float, say: Any) -> dict[str, An
     for setting in SETTINGS:
         if any({key: run[key] for key in asdict(setting)} == asdict(setting) for run in known["runs"]):
             continue
-        alike = [r for r in known["runs"] if (r["method"], r["overlap"]) == (setting.method, setting.overlap)]
+        alike = [r for r in known["runs"] if (r["method"], r["stale"]) == (setting.method, setting.stale)]
         others = [dict(run["heldout_bits_per_byte"]) for run in alike]
         known["runs"].append(train(setting, text, stop_below, others, say))
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -19,18 +19,12 @@ from crew import Crew
 from lines import Lines
 from time_to_loss_curves import MANIFEST, sequences_per_member
 
-METHODS = {
-    "p2ptrain": ("demo", 1),
-    "p2ptrain-no-overlap": ("demo", 0),
-    "hivemind": ("adamw", 0),
-    "ddp": ("adamw", 0),
-    "ddp-fp16": ("adamw", 0),
-}
-"""Whose steps are which curve's: optimizer, overlap."""
+METHODS = {"p2ptrain": "demo", "p2ptrain-overlap": "demo", "hivemind": "adamw", "ddp": "adamw", "ddp-fp16": "adamw"}
+"""Whose steps are which curve's."""
 START_SECONDS = 300.0
 STEP_SECONDS = 300.0
 """Beside computing, at most."""
-WARM_UP_STEPS = {"p2ptrain": 3, "p2ptrain-no-overlap": 3, "hivemind": 1, "ddp": 1, "ddp-fp16": 1}
+WARM_UP_STEPS = {"p2ptrain": 3, "p2ptrain-overlap": 3, "hivemind": 1, "ddp": 1, "ddp-fp16": 1}
 """Behind limited lines; the step under way when they become so apart."""
 Figures = dict[str, Any]
 
@@ -41,7 +35,7 @@ def run_toml(compute_seconds: float, overlap: int) -> str:
         MANIFEST.round,
         pace="fixed",
         sequences_per_peer=sequences_per_member(),
-        micro_batch=sequences_per_member(),
+        micro_batch=1,
         min_seconds=compute_seconds,
         max_seconds=max(compute_seconds, MANIFEST.round.max_seconds),
         overlap=overlap,
@@ -83,7 +77,10 @@ class Steps:
             [(said[taken[-1]]["line"][way] - said[taken[0]]["line"][way]) / steps for said in self._said]
             for way in (0, 1)
         ]
-        included = [said[n]["included"] for said in self._said for n in taken[1:] if "included" in said[n]]
+        ours = {
+            key: [said[n][key] for said in self._said for n in taken[1:] if key in said[n]]
+            for key in ("included", "stale")
+        }
         return {
             "steps_timed": steps,
             "step_seconds": round((over[taken[-1]] - over[taken[0]]) / steps, 3),
@@ -92,7 +89,7 @@ class Steps:
             "wire_bytes_sent_per_peer_and_step": round(statistics.mean(carried[0])),
             "wire_bytes_received_per_peer_and_step": round(statistics.mean(carried[1])),
             "wire_bytes_sent_most": round(max(carried[0])),
-            **({"members_included": round(statistics.mean(included), 3)} if included else {}),
+            **{key: round(statistics.mean(values), 3) for key, values in ours.items() if values},
         }
 
 
@@ -142,7 +139,7 @@ def measure(method: str, peers: int, mbit: float, compute_seconds: float, count:
     with Lines(peers, None) as lines, Crew(lines, folder) as crew:
         steps = Steps(crew, peers)
         if method.startswith("p2ptrain"):
-            manifest = run_toml(compute_seconds, METHODS[method][1])
+            manifest = run_toml(compute_seconds, int(method == "p2ptrain-overlap"))
             first = start_p2ptrain(crew, steps, common, peers, manifest)
         else:
             first = start_baseline(method, crew, steps, common, peers)
