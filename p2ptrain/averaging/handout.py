@@ -1,7 +1,7 @@
 """How much of its line and its time a peer gives to those who fetch snapshots.
 
-A few streams at once, in the order in which their frames are ready, at `SHARE` of the uplink that the peer declares and
-at most `RATE_MAX_BYTES` a second. A contribution or a reply that is being sent goes first: frames of snapshots wait for
+A few streams at once, in the order in which their frames are ready, at `SHARE` of the uplink as it was measured and at
+most `RATE_MAX_BYTES` a second. A contribution or a reply that is being sent goes first: frames of snapshots wait for
 it, `URGENT_SECONDS` each at most, so that a peer that reads slowly does not stop them.
 
 What it costs training: the line's other half is what a round has to itself, and the cap on the rate is one on the time
@@ -33,7 +33,7 @@ class Handout:
     """See the module docstring. For the network thread.
 
     Args:
-        uplink_kbit: the uplink declared now [kbit/s].
+        uplink_kbit: the uplink as far as it is known now [kbit/s].
     """
 
     def __init__(self, uplink_kbit: Callable[[], int] = lambda: 0) -> None:

@@ -105,9 +105,7 @@ def decode_exact_form(form: Form, values: Tensor, scratch: Tensor | None = None)
     allow = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        return _decode_exact(
-            form, values, torch.empty(2, *values.shape, device=values.device) if scratch is None else scratch
-        )
+        return _decode_exact(form, values, scratch)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allow
 
