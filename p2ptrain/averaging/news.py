@@ -98,6 +98,9 @@ class NewsFeed:
         try:
             yield News(self._tip(), None, False)
             while True:
+                # It is connected, for all that we can tell. Once listening to it had failed, nothing else would begin
+                # anew with a peer that cannot be dialled and calls nobody, as it seals alone.
+                self.follow(peer)
                 try:
                     async with asyncio.timeout(NEWS_EVERY_SECONDS):
                         item = await news.get()
@@ -215,6 +218,7 @@ class NewsFeed:
                         return
             except RefusedError as error:
                 _logger.debug("%s cannot be followed: %s", format_peer_id(peer)[-8:], error)
+                await asyncio.sleep(RETRY_SECONDS[-1])
                 return
             except CallError as error:
                 _logger.debug("no news of %s: %s", format_peer_id(peer)[-8:], error)

@@ -19,6 +19,7 @@ from p2ptrain.averaging.handout import Handout
 from p2ptrain.averaging.messages import Traffic
 from p2ptrain.averaging.servicer import PeerServicer
 from p2ptrain.compression.layout import ChunkLayout
+from p2ptrain.errors import P2PTrainError
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.pieces import Partials
 from p2ptrain.state.snapshot import SnapshotStore
@@ -79,6 +80,10 @@ class FakeNode:
 
     def stub(self, servicer: type, peer: bytes, namespace: str) -> Any:
         return _Stub(self.network, self.peer_id, peer)
+
+    async def connect(self, peer: bytes, timeout_seconds: float) -> None:
+        if peer not in self.network.servicers:
+            raise P2PTrainError("nobody there")
 
 
 @dataclass
