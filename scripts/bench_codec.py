@@ -142,8 +142,8 @@ def phases(optimizer: DeMo, of: dict[str, list[float]]) -> float:
         of.setdefault(name, []).append(timed(lambda: held.__setitem__(name, work())))
         return of[name][-1]
 
-    taken = phase("accumulate", optimizer.accumulate) + phase("select", optimizer.select)
-    pending: Pending = held["select"]
+    taken = phase("accumulate_and_select", optimizer.accumulate_and_select)
+    pending: Pending = held["accumulate_and_select"]
     taken += phase("encode", lambda: optimizer.payload(pending, 0, optimizer.layout.chunks))
     taken += phase("reduce", lambda: reduced(optimizer, held["encode"]))
     taken += phase("decode", lambda: replies_of(optimizer, held["reduce"]))
@@ -238,7 +238,7 @@ def step_table(
     """Milliseconds of all, phases of ours, and how near they come to what the machine can do."""
     count = sum(parameter.numel() for parameter in parameters)
     medians = {name: statistics.median(taken) for name, taken in (milliseconds | by_phase).items()}
-    bandwidth, flops = copy_bytes_per_second(parameters[0].device), transform_flops(optimizer)
+    bandwidth = copy_bytes_per_second(parameters[0].device)
     # What has to move at least: gradient in, momentum in and out, parameters in and out.
     floor_bytes = 4 * (count + 2 * optimizer.momentum.numel() + 2 * count)
     return {
@@ -249,17 +249,9 @@ def step_table(
         "milliseconds": {name: spread(taken) for name, taken in milliseconds.items()},
         "parameters_per_second": {name: round(1000 * count / medians[name]) for name in milliseconds},
         "phases_ms": {name: round(medians[name], 2) for name in by_phase},
-        "accumulate_gflop_per_second": round(flops / medians["accumulate"] / 1e6, 1),
-        "apply_gflop_per_second": round(flops / medians["apply"] / 1e6, 1),
         "copy_gb_per_second": round(bandwidth / 1e9, 1),
         "share_of_bandwidth": round(floor_bytes / bandwidth / (medians["lone"] / 1000), 3),
     }
-
-
-def transform_flops(optimizer: DeMo) -> int:
-    """Floating-point operations of one transform of all chunks, as products of 64 by 64."""
-    both, rows = len(optimizer.layout.matrix_chunks), len(optimizer.layout.row_chunks)
-    return (2 * both + rows) * 2 * SIDE**3
 
 
 def copy_bytes_per_second(device: torch.device, size: int = 64 * 1024 * 1024) -> float:
@@ -299,8 +291,7 @@ def codec_figures() -> dict[str, Any]:
         note(f"codec: {bits} bits a value")
         optimizer = build_optimizer(model, manifest(CODEC_MODEL))
         optimizer.value_bits = bits
-        optimizer.accumulate()
-        figures = contribution_figures(optimizer, optimizer.select())
+        figures = contribution_figures(optimizer, optimizer.accumulate_and_select())
         out[f"bits_per_coefficient_{bits}bit"] = round(8 * figures["message_bytes"] / figures["coefficients"], 3)
         out[f"codec_{bits}bit"] = figures
     return out
@@ -364,7 +355,7 @@ def cuda_figures() -> dict[str, Any] | None:
             for name, values in taken.items():
                 of.setdefault(name, []).extend(values)
         note(f"turn {turn}: { ({name: round(values[0], 1) for name, values in taken.items()}) }")
-    on_device = ("accumulate", "select", "apply", "settle")
+    on_device = ("accumulate_and_select", "apply", "settle")
     step_ms = sum(statistics.median(of[name]) for name in on_device)
     count = sum(parameter.numel() for parameter in parameters)
     bandwidth = copy_bytes_per_second(device)

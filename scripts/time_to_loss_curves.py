@@ -175,8 +175,7 @@ class Members:
         for optimizer, gradient in zip(self._optimizers, gradients, strict=True):
             for parameter, one in zip(self._model.parameters(), gradient, strict=True):
                 parameter.grad = one
-            optimizer.accumulate()
-            pending.append(optimizer.select())
+            pending.append(optimizer.accumulate_and_select())
         self._model.zero_grad(set_to_none=True)
         self._sealed = pending, [self._reduce(pending, *part) for part in self._parts]
         if not self._stale:

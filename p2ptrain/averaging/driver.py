@@ -69,7 +69,7 @@ from p2ptrain.averaging.sealed import (
 )
 from p2ptrain.averaging.servicer import PeerServicer
 from p2ptrain.averaging.uplink import Burst, UplinkMeter
-from p2ptrain.compression import wire
+from p2ptrain.compression import decoded, wire
 from p2ptrain.compression.layout import ChunkLayout
 from p2ptrain.config.manifest import PROTOCOL_VERSION, Manifest
 from p2ptrain.state.failpoints import failpoint
@@ -550,9 +550,7 @@ class RoundDriver:
             return True
         spec = shape.parts[part]
         try:
-            wire.decode_contribution(
-                payload, self._p.layout.topk, spec.start, spec.end, self._p.manifest.codec.value_bits
-            )
+            decoded.contribution(payload, self._p.layout.topk, spec.start, spec.end, self._p.manifest.codec.value_bits)
         except wire.WireError:
             return False
         return True

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from p2ptrain.compression import coding, wire
+from p2ptrain.compression import coding, decoded, wire
 from p2ptrain.compression.layout import CHUNK_SIZE
 from p2ptrain.compression.wire import Coefficients, ReplyContent
 
@@ -29,7 +29,7 @@ _Values = NDArray[np.float32]
 def reduce_part(
     contributions: Sequence[tuple[int, int, bytes]],
     *,
-    topk: Sequence[int],
+    topk: tuple[int, ...],
     reply_topk: Sequence[int],
     start: int,
     end: int,
@@ -48,7 +48,7 @@ def reduce_part(
     """
     included = frozenset(member for member, _, _ in contributions)
     work = [
-        (member, weight, wire.decode_contribution(payload, topk, start, end, value_bits))
+        (member, weight, decoded.contribution(payload, topk, start, end, value_bits))
         for member, weight, payload in contributions
         if weight > 0
     ]

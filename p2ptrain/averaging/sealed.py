@@ -14,7 +14,7 @@ from msgspec import Meta
 from p2ptrain.averaging import chain
 from p2ptrain.averaging.chain import ChainState, RoundShape, SealError, SignedSeal, Verify
 from p2ptrain.averaging.events import Reply, SealedRound
-from p2ptrain.compression import wire
+from p2ptrain.compression import decoded, wire
 from p2ptrain.compression.layout import ChunkLayout
 
 
@@ -43,7 +43,7 @@ def make_reply(data: bytes, layout: ChunkLayout, shape: RoundShape, part: int) -
     """
     spec = shape.parts[part]
     try:
-        content = wire.decode_reply(data, layout.reply_topk, spec.start, spec.end, len(shape.members))
+        content = decoded.reply(data, layout.reply_topk, spec.start, spec.end, len(shape.members))
     except wire.WireError as error:
         raise SealedRoundError(str(error)) from error
     return Reply(reply_digest(data), content.included, data)

@@ -15,8 +15,7 @@ momentum, and from the reply to the parameters; threads take whole batches (`thr
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
@@ -203,25 +202,38 @@ class DeMo(torch.optim.Optimizer):
     @torch.no_grad()
     def select(self) -> Pending:
         """Move the top-k of every chunk, as quantised, out of the momentum."""
-        device, step = self.momentum.device, self._batch_chunks
-        tasks, places, values = [], [], []
-        for start, end, count in _runs(self.layout.topk):
-            places.append(torch.empty(end - start, count, dtype=torch.int64, device=device))
-            values.append(torch.empty(end - start, count, device=device))
-            for low in range(0, end - start, step):
-                piece = slice(low, low + step)
-                tasks.append((self.momentum[start:end][piece], places[-1][piece], values[-1][piece]))
+        return self._selected(lambda thread, batch: None)
 
-        def take(thread: int, task: tuple[Tensor, Tensor, Tensor]) -> None:
-            chunks, place, value = task
-            place.copy_(selection.largest(chunks, place.shape[1]))
-            held = chunks.gather(1, place)
-            value.copy_(selection.quantise(held, self.value_bits))
-            chunks.scatter_(1, place, held - value)
+    @torch.no_grad()
+    def accumulate_and_select(self) -> Pending:
+        """One after the other, in a single pass over the momentum."""
+        self._decays += 1
+        return self._selected(self._accumulate_batch)
 
-        self._for_each(tasks, take)
-        index, value = (torch.cat([x.flatten() for x in parts]).cpu().numpy() for parts in (places, values))
-        return Pending(Coefficients(0, self.layout.chunks, self._chunk, index, value), self._decays)
+    def _selected(self, before: Callable[[int, Batch], None]) -> Pending:
+        """What is selected from each batch after `before`."""
+        device, topk = self.momentum.device, self.layout.topk
+        index = torch.empty(len(self._chunk), dtype=torch.int64, device=device)
+        value = torch.empty(len(self._chunk), device=device)
+
+        def take(thread: int, task: tuple[Batch, int]) -> None:
+            batch, low = task
+            before(thread, batch)
+            count = topk[batch.start]  # of all chunks of a batch
+            for start in range(batch.start, batch.end, self._batch_chunks):
+                chunks = self.momentum[start : min(start + self._batch_chunks, batch.end)]
+                here = slice(low, low + len(chunks) * count)
+                place = selection.largest(chunks, count)
+                held = chunks.gather(1, place)
+                sent = selection.quantise(held, self.value_bits)
+                chunks.scatter_(1, place, held - sent)
+                index[here], value[here] = place.flatten(), sent.flatten()
+                low = here.stop
+
+        edges = np.searchsorted(self._chunk, [batch.start for batch in self._batches]).tolist()
+        self._for_each(list(zip(self._batches, edges, strict=True)), take)
+        sent = Coefficients(0, self.layout.chunks, self._chunk, index.cpu().numpy(), value.cpu().numpy())
+        return Pending(sent, self._decays)
 
     def _for_each(self, items: Sequence[T], work: Callable[[int, T], None]) -> None:
         """Call work(thread, item), with scratch for each thread."""
@@ -290,25 +302,23 @@ class DeMo(torch.optim.Optimizer):
                 self._step_entries(batch, inside, update, alive, learning_rate)
             else:
                 chunks, scratch = self._scratch[thread][:, : batch.end - batch.start]
-                chunks.zero_().view(-1)[inside] = values[low:high]
-                self._step_batch(batch, chunks, scratch, scales[here], alive, learning_rate)
+                if self.exact:
+                    update, unit = dct.decode_exact_entries(batch.form, inside, values[low:high], chunks, scratch)
+                    if not self._directions[batch.pieces[0].number].of_signs:
+                        update.mul_((unit * scales[here]).unsqueeze(1))
+                else:
+                    chunks.zero_().view(-1)[inside] = values[low:high]
+                    update = dct.decode_float(batch.form, chunks)
+                self._step_batch(batch, update, alive, learning_rate)
 
         self._for_each(list(zip(self._batches, edges[:-1], edges[1:], strict=True)), take)
         for parameter, target in zip(self._params, self._targets, strict=True):
             if target is not parameter:
                 parameter.copy_(target)
 
-    def _step_batch(
-        self, batch: Batch, values: Tensor, scratch: Tensor, scale: Tensor, live: _Live, learning_rate: float | None
-    ) -> None:
-        """Decode, direction, decay, step."""
+    def _step_batch(self, batch: Batch, update: Tensor, live: _Live, learning_rate: float | None) -> None:
+        """Direction, decay, step, by what was decoded."""
         of_signs = self._directions[batch.pieces[0].number].of_signs
-        if self.exact:
-            update, unit = dct.decode_exact_form(batch.form, values, scratch)
-            if not of_signs:
-                update.mul_((unit * scale).unsqueeze(1))
-        else:
-            update = dct.decode_float(batch.form, values)
         for piece in batch.pieces:
             here = slice(piece.start - batch.start, piece.end - batch.start)
             step = self._directions[piece.number].step_chunks(piece.first, update[here], live.chunks[here])
@@ -428,8 +438,7 @@ class DeMo(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.accumulate()
-        pending = self.select()
+        pending = self.accumulate_and_select()
         if not self.exact:
             sent, chunks = pending.sent, self.layout.chunks
             self._step(sent.chunk, sent.index, sent.value, np.ones(chunks, np.float32), np.ones(chunks, bool), None)
@@ -483,12 +492,3 @@ def _flat(chunk: NDArray[np.int64], index: NDArray[np.int64], device: torch.devi
 def _joined(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
     """One array of all, without a copy where there is one."""
     return arrays[0] if len(arrays) == 1 else np.concatenate([np.zeros(0, np.int64), *arrays])
-
-
-def _runs(counts: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Ranges [start, end) of equal counts, and the count."""
-    start = 0
-    for count, group in itertools.groupby(counts):
-        end = start + len(list(group))
-        yield start, end, count
-        start = end

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from p2ptrain.averaging import chain
 from p2ptrain.averaging.chain import ChainState, RoundShape
 from p2ptrain.averaging.events import ContributionReady, Key, SealedRound
-from p2ptrain.compression import wire
+from p2ptrain.compression import decoded
 from p2ptrain.compression.layout import ChunkLayout
 from p2ptrain.config.manifest import Manifest
 from p2ptrain.optim.schedule import learning_rate
@@ -65,7 +65,7 @@ class Oracle:
         rows = np.zeros((self._layout.chunks, ENTRIES))
         for part, payload in zip(shape.parts, payloads, strict=True):
             bits = self._manifest.codec.value_bits
-            sent = wire.decode_contribution(payload, self._layout.topk, part.start, part.end, bits)
+            sent = decoded.contribution(payload, self._layout.topk, part.start, part.end, bits)
             rows += dense(sent.chunk, sent.index, sent.value, self._layout.chunks)
         if not np.array_equal(self._sent.setdefault((peer, key), (rows, ready.row.weight))[0], rows):
             raise ViolationError(f"round {key.round}: something else was sent again")
@@ -98,7 +98,7 @@ class Oracle:
         for part, data in zip(shape.parts, sealed.replies, strict=True):
             if data is None:
                 continue
-            reply = wire.decode_reply(data, self._layout.reply_topk, part.start, part.end, len(shape.members))
+            reply = decoded.reply(data, self._layout.reply_topk, part.start, part.end, len(shape.members))
             kept = reply.coefficients
             step = np.sign(dense(kept.chunk, kept.index, reply.byte.astype(np.float32), self._layout.chunks))
             parameters = parameters - step.astype(np.float32) * np.float32(rate)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import gc
 import hashlib
 import logging
@@ -40,7 +39,6 @@ from p2ptrain.averaging.events import (
     SealedRound,
 )
 from p2ptrain.averaging.sealed import reply_digest
-from p2ptrain.compression import wire
 from p2ptrain.config.manifest import CodecConfig, GroupConfig, Manifest, OptimizerConfig, canonical_bytes, run_id
 from p2ptrain.simulation.faults import FAULTS, Faults
 from p2ptrain.simulation.loop import VirtualLoop
@@ -136,7 +134,7 @@ class World:
 
     def run(self) -> Report:
         """The whole history. Violations are in the report."""
-        with _captured_errors(self), _decoded_once():
+        with _captured_errors(self):
             collects = gc.isenabled()
             gc.disable()  # a cycle's end must not depend on what else this process has done
             try:
@@ -496,18 +494,6 @@ def _captured_errors(world: World) -> Iterator[None]:
         logger.removeHandler(handler)
         logger.setLevel(level)
         logger.propagate = propagate
-
-
-@contextlib.contextmanager
-def _decoded_once() -> Iterator[None]:
-    """The same bytes are decoded by every peer, and here by one of them for all."""
-    contribution, reply = wire.decode_contribution, wire.decode_reply
-    wire.decode_contribution = functools.lru_cache(256)(contribution)
-    wire.decode_reply = functools.lru_cache(256)(reply)
-    try:
-        yield
-    finally:
-        wire.decode_contribution, wire.decode_reply = contribution, reply
 
 
 def _told(effect: Effect) -> str:

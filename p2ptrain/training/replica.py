@@ -16,7 +16,7 @@ from torch import Tensor
 
 from p2ptrain.averaging.chain import ChainState, RoundShape, genesis
 from p2ptrain.averaging.events import SealedRound
-from p2ptrain.compression import wire
+from p2ptrain.compression import decoded
 from p2ptrain.compression.layout import ChunkLayout, Kind
 from p2ptrain.config.manifest import GroupConfig, Manifest
 from p2ptrain.models.gpt import GPT, kind_of
@@ -84,7 +84,7 @@ class Replica:
         for part, data in zip(shape.parts, sealed.replies, strict=True):
             content = None
             if data is not None:
-                content = wire.decode_reply(data, self.layout.reply_topk, part.start, part.end, len(shape.members))
+                content = decoded.reply(data, self.layout.reply_topk, part.start, part.end, len(shape.members))
             replies.append((part.start, part.end, content))
         parameters = [parameter.detach().clone() for parameter in self.model.parameters()]
         # Directions replace their state and never change it in place, so references are copies enough.

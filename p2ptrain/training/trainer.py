@@ -443,9 +443,8 @@ class Trainer:
         for parameter in self.replica.model.parameters():
             if parameter.grad is not None:
                 parameter.grad.div_(self._micro_batches)
-        optimizer.accumulate()
+        pending = optimizer.accumulate_and_select()
         optimizer.zero_grad(set_to_none=True)
-        pending = optimizer.select()
         ranges = ranges_of(start.shape)
         payloads = tuple(optimizer.payload(pending, *piece) for piece in ranges)
         seconds = self._computing_seconds + self._clock() - began

@@ -13,7 +13,7 @@ from p2ptrain.compression import coding, wire
 from p2ptrain.compression.layout import CHUNK_SIZE
 from p2ptrain.compression.wire import Coefficients, ReplyContent
 
-TOPK = [6, 6, 3, 10]
+TOPK = (6, 6, 3, 10)
 START, END, MEMBERS = 1, 4, 7
 SMALLEST_SCALE, SCALE_RATIO = 2.0**-28, 2.0 ** (1 / 8)
 

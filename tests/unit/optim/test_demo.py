@@ -305,6 +305,17 @@ def one_round(optimizer: DeMo, seed: int) -> Pending:
     return optimizer.select()
 
 
+def test_accumulating_and_selecting_in_one_pass_changes_no_bit() -> None:
+    apart, together = mixed(), mixed()
+    for seed in (1, 2):
+        set_gradients(together, seed)
+        one, other = one_round(apart, seed), together.accumulate_and_select()
+        for ours, theirs in ((other.sent.index, one.sent.index), (other.sent.value, one.sent.value)):
+            assert np.array_equal(ours, theirs)
+        assert other.decays == one.decays
+        assert torch.equal(apart.momentum, together.momentum)
+
+
 def test_a_late_contribution_stays_in_momentum() -> None:
     on_time, late = mixed(beta=0.5), mixed(beta=0.5)
     set_gradients(on_time, 1)

@@ -1,0 +1,64 @@
+"""Payloads decoded once, though a round needs each up to three times.
+
+A contribution is decoded when it arrives, to know that it is well-formed, and when its part is reduced; a reply when it
+arrives, when the sealed round that names it is checked, and when it is applied. What was decoded last is kept, up to
+`MEMORY_BYTES` for all of a process: a round of four peers with 100M parameters. Where a round is larger, its payloads
+are decoded again as before. What is not well-formed is never kept.
+
+Any thread. What is returned is shared, and cannot be written to.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from cachetools import LRUCache, cached
+from cachetools.keys import hashkey
+from numpy.typing import NDArray
+
+from p2ptrain.compression import wire
+from p2ptrain.compression.wire import Coefficients, ReplyContent
+
+MEMORY_BYTES = 64 * 1024 * 1024
+_OVERHEAD_BYTES = 2048
+"""Of each, beside its arrays: objects, key, and the payload of a small part."""
+_Decoded = Coefficients | ReplyContent
+
+
+def _arrays(of: _Decoded) -> tuple[NDArray[Any], ...]:
+    if isinstance(of, Coefficients):
+        return of.chunk, of.index, of.value
+    return *_arrays(of.coefficients), of.byte, of.scale
+
+
+def _shared(of: _Decoded) -> None:
+    for array in _arrays(of):
+        array.flags.writeable = False
+
+
+def _bytes(of: _Decoded) -> int:
+    return _OVERHEAD_BYTES + sum(array.nbytes for array in _arrays(of))
+
+
+_kept: LRUCache[Any, Any] = LRUCache(MEMORY_BYTES, getsizeof=_bytes)
+_lock = threading.Lock()
+
+
+# What is asked for is part of the key: the same bytes may be asked for as one and as the other.
+@cached(_kept, partial(hashkey, "contribution"), _lock)
+def contribution(data: bytes, topk: Sequence[int], start: int, end: int, value_bits: int) -> Coefficients:
+    """`wire.decode_contribution`; `topk` is hashable."""
+    found = wire.decode_contribution(data, topk, start, end, value_bits)
+    _shared(found)
+    return found
+
+
+@cached(_kept, partial(hashkey, "reply"), _lock)
+def reply(data: bytes, reply_topk: Sequence[int], start: int, end: int, members: int) -> ReplyContent:
+    """`wire.decode_reply`; `reply_topk` is hashable."""
+    found = wire.decode_reply(data, reply_topk, start, end, members)
+    _shared(found)
+    return found
