@@ -124,8 +124,8 @@ class World:
         self._apply_random = random.Random(scenario.seed + 2)
         #: peer -> what the momentum's owner knows it has produced, and the state id it stood at, at its death
         self._left: dict[str, tuple[Any, bytes]] = {}
-        #: in calm: members' contributions in a row that no seal included
-        self._missed: Counter[bytes] = Counter()
+        #: in calm: member -> rounds of its contributions since one was last included
+        self._missed: dict[bytes, set[int]] = {}
         self._waiting_since: dict[bytes, int] = {}
         reference = SimReplicaShape(self)
         self.oracle = Oracle(self.manifest, self.run_id, reference.layout, reference.parameters)
@@ -430,9 +430,14 @@ class World:
         if effect.index is None or not effect.contributed:
             return
         included = chain.bits(effect.sealed.seal.included, len(effect.shape.members))
-        missed = self._missed[peer.id] = 0 if effect.index in included else self._missed[peer.id] + 1
-        if missed > 2 and self.report.convergence_seconds is not None:
-            self.violate(f"{peer.name}: {missed} contributions in a row were not included")
+        if effect.index in included:
+            self._missed.pop(peer.id, None)
+            return
+        # A contribution left out by two branches is one: two members that cannot be dialled each seal alone.
+        missed = self._missed.setdefault(peer.id, set())
+        missed.add(effect.sealed.seal.round)
+        if len(missed) > 2 and self.report.convergence_seconds is not None:
+            self.violate(f"{peer.name}: {len(missed)} contributions in a row were not included")
 
     def _check_bounds(self, peer: SimPeer) -> None:
         machine, driver = peer.machine, peer.driver
