@@ -8,27 +8,22 @@ float32 holds integers exactly, so any device, thread count and summation order 
 arrives (bound: 64 * 255 * largest basis entry, then 2**11 * the largest column sum of the basis).
 The integer basis is shipped in `basis.npz`, because no two machines need agree on a cosine.
 
-Cost: 2**20 floating-point operations a chunk and transform, where that is in two dimensions; half of that for few
-entries.
+Cost: 2**20 floating-point operations a chunk and transform, where that is in two dimensions.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from collections.abc import Iterator
 from importlib import resources
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from p2ptrain.compression.layout import CHUNK_SIZE, SIDE, ChunkLayout, Form
+from p2ptrain.compression.layout import SIDE, ChunkLayout, Form
 
 BASIS_BITS, VALUE_MAX, MIDDLE_BITS = 10, 255, 11
-SPARSE_MAX = 128
-"""Entries a chunk up to which the first product is faster over them alone: at 32 it takes a third of the dense one."""
 
 
 @functools.cache
@@ -107,35 +102,10 @@ def decode_exact_form(form: Form, values: Tensor, scratch: Tensor | None = None)
     """
     if scratch is None:
         scratch = torch.empty_like(values)
-    with _plain_float32():
-        return _decode_exact(form, values, scratch)
-
-
-def decode_exact_entries(
-    form: Form, place: Tensor, value: Tensor, chunks: Tensor, scratch: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`decode_exact_form` of chunks that are zero but for integers `value` [n] at `place` [n], flattened and ascending.
-
-    On a CPU the first product is of what is not zero alone, where that is little.
-
-    Args:
-        chunks, scratch: [chunks, 64 * 64], overwritten. The integers lie in one of the two.
-    """
-    if form == "both" and place.device.type == "cpu" and len(place) <= SPARSE_MAX * len(chunks):
-        middle, unit = _shifted(_sparse_first(place, value, len(chunks)))
-        sides = middle.view(-1, SIDE, SIDE).transpose(1, 2)
-        torch.bmm(sides, integer_basis(place.device).expand_as(sides), out=chunks.view(-1, SIDE, SIDE))
-        return chunks, unit
-    chunks.zero_().view(-1)[place] = value
-    return decode_exact_form(form, chunks, scratch)
-
-
-@contextlib.contextmanager
-def _plain_float32() -> Iterator[None]:
     allow = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        yield
+        return _decode_exact(form, values, scratch)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allow
 
@@ -154,29 +124,11 @@ def _decode_exact(form: Form, values: Tensor, scratch: Tensor) -> tuple[Tensor, 
         return rows.view(values.shape), torch.full((len(values),), 2.0**-BASIS_BITS, device=values.device)
     squares = values.view(-1, SIDE, SIDE)
     first = torch.bmm(basis.T.expand_as(squares), squares, out=scratch.view(-1, SIDE, SIDE)).view(values.shape)
-    middle, unit = _shifted(first)
-    integers = torch.mm(middle.view(-1, SIDE), basis, out=values.view(-1, SIDE))
-    return integers.view(values.shape), unit
-
-
-def _sparse_first(place: Tensor, value: Tensor, chunks: int) -> Tensor:
-    """The first product of these entries, each chunk's turned about its diagonal: [chunks, 64 * 64]."""
-    at = place.numpy()
-    column = at >> 6 & -SIDE | at & SIDE - 1  # 64 a chunk
-    order = np.argsort(column)
-    count = np.bincount(column, minlength=SIDE * chunks)
-    row, starts, weight = (torch.from_numpy(x) for x in (at[order] >> 6 & SIDE - 1, np.cumsum(count) - count, order))
-    basis = integer_basis(place.device)
-    summed = torch.nn.functional.embedding_bag(row, basis, starts, mode="sum", per_sample_weights=value[weight])
-    return summed.view(chunks, CHUNK_SIZE)
-
-
-def _shifted(first: Tensor) -> tuple[Tensor, Tensor]:
-    """What the second product takes of the first, [chunks, 64 * 64] and overwritten, and what its unit is worth."""
     # frexp of an integer below 2**24 gives its bit length exactly.
     bits = torch.frexp(torch.maximum(first.amax(1), -first.amin(1))).exponent
     shift = (bits - MIDDLE_BITS).clamp(min=0)
     # Below 2**24 both the product with a power of two and the sum with a half are exact, and so is a floor. What comes
     # of it is within 2**11, as `bits` is the bit length.
     middle = first.mul_(_power_of_two(-shift).unsqueeze(1)).add_(0.5).floor_()
-    return middle, _power_of_two(shift - 2 * BASIS_BITS)
+    integers = torch.mm(middle.view(-1, SIDE), basis, out=values.view(-1, SIDE))
+    return integers.view(values.shape), _power_of_two(shift - 2 * BASIS_BITS)

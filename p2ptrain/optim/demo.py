@@ -302,23 +302,25 @@ class DeMo(torch.optim.Optimizer):
                 self._step_entries(batch, inside, update, alive, learning_rate)
             else:
                 chunks, scratch = self._scratch[thread][:, : batch.end - batch.start]
-                if self.exact:
-                    update, unit = dct.decode_exact_entries(batch.form, inside, values[low:high], chunks, scratch)
-                    if not self._directions[batch.pieces[0].number].of_signs:
-                        update.mul_((unit * scales[here]).unsqueeze(1))
-                else:
-                    chunks.zero_().view(-1)[inside] = values[low:high]
-                    update = dct.decode_float(batch.form, chunks)
-                self._step_batch(batch, update, alive, learning_rate)
+                chunks.zero_().view(-1)[inside] = values[low:high]
+                self._step_batch(batch, chunks, scratch, scales[here], alive, learning_rate)
 
         self._for_each(list(zip(self._batches, edges[:-1], edges[1:], strict=True)), take)
         for parameter, target in zip(self._params, self._targets, strict=True):
             if target is not parameter:
                 parameter.copy_(target)
 
-    def _step_batch(self, batch: Batch, update: Tensor, live: _Live, learning_rate: float | None) -> None:
-        """Direction, decay, step, by what was decoded."""
+    def _step_batch(
+        self, batch: Batch, values: Tensor, scratch: Tensor, scale: Tensor, live: _Live, learning_rate: float | None
+    ) -> None:
+        """Decode, direction, decay, step."""
         of_signs = self._directions[batch.pieces[0].number].of_signs
+        if self.exact:
+            update, unit = dct.decode_exact_form(batch.form, values, scratch)
+            if not of_signs:
+                update.mul_((unit * scale).unsqueeze(1))
+        else:
+            update = dct.decode_float(batch.form, values)
         for piece in batch.pieces:
             here = slice(piece.start - batch.start, piece.end - batch.start)
             step = self._directions[piece.number].step_chunks(piece.first, update[here], live.chunks[here])

@@ -155,24 +155,6 @@ def test_exact_decode_equals_integer_arithmetic_for_any_size_and_density(seed: i
     assert float(unit) == expected_unit
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(0, 3 * dct.SPARSE_MAX))
-@settings(max_examples=30)
-def test_entries_decode_as_whole_chunks_do_where_they_are_few_and_where_not(seed: int, count: int, most: int) -> None:
-    rng = np.random.default_rng(seed)
-    values = rng.integers(-255, 256, (count, CHUNK_SIZE)).astype(np.float32)
-    # Some chunks with nothing, some with more than `most` on average.
-    values[
-        rng.random(values.shape) >= rng.uniform(0, 2 * most / CHUNK_SIZE, (count, 1)) * rng.integers(0, 2, (count, 1))
-    ] = 0
-    place = torch.from_numpy(np.flatnonzero(values))
-    for form in ("both", "rows", "none"):
-        whole, unit = dct.decode_exact_form(form, torch.from_numpy(values.copy()))
-        dirty = torch.full((2, count, CHUNK_SIZE), float("nan"))
-        ours, worth = dct.decode_exact_entries(form, place, torch.from_numpy(values).view(-1)[place], *dirty)
-        assert torch.equal(ours, whole)
-        assert torch.equal(worth, unit)
-
-
 def test_the_order_and_precision_of_sums_do_not_matter(adversarial: NDArray[np.int64]) -> None:
     rng = np.random.default_rng(5)
     layout = layout_of(len(adversarial))
