@@ -1,8 +1,9 @@
 """What an optimizer step costs without a network, and what a contribution weighs.
 
-A step is a round of a group of one: accumulate, select, encode, reduce, decode, apply, settle, on a GPT of 15 million
-parameters with the manifest's default treatment. `lone` is `DeMo.step`, which takes the same step without making bytes
-of it. Beside them, in turns and each on parameters of its own with the same gradients: DeMo as the paper writes it
+A step is a round of a group of one, by way of its bytes: accumulate, select, encode, reduce, apply, settle, on a GPT of 15
+million parameters with the manifest's default treatment, with the parts and threads that such a group has. What a peer
+wrote itself it does not decode; `codec_...` says what decoding takes. `lone` is `DeMo.step`, which takes the same step
+without making bytes of it. Beside them, in turns and each on parameters of its own with the same gradients: DeMo as the paper writes it
 (`baseline_demo.py`, which makes no bytes either; once more with its products laid out for speed, as `..._tuned`), AdamW
 foreach and AdamW fused. Ratios are of the same turn; torch's default number of threads. Gradients are normal random
 numbers, so indices lie evenly, which is the most they can cost.
@@ -27,7 +28,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -35,10 +37,11 @@ import psutil
 import torch
 from baseline_demo import StraightforwardDeMo
 
+from p2ptrain.averaging import chain
 from p2ptrain.averaging.chain import Row
 from p2ptrain.averaging.messages import ContributionHeader, Tip, Traffic
 from p2ptrain.averaging.reduce import reduce_part
-from p2ptrain.compression import wire
+from p2ptrain.compression import decoded, wire
 from p2ptrain.compression.layout import SIDE
 from p2ptrain.config.manifest import Manifest, ModelConfig
 from p2ptrain.models.gpt import GPT
@@ -53,6 +56,9 @@ PARTS = 4
 WARM_UP, TURNS_MIN, STEP_SECONDS = 2, 5, 25.0
 GRADIENTS = 2
 """Sets of gradients, used by turns."""
+Ranges = Sequence[tuple[int, int]]
+"""Chunks [start, end) of each part."""
+REDUCING = ThreadPoolExecutor()
 
 
 def note(text: str) -> None:
@@ -113,14 +119,23 @@ def manifest(config: ModelConfig, **changes: Any) -> Manifest:
     return Manifest(name="bench", nonce="0" * 32, model=config, **changes)
 
 
-def reduced(optimizer: DeMo, payload: bytes) -> bytes:
-    """The reply to one contribution of all chunks."""
+def encoded(optimizer: DeMo, pending: Pending, ranges: Ranges) -> tuple[bytes, ...]:
+    """A group of one's contribution, whose parts it will reduce itself."""
+    payloads = optimizer.payloads(pending, ranges)
+    for chunks, payload in zip(ranges, payloads, strict=True):
+        sent = pending.sent.cut(*chunks)
+        decoded.wrote_contribution(payload, optimizer.layout.topk, optimizer.value_bits, sent)
+    return payloads
+
+
+def reduced(optimizer: DeMo, chunks: tuple[int, int], payload: bytes) -> bytes:
+    """The reply to one contribution of chunks [start, end)."""
     return reduce_part(
         [(0, 1, payload)],
         topk=optimizer.layout.topk,
         reply_topk=optimizer.layout.reply_topk,
-        start=0,
-        end=optimizer.layout.chunks,
+        start=chunks[0],
+        end=chunks[1],
         members=1,
         value_bits=optimizer.value_bits,
         clip_ratio=1.0,
@@ -128,15 +143,18 @@ def reduced(optimizer: DeMo, payload: bytes) -> bytes:
     )
 
 
-def replies_of(optimizer: DeMo, reply: bytes) -> list[PartReply]:
-    """One part, of all chunks."""
-    end = optimizer.layout.chunks
-    return [(0, end, wire.decode_reply(reply, optimizer.layout.reply_topk, 0, end, 1))]
+def replies_of(optimizer: DeMo, ranges: Ranges, replies: Iterable[bytes]) -> list[PartReply]:
+    """What they hold."""
+    return [
+        (start, end, decoded.reply(data, optimizer.layout.reply_topk, start, end, 1))
+        for (start, end), data in zip(ranges, replies, strict=True)
+    ]
 
 
 def phases(optimizer: DeMo, of: dict[str, list[float]]) -> float:
     """One step, each phase timed; milliseconds of all."""
     held: dict[str, Any] = {}
+    ranges = chain.cut(0, optimizer.layout.chunks, chain.PARTS_PER_REDUCER_MAX)
 
     def phase(name: str, work: Callable[[], Any]) -> float:
         of.setdefault(name, []).append(timed(lambda: held.__setitem__(name, work())))
@@ -144,9 +162,12 @@ def phases(optimizer: DeMo, of: dict[str, list[float]]) -> float:
 
     taken = phase("accumulate_and_select", optimizer.accumulate_and_select)
     pending: Pending = held["accumulate_and_select"]
-    taken += phase("encode", lambda: optimizer.payload(pending, 0, optimizer.layout.chunks))
-    taken += phase("reduce", lambda: reduced(optimizer, held["encode"]))
-    taken += phase("decode", lambda: replies_of(optimizer, held["reduce"]))
+    taken += phase("encode", lambda: encoded(optimizer, pending, ranges))
+    # As the driver, which hands each part to a pool of threads.
+    taken += phase(
+        "reduce", lambda: list(REDUCING.map(functools.partial(reduced, optimizer), ranges, held["encode"]))
+    )
+    taken += phase("decode", lambda: replies_of(optimizer, ranges, held["reduce"]))
     taken += phase("apply", lambda: optimizer.apply(held["decode"]))
     return taken + phase("settle", lambda: optimizer.settle(pending, held["decode"], 0))
 
@@ -304,13 +325,13 @@ def contribution_figures(optimizer: DeMo, pending: Pending) -> dict[str, Any]:
     by_section: Counter[str] = Counter()
     message_total, payload_total = 0, 0
     for number, (start, end) in enumerate(part_ranges(chunks)):
-        payload = optimizer.payload(pending, start, end)
+        (payload,) = optimizer.payloads(pending, [(start, end)])
         payload_total += len(payload)
         message_total += message_bytes(payload, number)
         by_section.update(wire.section_bits(pending.sent.cut(start, end), topk, bits))
     by_section["messages"] = 8 * (message_total - payload_total)
-    whole = optimizer.payload(pending, 0, chunks)
-    encode = statistics.median(timed(lambda: optimizer.payload(pending, 0, chunks)) for _ in range(9))
+    (whole,) = optimizer.payloads(pending, [(0, chunks)])
+    encode = statistics.median(timed(lambda: optimizer.payloads(pending, [(0, chunks)])) for _ in range(9))
     decode = statistics.median(timed(lambda: wire.decode_contribution(whole, topk, 0, chunks, bits)) for _ in range(9))
     return {
         "bits_per_coefficient_by_section": {name: round(value / count, 4) for name, value in by_section.items()},

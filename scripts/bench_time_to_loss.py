@@ -39,10 +39,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from time_to_loss_curves import MANIFEST, MEMBERS, curves, sequences_per_member, steps_to
+from time_to_loss_curves import MANIFEST, MEMBERS, curves, sequences_per_member, steps_to, write
 from timed_steps import METHODS, measure
-
-from p2ptrain.state.files import atomic_write
 
 COMPUTE_SECONDS = (1.0, 10.0, 60.0)
 PARTS = ("timings", "curves")
@@ -166,15 +164,9 @@ def time_steps(options: argparse.Namespace, setup: Figures) -> list[Figures]:
                 shutil.rmtree(folder, ignore_errors=True)
         console.print(f"{json.dumps(timing)} in {time.monotonic() - began:.0f} s")
         timings = [t for t in timings if t not in kept] + [timing]
-        write(options.out, {**before, "setup": setup, "timings": timings})
+        if options.out is not None:
+            write(options.out, {**before, "setup": setup, "timings": timings})
     return timings
-
-
-def write(path: Path | None, result: Figures) -> None:
-    """Where it is asked for."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, f"{json.dumps(result, indent=2)}\n".encode(), mode=0o644)
 
 
 def main() -> int:
@@ -184,6 +176,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="the report; timings that are in it are kept")
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS), help=",".join(PARTS))
+    parser.add_argument("--jobs", type=int, default=1, help="training runs at once, a core each; %(default)s")
     parser.add_argument("--loss", type=float, default=LOSS_BITS_PER_BYTE, help="bits per byte")
     parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS), help=",".join(METHODS))
     parser.add_argument("--compute", type=lambda text: [float(n) for n in text.split(",")], default=COMPUTE_SECONDS)
@@ -208,9 +201,9 @@ def main() -> int:
     result: Figures = {"setup": setup, "timings": timings}
     if "curves" in options.parts:
         cache = Path(tempfile.gettempdir()) / "p2ptrain-time-to-loss"
-        known = curves(options.curves, cache, options.loss - STOP_BELOW_BITS, console.print)
+        known = curves(options.curves, cache, options.loss - STOP_BELOW_BITS, options.jobs)
         result = report(setup, known, timings, options.loss)
-        if "timings" in options.parts:
+        if "timings" in options.parts and options.out is not None:
             write(options.out, result)
         if options.picture is not None:
             draw(result, known, options.picture)

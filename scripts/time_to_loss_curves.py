@@ -20,7 +20,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import multiprocessing
+import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +35,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from p2ptrain.averaging.reduce import reduce_part
-from p2ptrain.compression import wire
+from p2ptrain.compression import decoded
 from p2ptrain.config.manifest import Manifest, ModelConfig, OptimizerConfig
 from p2ptrain.data.assignment import sequence_offsets
 from p2ptrain.data.corpus import load_embedded
@@ -194,7 +197,7 @@ class Members:
     def _reduce(self, pending: list[Pending], start: int, end: int) -> PartReply:
         layout, rules = self._optimizers[0].layout, MANIFEST.round
         weight = sequences_per_member()
-        payloads = [o.payload(p, start, end) for o, p in zip(self._optimizers, pending, strict=True)]
+        payloads = [o.payloads(p, [(start, end)])[0] for o, p in zip(self._optimizers, pending, strict=True)]
         reply = reduce_part(
             [(member, weight, payload) for member, payload in enumerate(payloads)],
             topk=layout.topk,
@@ -206,7 +209,7 @@ class Members:
             clip_ratio=rules.clip_ratio,
             weight_cap_ratio=rules.weight_cap_ratio,
         )
-        return start, end, wire.decode_reply(reply, layout.reply_topk, start, end, MEMBERS)
+        return start, end, decoded.reply(reply, layout.reply_topk, start, end, MEMBERS)
 
     def _apply(self, rate: float) -> None:
         if self._sealed is None:
@@ -218,14 +221,22 @@ class Members:
         self._sealed = None
 
 
-def train(setting: Setting, text: Text, stop_below: float, others: list[dict[int, float]], say: Any) -> dict[str, Any]:
+def train(setting: Setting, cache: Path, stop_below: float, path: Path) -> dict[str, Any]:
     """One run: held-out bits per byte by step.
 
     Args:
+        cache: folder of tokens.
         stop_below: bits per byte at which it ends, where it stays below.
-        others: curves {step: bits per byte} not to be far behind.
+        path: file of curves, those not to be far behind among them.
     """
-    model = GPT(MANIFEST.model)
+    torch.set_num_threads(1)
+    alike = [
+        run
+        for run in json.loads(path.read_text())["runs"]
+        if (run["method"], run["stale"]) == (setting.method, setting.stale)
+    ]
+    others = [dict(run["heldout_bits_per_byte"]) for run in alike]
+    text, model = Text.load(cache), GPT(MANIFEST.model)
     initialise(model, bytes.fromhex(MANIFEST.nonce))
     trainer = AdamW(model, setting) if setting.method == "adamw" else Members(model, setting)
     schedule, count = MANIFEST.optimizer, sequences_per_member()
@@ -235,7 +246,7 @@ def train(setting: Setting, text: Text, stop_below: float, others: list[dict[int
         if step % EVALUATE_EVERY == 0:
             bits = bits_per_byte(model, text.heldout, text.heldout_bytes, max_tokens=EVALUATION_TOKENS)
             curve.append((step, round(bits, 4)))
-            say(f"{setting}: step {step}: {bits:.4f} bits per byte")
+            print(f"{setting}: step {step}: {bits:.4f} bits per byte", file=sys.stderr, flush=True)
             if len(curve) > 1 and max(bits for _, bits in curve[-2:]) < stop_below:
                 break
             best = min((other.get(step, math.inf) for other in others), default=math.inf)
@@ -260,8 +271,8 @@ def steps_to(curve: list[tuple[int, float]], bits: float) -> float | None:
     return None
 
 
-def curves(path: Path, cache: Path, stop_below: float, say: Any) -> dict[str, Any]:
-    """All runs, those in the file at `path` as they are, the others trained and added to it."""
+def curves(path: Path, cache: Path, stop_below: float, jobs: int) -> dict[str, Any]:
+    """All runs, those in the file at `path` as they are, the others trained, `jobs` at once, and added to it."""
     setup = {
         "parameters": MANIFEST.model.parameters,
         "members": MEMBERS,
@@ -269,16 +280,20 @@ def curves(path: Path, cache: Path, stop_below: float, say: Any) -> dict[str, An
         "evaluation_tokens": EVALUATION_TOKENS,
         "manifest": msgspec.to_builtins(MANIFEST),
     }
-    text = Text.load(cache)
     known = json.loads(path.read_text()) if path.exists() else {}
     if known.get("setup") != setup:
-        known = {"setup": setup, "marks_bits_per_byte": text.marks(), "runs": []}
-    for setting in SETTINGS:
-        if any({key: run[key] for key in asdict(setting)} == asdict(setting) for run in known["runs"]):
-            continue
-        alike = [r for r in known["runs"] if (r["method"], r["stale"]) == (setting.method, setting.stale)]
-        others = [dict(run["heldout_bits_per_byte"]) for run in alike]
-        known["runs"].append(train(setting, text, stop_below, others, say))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, f"{json.dumps(known, indent=1)}\n".encode(), mode=0o644)
+        known = {"setup": setup, "marks_bits_per_byte": Text.load(cache).marks(), "runs": []}
+        write(path, known)
+    made = [{key: run[key] for key in Setting.__slots__} for run in known["runs"]]
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        runs = [pool.submit(train, setting, cache, stop_below, path) for setting in SETTINGS if asdict(setting) not in made]
+        for run in as_completed(runs):
+            known["runs"].append(run.result())
+            write(path, known)
     return known
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """As JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, f"{json.dumps(result, indent=1)}\n".encode(), mode=0o644)

@@ -30,7 +30,7 @@ def reduce_part(
     contributions: Sequence[tuple[int, int, bytes]],
     *,
     topk: tuple[int, ...],
-    reply_topk: Sequence[int],
+    reply_topk: tuple[int, ...],
     start: int,
     end: int,
     members: int,
@@ -70,17 +70,16 @@ def reduce_part(
             values.append(part.value * np.float32(weight / weight_included * factor / CLIP_UNIT))
         place, total = _summed([(part.chunk - start) * CHUNK_SIZE + part.index for _, _, part in work], values)
     counts, index, byte, codes = _freeze(place, total, np.asarray(reply_topk[start:end]))
-    return wire.encode_reply(start, end, members, included, clips, reply_topk, counts, index, byte, codes)
+    reply = wire.encode_reply(start, end, members, included, clips, reply_topk, counts, index, byte, codes)
+    decoded.wrote_reply(reply, reply_topk, members, wire.reply_content(start, included, clips, counts, index, byte, codes))
+    return reply
 
 
 def reply_to_one(sent: Coefficients, reply_topk: Sequence[int]) -> ReplyContent:
     """What a group of one gets back for its contribution: as by way of `reduce_part` and the bytes of both."""
     place = (sent.chunk - sent.start) * CHUNK_SIZE + sent.index
-    counts, index, byte, codes = _freeze(place, sent.value, np.asarray(reply_topk[sent.start : sent.end]))
-    chunk = np.repeat(np.arange(sent.start, sent.end), counts)
-    scale = coding.scale_table()[codes]
-    value = (byte * np.repeat(scale, counts)).astype(np.float32)
-    return ReplyContent(frozenset({0}), {}, Coefficients(sent.start, sent.end, chunk, index, value), byte, scale)
+    frozen = _freeze(place, sent.value, np.asarray(reply_topk[sent.start : sent.end]))
+    return wire.reply_content(sent.start, frozenset({0}), {}, *frozen)
 
 
 def _summed(places: list[_Places], values: list[_Values]) -> tuple[_Places, _Values]:

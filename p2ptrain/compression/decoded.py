@@ -3,7 +3,8 @@
 A contribution is decoded when it arrives, to know that it is well-formed, and when its part is reduced; a reply when it
 arrives, when the sealed round that names it is checked, and when it is applied. What was decoded last is kept, up to
 `MEMORY_BYTES` for all of a process: a round of four peers with 100M parameters. Where a round is larger, its payloads
-are decoded again as before. What is not well-formed is never kept.
+are decoded again as before. What is not well-formed is never kept. What a peer wrote and reads itself (its contribution
+to a part that it reduces, the reply of that part) need not be decoded at all: `wrote_contribution`, `wrote_reply`.
 
 Any thread. What is returned is shared, and cannot be written to.
 """
@@ -45,10 +46,11 @@ def _bytes(of: _Decoded) -> int:
 
 _kept: LRUCache[Any, Any] = LRUCache(MEMORY_BYTES, getsizeof=_bytes)
 _lock = threading.Lock()
-
-
 # What is asked for is part of the key: the same bytes may be asked for as one and as the other.
-@cached(_kept, partial(hashkey, "contribution"), _lock)
+_contribution_key, _reply_key = partial(hashkey, "contribution"), partial(hashkey, "reply")
+
+
+@cached(_kept, _contribution_key, _lock)
 def contribution(data: bytes, topk: Sequence[int], start: int, end: int, value_bits: int) -> Coefficients:
     """`wire.decode_contribution`; `topk` is hashable."""
     found = wire.decode_contribution(data, topk, start, end, value_bits)
@@ -56,9 +58,26 @@ def contribution(data: bytes, topk: Sequence[int], start: int, end: int, value_b
     return found
 
 
-@cached(_kept, partial(hashkey, "reply"), _lock)
+@cached(_kept, _reply_key, _lock)
 def reply(data: bytes, reply_topk: Sequence[int], start: int, end: int, members: int) -> ReplyContent:
     """`wire.decode_reply`; `reply_topk` is hashable."""
     found = wire.decode_reply(data, reply_topk, start, end, members)
     _shared(found)
     return found
+
+
+def wrote_contribution(data: bytes, topk: Sequence[int], value_bits: int, holds: Coefficients) -> None:
+    """`contribution` will find what these bytes of ours hold; it cannot be written to from now on."""
+    _keep(_contribution_key(data, topk, holds.start, holds.end, value_bits), holds)
+
+
+def wrote_reply(data: bytes, reply_topk: Sequence[int], members: int, holds: ReplyContent) -> None:
+    """`reply` will find what these bytes of ours hold; it cannot be written to from now on."""
+    _keep(_reply_key(data, reply_topk, holds.coefficients.start, holds.coefficients.end, members), holds)
+
+
+def _keep(key: Any, holds: _Decoded) -> None:
+    _shared(holds)
+    if _bytes(holds) <= MEMORY_BYTES:
+        with _lock:
+            _kept[key] = holds

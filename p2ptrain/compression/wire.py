@@ -264,15 +264,28 @@ def decode_reply(data: bytes, reply_topk: Sequence[int], start: int, end: int, m
     counts = limits - reader.symbols(end - start, int(limits.max()).bit_length())
     if counts.sum() != count or (counts < 0).any():
         raise WireError("reply keeps another number of coefficients than it says or may")
-    scale = coding.scale_table()[coding.read_scales(reader, end - start)]
+    codes = coding.read_scales(reader, end - start)
     index = read_indices(reader, counts).astype(np.int64)
     negative = reader.flags(count)
     size = reader.symbols(count, _VALUE_BITS).astype(np.int64) + 1
     reader.close()
-    byte = np.where(negative, -size, size)
-    chunk = np.repeat(np.arange(start, end), counts)
+    return reply_content(start, included, clips, counts, index, np.where(negative, -size, size), codes)
+
+
+def reply_content(
+    start: int,
+    included: frozenset[int],
+    clips: dict[int, int],
+    counts: NDArray[np.int64],
+    index: NDArray[np.int64],
+    byte: NDArray[np.int64],
+    codes: NDArray[np.uint8],
+) -> ReplyContent:
+    """What a reply of these holds, for chunks from `start` on; as `encode_reply` takes them."""
+    chunk = np.repeat(np.arange(start, start + len(counts)), counts)
+    scale = coding.scale_table()[codes]
     value = (byte * np.repeat(scale, counts)).astype(np.float32)
-    return ReplyContent(included, clips, Coefficients(start, end, chunk, index, value), byte, scale)
+    return ReplyContent(included, clips, Coefficients(start, start + len(counts), chunk, index, value), byte, scale)
 
 
 def reply_members(data: bytes, members: int) -> frozenset[int]:

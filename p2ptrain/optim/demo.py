@@ -243,9 +243,15 @@ class DeMo(torch.optim.Optimizer):
             self._scratch.append(torch.empty(self._scratch_shape, device=device))
         threads.for_each(items, work, count)
 
-    def payload(self, pending: Pending, start: int, end: int) -> bytes:
-        """The contribution for chunks [start, end)."""
-        return wire.encode_contribution(pending.sent.cut(start, end), self.layout.topk, self.value_bits)
+    def payloads(self, pending: Pending, ranges: Sequence[tuple[int, int]]) -> tuple[bytes, ...]:
+        """The contributions for chunks [start, end), of each of `ranges`."""
+        parts, found = [pending.sent.cut(*chunks) for chunks in ranges], [b""] * len(ranges)
+
+        def write(thread: int, number: int) -> None:
+            found[number] = wire.encode_contribution(parts[number], self.layout.topk, self.value_bits)
+
+        threads.for_each(range(len(parts)), write, threads.usable())
+        return tuple(found)
 
     @torch.no_grad()
     def apply(self, replies: Sequence[PartReply], learning_rate: float | None = None) -> None:

@@ -39,6 +39,7 @@ def for_each(items: Sequence[T], work: Callable[[int, T], None], threads: int) -
     Args:
         threads: at most so many, this one included.
     """
+    threads = min(threads, len(items))
     queue, before = iter(items), torch.get_num_threads()
 
     def run(number: int) -> None:
@@ -46,7 +47,7 @@ def for_each(items: Sequence[T], work: Callable[[int, T], None], threads: int) -
             for item in queue:
                 work(number, item)
 
-    if threads == 1:
+    if threads <= 1:
         run(0)
         return
     torch.set_num_threads(1)

@@ -26,7 +26,7 @@ from p2ptrain.averaging.chain import THROUGHPUT_MAX_MILLI, RoundShape, Row
 from p2ptrain.averaging.driver import Dropped, TrainerMessage
 from p2ptrain.averaging.events import Apply, ContributionReady, Key, Rollback, SealedRound, StartRound, StoodIn
 from p2ptrain.averaging.uplink import UplinkMeter
-from p2ptrain.compression import wire
+from p2ptrain.compression import decoded, wire
 from p2ptrain.compression.layout import CHUNK_SIZE
 from p2ptrain.data.assignment import sequence_offsets
 from p2ptrain.observe.status import Status
@@ -446,7 +446,11 @@ class Trainer:
         pending = optimizer.accumulate_and_select()
         optimizer.zero_grad(set_to_none=True)
         ranges = ranges_of(start.shape)
-        payloads = tuple(optimizer.payload(pending, *piece) for piece in ranges)
+        payloads = optimizer.payloads(pending, ranges)
+        for part, payload in zip(start.shape.parts, payloads, strict=True):
+            if start.shape.members[part.reducer].peer_id == self._peer_id:
+                sent = pending.sent.cut(part.start, part.end)
+                decoded.wrote_contribution(payload, optimizer.layout.topk, optimizer.value_bits, sent)
         seconds = self._computing_seconds + self._clock() - began
         if self._sequences:
             rate = self._sequences / max(seconds, 1e-6)

@@ -92,7 +92,7 @@ class Lone:
         """What a reducer makes of this contribution alone."""
         layout = self.replica.layout
         return reduce_part(
-            [(0, 4, self.replica.optimizer.payload(sent, 0, self.chunks))],
+            [(0, 4, self.replica.optimizer.payloads(sent, [(0, self.chunks)])[0])],
             topk=layout.topk,
             reply_topk=layout.reply_topk,
             start=0,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from p2ptrain.averaging.reduce import reduce_part, reply_to_one
-from p2ptrain.compression import coding, wire
+from p2ptrain.compression import coding, decoded, wire
 from p2ptrain.compression.layout import CHUNK_SIZE
 from p2ptrain.compression.wire import Coefficients, ReplyContent
 
@@ -39,7 +39,7 @@ def reduced(
     clip_ratio: float = 1000.0,
     weight_cap_ratio: float = 1000.0,
 ) -> ReplyContent:
-    limits = [reply_topk] * END
+    limits = (reply_topk,) * END
     data = reduce_part(
         [
             (member, weight, wire.encode_contribution(part, TOPK, value_bits) if weight else b"")
@@ -55,6 +55,19 @@ def reduced(
         weight_cap_ratio=weight_cap_ratio,
     )
     return wire.decode_reply(data, limits, START, END, MEMBERS)
+
+
+def assert_same(one: ReplyContent, other: ReplyContent) -> None:
+    assert (one.included, one.clips) == (other.included, other.clips)
+    assert (one.coefficients.start, one.coefficients.end) == (other.coefficients.start, other.coefficients.end)
+    for ours, theirs in (
+        (one.byte, other.byte),
+        (one.scale, other.scale),
+        (one.coefficients.chunk, other.coefficients.chunk),
+        (one.coefficients.index, other.coefficients.index),
+        (one.coefficients.value, other.coefficients.value),
+    ):
+        assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs)
 
 
 def dense(part: Coefficients) -> NDArray[np.float64]:
@@ -75,7 +88,7 @@ def reference(
     return total / sum(min(weight, cap) for _, weight, _ in sent), clips
 
 
-def dense_reply(sent: list[Sent], value_bits: int, limits: list[int], clip_ratio: float, cap_ratio: float) -> bytes:
+def dense_reply(sent: list[Sent], value_bits: int, limits: tuple[int, ...], clip_ratio: float, cap_ratio: float) -> bytes:
     """The same reply by way of every entry of the part: float32 sums in the order sent, one sort a chunk."""
     work = [(member, weight, part) for member, weight, part in sent if weight]
     norms = [float(np.sqrt(np.square(part.value, dtype=np.float64).sum())) for _, _, part in work]
@@ -166,7 +179,7 @@ def test_a_reply_is_the_bytes_that_a_dense_sum_gives(
 ) -> None:
     """Equal magnitudes, which 1 and 2 bits make many of, are kept from the first on."""
     sent = [(member, weight, coefficients(seed + member, value_bits)) for member, weight in enumerate(weights)]
-    limits = [reply_topk] * END
+    limits = (reply_topk,) * END
     data = reduce_part(
         [(member, weight, wire.encode_contribution(part, TOPK, value_bits)) for member, weight, part in sent],
         topk=TOPK,
@@ -179,6 +192,8 @@ def test_a_reply_is_the_bytes_that_a_dense_sum_gives(
         weight_cap_ratio=ratio,
     )
     assert data == dense_reply(sent, value_bits, limits, ratio, ratio)
+    # Its reducer reads it without decoding it.
+    assert_same(decoded.reply(data, limits, START, END, MEMBERS), wire.decode_reply(data, limits, START, END, MEMBERS))
 
 
 @given(seed=st.integers(0, 2**32 - 1), value_bits=st.sampled_from([1, 2, 32]), reply_topk=st.integers(1, 12))
@@ -189,15 +204,7 @@ def test_a_group_of_one_gets_the_reply_that_bytes_would_carry(seed: int, value_b
         reply_to_one(part, [reply_topk] * END),
         reduced([(0, 1, part)], value_bits=value_bits, reply_topk=reply_topk),
     )
-    assert (direct.included, direct.clips) == (through.included, through.clips)
-    for one, other in (
-        (direct.byte, through.byte),
-        (direct.scale, through.scale),
-        (direct.coefficients.chunk, through.coefficients.chunk),
-        (direct.coefficients.index, through.coefficients.index),
-        (direct.coefficients.value, through.coefficients.value),
-    ):
-        assert np.array_equal(one, other)
+    assert_same(direct, through)
 
 
 def test_the_sum_is_divided_by_all_the_weight_not_by_who_picked_a_coefficient() -> None:

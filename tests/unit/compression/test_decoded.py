@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from p2ptrain.compression import decoded, wire
 from p2ptrain.compression.bits import WireError
@@ -42,6 +44,24 @@ def test_the_second_time_gives_the_first_ones_arrays_which_nobody_can_change() -
     assert np.array_equal(content.byte, wire.decode_reply(answer, topk, 0, 2, 2).byte)
     with pytest.raises(ValueError, match="read-only"):
         content.coefficients.value[0] = 0
+
+
+@given(seed=st.integers(0, 2**32 - 1), value_bits=st.sampled_from([1, 2, 32]), exponent=st.integers(-40, 6))
+@settings(max_examples=30)
+def test_what_a_peer_wrote_it_reads_without_decoding_and_as_others_do(
+    seed: int, value_bits: int, exponent: int
+) -> None:
+    rng, topk = np.random.default_rng(seed), (4, 7, 1)
+    chunk = np.repeat(np.arange(3), topk)
+    index = np.concatenate([np.sort(rng.choice(CHUNK_SIZE, count, replace=False)) for count in topk])
+    value = wire.quantise(chunk, (rng.normal(size=len(chunk)) * 2.0**exponent).astype(np.float32), value_bits)
+    sent = Coefficients(0, 3, chunk, index, value).cut(1, 3)
+    data = wire.encode_contribution(sent, topk, value_bits)
+    decoded.wrote_contribution(data, topk, value_bits, sent)
+    read, plain = (f(data, topk, 1, 3, value_bits) for f in (decoded.contribution, wire.decode_contribution))
+    assert read is sent
+    for ours, theirs in ((read.chunk, plain.chunk), (read.index, plain.index), (read.value, plain.value)):
+        assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs)
 
 
 def test_what_was_well_formed_as_one_thing_is_refused_as_another() -> None:

@@ -73,16 +73,14 @@ def exchange(
 ) -> list[PartReply]:
     """The replies of one round, through bytes. Who is absent is a member that no reducer heard."""
     replies: list[PartReply] = []
-    for part, (start, end) in enumerate(ranges(group[0], parts)):
+    cut = ranges(group[0], parts)
+    payloads = [one.payloads(sent, cut) for one, sent in zip(group, pending, strict=True)]
+    for part, (start, end) in enumerate(cut):
         if part in skip:
             replies.append((start, end, None))
             continue
         data = reduce_part(
-            [
-                (member, member + 1, one.payload(pending[member], start, end))
-                for member, one in enumerate(group)
-                if member not in absent
-            ],
+            [(member, member + 1, of[part]) for member, of in enumerate(payloads) if member not in absent],
             topk=group[0].layout.topk,
             reply_topk=group[0].layout.reply_topk,
             start=start,
