@@ -286,7 +286,9 @@ def curves(path: Path, cache: Path, stop_below: float, jobs: int) -> dict[str, A
         write(path, known)
     made = [{key: run[key] for key in Setting.__slots__} for run in known["runs"]]
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        runs = [pool.submit(train, setting, cache, stop_below, path) for setting in SETTINGS if asdict(setting) not in made]
+        runs = [
+            pool.submit(train, setting, cache, stop_below, path) for setting in SETTINGS if asdict(setting) not in made
+        ]
         for run in as_completed(runs):
             known["runs"].append(run.result())
             write(path, known)

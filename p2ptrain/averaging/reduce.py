@@ -71,7 +71,9 @@ def reduce_part(
         place, total = _summed([(part.chunk - start) * CHUNK_SIZE + part.index for _, _, part in work], values)
     counts, index, byte, codes = _freeze(place, total, np.asarray(reply_topk[start:end]))
     reply = wire.encode_reply(start, end, members, included, clips, reply_topk, counts, index, byte, codes)
-    decoded.wrote_reply(reply, reply_topk, members, wire.reply_content(start, included, clips, counts, index, byte, codes))
+    decoded.wrote_reply(
+        reply, reply_topk, members, wire.reply_content(start, included, clips, counts, index, byte, codes)
+    )
     return reply
 
 

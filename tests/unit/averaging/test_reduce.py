@@ -88,7 +88,9 @@ def reference(
     return total / sum(min(weight, cap) for _, weight, _ in sent), clips
 
 
-def dense_reply(sent: list[Sent], value_bits: int, limits: tuple[int, ...], clip_ratio: float, cap_ratio: float) -> bytes:
+def dense_reply(
+    sent: list[Sent], value_bits: int, limits: tuple[int, ...], clip_ratio: float, cap_ratio: float
+) -> bytes:
     """The same reply by way of every entry of the part: float32 sums in the order sent, one sort a chunk."""
     work = [(member, weight, part) for member, weight, part in sent if weight]
     norms = [float(np.sqrt(np.square(part.value, dtype=np.float64).sum())) for _, _, part in work]
