@@ -1,12 +1,12 @@
 """What an optimizer step costs without a network, and what a contribution weighs.
 
-A step is a round of a group of one, by way of its bytes: accumulate, select, encode, reduce, decode, apply, settle, on a
-GPT of 15 million parameters with the manifest's default treatment, with the parts and threads that such a group has. What
-a peer wrote itself it does not decode; `codec_...` says what that takes. `lone` is `DeMo.step`, which takes the same step
-without making bytes of it. Beside them, in turns and each on parameters of its own with the same gradients: DeMo as the
-paper writes it (`baseline_demo.py`, which makes no bytes either; once more with its products laid out for speed, as
-`..._tuned`), AdamW foreach and AdamW fused. Ratios are of the same turn; torch's default number of threads. Gradients are
-normal random numbers, so indices lie evenly, which is the most they can cost.
+A step is a round of a group of one, by way of its bytes: accumulate, select, encode, reduce, decode, apply, settle,
+on a GPT of 15 million parameters with the manifest's default treatment, with the parts and threads that such a group
+has. What a peer wrote itself it does not decode; `codec_...` says what that takes. `lone` is `DeMo.step`, which takes
+the same step without making bytes of it. Beside them, in turns and each on parameters of its own with the same
+gradients: DeMo as the paper writes it (`baseline_demo.py`, which makes no bytes either; once more with its products
+laid out for speed, as `..._tuned`), AdamW foreach and AdamW fused. Ratios are of the same turn; torch's default
+number of threads. Gradients are normal random numbers, so indices lie evenly, which is the most they can cost.
 
 Bits are those of a contribution to each of PARTS reducers, with the frames, headers and hashes of its messages.
 
