@@ -29,7 +29,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -58,7 +57,6 @@ GRADIENTS = 2
 """Sets of gradients, used by turns."""
 Ranges = Sequence[tuple[int, int]]
 """Chunks [start, end) of each part."""
-REDUCING = ThreadPoolExecutor()
 
 
 def note(text: str) -> None:
@@ -163,8 +161,7 @@ def phases(optimizer: DeMo, of: dict[str, list[float]]) -> float:
     taken = phase("accumulate_and_select", optimizer.accumulate_and_select)
     pending: Pending = held["accumulate_and_select"]
     taken += phase("encode", lambda: encoded(optimizer, pending, ranges))
-    # As the driver, which hands each part to a pool of threads.
-    taken += phase("reduce", lambda: list(REDUCING.map(functools.partial(reduced, optimizer), ranges, held["encode"])))
+    taken += phase("reduce", lambda: [reduced(optimizer, *of) for of in zip(ranges, held["encode"], strict=True)])
     taken += phase("decode", lambda: replies_of(optimizer, ranges, held["reduce"]))
     taken += phase("apply", lambda: optimizer.apply(held["decode"]))
     return taken + phase("settle", lambda: optimizer.settle(pending, held["decode"], 0))

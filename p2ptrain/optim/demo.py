@@ -245,13 +245,9 @@ class DeMo(torch.optim.Optimizer):
 
     def payloads(self, pending: Pending, ranges: Sequence[tuple[int, int]]) -> tuple[bytes, ...]:
         """The contributions for chunks [start, end), of each of `ranges`."""
-        parts, found = [pending.sent.cut(*chunks) for chunks in ranges], [b""] * len(ranges)
-
-        def write(thread: int, number: int) -> None:
-            found[number] = wire.encode_contribution(parts[number], self.layout.topk, self.value_bits)
-
-        threads.for_each(range(len(parts)), write, threads.usable())
-        return tuple(found)
+        # Not on several threads: so many small operations wait for Python's lock as long as they gain.
+        parts = (pending.sent.cut(*chunks) for chunks in ranges)
+        return tuple(wire.encode_contribution(part, self.layout.topk, self.value_bits) for part in parts)
 
     @torch.no_grad()
     def apply(self, replies: Sequence[PartReply], learning_rate: float | None = None) -> None:

@@ -39,7 +39,6 @@ def for_each(items: Sequence[T], work: Callable[[int, T], None], threads: int) -
     Args:
         threads: at most so many, this one included.
     """
-    threads = min(threads, len(items))
     queue, before = iter(items), torch.get_num_threads()
 
     def run(number: int) -> None:
@@ -47,7 +46,7 @@ def for_each(items: Sequence[T], work: Callable[[int, T], None], threads: int) -
             for item in queue:
                 work(number, item)
 
-    if threads <= 1:
+    if threads == 1:
         run(0)
         return
     torch.set_num_threads(1)
