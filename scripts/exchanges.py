@@ -25,7 +25,7 @@ JOINING_ROUND_SECONDS = 1.0
 QUIET_SECONDS = 0.3
 """Before each exchange: what the peers have just computed is over."""
 IDLE_SECONDS = 5.0
-STAGES = ("accumulate", "select", "encode", "apply", "settle")
+STAGES = ("accumulate_and_select", "encode", "apply", "settle")
 MANIFEST = """\
 name = "bench"
 nonce = "{nonce}"

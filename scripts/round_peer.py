@@ -85,9 +85,8 @@ class GatedTrainer(Trainer):
         self.gate = Gate(swarm, self._peer_id, self._inbox)
         optimizer, timed = self.replica.optimizer, self.gate.timed
         for of, name, stage in (
-            (optimizer, "accumulate", "accumulate"),
-            (optimizer, "select", "select"),
-            (optimizer, "payload", "encode"),
+            (optimizer, "accumulate_and_select", "accumulate_and_select"),
+            (optimizer, "payloads", "encode"),
             (self.replica, "apply", "apply"),
             (self.ledger, "settle", "settle"),
         ):
