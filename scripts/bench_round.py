@@ -43,8 +43,9 @@ from p2ptrain.state.files import atomic_write
 PARTS = ("p2ptrain", "hivemind", "flatness")
 FLATNESS_PEERS = (2, 4, 8, 16)
 FLATNESS_ROUNDS = 3
-METER_ROUNDS = 25
-"""After peers have joined, or a line has changed its rate: they measure theirs, and parts follow."""
+METER_ROUNDS = 40
+"""After peers have joined, or a line has changed its rate: they measure theirs, and parts follow. A peer remembers 25
+rounds, and one in which it had to send something again does not count."""
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
