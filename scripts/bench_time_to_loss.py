@@ -15,8 +15,8 @@ Steps: see time_to_loss_curves.py; the best of its learning rates for each metho
 and share a curve. p2ptrain with overlap has curves of its own, where as many sequences of each round are computed
 before the last round's step as were in the timing run (of 4, one a micro-batch).
 
-The loss, --loss bits per byte of held-out text, is below what zstd needs for it at its strongest, and far below the entropy of single
-tokens: a model that has only learned how frequent words are does not reach it.
+The loss, --loss bits per byte of held-out text, is below what zstd needs for it at its strongest, and far below the
+entropy of single tokens: a model that has only learned how frequent words are does not reach it.
 
 Curves and timings in the two files are kept and not made anew; --again makes those timings anew that are asked for.
 Where hivemind's delayed modes would hide computing behind averaging altogether, and cost no steps, its time is given
