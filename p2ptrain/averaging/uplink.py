@@ -2,15 +2,19 @@
 
 The messages of one round leave together and fill the line. A reducer answers twice: to a message's header, which tells
 how long the way there and back is, and when the payload is there. From the first byte to the last answer, less the
-shortest way seen lately, the line has carried the payloads: bytes over that time is its rate, as far as receivers take
-it. Busy machines and other traffic make rounds look slow and never fast, so the upper quartile of the last ones counts.
-Beyond `MOST_KBIT` a line is not what limits a round, and its measured rate would be noise: all such peers say the same.
+shortest way, the line has carried the payloads: bytes over that time is its rate, as far as receivers take it. The
+shortest way is remembered for much longer than rates: most answers wait in a line that is busy with its owner's own
+payloads, and with too long a way whoever sends less than the rest looks faster, is given more to reduce, and so sends
+still less. With too short a way the opposite happens, which finds its balance. Busy machines and other traffic make
+rounds look slow and never fast, so the upper quartile of the last ones counts. Beyond `MOST_KBIT` a line is not what
+limits a round, and its measured rate would be noise: all such peers say the same.
 
 Cost: three numbers a round; an answer of 30 bytes more a message.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 
@@ -21,6 +25,8 @@ CAREFUL_KBIT = 1_000
 """What a peer says of a line that it has not measured: it reduces little, and holds up nobody if the line is slow."""
 ROUNDS_REMEMBERED = 25
 ROUNDS_NEEDED = 3
+WAY_GROWS = 1.01
+"""A round: where the way has become longer for good, this is known after some dozens of rounds."""
 BURST_MIN_BYTES = 4096
 """Less says nothing: it is timers and the way there that take the time."""
 
@@ -34,8 +40,9 @@ class UplinkMeter:
 
     def __init__(self, *, dialable: bool) -> None:
         self._dialable = dialable
-        #: of each round remembered: bytes, seconds until all were answered, seconds of the shortest way
-        self._rounds: deque[tuple[int, float, float]] = deque(maxlen=ROUNDS_REMEMBERED)
+        #: of each round remembered: bytes, seconds until all were answered
+        self._rounds: deque[tuple[int, float]] = deque(maxlen=ROUNDS_REMEMBERED)
+        self._way_seconds = math.inf
 
     @property
     def declared_kbit(self) -> int:
@@ -49,8 +56,7 @@ class UplinkMeter:
         """What it is, as far as we know [kbit/s]."""
         if not self._measured:
             return USUAL_KBIT
-        way_seconds = min(way for _, _, way in self._rounds)
-        rates = [size * 8 / 1000 / max(seconds - way_seconds, 1e-4) for size, seconds, _ in self._rounds]
+        rates = [size * 8 / 1000 / max(seconds - self._way_seconds, 1e-4) for size, seconds in self._rounds]
         return int(min(max(statistics.quantiles(rates, n=4, method="inclusive")[2], LEAST_KBIT), MOST_KBIT))
 
     @property
@@ -60,7 +66,8 @@ class UplinkMeter:
     def observe(self, size_bytes: int, seconds: float, way_seconds: float) -> None:
         """So many bytes were all answered after `seconds`, and the first header after `way_seconds`."""
         if size_bytes >= BURST_MIN_BYTES:
-            self._rounds.append((size_bytes, seconds, way_seconds))
+            self._rounds.append((size_bytes, seconds))
+            self._way_seconds = min(WAY_GROWS * self._way_seconds, way_seconds)
 
     def burst(self, messages: int) -> Burst:
         """As many messages are about to leave together."""
