@@ -112,11 +112,11 @@ def _freeze(
     if len(chunk):
         first = np.flatnonzero(np.r_[True, chunk[1:] != chunk[:-1]])
         largest[chunk[first]] = np.maximum.reduceat(magnitude, first)
-    codes = coding.encode_scale((largest / coding.REPLY_VALUE_MAX).astype(np.float32))
+    codes = coding.encode_scale((largest / coding.BYTE_MAX).astype(np.float32))
     scale = coding.scale_table()[codes][chunk]
     with np.errstate(divide="ignore", invalid="ignore"):
         byte = np.rint(np.where(scale > 0, total / scale, 0))
-    byte = np.clip(byte, -coding.REPLY_VALUE_MAX, coding.REPLY_VALUE_MAX).astype(np.int64)
+    byte = np.clip(byte, -coding.BYTE_MAX, coding.BYTE_MAX).astype(np.int64)
     kept = np.flatnonzero(byte)
     kept = kept[_largest_of_each(chunk[kept], magnitude[kept], limits)]
     return np.bincount(chunk[kept], minlength=len(limits)), index[kept], byte[kept], codes

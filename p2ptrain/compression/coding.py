@@ -1,7 +1,7 @@
 """Scales and levels: what values are quantised to.
 
-A contribution's value is a sign and, with 2 bits, one magnitude bit around the chunk's scale; a reply's value is a
-signed byte. The scale of a chunk is one of 256: scales are the powers of two and seven steps between each (ratio
+A contribution's value is a sign and, with 2 bits, one magnitude bit around the chunk's scale; with 8 bits, and in a reply,
+a signed byte. The scale of a chunk is one of 256: scales are the powers of two and seven steps between each (ratio
 2**(1/8)), from a table of exact float32 values, so that none depends on a libm. Neighbours have similar scales, so a
 scale is coded as its difference from the one before: 4 to 5 bits in training.
 """
@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from p2ptrain.compression.bits import BitReader, BitWriter
 
 SCALE_BITS = 8
-REPLY_VALUE_MAX = 127
+BYTE_MAX = 127
+"""Largest magnitude of a value of 8 bits, in units of its chunk's scale."""
+MAGNITUDE_BITS = 7
 SCALE_STEPS = 8  # per octave
 SCALE_LOWEST_EXPONENT = -28
 # Nearest floats to 2**(i/8), as exact hexadecimal literals.
@@ -63,6 +65,14 @@ def nearest_scale(values: NDArray[np.float32]) -> NDArray[np.uint8]:
     lower = np.maximum(upper - 1, 1)
     closer = (upper > 1) & (values - table[lower] < table[upper] - values)
     return np.where(closer, lower, upper).astype(np.uint8)
+
+
+def byte_scale(largest: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Codes of the scales of 8-bit values for chunks with these largest magnitudes [n].
+
+    What becomes of the largest by rounding has the same code again: 122 to 127 scales, or less of the smallest one.
+    """
+    return nearest_scale((largest / np.float32(BYTE_MAX)).astype(np.float32))
 
 
 def write_scales(writer: BitWriter, codes: NDArray[np.uint8]) -> None:

@@ -92,18 +92,26 @@ def quantise(value: Tensor, value_bits: int) -> Tensor:
     if value_bits == 32:
         return value
     magnitude = value.abs()
-    table = _scale_table(value.device)
-    mean = magnitude.mean(1, dtype=torch.float64).float()
-    upper = torch.searchsorted(table, mean).clamp_(max=len(table) - 1)
-    lower = (upper - 1).clamp_(min=1)
-    closer = (upper > 1) & (mean - table[lower] < table[upper] - mean)
-    scale = table[torch.where(closer, lower, upper)].unsqueeze(1)
+    if value_bits == 8:
+        scale = _nearest_scale(magnitude.amax(1) / coding.BYTE_MAX)
+        byte = torch.where(scale > 0, value / scale, 0).round_().clamp_(-coding.BYTE_MAX, coding.BYTE_MAX)
+        return byte.mul_(scale)
+    scale = _nearest_scale(magnitude.mean(1, dtype=torch.float64).float())
     if value_bits == 1:
         level = scale.expand_as(value)
     else:
         low, high = (scale * float(level) for level in coding.LEVELS_2BIT)
         level = torch.where(magnitude > scale * float(coding.LEVEL_SPLIT_2BIT), high, low)
     return torch.where(value < 0, -level, level)
+
+
+def _nearest_scale(size: Tensor) -> Tensor:
+    """[n, 1] the scales nearest to `size` [n]."""
+    table = _scale_table(size.device)
+    upper = torch.searchsorted(table, size).clamp_(max=len(table) - 1)
+    lower = (upper - 1).clamp_(min=1)
+    closer = (upper > 1) & (size - table[lower] < table[upper] - size)
+    return table[torch.where(closer, lower, upper)].unsqueeze(1)
 
 
 @functools.cache

@@ -27,7 +27,6 @@ _REPLY = struct.Struct("<4sBIIIHH")  # magic, version, first chunk, end chunk, c
 CONTRIBUTION_MAGIC, REPLY_MAGIC = b"P2Tc", b"P2Tr"
 VERSION = 2
 FLOAT_BITS = 32  # "bits a value" of a contribution with plain float32 values
-_VALUE_BITS = 7  # of a reply's magnitude less one
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +69,11 @@ def quantise(chunk: NDArray[np.int64], value: NDArray[np.float32], value_bits: i
     starts = np.flatnonzero(np.r_[True, chunk[1:] != chunk[:-1]])
     counts = np.diff(np.r_[starts, len(chunk)])
     magnitude = np.abs(value)
+    if value_bits == 8:
+        scale = np.repeat(coding.scale_table()[coding.byte_scale(np.maximum.reduceat(magnitude, starts))], counts)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            byte = np.rint(np.where(scale > 0, value / scale, 0))
+        return (np.clip(byte, -coding.BYTE_MAX, coding.BYTE_MAX) * scale).astype(np.float32)
     mean = (np.add.reduceat(magnitude.astype(np.float64), starts) / counts).astype(np.float32)
     scale = np.repeat(coding.scale_table()[coding.nearest_scale(mean)], counts)
     if value_bits == 1:
@@ -88,7 +92,7 @@ def contribution_max_bytes(topk: Sequence[int], start: int, end: int, value_bits
     if value_bits == FLOAT_BITS:
         return _CONTRIBUTION.size + (bits + 7) // 8 + 4 * count
     bits += symbols_max_bits(end - start, coding.SCALE_BITS) + count
-    bits += sieve_max_bits(count) if value_bits == 2 else 0
+    bits += {1: 0, 2: sieve_max_bits(count), 8: symbols_max_bits(count, coding.MAGNITUDE_BITS)}[value_bits]
     return _CONTRIBUTION.size + (bits + 7) // 8
 
 
@@ -115,14 +119,24 @@ def _write_contribution(part: Coefficients, topk: Sequence[int], value_bits: int
     else:
         starts = np.cumsum(counts) - counts
         magnitude = np.abs(part.value)
+        signed = np.ones(count, np.bool_)
         if value_bits == 1:
             codes = coding.nearest_scale(magnitude[starts])
-        else:
+        elif value_bits == 2:
             codes, large = _two_bit_scales(magnitude, starts, counts)
+        else:
+            codes = coding.byte_scale(np.maximum.reduceat(magnitude, starts))
+            scale = np.repeat(coding.scale_table()[codes], counts)
+            byte = np.rint(np.divide(magnitude, scale, out=np.zeros_like(magnitude), where=scale > 0)).astype(np.uint8)
+            signed = byte > 0
         coding.write_scales(writer, codes)
         sections["scale"] = writer.length - sections["index"]
-        writer.flags(part.value < 0)
-        sections["sign"] = count
+        before = writer.length
+        if value_bits == 8:
+            writer.symbols(byte, coding.MAGNITUDE_BITS)
+            sections["magnitude"] = writer.length - before
+        writer.flags(part.value[signed] < 0)
+        sections["sign"] = int(np.count_nonzero(signed))
         if value_bits == 2:
             before = writer.length
             writer.sieve(large)
@@ -170,7 +184,14 @@ def decode_contribution(data: bytes, topk: Sequence[int], start: int, end: int, 
         if not np.isfinite(value).all():
             raise WireError("contribution holds values that are not finite")
         return Coefficients(start, end, chunk, index, value)
-    scale = np.repeat(coding.scale_table()[coding.read_scales(reader, end - start)], counts)
+    codes = coding.read_scales(reader, end - start)
+    scale = np.repeat(coding.scale_table()[codes], counts)
+    if value_bits == 8:
+        value = _read_bytes(reader, scale)
+        reader.close()
+        if (coding.byte_scale(np.maximum.reduceat(np.abs(value), np.cumsum(counts) - counts)) != codes).any():
+            raise WireError("contribution has scales that its values would not have")
+        return Coefficients(start, end, chunk, index, value)
     negative = reader.flags(count)
     if value_bits == 1:
         level, marked = scale, negative
@@ -182,6 +203,14 @@ def decode_contribution(data: bytes, topk: Sequence[int], start: int, end: int, 
     if (marked & (scale == 0)).any():
         raise WireError("contribution gives zeros a sign or a size")
     return Coefficients(start, end, chunk, index, np.where(negative, -level, level).astype(np.float32))
+
+
+def _read_bytes(reader: BitReader, scale: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Values [n] of 8 bits: magnitudes, and signs of those that are not 0."""
+    byte = reader.symbols(len(scale), coding.MAGNITUDE_BITS)
+    some = np.flatnonzero(byte)
+    byte[some] = np.where(reader.flags(len(some)), -byte[some], byte[some])
+    return (byte * scale).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +236,7 @@ def reply_max_bytes(reply_topk: Sequence[int], start: int, end: int, members: in
     counts = reply_topk[start:end]
     count, chunks, most = int(sum(counts)), end - start, max(counts)
     bits = symbols_max_bits(chunks, most.bit_length()) + symbols_max_bits(chunks, coding.SCALE_BITS)
-    bits += indices_max_bits(count, most) + count + symbols_max_bits(count, _VALUE_BITS)
+    bits += indices_max_bits(count, most) + count + symbols_max_bits(count, coding.MAGNITUDE_BITS)
     return _REPLY.size + (members + 7) // 8 + 3 * members + (bits + 7) // 8
 
 
@@ -236,7 +265,7 @@ def encode_reply(
     coding.write_scales(writer, codes)
     write_indices(writer, counts, index)
     writer.flags(byte < 0)
-    writer.symbols((np.abs(byte) - 1).astype(np.uint8), _VALUE_BITS)
+    writer.symbols((np.abs(byte) - 1).astype(np.uint8), coding.MAGNITUDE_BITS)
     return b"".join([header, bytes(bitmap), exceptions, writer.to_bytes()])
 
 
@@ -267,7 +296,7 @@ def decode_reply(data: bytes, reply_topk: Sequence[int], start: int, end: int, m
     codes = coding.read_scales(reader, end - start)
     index = read_indices(reader, counts).astype(np.int64)
     negative = reader.flags(count)
-    size = reader.symbols(count, _VALUE_BITS).astype(np.int64) + 1
+    size = reader.symbols(count, coding.MAGNITUDE_BITS).astype(np.int64) + 1
     reader.close()
     return reply_content(start, included, clips, counts, index, np.where(negative, -size, size), codes)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from p2ptrain.compression import coding
 
 
@@ -112,7 +114,7 @@ def number(data: bytes, at: int, size: int) -> int:
 
 
 def read_contribution(data: bytes, topk: Sequence[int], start: int, end: int, b: int) -> Contribution:
-    """With 1 or 2 bits a value."""
+    """With 1, 2 or 8 bits a value."""
     counts = list(topk[start:end])
     told = [number(data, at, 4) for at in (6, 10, 14)]
     if data[:6] != b"P2Tc" + bytes([2, b]) or told != [start, end, sum(counts)]:
@@ -120,6 +122,8 @@ def read_contribution(data: bytes, topk: Sequence[int], start: int, end: int, b:
     bits = Bits(data, 18 * 8)
     indices = bits.indices(counts)
     codes = bits.scale_codes(end - start)
+    if b == 8:
+        return read_bytes(bits, indices, codes)
     signs = [bits.field(1) for _ in range(sum(counts))]
     sizes = bits.sieve(sum(counts)) if b == 2 else [None] * sum(counts)
     bits.close()
@@ -134,6 +138,24 @@ def read_contribution(data: bytes, topk: Sequence[int], start: int, end: int, b:
             read.value.append(
                 float((-scale if sign else scale) * {None: 1, 0: coding.LEVELS_2BIT[0], 1: coding.LEVELS_2BIT[1]}[size])
             )
+    return read
+
+
+def read_bytes(bits: Bits, indices: list[list[int]], codes: list[int]) -> Contribution:
+    sizes = bits.symbols(sum(map(len, indices)), 7)
+    values = [-size if size and bits.field(1) else size for size in sizes]
+    bits.close()
+    read = Contribution()
+    table = coding.scale_table()
+    for code, of_chunk in zip(codes, indices, strict=True):
+        value = [float(np.float32(q) * table[code]) for q in values[len(read.index) :][: len(of_chunk)]]
+        wanted = np.float32(max(map(abs, value))) / np.float32(127)
+        # The nearest; of two, the larger; none nearer to nothing than the smallest.
+        nearest = min(range(1, 256), key=lambda k: (abs(float(table[k]) - float(wanted)), -k)) if wanted else 0
+        if code != nearest:
+            raise Refused
+        read.index += of_chunk
+        read.value += value
     return read
 
 

@@ -58,7 +58,7 @@ def test_what_is_not_a_number_is_taken_first(search: Callable[[Tensor, int], Ten
     assert 5 in index[3]
 
 
-@pytest.mark.parametrize("value_bits", [1, 2, 32])
+@pytest.mark.parametrize("value_bits", [1, 2, 8, 32])
 @pytest.mark.parametrize("count", [1, 32, 100])
 @pytest.mark.parametrize("made", list(MADE))
 def test_values_are_quantised_as_the_codec_says(made: str, count: int, value_bits: int) -> None:
