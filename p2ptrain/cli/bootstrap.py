@@ -33,6 +33,10 @@ def bootstrap(
         list[str] | None,
         typer.Option("--initial-peers", metavar="ADDR", help="Peer of an existing DHT to meet in; repeatable."),
     ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option("--data", metavar="PATH", help="The run's text, or your own where text is private; repeatable."),
+    ] = None,
     home: HomeOption = None,
     name: NameOption = None,
     port: PortOption = None,
@@ -67,4 +71,5 @@ def bootstrap(
         quiet=quiet,
         addresses=initial_peers or [],
         find_run=find,
+        data=data,
     )

@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import msgspec
 import typer
@@ -19,7 +20,7 @@ from p2ptrain.cli.options import HomeOption, QuietOption, VerboseOption
 from p2ptrain.cli.output import set_up_logging
 from p2ptrain.config.home import Home, default_home
 from p2ptrain.config.loading import new_manifest, parse_manifest, render
-from p2ptrain.config.manifest import DataConfig, RunName
+from p2ptrain.config.manifest import DataConfig, RunName, Strategy
 from p2ptrain.errors import UsageError
 from p2ptrain.state.files import atomic_write
 
@@ -40,6 +41,15 @@ def init(
     license: Annotated[
         str | None, typer.Option("--license", metavar="SPDX", help="Licence of that text, such as CC-BY-4.0.")
     ] = None,
+    private: Annotated[
+        bool,
+        typer.Option(
+            "--private", help="Each peer trains on text of its own, which stays there; of yours 2 % is handed out, held out."
+        ),
+    ] = False,
+    strategy: Annotated[
+        str, typer.Option("--strategy", metavar="NAME", help=f"What peers exchange: {', '.join(get_args(Strategy))}.")
+    ] = "demo",
     name: Annotated[
         str | None, typer.Option("--name", help="Name of the run.", show_default="that of its text")
     ] = None,
@@ -59,8 +69,12 @@ def init(
         )
     if name is not None:
         _check_name(name)
+    if strategy not in get_args(Strategy):
+        raise UsageError(f"no strategy {strategy!r}", hint=f"use one of {', '.join(get_args(Strategy))}")
     corpus = _own_corpus(data, license) if data and license else _embedded_corpus()
-    made = msgspec.structs.replace(new_manifest(name or corpus.name), data=corpus.config())
+    made = msgspec.structs.replace(
+        new_manifest(name or corpus.name, cast(Strategy, strategy)), data=corpus.config(private=private)
+    )
     text = render(made)
     parse_manifest(text, manifest)
     if data:
@@ -113,9 +127,13 @@ def _name_of(path: Path) -> str:
 
 def _keep(corpus: Corpus, config: DataConfig, home: Home) -> None:
     from p2ptrain.data.corpus import pack
+    from p2ptrain.training.joining import keep_own_text, shared_sha256
 
     home.create()
-    copy = home.corpus(config.sha256)
+    if config.private:
+        keep_own_text(home, corpus.train)
+        corpus = replace(corpus, train=b"")
+    copy = home.corpus(shared_sha256(config))
     if not copy.exists():
         _logger.info("keeping a packed copy of the text in %s", copy)
         atomic_write(copy, pack(corpus))

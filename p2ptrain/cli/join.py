@@ -39,7 +39,11 @@ def join(
     ] = None,
     data: Annotated[
         list[Path] | None,
-        typer.Option("--data", metavar="PATH", help="Local copy of the run's text, instead of fetching; repeatable."),
+        typer.Option(
+            "--data",
+            metavar="PATH",
+            help="Local copy of the run's text, instead of fetching, or your own where text is private; repeatable.",
+        ),
     ] = None,
     home: HomeOption = None,
     name: NameOption = None,

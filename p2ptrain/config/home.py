@@ -49,10 +49,12 @@ class Home:
         self.own = path / "own"
         #: corpora and their tokens
         self.data = path / "data"
+        #: packed text that this peer alone trains on
+        self.own_text = self.data / "own-text.xz"
         self._lock: int | None = None
 
     def corpus(self, sha256: str) -> Path:
-        """Where the packed corpus lies whose training text has this hash."""
+        """Where the packed corpus lies whose training text, or held-out text where that is private, has this hash."""
         return self.data / f"corpus-{sha256}.xz"
 
     def create(self) -> None:

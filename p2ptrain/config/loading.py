@@ -19,7 +19,8 @@ from typing import Literal, get_args, get_origin
 
 import msgspec
 
-from p2ptrain.config.manifest import Manifest
+from p2ptrain.config import strategies
+from p2ptrain.config.manifest import Manifest, Strategy
 from p2ptrain.errors import ManifestError, P2PTrainError
 
 Toml = dict[str, object]
@@ -55,7 +56,7 @@ def parse_manifest(text: str, path: Path) -> Manifest:
         ) from error
     reject_unknown_keys(table, Manifest, path)
     try:
-        return msgspec.convert(table, Manifest)
+        return msgspec.convert(strategies.completed(table), Manifest)
     except msgspec.ValidationError as error:
         problem, meaning = explain(error, table)
         raise ManifestError(f"{path}: {problem}", hint=f"correct it in {path}{meaning}") from error
@@ -131,9 +132,10 @@ def _look_up(table: Toml, key: str) -> tuple[object, object, str]:
     return value, kind, doc
 
 
-def new_manifest(name: str) -> Manifest:
-    """A manifest with the defaults and a fresh nonce."""
-    return Manifest(name=name, nonce=secrets.token_hex(16))
+def new_manifest(name: str, strategy: Strategy = "demo") -> Manifest:
+    """A manifest with the strategy's defaults and a fresh nonce."""
+    table: Toml = {"name": name, "nonce": secrets.token_hex(16), "optimizer": {"strategy": strategy}}
+    return msgspec.convert(strategies.completed(table), Manifest)
 
 
 def render(manifest: Manifest) -> str:

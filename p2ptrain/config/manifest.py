@@ -19,7 +19,7 @@ from msgspec import Meta
 
 from p2ptrain.errors import ManifestError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MANIFEST_MAX_BYTES = 16 * 1024
 PARAMETERS_MAX = 2**31
 TOKENIZER_VOCABULARY = 4096
@@ -32,6 +32,7 @@ Hex256 = Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")]
 PeerId = Annotated[str, Meta(pattern=r"^12D3KooW[1-9A-HJ-NP-Za-km-z]{44}\Z")]
 RunName = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*\Z")]
 Topk = Annotated[int, Meta(ge=1, le=4096)]
+Strategy = Literal["demo", "diloco", "sparse_diloco", "dense"]
 
 
 class _Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -77,8 +78,10 @@ class DataConfig(_Table, frozen=True, kw_only=True):
     """Name of the corpus; `state-of-the-union` is shipped with p2ptrain."""
     license: Annotated[str, Meta(max_length=80, pattern=r"^[A-Za-z0-9][A-Za-z0-9 .+-]*\Z")] = "LicenseRef-Public-Domain"
     """SPDX licence expression of the text."""
+    private: bool = False
+    """Each peer trains on text of its own (`--data`), which never leaves its disk; only held-out text is handed out."""
     sha256: Hex256 = ""
-    """Hash of the training text; empty: that of the shipped corpus."""
+    """Hash of the training text; empty: that of the shipped corpus, or private."""
     bytes: Annotated[int, Meta(ge=0, le=2**34)] = 0
     """Length of the training text in bytes."""
     heldout_sha256: Hex256 = ""
@@ -88,16 +91,21 @@ class DataConfig(_Table, frozen=True, kw_only=True):
     tokenizer_sha256: Hex256 = ""
     """Hash of the tokenizer; empty: that of the one shipped."""
 
+    def __post_init__(self) -> None:
+        if self.private and (self.sha256 or self.bytes):
+            raise ValueError("private = true contradicts sha256 and bytes, which are of a text that all share")
+
 
 class GroupConfig(_Table, frozen=True, kw_only=True):
     """How parameters of one kind are compressed and stepped."""
 
     transform: Literal["dct", "none"] = "dct"
     """`dct`: chunks are transformed before the largest entries are selected; `none`: they are not."""
-    direction: Literal["sign", "rms", "muon"] = "sign"
-    """From update to step: `sign`, `rms` (as in Adam), or `muon` (for matrices; not exact across devices)."""
+    direction: Literal["sign", "rms", "muon", "sgd", "nesterov", "adam"] = "sign"
+    """From update to step: `sign`, `rms` (over the root of its second moment), `muon` (for matrices; not exact across
+    devices), `sgd` (as it is), `nesterov` or `adam` (with momentum that all replicas keep)."""
     learning_rate_scale: Annotated[float, Meta(gt=0, le=1000)] = 1.0
-    """Factor on `optimizer.learning_rate`."""
+    """Factor on the learning rate of the replica's steps."""
     topk: Topk = 32
     """Coefficients sent per chunk of 4096."""
     reply_topk: Topk = 32
@@ -109,10 +117,18 @@ _ENDS = GroupConfig(transform="none", direction="rms", learning_rate_scale=16.0)
 
 
 class OptimizerConfig(_Table, frozen=True, kw_only=True):
-    """DeMo, and how each kind of parameter is treated."""
+    """What peers compute in a round, and how each kind of parameter is treated."""
 
+    strategy: Strategy = "demo"
+    """What enters the momentum in a round: `demo` and `dense`: the mean gradient; `diloco` and `sparse_diloco`: how far
+    inner steps of AdamW went on a peer's own. In a run.toml it also decides what the keys left out are: see
+    docs/learning.md."""
     learning_rate: Annotated[float, Meta(gt=0, le=10)] = 1e-3
-    """Peak learning rate: the size of a step of direction `sign`."""
+    """Peak learning rate: the size of a step of direction `sign`, or that of inner steps."""
+    inner_batch: Count = 16
+    """Sequences of one inner step, where the strategy has any."""
+    outer_learning_rate: Annotated[float, Meta(gt=0, le=10)] = 1.0
+    """Learning rate of the replica's steps where there are inner ones; it stays the same."""
     beta: Share = 0.95
     """Factor on the momentum, each round."""
     weight_decay: Annotated[float, Meta(ge=0, le=10)] = 0.0
@@ -123,8 +139,10 @@ class OptimizerConfig(_Table, frozen=True, kw_only=True):
     """Round at which the cosine reaches its end."""
     final_fraction: Share = 0.1
     """Learning rate at the end over its peak."""
+    direction_momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.9
+    """Decay of the first moment of directions `nesterov` and `adam`."""
     rms_beta: Annotated[float, Meta(ge=0, lt=1)] = 0.95
-    """Decay of the second moment of direction `rms`."""
+    """Decay of the second moment of directions `rms` and `adam`, and of inner steps."""
     rms_epsilon: Annotated[float, Meta(ge=1e-30, le=1)] = 1e-8
     """Added to the root of that second moment."""
     matrix: GroupConfig = GroupConfig()
@@ -136,6 +154,11 @@ class OptimizerConfig(_Table, frozen=True, kw_only=True):
     vector: GroupConfig = _ENDS
     """Gains and other vectors."""
 
+    @property
+    def has_inner_steps(self) -> bool:
+        """Whether peers take steps of their own in a round."""
+        return self.strategy in ("diloco", "sparse_diloco")
+
     def __post_init__(self) -> None:
         if self.vector.direction == "muon":
             raise ValueError('vector.direction = "muon" needs matrices; use "sign" or "rms"')
@@ -144,8 +167,8 @@ class OptimizerConfig(_Table, frozen=True, kw_only=True):
 class CodecConfig(_Table, frozen=True, kw_only=True):
     """How contributions are encoded."""
 
-    value_bits: Literal[1, 2] = 2
-    """Bits a value: sign, and with 2 a magnitude bit."""
+    value_bits: Literal[1, 2, 8] = 2
+    """Bits a value: sign, with 2 a magnitude bit, with 8 a magnitude of up to 127."""
 
 
 class RoundConfig(_Table, frozen=True, kw_only=True):

@@ -36,13 +36,14 @@ class Corpus:
     train: bytes
     heldout: bytes
 
-    def config(self) -> DataConfig:
-        """What a manifest says of this corpus."""
+    def config(self, *, private: bool = False) -> DataConfig:
+        """What a manifest says of this corpus, or of its held-out text alone."""
         return DataConfig(
             name=self.name,
             license=self.license,
-            sha256=hashlib.sha256(self.train).hexdigest(),
-            bytes=len(self.train),
+            private=private,
+            sha256="" if private else hashlib.sha256(self.train).hexdigest(),
+            bytes=0 if private else len(self.train),
             heldout_sha256=hashlib.sha256(self.heldout).hexdigest(),
             heldout_bytes=len(self.heldout),
             tokenizer_sha256=tokenizer_sha256(),
@@ -155,7 +156,7 @@ def unpack(blob: bytes, config: DataConfig, *, max_bytes: int = UNPACK_MAX_BYTES
 def check(corpus: Corpus, config: DataConfig, *, hint: str = "join without --data to fetch it") -> Corpus:
     """Return `corpus` under the run's name and licence if it is the one that `config` names, and can be trained on.
 
-    An empty hash in `config` stands for that of the shipped corpus.
+    An empty hash in `config` stands for that of the shipped corpus. Where text is private, only what is held out counts.
 
     Args:
         hint: what the user can do where it is another.
@@ -164,8 +165,8 @@ def check(corpus: Corpus, config: DataConfig, *, hint: str = "join without --dat
         DataError: it is another, or not text, or the run uses another tokenizer.
     """
     check_tokenizer(config.tokenizer_sha256)
-    expected = config if config.sha256 else load_embedded().config()
-    found = corpus.config()
+    expected = config if config.sha256 or config.heldout_sha256 else load_embedded().config(private=config.private)
+    found = corpus.config(private=config.private)
     if (found.sha256, found.heldout_sha256) != (expected.sha256, expected.heldout_sha256):
         part, ours, theirs = "training", found.sha256, expected.sha256
         if ours == theirs:
@@ -174,7 +175,7 @@ def check(corpus: Corpus, config: DataConfig, *, hint: str = "join without --dat
             f"the {part} text here hashes to {ours[:16]}, the run's ({config.name}) to {theirs[:16]}",
             hint=hint,
         )
-    for text in (corpus.train, corpus.heldout):
+    for text in (corpus.heldout,) if config.private else (corpus.train, corpus.heldout):
         try:
             empty = not text.decode("utf-8")
         except UnicodeDecodeError as error:

@@ -29,7 +29,7 @@ from p2ptrain.compression import dct, selection, wire
 from p2ptrain.compression.layout import CHUNK_SIZE, Batch, ChunkLayout, ParameterSpec, Piece, Treatment
 from p2ptrain.compression.wire import Coefficients, ReplyContent
 from p2ptrain.optim import threads
-from p2ptrain.optim.directions import DIRECTIONS, Direction, Rms
+from p2ptrain.optim.directions import DIRECTIONS, MOMENTUM, Direction, Rms
 
 T = TypeVar("T")
 _CPU_BATCH_CHUNKS, _DEVICE_BATCH_CHUNKS = 256, 8192
@@ -102,7 +102,7 @@ class DeMo(torch.optim.Optimizer):
         direction: see `directions.DIRECTIONS`.
         topk: coefficients sent per chunk of 4096.
         reply_topk: coefficients kept per chunk of a reply; None: all. A lone step that is not exact keeps all.
-        value_bits: 1, 2, or 32 for unquantised values.
+        value_bits: 1, 2, 8, or 32 for unquantised values.
         exact: integer decode (the same bits on every device), else float.
     """
 
@@ -121,8 +121,9 @@ class DeMo(torch.optim.Optimizer):
         exact: bool = True,
         rms_beta: float = 0.95,
         rms_epsilon: float = 1e-8,
+        direction_momentum: float = MOMENTUM,
     ) -> None:
-        if not 0 <= beta <= 1 or lr < 0 or not 0 < topk <= CHUNK_SIZE or value_bits not in (1, 2, 32):
+        if not 0 <= beta <= 1 or lr < 0 or not 0 < topk <= CHUNK_SIZE or value_bits not in (1, 2, 8, 32):
             raise ValueError(f"lr={lr}, beta={beta}, topk={topk} or value_bits={value_bits} is out of range")
         defaults = {
             "lr": lr,
@@ -168,7 +169,9 @@ class DeMo(torch.optim.Optimizer):
         #: [sum of topk] chunk of each coefficient sent
         self._chunk = np.repeat(np.arange(self.layout.chunks), self.layout.topk)
         self._directions: list[Direction] = [
-            DIRECTIONS[segment.treatment.direction](self.layout, segment, rms_beta, rms_epsilon, device)
+            DIRECTIONS[segment.treatment.direction](
+                self.layout, segment, rms_beta, rms_epsilon, device, direction_momentum
+            )
             for segment in self.layout.segments
         ]
         self._decays = 0

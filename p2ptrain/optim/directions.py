@@ -1,6 +1,6 @@
 """From a decoded update to a step of about unit size: the direction.
 
-To add one: write a class with `exact`, `step` and, if it keeps replicated state, `state`, and list it in `DIRECTIONS`.
+To add one: write a class with `step_chunks` and, if it keeps replicated state, `moments`, and list it in `DIRECTIONS`.
 An exact direction uses only elementwise IEEE operations (add, multiply, divide, `correctly_rounded_root`, each rounded
 on its own), so every device takes the same step to the bit. One that cannot be exact says so, and roots hold replicas
 together.
@@ -8,13 +8,16 @@ together.
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from p2ptrain.compression.layout import CHUNK_SIZE, ChunkLayout, Segment
+
+MOMENTUM = 0.9
+"""Decay of the first moment, where a direction has one, unless told otherwise."""
 
 
 def correctly_rounded_root(x: Tensor) -> Tensor:
@@ -26,8 +29,45 @@ def correctly_rounded_root(x: Tensor) -> Tensor:
     return torch.from_numpy(np.sqrt(x.numpy())) if x.device.type == "cpu" else x.sqrt()
 
 
-class Direction(Protocol):
-    """One parameter's direction.
+class _Moment:
+    """A running mean of what entries were [chunks, 64 * 64], and what corrects it for its beginning at zero.
+
+    Both are there twice: those from before a step stay until the next one, which overwrites them.
+    """
+
+    def __init__(self, chunks: int, beta: float, device: torch.device) -> None:
+        self._beta = beta
+        self.value = torch.zeros(chunks, CHUNK_SIZE, device=device)
+        #: beta**steps per chunk [chunks, 1], by repeated multiplication: a power function may differ between machines
+        self.decayed = torch.ones(chunks, 1, device=device)
+        self._before = torch.empty_like(self.value), torch.empty_like(self.decayed)
+
+    def begin(self) -> None:
+        (self.value, self.decayed), self._before = self._before, (self.value, self.decayed)
+
+    def decay(self, first: int, live: Tensor) -> tuple[Tensor, Tensor]:
+        """These chunks after their decay, to be added to, and the divisor [chunks, 1] for their beginning at zero."""
+        piece = slice(first, first + len(live))
+        before, decayed_before = (tensor[piece] for tensor in self._before)
+        value = torch.mul(before, self._beta, out=self.value[piece])
+        decayed = torch.mul(decayed_before, self._beta, out=self.decayed[piece])
+        if not live.all():
+            value.copy_(torch.where(live.unsqueeze(1), value, before))
+            decayed.copy_(torch.where(live.unsqueeze(1), decayed, decayed_before))
+        return value, (1 - decayed).clamp(min=1e-6)
+
+    def load(self, value: Tensor, decayed: Tensor) -> None:
+        self.value = value.to(self.value.device, copy=True)
+        self.decayed = decayed.to(self.decayed.device, copy=True)
+
+
+def _alive(of: Tensor, live: Tensor) -> Tensor:
+    """`of`, zero in chunks of a SKIP; in place."""
+    return of if live.all() else of.mul_(live.unsqueeze(1))
+
+
+class Direction:
+    """One parameter's direction, and the running means, by name, that it keeps and every replica keeps alike.
 
     `update` is [chunks, 64 * 64] and `live` [chunks], False for a SKIP. A step is `begin`, then `step_chunks` for all
     of the parameter's chunks, in ranges, each once. A step replaces the state: what `state` gave before it stays as it
@@ -35,85 +75,89 @@ class Direction(Protocol):
     """
 
     #: every device takes the same step to the bit
-    exact: ClassVar[bool]
+    exact: ClassVar[bool] = True
     #: only the update's signs matter, and a step is -1, 0 or 1: its product with a rate is exact
-    of_signs: ClassVar[bool]
+    of_signs: ClassVar[bool] = False
     #: `step_chunks` needs all of a parameter at once
-    whole: ClassVar[bool]
+    whole: ClassVar[bool] = False
+    #: names of its running means; `first` decays by `momentum`, `second` by `beta`
+    moments: ClassVar[tuple[str, ...]] = ()
 
-    def begin(self) -> None: ...
+    def __init__(
+        self,
+        layout: ChunkLayout,
+        segment: Segment,
+        beta: float,
+        epsilon: float,
+        device: torch.device,
+        momentum: float = MOMENTUM,
+    ) -> None:
+        self._beta, self._epsilon, self._momentum = beta, epsilon, momentum
+        decays = {"first": momentum, "second": beta}
+        chunks = segment.end - segment.start
+        self._moments = {name: _Moment(chunks, decays[name], device) for name in self.moments}
+
+    def begin(self) -> None:
+        for moment in self._moments.values():
+            moment.begin()
 
     def step_chunks(self, first: int, update: Tensor, live: Tensor) -> Tensor:
         """The step of the parameter's chunks from `first` on; it may overwrite `update` and lie there."""
-        ...
+        raise NotImplementedError
 
     def step(self, update: Tensor, live: Tensor) -> Tensor:
         """The step of all chunks; `update` stays as it is."""
-        ...
+        self.begin()
+        return self.step_chunks(0, update.clone(), live)
 
-    def state(self) -> dict[str, Tensor]: ...
+    def state(self) -> dict[str, Tensor]:
+        named = self._moments.items()
+        return {n: m.value for n, m in named} | {f"{n}_decayed": m.decayed for n, m in named}
 
-    def load_state(self, state: dict[str, Tensor]) -> None: ...
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        for name, moment in self._moments.items():
+            moment.load(state[name], state[f"{name}_decayed"])
 
 
-class Sign:
+class Sign(Direction):
     """The sign of the update, as in DeMo (arXiv 2411.19870)."""
 
-    exact: ClassVar[bool] = True
     of_signs: ClassVar[bool] = True
-    whole: ClassVar[bool] = False
-
-    def __init__(
-        self, layout: ChunkLayout, segment: Segment, beta: float, epsilon: float, device: torch.device
-    ) -> None:
-        pass
-
-    def begin(self) -> None:
-        pass
 
     def step_chunks(self, first: int, update: Tensor, live: Tensor) -> Tensor:
         return update.sign_()
 
-    def step(self, update: Tensor, live: Tensor) -> Tensor:
-        """The step of all chunks; `update` stays as it is."""
-        return self.step_chunks(0, update.clone(), live)
 
-    def state(self) -> dict[str, Tensor]:
-        return {}
+class Sgd(Direction):
+    """The update itself."""
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        pass
+    def step_chunks(self, first: int, update: Tensor, live: Tensor) -> Tensor:
+        return update
 
 
-class Rms:
-    """The update over the root of its own running second moment, as in Adam, which every replica keeps alike.
+class Nesterov(Direction):
+    """The update with Nesterov momentum, as torch.optim.SGD takes it and DiLoCo (arXiv 2311.08105) its outer steps."""
+
+    moments: ClassVar[tuple[str, ...]] = ("first",)
+
+    def step_chunks(self, first: int, update: Tensor, live: Tensor) -> Tensor:
+        total, _ = self._moments["first"].decay(first, live)
+        total.add_(_alive(update, live))
+        return _alive(update.add_(total * self._momentum), live)
+
+
+class Rms(Direction):
+    """The update over the root of its own running second moment, as in Adam.
 
     Suits parameters of which few entries matter in a round (embeddings, gains): an entry that rarely moves takes a full
     step when it does.
     """
 
-    exact: ClassVar[bool] = True
-    of_signs: ClassVar[bool] = False
-    whole: ClassVar[bool] = False
-
-    def __init__(
-        self, layout: ChunkLayout, segment: Segment, beta: float, epsilon: float, device: torch.device
-    ) -> None:
-        self._beta, self._epsilon = beta, epsilon
-        self._moment = torch.zeros(segment.end - segment.start, CHUNK_SIZE, device=device)
-        #: beta**steps per chunk, by repeated multiplication: a power function may differ between machines
-        self._decayed = torch.ones(segment.end - segment.start, 1, device=device)
-        #: both from before the step, which the next step overwrites
-        self._before = torch.empty_like(self._moment), torch.empty_like(self._decayed)
-
-    def begin(self) -> None:
-        (self._moment, self._decayed), self._before = self._before, (self._moment, self._decayed)
+    moments: ClassVar[tuple[str, ...]] = ("second",)
 
     def step_chunks(self, first: int, update: Tensor, live: Tensor) -> Tensor:
-        square = (update * update).mul_(1 - self._beta)
-        moment, corrected_by = self._decay(first, live)
-        if not live.all():
-            square.mul_(live.unsqueeze(1))
+        square = _alive((update * update).mul_(1 - self._beta), live)
+        moment, corrected_by = self._moments["second"].decay(first, live)
         corrected = torch.div(moment.add_(square), corrected_by, out=square)
         return update.div_(correctly_rounded_root(corrected).add_(self._epsilon))
 
@@ -122,55 +166,49 @@ class Rms:
 
         The rest takes no step, and of its moment a multiplication is all: adding zero changes no bit.
         """
-        moment, corrected_by = self._decay(first, live)
+        moment, corrected_by = self._moments["second"].decay(first, live)
         flat = moment.view(-1)
         flat.index_add_(0, place, (update * update).mul_(1 - self._beta).mul_(live[place // CHUNK_SIZE]))
         corrected = flat[place] / corrected_by.view(-1)[place // CHUNK_SIZE]
         return update / correctly_rounded_root(corrected).add_(self._epsilon)
 
-    def _decay(self, first: int, live: Tensor) -> tuple[Tensor, Tensor]:
-        """The moment of these chunks after its decay, and what corrects it for its beginning at zero [chunks, 1]."""
-        piece = slice(first, first + len(live))
-        before, decayed_before = (tensor[piece] for tensor in self._before)
-        moment = torch.mul(before, self._beta, out=self._moment[piece])
-        decayed = torch.mul(decayed_before, self._beta, out=self._decayed[piece])
-        if not live.all():
-            moment.copy_(torch.where(live.unsqueeze(1), moment, before))
-            decayed.copy_(torch.where(live.unsqueeze(1), decayed, decayed_before))
-        return moment, (1 - decayed).clamp(min=1e-6)
 
-    def step(self, update: Tensor, live: Tensor) -> Tensor:
-        """The step of all chunks; `update` stays as it is."""
-        self.begin()
-        return self.step_chunks(0, update.clone(), live)
+class Adam(Direction):
+    """Adam's step (Kingma and Ba, 2014) from the update."""
 
-    def state(self) -> dict[str, Tensor]:
-        return {"moment": self._moment, "decayed": self._decayed}
+    moments: ClassVar[tuple[str, ...]] = ("first", "second")
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        self._moment = state["moment"].to(self._moment.device, copy=True)
-        self._decayed = state["decayed"].to(self._decayed.device, copy=True)
+    def step_chunks(self, first: int, update: Tensor, live: Tensor) -> Tensor:
+        square = _alive((update * update).mul_(1 - self._beta), live)
+        second, second_by = self._moments["second"].decay(first, live)
+        root = correctly_rounded_root(torch.div(second.add_(square), second_by, out=square))
+        mean, mean_by = self._moments["first"].decay(first, live)
+        mean.add_(_alive(update.mul_(1 - self._momentum), live))
+        return _alive(torch.div(mean, mean_by, out=update).div_(root.add_(self._epsilon)), live)
 
 
-class Muon:
+class Muon(Direction):
     """The nearest (semi-)orthogonal matrix by five Newton-Schulz steps (Jordan et al., 2024), scaled to sign's RMS.
 
     Matrix products of floats round differently on different devices: not exact.
     """
 
     exact: ClassVar[bool] = False
-    of_signs: ClassVar[bool] = False
     whole: ClassVar[bool] = True
 
     def __init__(
-        self, layout: ChunkLayout, segment: Segment, beta: float, epsilon: float, device: torch.device
+        self,
+        layout: ChunkLayout,
+        segment: Segment,
+        beta: float,
+        epsilon: float,
+        device: torch.device,
+        momentum: float = MOMENTUM,
     ) -> None:
         if segment.is_vector:
             raise ValueError(f"direction muon needs a matrix; {segment.spec.name} has shape {segment.spec.shape}")
-        self._layout, self._segment, self._epsilon = layout, segment, epsilon
-
-    def begin(self) -> None:
-        pass
+        super().__init__(layout, segment, beta, epsilon, device, momentum)
+        self._segment = segment
 
     def step_chunks(self, first: int, update: Tensor, live: Tensor) -> Tensor:
         segment = self._segment
@@ -188,15 +226,12 @@ class Muon:
         out[: segment.rows, : segment.columns] = x
         return out.view(tall, 64, wide, 64).transpose(1, 2).reshape(update.shape) * live.unsqueeze(1)
 
-    def step(self, update: Tensor, live: Tensor) -> Tensor:
-        """The step of all chunks."""
-        return self.step_chunks(0, update, live)
 
-    def state(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        pass
-
-
-DIRECTIONS: dict[str, type[Sign] | type[Rms] | type[Muon]] = {"sign": Sign, "rms": Rms, "muon": Muon}
+DIRECTIONS: dict[str, type[Direction]] = {
+    "sign": Sign,
+    "rms": Rms,
+    "muon": Muon,
+    "sgd": Sgd,
+    "nesterov": Nesterov,
+    "adam": Adam,
+}

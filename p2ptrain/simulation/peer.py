@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -142,6 +143,16 @@ class SimReplica(Replica):
         self._check()
 
 
+class _NothingComputed:
+    """In place of what a peer does on its own: the trainer sets the gradients itself."""
+
+    def compute(self, loss: Callable[[], torch.Tensor], sequences: int, rate: float) -> float:
+        return 0.0
+
+    def gather(self) -> None:
+        pass
+
+
 class SimTrainer(Trainer):
     """The real trainer, with integers for gradients and a count of them."""
 
@@ -149,7 +160,7 @@ class SimTrainer(Trainer):
 
     def begin_life(self, peer: SimPeer) -> None:
         """Of this peer."""
-        self.peer = peer
+        self.peer, self._local = peer, _NothingComputed()
         self.batch_seconds = peer.batch_seconds
         #: [chunks, ENTRIES] all gradients ever made
         self.produced: Rows = np.zeros_like(peer.lost)
@@ -174,8 +185,7 @@ class SimTrainer(Trainer):
             integers = np.frombuffer(counter.digest(self.replica.layout.chunks * ENTRIES), np.uint8)
             gradient = integers.astype(np.float64).reshape(-1, ENTRIES) % 7 - 3
             for parameter, row in zip(self.replica.model.parameters(), gradient, strict=True):
-                # The trainer divides by the number of micro-batches.
-                parameter.grad = torch.from_numpy((row * self._micro_batches).astype(np.float32))
+                parameter.grad = torch.from_numpy(row.astype(np.float32))
             self.produced = self.produced + gradient
             self.peer.retained_at[self.replica.optimizer.decays + 1] = self.produced - self.peer.lost
         super()._contribute(start, swarm)  # type: ignore[arg-type]

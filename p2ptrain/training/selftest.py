@@ -71,7 +71,7 @@ def self_test(device: torch.device) -> str:
         rms = Rms(layout, segment, 0.95, 1e-8, device)
         # An entry that has long been still has a second moment below the smallest normal float32, 2**-126.
         moment = torch.full_like(update[piece], 1.25 * 2.0**-127)
-        rms.load_state({"moment": moment, "decayed": torch.full_like(moment[:, :1], 0.5)})
+        rms.load_state({"second": moment, "second_decayed": torch.full_like(moment[:, :1], 0.5)})
         digest.update(_bytes(rms.step(update[piece], live[piece])))
         digest.update(b"".join(_bytes(tensor) for tensor in rms.state().values()))
     rates = [

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -29,7 +29,7 @@ from p2ptrain.averaging.machine import RoundMachine, RoundRules
 from p2ptrain.averaging.messages import Traffic
 from p2ptrain.averaging.uplink import UplinkMeter
 from p2ptrain.config.home import Home
-from p2ptrain.config.manifest import Manifest, open_manifest, sign_manifest
+from p2ptrain.config.manifest import DataConfig, Manifest, open_manifest, sign_manifest
 from p2ptrain.config.node import NodeSettings
 from p2ptrain.data.corpus import Corpus, pack
 from p2ptrain.data.tokenizer import cached_tokens
@@ -275,7 +275,7 @@ class PeerSession:
             Row(0, 0, uplink.declared_kbit),
             founder=run.founder,
         )
-        packed = _PackedCorpus(self.home, run.manifest.data.sha256, corpus)
+        packed = _PackedCorpus(self.home, run.manifest.data, corpus)
         parts = DriverParts(
             node=self.node,
             manifest=run.manifest,
@@ -409,10 +409,12 @@ class _Link:
 
 
 class _PackedCorpus:
-    """The corpus as it is handed out: packed when somebody first asks, and kept in the home."""
+    """The corpus as it is handed out, private text left out: packed when somebody first asks, and kept in the home."""
 
-    def __init__(self, home: Home, sha256: str, corpus: Corpus) -> None:
-        self._path, self._corpus = home.corpus(sha256 or corpus.config().sha256), corpus
+    def __init__(self, home: Home, config: DataConfig, corpus: Corpus) -> None:
+        named = joining.shared_sha256(config) or joining.shared_sha256(corpus.config(private=config.private))
+        self._path = home.corpus(named)
+        self._corpus = replace(corpus, train=b"") if config.private else corpus
         self._lock = threading.Lock()
 
     def read(self) -> bytes | None:

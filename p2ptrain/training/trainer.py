@@ -31,12 +31,13 @@ from p2ptrain.compression.layout import CHUNK_SIZE
 from p2ptrain.data.assignment import sequence_offsets
 from p2ptrain.observe.status import Status
 from p2ptrain.optim.demo import Pending
+from p2ptrain.optim.local import Local
 from p2ptrain.state.checkpoint import Checkpoint, CheckpointMeta, SentUnsettled, load_checkpoint, save_checkpoint
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import Outcome, OwnEntry, OwnLog
 from p2ptrain.state.snapshot import SnapshotStore
 from p2ptrain.training.ledger import WINDOW, Ledger
-from p2ptrain.training.replica import Replica
+from p2ptrain.training.replica import Replica, build_local
 
 CHECKPOINT_SECONDS = 60.0
 CAREFUL_ROUNDS = 16
@@ -82,6 +83,7 @@ class Trainer:
     ) -> None:
         self.replica = replica
         self.ledger = Ledger(replica.optimizer)
+        self._local: Local = build_local(replica.model, replica.manifest)
         self.status = status
         #: rounds applied in which this peer had a part; those caught up on do not count
         self.rounds_applied = 0
@@ -424,14 +426,15 @@ class Trainer:
         context, count = self.replica.manifest.model.context, self._rules.micro_batch
         offsets = sequence_offsets(self._nonce, self._peer_id, self._sequences_read, count, len(self._tokens), context)
         batch = np.stack([self._tokens[offset : offset + context + 1] for offset in offsets]).astype(np.int64)
-        loss = self.replica.model.loss(torch.from_numpy(batch).to(self._device))
+        tokens = torch.from_numpy(batch).to(self._device)
+        upcoming = self.replica.chain.round + 1 if self._current is None else self._current.key.round
+        rate = self.replica.rate_at(upcoming)
         self._sequences_read += count
-        nats = loss.item()
+        nats = self._local.compute(lambda: self.replica.model.loss(tokens), count, rate)
         if not math.isfinite(nats):
             # One such gradient would be sent as the largest value there is.
             _logger.warning("a loss that is not finite: the micro-batch is left out")
             return
-        loss.backward()
         self._sequences += count
         self._micro_batches += 1
         self._loss_sum += nats
@@ -440,9 +443,7 @@ class Trainer:
         """Gradients into the momentum, the largest of it out as a contribution."""
         began = self._clock()
         optimizer = self.replica.optimizer
-        for parameter in self.replica.model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.div_(self._micro_batches)
+        self._local.gather()
         pending = optimizer.accumulate_and_select()
         optimizer.zero_grad(set_to_none=True)
         ranges = ranges_of(start.shape)

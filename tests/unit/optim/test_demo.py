@@ -515,7 +515,7 @@ def test_a_skipped_part_stays_where_it_is() -> None:
     assert torch.equal(matrix[:, 64:], before[0][:, 64:])
     assert torch.equal(vector, before[1])
     assert (matrix[:, :64] != before[0][:, :64]).all()
-    moment = one.replicated_state()["0.moment"]
+    moment = one.replicated_state()["0.second"]
     assert moment[0].all()
     assert not moment[1].any()
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 
 from p2ptrain.compression.layout import CHUNK_SIZE, ChunkLayout, ParameterSpec, Treatment
-from p2ptrain.optim.directions import DIRECTIONS, Direction, Rms, correctly_rounded_root
+from p2ptrain.optim.directions import DIRECTIONS, MOMENTUM, Direction, Rms, correctly_rounded_root
 
 CPU = torch.device("cpu")
 BETA, EPSILON = 0.9, 1e-8
@@ -90,7 +92,7 @@ def test_a_skipped_chunk_leaves_the_second_moment_alone() -> None:
             assert torch.equal(got[1:], lone.step(values[1:], all_live(1)))
         else:
             assert not got[1].any()
-    assert torch.equal(rms.state()["moment"][1:], lone.state()["moment"])
+    assert torch.equal(rms.state()["second"][1:], lone.state()["second"])
 
 
 def test_an_rms_step_of_entries_is_the_step_of_chunks_to_the_bit() -> None:
@@ -119,7 +121,7 @@ def test_rms_continues_alike_from_its_state() -> None:
     other, _ = direction("rms")
     other.load_state(saved)
     assert torch.equal(one.step(update(9), all_live()), other.step(update(9), all_live()))
-    assert not torch.equal(other.state()["moment"], saved["moment"]), "a loaded state must not be shared"
+    assert not torch.equal(other.state()["second"], saved["second"]), "a loaded state must not be shared"
 
 
 @pytest.mark.parametrize("shape", [(64, 128), (128, 64), (60, 100), (100, 60), (96, 2, 40)])
@@ -153,4 +155,48 @@ def test_muon_refuses_a_vector() -> None:
 
 
 def test_only_muon_is_not_exact() -> None:
-    assert {name: one.exact for name, one in DIRECTIONS.items()} == {"sign": True, "rms": True, "muon": False}
+    assert [name for name, one in DIRECTIONS.items() if not one.exact] == ["muon"]
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        ("sgd", lambda p: torch.optim.SGD([p], lr=1.0)),
+        ("nesterov", lambda p: torch.optim.SGD([p], lr=1.0, momentum=MOMENTUM, nesterov=True)),
+        ("adam", lambda p: torch.optim.Adam([p], lr=1.0, betas=(MOMENTUM, BETA), eps=EPSILON)),
+    ],
+)
+def test_steps_are_those_of_torchs_optimizer(
+    name: str, reference: Callable[[torch.Tensor], torch.optim.Optimizer]
+) -> None:
+    ours, _ = direction(name)
+    parameter = torch.zeros(2, CHUNK_SIZE, dtype=torch.float64, requires_grad=True)
+    optimizer = reference(parameter)
+    for step in range(8):
+        before = parameter.detach().clone()
+        parameter.grad = update(step).double()
+        optimizer.step()
+        got = ours.step(update(step), all_live()).double()
+        # Where what was added cancels, float32 is as exact as the terms were large.
+        torch.testing.assert_close(got, before - parameter.detach(), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["nesterov", "adam"])
+def test_a_skipped_chunk_stands_still_and_goes_on_as_if_nothing_had_been(name: str) -> None:
+    (both, _), (lone, _) = direction(name), direction(name, (64, 64))
+    for step in range(5):
+        values, live = update(step), torch.tensor([True, step != 2])
+        got = both.step(torch.where(live.unsqueeze(1), values, 0), live)
+        if live[1]:
+            assert torch.equal(got[1:], lone.step(values[1:], all_live(1)))
+        else:
+            assert not got[1].any()
+
+
+@pytest.mark.parametrize("name", [name for name, one in DIRECTIONS.items() if not one.whole])
+def test_chunks_one_by_one_take_the_step_of_all(name: str) -> None:
+    (whole, _), (pieces, _) = direction(name), direction(name)
+    for step in range(3):
+        pieces.begin()
+        parts = [pieces.step_chunks(n, update(step)[n : n + 1].clone(), all_live(1)) for n in (1, 0)]
+        assert torch.equal(whole.step(update(step), all_live()), torch.cat(parts[::-1]))

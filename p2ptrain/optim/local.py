@@ -1,0 +1,126 @@
+"""What a peer computes between two contributions, and what of it enters the momentum.
+
+Strategies differ in this and in how parameters are treated (`config/strategies.py`); momentum, codec, reducing, chain and
+settling are the same for all. Strategies `demo` and `dense` gather the mean gradient. `diloco` and `sparse_diloco` take
+inner steps: AdamW on a peer's own, after which the way gone is negated and takes the gradient's place (Douillard et al.,
+arXiv 2311.08105; Sarfi et al., arXiv 2508.15706).
+
+A seal may be applied between any two calls: the replica's parameters are never left changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Local(Protocol):
+    """What a peer does on its own."""
+
+    def compute(self, loss: Callable[[], Tensor], sequences: int, rate: float) -> float:
+        """One micro-batch.
+
+        Args:
+            loss: computes the mean loss in nats of these sequences by the parameters as they then are.
+            rate: learning rate of inner steps.
+
+        Returns:
+            The loss; where it is not finite, the micro-batch is left out.
+        """
+        ...
+
+    def gather(self) -> None:
+        """Leave in every parameter's `grad` what enters the momentum, and begin anew."""
+        ...
+
+
+class MeanGradient:
+    """The mean over all micro-batches, which are of one size."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._micro_batches = 0
+
+    def compute(self, loss: Callable[[], Tensor], sequences: int, rate: float) -> float:
+        value = loss()
+        nats = value.item()
+        if math.isfinite(nats):
+            value.backward()
+            self._micro_batches += 1
+        return nats
+
+    def gather(self) -> None:
+        for parameter in self._model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.div_(self._micro_batches)
+        self._micro_batches = 0
+
+
+class InnerSteps:
+    """AdamW, a step every so many sequences; its moments stay with this process, and begin anew with another.
+
+    Args:
+        batch: sequences a step. The last one before `gather` takes what there is.
+        betas, epsilon, weight_decay: AdamW's.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, batch: int, betas: tuple[float, float], epsilon: float, weight_decay: float
+    ) -> None:
+        self._parameters, self._batch = list(model.parameters()), batch
+        self._optimizer = torch.optim.AdamW(
+            self._parameters, betas=betas, eps=epsilon, weight_decay=weight_decay, foreach=True
+        )
+        #: by parameter, how far inner steps have gone
+        self._moved = [torch.zeros_like(parameter) for parameter in self._parameters]
+        #: behind the gradients at hand
+        self._sequences = 0
+        self._rate = 0.0
+
+    @contextlib.contextmanager
+    def _moved_on(self) -> Iterator[list[Tensor]]:
+        """The parameters where inner steps have come to; gives those that are the replica's."""
+        shared = [parameter.data for parameter in self._parameters]
+        for parameter, moved in zip(self._parameters, self._moved, strict=True):
+            parameter.data = parameter.data + moved
+        try:
+            yield shared
+        finally:
+            for parameter, data in zip(self._parameters, shared, strict=True):
+                parameter.data = data
+
+    def compute(self, loss: Callable[[], Tensor], sequences: int, rate: float) -> float:
+        self._rate = rate
+        with self._moved_on() as shared:
+            value = loss()
+            nats = value.item()
+            if math.isfinite(nats):
+                (value * sequences).backward()
+                self._sequences += sequences
+            if self._sequences >= self._batch:
+                self._step(shared)
+        return nats
+
+    def _step(self, shared: list[Tensor]) -> None:
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                parameter.grad.div_(self._sequences)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._rate
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._sequences = 0
+        self._moved = [p.data - data for p, data in zip(self._parameters, shared, strict=True)]
+
+    def gather(self) -> None:
+        if self._sequences:
+            with self._moved_on() as shared:
+                self._step(shared)
+        for number, parameter in enumerate(self._parameters):
+            parameter.grad = self._moved[number].neg_()
+        self._moved = [torch.zeros_like(parameter) for parameter in self._parameters]

@@ -1,0 +1,406 @@
+"""How well each strategy learns for the bytes it sends: held-out bits per byte, beside AdamW and Muon without a network.
+
+    python scripts/bench_learning.py --jobs 2 --out docs/results/learning.json --picture docs/pictures/learning.png
+
+Each run trains a GPT of --layers and --embedding on --tokens tokens of the embedded corpus. Members are those of
+`simulation/group.py`: the product's local computing, momentum, codec, reducing and settling in rounds in which nothing goes
+wrong. All runs take the same steps over as many sequences, however many members share them and however long rounds are:
+a round of H inner steps is H of them. Baselines take torch's optimizers over the same sequences.
+
+Every method is tried with five learning rates on the first seed; the best goes on to the other seeds. A method is a
+run.toml's tables on top of its strategy's defaults (METHODS). Runs that are in --out are kept, so it goes on where it was
+stopped. Bits are those of payloads, averaged over all rounds, one direction each, for every inner step of a parameter.
+
+A run of 0.8M parameters and 3M tokens takes about ten minutes of one core. Progress on stderr, one JSON object last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from p2ptrain.config import strategies
+from p2ptrain.config.manifest import Manifest
+from p2ptrain.data.assignment import sequence_offsets
+from p2ptrain.data.corpus import load_embedded
+from p2ptrain.data.tokenizer import cached_tokens
+from p2ptrain.models.gpt import GPT, kind_of
+from p2ptrain.models.init import initialise
+from p2ptrain.optim.schedule import learning_rate
+from p2ptrain.simulation.group import Group
+from p2ptrain.state.files import atomic_write
+from p2ptrain.training.evaluation import bits_per_byte
+
+BATCH = 64
+"""Sequences of a step, of all members together."""
+CONTEXT = 128
+WARM_UP_SHARE = 0.03
+"""Of all rounds; ten of the 366 steps of a run."""
+CURVE_POINTS = 8
+CURVE_TOKENS = 16_384
+BASELINES = ("adamw", "muon")
+SIZE = ("tokens", "layers", "embedding", "private")
+"""What runs that are compared have in common, beside their number of peers."""
+RATES: dict[str, tuple[float, ...]] = {
+    "adamw": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
+    "muon": (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2),
+}
+INNER_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+STEP_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+
+Toml = dict[str, Any]
+
+
+def _inner(strategy: str, **optimizer: Any) -> Toml:
+    return {"optimizer": {"strategy": strategy, **optimizer}}
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """What is compared."""
+
+    table: Toml
+    """Of a run.toml, where not its strategy's default; of a baseline, nothing."""
+    inner_steps: int = 1
+    rates: tuple[float, ...] = STEP_RATES
+    default: bool = False
+    """What a run.toml that says nothing gets."""
+
+
+METHODS: dict[str, Method] = {
+    "adamw": Method({}, rates=RATES["adamw"]),
+    "muon": Method({}, rates=RATES["muon"]),
+    "demo": Method({}, default=True),
+    "dense": Method(_inner("dense"), rates=INNER_RATES),
+    **{
+        f"{strategy}-{steps}": Method(_inner(strategy), steps, INNER_RATES)
+        for strategy in ("sparse_diloco", "diloco")
+        for steps in (15, 30)
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One run."""
+
+    method: str
+    peers: int
+    seed: int
+    learning_rate: float
+    tokens: int
+    layers: int
+    embedding: int
+    private: bool
+    """Each member reads a slice of the text of its own, in the order of years, instead of all of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A corpus as tokens."""
+
+    train: NDArray[np.uint16]
+    heldout: NDArray[np.uint16]
+    heldout_bytes: int
+
+    @classmethod
+    def load(cls) -> Text:
+        """The embedded corpus; its tokens are kept in the temporary folder."""
+        folder = Path(tempfile.gettempdir()) / "p2ptrain-bench-learning"
+        folder.mkdir(parents=True, exist_ok=True)
+        corpus = load_embedded()
+        return cls(cached_tokens(corpus.train, folder), cached_tokens(corpus.heldout, folder), len(corpus.heldout))
+
+    def of_members(self, setting: Setting) -> list[NDArray[np.uint16]]:
+        """What each member reads."""
+        if not setting.private:
+            return [self.train] * setting.peers
+        return list(np.array_split(self.train, setting.peers))
+
+    def scored(self, model: GPT, max_tokens: int | None = None) -> float:
+        """Held-out bits per byte."""
+        return bits_per_byte(model, self.heldout, self.heldout_bytes, max_tokens=max_tokens)
+
+
+def steps_of(setting: Setting) -> int:
+    """Steps of the whole run, rounded to whole rounds."""
+    inner = METHODS[setting.method].inner_steps
+    return max(1, round(setting.tokens / (BATCH * CONTEXT) / inner)) * inner
+
+
+def manifest_of(setting: Setting) -> Manifest:
+    """The run.toml of a method, with everything that is the same for all."""
+    method = METHODS[setting.method]
+    rounds, each = steps_of(setting) // method.inner_steps, BATCH // setting.peers
+    common: Toml = {
+        "name": "bench",
+        "nonce": f"{setting.seed:032x}",
+        "model": {"layers": setting.layers, "heads": setting.embedding // 32, "embedding": setting.embedding},
+        "optimizer": {
+            "learning_rate": setting.learning_rate,
+            "total_rounds": rounds,
+            "warmup_rounds": max(1, round(WARM_UP_SHARE * rounds)),
+            "inner_batch": each,
+        },
+        "round": {"pace": "fixed", "sequences_per_peer": each * method.inner_steps, "micro_batch": each},
+    }
+    common["model"]["context"] = CONTEXT
+    table = strategies.merged(common, method.table)
+    return msgspec.convert(strategies.completed(table), Manifest)
+
+
+def members_of(setting: Setting) -> list[bytes]:
+    """Names in place of peer ids."""
+    return [f"member {number}".encode() for number in range(setting.peers)]
+
+
+class Baseline:
+    """One of torch's optimizers over the sequences that all members read."""
+
+    def __init__(self, setting: Setting, text: Text) -> None:
+        self.manifest, self._members, self._tokens = manifest_of(setting), members_of(setting), text.of_members(setting)
+        self.model = GPT(self.manifest.model)
+        initialise(self.model, bytes.fromhex(self.manifest.nonce))
+        self.rounds = 0
+        named = [(kind_of(name, p) == "matrix", p) for name, p in self.model.named_parameters()]
+        hidden, ends = ([p for is_matrix, p in named if is_matrix == wanted] for wanted in (True, False))
+        betas, rate = (0.9, 0.95), setting.learning_rate
+        self._optimizers: list[torch.optim.Optimizer]
+        if setting.method == "adamw":
+            self._optimizers = [torch.optim.AdamW([*hidden, *ends], rate, betas=betas, weight_decay=0.0)]
+        else:
+            # The learning rates of its two halves in the ratio that Muon's authors use for small models.
+            self._optimizers = [
+                torch.optim.Muon(hidden, rate, weight_decay=0.0),
+                torch.optim.AdamW(ends, rate / 4, betas=betas, weight_decay=0.0),
+            ]
+        self._peaks = [[group["lr"] for group in one.param_groups] for one in self._optimizers]
+
+    def play(self) -> None:
+        """One step."""
+        config, count = self.manifest.optimizer, self.manifest.round.sequences_per_peer
+        nonce = bytes.fromhex(self.manifest.nonce)
+        batch = np.stack(
+            [
+                tokens[offset : offset + CONTEXT + 1]
+                for member, tokens in zip(self._members, self._tokens, strict=True)
+                for offset in sequence_offsets(nonce, member, self.rounds * count, count, len(tokens), CONTEXT)
+            ]
+        ).astype(np.int64)
+        self.rounds += 1
+        self.model.loss(torch.from_numpy(batch)).backward()
+        for optimizer, peaks in zip(self._optimizers, self._peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = learning_rate(
+                    self.rounds,
+                    peak=peak,
+                    warmup_rounds=config.warmup_rounds,
+                    total_rounds=config.total_rounds,
+                    final_fraction=config.final_fraction,
+                )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+
+def train(setting: Setting) -> Toml:
+    """One run: its row."""
+    torch.set_num_threads(1)
+    text, manifest, method = Text.load(), manifest_of(setting), METHODS[setting.method]
+    baseline = setting.method in BASELINES
+    group = Baseline(setting, text) if baseline else Group(manifest, members_of(setting), text.of_members(setting))
+    rounds, sent, received = steps_of(setting) // method.inner_steps, 0.0, 0.0
+    every = max(1, rounds // CURVE_POINTS)
+    curve: list[tuple[int, float]] = []
+    began = time.process_time()
+    for number in range(1, rounds + 1):
+        played = group.play()
+        if played is not None:
+            sent, received = sent + played.sent_bytes, received + played.received_bytes
+        if number % every == 0 and number < rounds:
+            step = number * method.inner_steps
+            curve.append((step, round(text.scored(group.model, CURVE_TOKENS), 4)))
+            print(f"{label(setting)}: step {step}: {curve[-1][1]:.3f} bits per byte", file=sys.stderr, flush=True)
+            if not math.isfinite(curve[-1][1]):
+                break
+    bits = text.scored(group.model)
+    parameters = manifest.model.parameters
+    steps = rounds * method.inner_steps
+
+    def per_parameter(count: float) -> float | None:
+        return None if baseline else round(8 * count / parameters / steps, 5)
+
+    return {
+        **asdict(setting),
+        "default": method.default,
+        "parameters": parameters,
+        "inner_steps": method.inner_steps,
+        "steps": steps,
+        "bits_per_byte": round(bits, 4) if math.isfinite(bits) else None,
+        "bits_per_parameter_sent": per_parameter(sent),
+        "bits_per_parameter_received": per_parameter(received),
+        "curve_bits_per_byte": curve,
+        "cpu_seconds": round(time.process_time() - began),
+    }
+
+
+def label(setting: Setting) -> str:
+    """For people."""
+    return f"{setting.method}, {setting.peers} peers, seed {setting.seed}, rate {setting.learning_rate:g}"
+
+
+# ---- which runs ---------------------------------------------------------------------------------------------------
+
+
+def setting_of(row: Toml) -> Setting:
+    """Of a row."""
+    return Setting(**{name: row[name] for name in Setting.__slots__})
+
+
+def best_rate(rows: Sequence[Toml], one: Setting) -> float | None:
+    """The learning rate that did best at this method, size and number of peers on the first seed."""
+    alike = [
+        row
+        for row in rows
+        if row["seed"] == 1
+        and row["bits_per_byte"] is not None
+        and all(row[name] == getattr(one, name) for name in Setting.__slots__ if name not in ("seed", "learning_rate"))
+    ]
+    return min(alike, key=lambda row: row["bits_per_byte"])["learning_rate"] if alike else None
+
+
+def wanted(options: argparse.Namespace, rows: Sequence[Toml]) -> Iterator[Setting]:
+    """Runs that are due now: all learning rates on the first seed, then, once they are there, the best on the others."""
+    done = {setting_of(row) for row in rows}
+    for name in options.methods:
+        size: Toml = {key: getattr(options, key) for key in SIZE}
+        first = [Setting(name, options.peers, 1, rate, **size) for rate in METHODS[name].rates]
+        missing = [setting for setting in first if setting not in done]
+        yield from missing
+        if not missing:
+            rate = best_rate(rows, first[0])
+            others = (Setting(name, options.peers, seed, rate or 0.0, **size) for seed in range(2, options.seeds + 1))
+            yield from (setting for setting in others if setting not in done)
+
+
+def run_all(options: argparse.Namespace) -> list[Toml]:
+    """Train what is missing, a few runs at once; rows are written as they come."""
+    rows: list[Toml] = json.loads(options.out.read_text()) if options.out.exists() else []
+    under_way: dict[Future[Toml], Setting] = {}
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+        while True:
+            for setting in wanted(options, rows):
+                if len(under_way) < options.jobs and setting not in under_way.values():
+                    under_way[pool.submit(train, setting)] = setting
+            if not under_way:
+                return rows
+            for run in wait(under_way, return_when=FIRST_COMPLETED).done:
+                del under_way[run]
+                row = run.result()
+                rows.append(row)
+                print(f"{label(setting_of(row))}: {row['bits_per_byte']}", file=sys.stderr, flush=True)
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                lines = ",\n ".join(json.dumps(one) for one in rows)
+                atomic_write(options.out, f"[{lines}]\n".encode(), mode=0o644)
+
+
+def table(rows: Sequence[Toml]) -> list[Toml]:
+    """The best learning rate of each method, over all seeds, beside AdamW at as many peers and the same size."""
+    groups: dict[tuple[Any, ...], list[Toml]] = {}
+    for row in rows:
+        if row["learning_rate"] == best_rate(rows, setting_of(row)) and row["bits_per_byte"] is not None:
+            key = tuple(row[name] for name in ("method", "peers", *SIZE))
+            groups.setdefault(key, []).append(row)
+    found = []
+    for key, alike in groups.items():
+        bits = [row["bits_per_byte"] for row in alike]
+        beside = groups.get(("adamw", *key[1:]))
+        adamw = statistics.mean(row["bits_per_byte"] for row in beside) if beside else None
+        found.append(
+            {
+                "method": key[0],
+                "peers": key[1],
+                "private": alike[0]["private"],
+                "parameters": alike[0]["parameters"],
+                "learning_rate": alike[0]["learning_rate"],
+                "seeds": len(bits),
+                "bits_per_byte": round(statistics.mean(bits), 4),
+                "spread": round(max(bits) - min(bits), 4),
+                "over_adamw": round(statistics.mean(bits) / adamw - 1, 4) if adamw else None,
+                "bits_per_parameter_sent": alike[0]["bits_per_parameter_sent"],
+                "bits_per_parameter_received": alike[0]["bits_per_parameter_received"],
+            }
+        )
+    return sorted(found, key=lambda one: (one["parameters"], one["peers"], one["bits_per_byte"]))
+
+
+def draw(found: Sequence[Toml], path: Path) -> None:
+    """Loss against bytes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for one in found:
+        if one["bits_per_parameter_sent"] is None:
+            axes.axhline(one["bits_per_byte"], linestyle="--", color="grey", linewidth=0.8)
+            axes.text(1, one["bits_per_byte"], f" {one['method']}", fontsize=8, color="grey", va="bottom", ha="right",
+                      transform=axes.get_yaxis_transform())  # fmt: skip
+            continue
+        bits = one["bits_per_parameter_sent"] + one["bits_per_parameter_received"]
+        axes.errorbar(bits, one["bits_per_byte"], yerr=one["spread"] / 2, fmt="o", capsize=3)
+        axes.annotate(one["method"], (bits, one["bits_per_byte"]), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axes.set(
+        xscale="log",
+        xlabel="bits sent and received for a parameter and step",
+        ylabel="bits per byte of held-out text",
+        title="Loss against bytes, the same tokens for all",
+    )
+    axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def main() -> int:
+    """The bench."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("docs/results/learning.json"), help="rows; %(default)s")
+    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS), help=", ".join(METHODS))
+    parser.add_argument("--peers", type=int, default=8, choices=(1, 2, 4, 8, 16), help="members; %(default)s")
+    parser.add_argument("--seeds", type=int, default=3, help="%(default)s")
+    parser.add_argument("--tokens", type=int, default=3_000_000, help="%(default)s")
+    parser.add_argument("--layers", type=int, default=6, help="%(default)s")
+    parser.add_argument("--embedding", type=int, default=64, help="%(default)s")
+    parser.add_argument("--private", action="store_true", help="each member reads a slice of the text of its own")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, a core each; %(default)s")
+    options = parser.parse_args()
+    unknown = [name for name in options.methods if name not in METHODS]
+    if unknown:
+        parser.error(f"no method {unknown[0]}; there are {', '.join(METHODS)}")
+    found = table(run_all(options))
+    if options.picture is not None:
+        drawn = [one for one in found if (one["peers"], one["private"]) == (options.peers, options.private)]
+        draw(drawn, options.picture)
+    print(json.dumps(found, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

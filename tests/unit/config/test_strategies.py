@@ -1,0 +1,52 @@
+"""A run.toml that names a strategy: what it need not say, and what it may."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from p2ptrain.config.loading import new_manifest, parse_manifest, render
+from p2ptrain.config.manifest import Manifest, Strategy
+from p2ptrain.errors import ManifestError
+
+HERE = Path("run.toml")
+HEAD = 'name = "a"\nnonce = "' + "0" * 32 + '"\n'
+STRATEGIES = get_args(Strategy)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_naming_it_is_enough_and_the_template_says_all_of_it(strategy: Strategy) -> None:
+    named = parse_manifest(f'{HEAD}[optimizer]\nstrategy = "{strategy}"\n', HERE)
+    template = render(new_manifest("a", strategy))
+    written = parse_manifest(template, HERE)
+    assert named.optimizer == written.optimizer
+    assert (named.codec, named.round) == (written.codec, written.round)
+    assert written.optimizer.strategy == strategy
+    assert "reply_topk = " in template
+
+
+def test_a_run_that_says_nothing_is_what_the_manifest_says() -> None:
+    assert parse_manifest(HEAD, HERE) == Manifest(name="a", nonce="0" * 32)
+
+
+def test_what_a_run_says_goes_before_what_its_strategy_suggests() -> None:
+    text = '[optimizer]\nstrategy = "sparse_diloco"\nlearning_rate = 0.5\n[optimizer.matrix]\ntopk = 9\n'
+    optimizer = parse_manifest(HEAD + text + "[round]\ntarget_batch = 7\n", HERE).optimizer
+    suggested = new_manifest("a", "sparse_diloco").optimizer
+    assert optimizer.learning_rate == 0.5
+    assert (optimizer.matrix.topk, optimizer.matrix.reply_topk) == (9, suggested.matrix.reply_topk)
+    assert optimizer.head == suggested.head
+
+
+@pytest.mark.parametrize("value", ['"demi"', "3", "[1]"])
+def test_another_strategy_is_refused(value: str) -> None:
+    with pytest.raises(ManifestError, match=r"optimizer\.strategy"):
+        parse_manifest(f"{HEAD}[optimizer]\nstrategy = {value}\n", HERE)
+
+
+def test_tables_that_are_none_are_refused_as_before() -> None:
+    for text in ("optimizer = 3\n", '[optimizer]\nstrategy = "dense"\nmatrix = 3\n'):
+        with pytest.raises(ManifestError, match="optimizer"):
+            parse_manifest(HEAD + text, HERE)
