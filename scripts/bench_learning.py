@@ -192,8 +192,8 @@ class Baseline:
             ]
         self._peaks = [[group["lr"] for group in one.param_groups] for one in self._optimizers]
 
-    def play(self) -> None:
-        """One step."""
+    def play(self) -> float:
+        """One step; nothing is sent."""
         config, count = self.manifest.optimizer, self.manifest.round.sequences_per_peer
         nonce = bytes.fromhex(self.manifest.nonce)
         batch = np.stack(
@@ -216,6 +216,22 @@ class Baseline:
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        return 0.0
+
+
+class Strategy:
+    """A group of members that use one of ours."""
+
+    def __init__(self, setting: Setting, text: Text) -> None:
+        self._members = members_of(setting)
+        texts = dict(zip(self._members, text.of_members(setting), strict=True))
+        self._group = Group(manifest_of(setting), texts.__getitem__)
+        self._parts = self._group.equal_parts(setting.peers)
+        self.model = self._group.model
+
+    def play(self) -> float:
+        """One round; payload bytes that a member has sent, on average, and received."""
+        return self._group.play(self._members, self._parts).sent_bytes
 
 
 def train(setting: Setting) -> Toml:
@@ -223,28 +239,22 @@ def train(setting: Setting) -> Toml:
     torch.set_num_threads(1)
     text, manifest, method = Text.load(), manifest_of(setting), METHODS[setting.method]
     baseline = setting.method in BASELINES
-    group = Baseline(setting, text) if baseline else Group(manifest, members_of(setting), text.of_members(setting))
-    rounds, sent, received = steps_of(setting) // method.inner_steps, 0.0, 0.0
+    trained = Baseline(setting, text) if baseline else Strategy(setting, text)
+    rounds, sent = steps_of(setting) // method.inner_steps, 0.0
     every = max(1, rounds // CURVE_POINTS)
     curve: list[tuple[int, float]] = []
     began = time.process_time()
     for number in range(1, rounds + 1):
-        played = group.play()
-        if played is not None:
-            sent, received = sent + played.sent_bytes, received + played.received_bytes
+        sent += trained.play()
         if number % every == 0 and number < rounds:
             step = number * method.inner_steps
-            curve.append((step, round(text.scored(group.model, CURVE_TOKENS), 4)))
+            curve.append((step, round(text.scored(trained.model, CURVE_TOKENS), 4)))
             print(f"{label(setting)}: step {step}: {curve[-1][1]:.3f} bits per byte", file=sys.stderr, flush=True)
             if not math.isfinite(curve[-1][1]):
                 break
-    bits = text.scored(group.model)
-    parameters = manifest.model.parameters
-    steps = rounds * method.inner_steps
-
-    def per_parameter(count: float) -> float | None:
-        return None if baseline else round(8 * count / parameters / steps, 5)
-
+    bits = text.scored(trained.model)
+    parameters, steps = manifest.model.parameters, rounds * method.inner_steps
+    per_parameter = None if baseline else round(8 * sent / parameters / steps, 5)
     return {
         **asdict(setting),
         "default": method.default,
@@ -252,8 +262,8 @@ def train(setting: Setting) -> Toml:
         "inner_steps": method.inner_steps,
         "steps": steps,
         "bits_per_byte": round(bits, 4) if math.isfinite(bits) else None,
-        "bits_per_parameter_sent": per_parameter(sent),
-        "bits_per_parameter_received": per_parameter(received),
+        "bits_per_parameter_sent": per_parameter,
+        "bits_per_parameter_received": per_parameter,
         "curve_bits_per_byte": curve,
         "cpu_seconds": round(time.process_time() - began),
     }

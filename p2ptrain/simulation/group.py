@@ -7,7 +7,8 @@ which want hundreds of rounds and no network; `world` is for everything else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,13 +16,15 @@ import torch
 from numpy.typing import NDArray
 
 from p2ptrain.averaging import chain
+from p2ptrain.averaging.chain import Part
 from p2ptrain.averaging.reduce import reduce_part
 from p2ptrain.compression import decoded
 from p2ptrain.config.manifest import Manifest
 from p2ptrain.data.assignment import sequence_offsets
 from p2ptrain.models.gpt import GPT
 from p2ptrain.models.init import initialise
-from p2ptrain.optim.demo import PartReply
+from p2ptrain.optim.demo import DeMo, PartReply
+from p2ptrain.optim.local import Local
 from p2ptrain.optim.schedule import learning_rate
 from p2ptrain.training.replica import build_local, build_optimizer
 
@@ -32,9 +35,19 @@ class Round:
 
     loss: float
     """Mean of all sequences, in nats a token."""
+    replies: tuple[bytes, ...]
+    """Of all parts."""
     sent_bytes: float
-    """Payloads that left a member, on average; what it reduces itself does not."""
-    received_bytes: float
+    """Of payloads, by a member on average. As many are received: all that is sent goes to a member."""
+
+
+@dataclass(slots=True)
+class _Member:
+    """What is a peer's own."""
+
+    optimizer: DeMo
+    local: Local
+    sequences_read: int = 0
 
 
 class Group:
@@ -42,48 +55,47 @@ class Group:
 
     Args:
         manifest: with pace `fixed`.
-        members: peer ids, in the order of the chain; all dialable, with lines of equal speed.
-        tokens: what members read, each its own text or all the same.
+        text: training text [tokens] of a peer, by its id.
     """
 
-    def __init__(self, manifest: Manifest, members: Sequence[bytes], tokens: Sequence[NDArray[np.uint16]]) -> None:
-        self.manifest, self.members = manifest, tuple(members)
+    def __init__(self, manifest: Manifest, text: Callable[[bytes], NDArray[np.uint16]]) -> None:
+        self.manifest, self._text = manifest, text
         self.model = GPT(manifest.model)
         initialise(self.model, bytes.fromhex(manifest.nonce))
+        #: takes the steps; each member's own has its momentum
+        self._replicated = build_optimizer(self.model, manifest)
+        self.layout = self._replicated.layout
+        self._members: dict[bytes, _Member] = {}
+        #: those sealed, so the number of the last
         self.rounds = 0
-        self._tokens = tuple(tokens)
-        self._optimizers = [build_optimizer(self.model, manifest) for _ in members]
-        self._locals = [build_local(self.model, manifest) for _ in members]
-        self._read = [0] * len(members)
-        layout = self._optimizers[0].layout
-        most = min(chain.PARTS_PER_REDUCER_MAX, max(1, chain.PARTS_MAX // len(members)))
-        #: reducer and chunks of each part
-        self._parts = [
-            (reducer, part)
-            for reducer, chunks in enumerate(chain.partition(layout.chunks, [1] * len(members)))
-            for part in chain.cut(*chunks, most)
-        ]
 
-    def play(self) -> Round:
-        """One round."""
+    def equal_parts(self, members: int) -> list[Part]:
+        """Parts for so many members whose lines are equally fast."""
+        most = min(chain.PARTS_PER_REDUCER_MAX, max(1, chain.PARTS_MAX // members))
+        ranges = enumerate(chain.partition(self.layout.chunks, [1] * members))
+        return [Part(reducer, *part) for reducer, chunks in ranges for part in chain.cut(*chunks, most)]
+
+    def play(self, members: Sequence[bytes], parts: Sequence[Part]) -> Round:
+        """One round of these peers, in this order."""
         self.rounds += 1
-        ranges = [chunks for _, chunks in self._parts]
+        ranges = [(part.start, part.end) for part in parts]
         losses, pending, payloads = [], [], []
-        for member, optimizer in enumerate(self._optimizers):
-            losses.append(self._compute(member))
+        for peer_id in members:
+            losses.append(self._compute(peer_id))
+            optimizer = self._members[peer_id].optimizer
             pending.append(optimizer.accumulate_and_select())
             optimizer.zero_grad(set_to_none=True)
             payloads.append(optimizer.payloads(pending[-1], ranges))
-        replies = [self._reduce(number, [of[number] for of in payloads]) for number in range(len(self._parts))]
+        replies = [self._reduce(part, [of[number] for of in payloads]) for number, part in enumerate(parts)]
         contents: list[PartReply] = [
-            (start, end, decoded.reply(data, self._optimizers[0].layout.reply_topk, start, end, len(self.members)))
-            for (start, end), data in zip(ranges, replies, strict=True)
+            (part.start, part.end, decoded.reply(data, self.layout.reply_topk, part.start, part.end, len(members)))
+            for part, data in zip(parts, replies, strict=True)
         ]
         config = self.manifest.optimizer
-        self._optimizers[0].apply(contents, config.outer_learning_rate if config.has_inner_steps else self._rate())
-        for member, optimizer in enumerate(self._optimizers):
-            optimizer.settle(pending[member], contents, member)
-        return self._round(losses, payloads, replies)
+        self._replicated.apply(contents, config.outer_learning_rate if config.has_inner_steps else self._rate())
+        for number, peer_id in enumerate(members):
+            self._members[peer_id].optimizer.settle(pending[number], contents, number)
+        return Round(float(np.mean(losses)), tuple(replies), _sent_bytes(parts, payloads, replies))
 
     def _rate(self) -> float:
         config = self.manifest.optimizer
@@ -95,44 +107,44 @@ class Group:
             final_fraction=config.final_fraction,
         )
 
-    def _compute(self, member: int) -> float:
+    def _compute(self, peer_id: bytes) -> float:
         """A member's part of the round; the mean loss."""
-        rules, tokens, context = self.manifest.round, self._tokens[member], self.manifest.model.context
-        nats, nonce = [], bytes.fromhex(self.manifest.nonce)
+        if peer_id not in self._members:
+            made = build_optimizer(self.model, self.manifest), build_local(self.model, self.manifest)
+            self._members[peer_id] = _Member(*made)
+        member, tokens, rules = self._members[peer_id], self._text(peer_id), self.manifest.round
+        nonce, context = bytes.fromhex(self.manifest.nonce), self.manifest.model.context
+        nats: list[float] = []
         while len(nats) * rules.micro_batch < rules.sequences_per_peer:
             offsets = sequence_offsets(
-                nonce, self.members[member], self._read[member], rules.micro_batch, len(tokens), context
+                nonce, peer_id, member.sequences_read, rules.micro_batch, len(tokens), context
             )
             batch = np.stack([tokens[offset : offset + context + 1] for offset in offsets]).astype(np.int64)
-            self._read[member] += rules.micro_batch
-            tensor = torch.from_numpy(batch)
-            nats.append(
-                self._locals[member].compute(lambda t=tensor: self.model.loss(t), rules.micro_batch, self._rate())  # type: ignore[misc]
-            )
-        self._locals[member].gather()
+            member.sequences_read += rules.micro_batch
+            loss = functools.partial(self.model.loss, torch.from_numpy(batch))
+            nats.append(member.local.compute(loss, rules.micro_batch, self._rate()))
+        member.local.gather()
         return float(np.mean(nats))
 
-    def _reduce(self, number: int, payloads: Sequence[bytes]) -> bytes:
-        layout, rules = self._optimizers[0].layout, self.manifest.round
-        start, end = self._parts[number][1]
+    def _reduce(self, part: Part, payloads: Sequence[bytes]) -> bytes:
+        rules = self.manifest.round
         return reduce_part(
             [(member, rules.sequences_per_peer, payload) for member, payload in enumerate(payloads)],
-            topk=layout.topk,
-            reply_topk=layout.reply_topk,
-            start=start,
-            end=end,
-            members=len(self.members),
+            topk=self.layout.topk,
+            reply_topk=self.layout.reply_topk,
+            start=part.start,
+            end=part.end,
+            members=len(payloads),
             value_bits=self.manifest.codec.value_bits,
             clip_ratio=rules.clip_ratio,
             weight_cap_ratio=rules.weight_cap_ratio,
         )
 
-    def _round(self, losses: list[float], payloads: list[tuple[bytes, ...]], replies: list[bytes]) -> Round:
-        """A contribution goes to the part's reducer, a reply to all others: as many bytes are received as sent."""
-        sent = sum(
-            sum(len(of[number]) for member, of in enumerate(payloads) if member != reducer)
-            + len(replies[number]) * (len(payloads) - 1)
-            for number, (reducer, _) in enumerate(self._parts)
-        )
-        each = sent / len(payloads)
-        return Round(float(np.mean(losses)), each, each)
+
+def _sent_bytes(parts: Sequence[Part], payloads: Sequence[Sequence[bytes]], replies: Sequence[bytes]) -> float:
+    """A contribution goes to its part's reducer and a reply to all others; what stays at home is not sent."""
+    sent = 0
+    for number, part in enumerate(parts):
+        sent += sum(len(of[number]) for member, of in enumerate(payloads) if member != part.reducer)
+        sent += len(replies[number]) * (len(payloads) - 1)
+    return sent / len(payloads)

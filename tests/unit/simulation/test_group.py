@@ -36,12 +36,12 @@ def manifest(strategy: str) -> Manifest:
 @pytest.mark.parametrize("strategy", get_args(Strategy))
 def test_it_is_what_replicas_of_their_own_come_to(strategy: str) -> None:
     config = manifest(strategy)
-    group = Group(config, MEMBERS, TEXTS)
+    group = Group(config, dict(zip(MEMBERS, TEXTS, strict=True)).__getitem__)
     replicas = [Replica(config, bytes(32), torch.device("cpu")) for _ in MEMBERS]
     locals_ = [build_local(replica.model, config) for replica in replicas]
     start = replicas[0].parameters_sha256()
     for round in range(1, 4):
-        played = group.play()
+        played = group.play(MEMBERS, group.equal_parts(3))
         losses, payloads, pending = [], [], []
         for member, (replica, local) in enumerate(zip(replicas, locals_, strict=True)):
             for pair in range(SEQUENCES // 2):
