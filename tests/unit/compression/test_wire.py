@@ -142,10 +142,10 @@ def test_eight_bits_are_within_half_a_step_of_the_largest(topk: list[int], seed:
     chunk = np.repeat(np.arange(len(topk)), topk)
     got = wire.quantise(chunk, value, 8)
     for one in range(len(topk)):
-        here = chunk == one
-        # A scale is within a twenty-third of what the largest wants, and the largest may be cut off as much.
-        assert np.abs(got[here] - value[here]).max() <= 0.05 * np.abs(value[here]).max()
-        assert np.median(np.abs(got[here] - value[here])) <= 0.53 * np.abs(value[here]).max() / 127
+        wanted, error = np.abs(value[chunk == one]), np.abs(got[chunk == one] - value[chunk == one])
+        # A scale is within a twenty-third of what the largest wants, so as much of the largest may be cut off.
+        assert error.max() <= 0.05 * wanted.max()
+        assert (error[wanted < 0.95 * wanted.max()] <= 0.53 * wanted.max() / 127).all()
 
 
 def test_a_chunk_of_zeros_stays_zero() -> None:

@@ -59,7 +59,7 @@ def test_floats_are_written_as_toml_reads_them(value: float) -> None:
         ("[model]\nlayers = 256\nembedding = 32768", "parameters; at most 2,147,483,648", "correct it in"),
         ("[optimizer.matrix]\ntopk = 5000", "optimizer.matrix.topk = 5000: expected `int` <= 4096", "4096"),
         ("[optimizer]\nbeta = nan", "optimizer.beta = nan: expected `float`", "momentum"),
-        ('[optimizer.matrix]\ndirection = "adam"', "expected one of 'sign', 'rms', 'muon'", "direction"),
+        ('[optimizer.matrix]\ndirection = "lion"', "expected one of 'sign', 'rms', 'muon'", "direction"),
         ("[codec]\nvalue_bits = 3", "codec.value_bits = 3: expected one of 1, 2", "sign"),
         ("[round]\nmin_seconds = 70", "round.min_seconds = 70.0 is above max_seconds = 60.0", "correct it in"),
         ('[access]\nmode = "list"\npeers = ["me"]', 'access.peers[0] = "me"', "correct it in"),
