@@ -375,7 +375,9 @@ def draw(found: Sequence[Toml], path: Path) -> None:
             continue
         bits = one["bits_per_parameter_sent"] + one["bits_per_parameter_received"]
         axes.errorbar(bits, one["bits_per_byte"], yerr=one["spread"] / 2, fmt="o", capsize=3)
-        axes.annotate(one["method"], (bits, one["bits_per_byte"]), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        axes.annotate(
+            one["method"], (bits, one["bits_per_byte"]), xytext=(5, 4), textcoords="offset points", fontsize=8
+        )
     axes.set(
         xscale="log",
         xlabel="bits sent and received for a parameter and step",

@@ -44,7 +44,8 @@ def init(
     private: Annotated[
         bool,
         typer.Option(
-            "--private", help="Each peer trains on text of its own, which stays there; of yours 2 % is handed out, held out."
+            "--private",
+            help="Each peer trains on text of its own, which stays there; of yours 2 % is handed out, held out.",
         ),
     ] = False,
     strategy: Annotated[

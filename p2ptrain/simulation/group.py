@@ -116,9 +116,7 @@ class Group:
         nonce, context = bytes.fromhex(self.manifest.nonce), self.manifest.model.context
         nats: list[float] = []
         while len(nats) * rules.micro_batch < rules.sequences_per_peer:
-            offsets = sequence_offsets(
-                nonce, peer_id, member.sequences_read, rules.micro_batch, len(tokens), context
-            )
+            offsets = sequence_offsets(nonce, peer_id, member.sequences_read, rules.micro_batch, len(tokens), context)
             batch = np.stack([tokens[offset : offset + context + 1] for offset in offsets]).astype(np.int64)
             member.sequences_read += rules.micro_batch
             loss = functools.partial(self.model.loss, torch.from_numpy(batch))

@@ -132,7 +132,9 @@ def _own_text(home: Home, config: DataConfig, paths: list[Path] | None) -> bytes
             hint="again with --data PATH; it stays on this machine",
         ) from error
     except (OSError, lzma.LZMAError, EOFError) as error:
-        raise DataError(f"{home.own_text} cannot be read: {error}", hint="give the text again with --data PATH") from error
+        raise DataError(
+            f"{home.own_text} cannot be read: {error}", hint="give the text again with --data PATH"
+        ) from error
 
 
 def _shared_corpus(home: Home, config: DataConfig, from_swarm: Callable[[], bytes]) -> Corpus:

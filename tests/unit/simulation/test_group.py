@@ -57,9 +57,7 @@ def test_it_is_what_replicas_of_their_own_come_to(strategy: str) -> None:
             pending.append(optimizer.select())
             optimizer.zero_grad()
             # One part: chunks of a reply do not depend on the parts they lie in, where nobody is clipped.
-            payloads.append(
-                wire.encode_contribution(pending[-1].sent, optimizer.layout.topk, config.codec.value_bits)
-            )
+            payloads.append(wire.encode_contribution(pending[-1].sent, optimizer.layout.topk, config.codec.value_bits))
         layout = replicas[0].layout
         reply = reduce_part(
             [(member, SEQUENCES, payload) for member, payload in enumerate(payloads)],
