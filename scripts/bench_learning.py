@@ -1,15 +1,17 @@
-"""How well each strategy learns for the bytes it sends: held-out bits per byte, beside AdamW and Muon without a network.
+"""How well each strategy learns for the bytes it sends: held-out bits per byte, beside AdamW and Muon without a
+network.
 
     python scripts/bench_learning.py --jobs 2 --out docs/results/learning.json --picture docs/pictures/learning.png
 
 Each run trains a GPT of --layers and --embedding on --tokens tokens of the embedded corpus. Members are those of
-`simulation/group.py`: the product's local computing, momentum, codec, reducing and settling in rounds in which nothing goes
-wrong. All runs take the same steps over as many sequences, however many members share them and however long rounds are:
-a round of H inner steps is H of them. Baselines take torch's optimizers over the same sequences.
+`simulation/group.py`: the product's local computing, momentum, codec, reducing and settling in rounds in which nothing
+goes wrong. All runs take the same steps over as many sequences, however many members share them and however long rounds
+are: a round of H inner steps is H of them. Baselines take torch's optimizers over the same sequences.
 
 Every method is tried with five learning rates on the first seed; the best goes on to the other seeds. A method is a
-run.toml's tables on top of its strategy's defaults (METHODS). Runs that are in --out are kept, so it goes on where it was
-stopped. Bits are those of payloads, averaged over all rounds, one direction each, for every inner step of a parameter.
+run.toml's tables on top of its strategy's defaults (METHODS). Runs that are in --out are kept, so it goes on where it
+was stopped. Bits are those of payloads, averaged over all rounds, one direction each, for every inner step of a
+parameter.
 
 A run of 0.8M parameters and 3M tokens takes about ten minutes of one core. Progress on stderr, one JSON object last.
 """
@@ -295,7 +297,7 @@ def best_rate(rows: Sequence[Toml], one: Setting) -> float | None:
 
 
 def wanted(options: argparse.Namespace, rows: Sequence[Toml]) -> Iterator[Setting]:
-    """Runs that are due now: all learning rates on the first seed, then, once they are there, the best on the others."""
+    """Runs due now: all learning rates on the first seed; once they are there, the best one on the others."""
     done = {setting_of(row) for row in rows}
     for name in options.methods:
         size: Toml = {key: getattr(options, key) for key in SIZE}

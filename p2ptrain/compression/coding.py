@@ -1,10 +1,9 @@
 """Scales and levels: what values are quantised to.
 
-A contribution's value is a sign and, with 2 bits, one magnitude bit around the chunk's scale; with 8 bits, and in a reply,
-a signed byte. The scale of a chunk is one of 256: scales are the powers of two and seven steps between each (ratio
-2**(1/8)), from a table of exact float32 values, so that none depends on a libm. Neighbours have similar scales, so a
-scale is coded as its difference from the one before: 4 to 5 bits in training.
-"""
+A contribution's value is a sign and, with 2 bits, one magnitude bit around the chunk's scale; with 8 bits, and in a
+reply, a signed byte. The scale of a chunk is one of 256: scales are the powers of two and seven steps between each
+(ratio 2**(1/8)), from a table of exact float32 values, so that none depends on a libm. Neighbours have similar scales,
+so a scale is coded as its difference from the one before: 4 to 5 bits in training."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """What a run.toml that names a strategy need not say: the keys that suit it.
 
-Whoever writes a manifest chooses a strategy and changes what they like; the manifest that peers agree on says everything.
-docs/learning.md has the figures.
-"""
+Whoever writes a manifest chooses a strategy and changes what they like; the manifest that peers agree on says
+everything. docs/learning.md has the figures."""
 
 from __future__ import annotations
 

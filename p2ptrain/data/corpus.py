@@ -156,7 +156,8 @@ def unpack(blob: bytes, config: DataConfig, *, max_bytes: int = UNPACK_MAX_BYTES
 def check(corpus: Corpus, config: DataConfig, *, hint: str = "join without --data to fetch it") -> Corpus:
     """Return `corpus` under the run's name and licence if it is the one that `config` names, and can be trained on.
 
-    An empty hash in `config` stands for that of the shipped corpus. Where text is private, only what is held out counts.
+    An empty hash in `config` stands for that of the shipped corpus. Where text is private, only what is held out
+    counts.
 
     Args:
         hint: what the user can do where it is another.

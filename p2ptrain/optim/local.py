@@ -1,9 +1,9 @@
 """What a peer computes between two contributions, and what of it enters the momentum.
 
-Strategies differ in this and in how parameters are treated (`config/strategies.py`); momentum, codec, reducing, chain and
-settling are the same for all. Strategies `demo` and `dense` gather the mean gradient. `diloco` and `sparse_diloco` take
-inner steps: AdamW on a peer's own, after which the way gone is negated and takes the gradient's place (Douillard et al.,
-arXiv 2311.08105; Sarfi et al., arXiv 2508.15706).
+Strategies differ in this and in how parameters are treated (`config/strategies.py`); momentum, codec, reducing, chain
+and settling are the same for all. Strategies `demo` and `dense` gather the mean gradient. `diloco` and `sparse_diloco`
+take inner steps: AdamW on a peer's own, after which the way gone is negated and takes the gradient's place (Douillard
+et al., arXiv 2311.08105; Sarfi et al., arXiv 2508.15706).
 
 A seal may be applied between any two calls: the replica's parameters are never left changed.
 """

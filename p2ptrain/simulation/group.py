@@ -1,9 +1,8 @@
 """Rounds in which nothing goes wrong: many members over one replica, without chain, messages or clock.
 
 What a round does to a model is the product's own: local computing, momentum, selection, payloads, parts, reducing,
-decoding, step and settling. All members are heard, and each reads what a peer of its id would read. For learning curves,
-which want hundreds of rounds and no network; `world` is for everything else.
-"""
+decoding, step and settling. All members are heard, and each reads what a peer of its id would read. For learning
+curves, which want hundreds of rounds and no network; `world` is for everything else."""
 
 from __future__ import annotations
 
