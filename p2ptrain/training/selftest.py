@@ -20,7 +20,7 @@ from p2ptrain.compression import coding, dct
 from p2ptrain.compression.layout import CHUNK_SIZE, SIDE, ChunkLayout, Kind, ParameterSpec, Transform, Treatment
 from p2ptrain.errors import DivergenceError
 from p2ptrain.models.init import unit_normal_integers
-from p2ptrain.optim.directions import Rms, Sign
+from p2ptrain.optim.directions import Adam, Nesterov, Rms, Sign
 from p2ptrain.optim.schedule import learning_rate
 
 EXPECTED = "974e933ecc6e033973fc83b0c7c8ff180e36bfb51afa0f5c04cdd7578732500a"
@@ -74,6 +74,10 @@ def self_test(device: torch.device) -> str:
         rms.load_state({"second": moment, "second_decayed": torch.full_like(moment[:, :1], 0.5)})
         digest.update(_bytes(rms.step(update[piece], live[piece])))
         digest.update(b"".join(_bytes(tensor) for tensor in rms.state().values()))
+        for kind in (Nesterov, Adam):
+            direction = kind(layout, segment, 0.95, 1e-8, device)
+            for _ in range(2):
+                digest.update(_bytes(direction.step(update[piece], live[piece])))
     rates = [
         learning_rate(number, peak=0.02, warmup_rounds=100, total_rounds=10_000, final_fraction=0.1)
         for number in _RATED_ROUNDS
