@@ -52,6 +52,19 @@ def test_what_is_expected_is_what_integers_and_ieee_floats_give() -> None:
         step = piece / (np.sqrt(moment / (one(1) - decayed)) + one(1e-8))
         for array in (np.sign(piece), step, moment, decayed):
             digest.update(array.astype("<f4").tobytes())
+        total = mean = second = np.zeros_like(piece)
+        by_mean = by_second = one(1)
+        nesterov, adam = [], []
+        for _ in range(2):
+            total = total * one(0.9) + piece
+            nesterov.append(piece + total * one(0.9))
+            second = second * one(0.95) + piece * piece * one(1 - 0.95)
+            mean = mean * one(0.9) + piece * one(1 - 0.9)
+            by_mean, by_second = by_mean * one(0.9), by_second * one(0.95)
+            adam.append(mean / (one(1) - by_mean) / (np.sqrt(second / (one(1) - by_second)) + one(1e-8)))
+        for array in (*nesterov, *adam):
+            # Both signs of zero are one.
+            digest.update((array + one(0)).astype("<f4").tobytes())
     rounds = (0, 1, 99, 100, 101, 2500, 5000, 9999, 10_000, 20_000)
     rates = [learning_rate(n, peak=0.02, warmup_rounds=100, total_rounds=10_000, final_fraction=0.1) for n in rounds]
     digest.update(np.array(rates, "<f8").tobytes())
