@@ -9,7 +9,7 @@ still less. With too short a way the opposite happens, which finds its balance. 
 rounds look slow and never fast, so the upper quartile of the last ones counts. Beyond `MOST_KBIT` a line is not what
 limits a round, and its measured rate would be noise: all such peers say the same.
 
-Cost: three numbers a round; an answer of 30 bytes more a message.
+Cost: two numbers a round; an answer of 30 bytes more a message.
 """
 
 from __future__ import annotations
