@@ -1,7 +1,11 @@
 """Where each parameter's entries lie among the chunks.
 
 A parameter of two or more dimensions is seen as a matrix [shape[0], rest] and cut into 64x64 chunks, padded with zeros
-at its right and lower edges. A vector or scalar is cut into segments of 64, 64 of them to a chunk. Padding makes any
+at its right and lower edges. Where it is not transformed, neighbours mean nothing, and its rows are dealt out instead:
+the chunks of band t hold rows t, t + bands, t + 2 bands and so on. Every chunk sends as many coefficients, and the rows
+of an embedding or head are in the order of the tokenizer's merges, frequent tokens first: next to each other, those of
+the first chunks would share what they may send while those of the last have little to say (docs/learning.md has what
+that costs). A vector or scalar is cut into segments of 64, 64 of them to a chunk. Padding makes any
 shape work (a prime side has no useful divisor), and one chunk size for everything lets the transform, the selection
 and the codec run over chunks of many parameters at once; the price is momentum for the padding.
 
@@ -80,6 +84,16 @@ class Segment:
         """Chunks side by side in a matrix."""
         return math.ceil(self.columns / SIDE)
 
+    @property
+    def bands(self) -> int:
+        """Chunks one below the other in a matrix."""
+        return math.ceil(self.rows / SIDE)
+
+    @property
+    def dealt(self) -> bool:
+        """Rows are dealt out among bands, not 64 neighbours to each."""
+        return self.treatment.transform == "none" and not self.is_vector
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -96,25 +110,53 @@ class Piece:
         """Its first chunk, counted from the parameter's first."""
         return self.start - self.segment.start
 
-    def view(self, tensor: Tensor) -> Tensor:
-        """Its entries of a parameter-shaped tensor, as a view if that is contiguous: [entries] or [rows, columns]."""
+    def views(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Its entries of a parameter-shaped tensor, as views if that is contiguous.
+
+        Of a vector [entries], of a matrix [rows, columns]; of one whose rows are dealt out [rows of each band, bands,
+        columns], and [bands, columns] of those bands that have a row more, if there are any.
+        """
         segment = self.segment
         if segment.is_vector:
-            return tensor.reshape(-1)[self.first * CHUNK_SIZE : (self.end - segment.start) * CHUNK_SIZE]
+            return (tensor.reshape(-1)[self.first * CHUNK_SIZE : (self.end - segment.start) * CHUNK_SIZE],)
         top, left, tall, wide = self._rectangle()
-        matrix = tensor.reshape(segment.rows, segment.columns)
-        return matrix[top * SIDE : (top + tall) * SIDE, left * SIDE : (left + wide) * SIDE]
+        matrix = tensor.reshape(segment.rows, segment.columns)[:, left * SIDE : (left + wide) * SIDE]
+        if not segment.dealt:
+            return (matrix[top * SIDE : (top + tall) * SIDE],)
+        each, more = self._rows_of_each()
+        dealt = matrix[: each * segment.bands].unflatten(0, (each, segment.bands))[:, top : top + tall]
+        last = matrix[each * segment.bands + top :][:more]
+        return (dealt, last) if more else (dealt,)
+
+    def entries(self, chunks: Tensor) -> tuple[Tensor, ...]:
+        """Of `chunks` [end - start, 64 * 64], what lies at `views`, in their shapes; it may share their memory."""
+        segment = self.segment
+        if segment.is_vector:
+            return (chunks.reshape(-1)[: segment.columns - self.first * CHUNK_SIZE],)
+        top, left, tall, wide = self._rectangle()
+        blocks, columns = self.as_blocks(chunks), segment.columns - left * SIDE
+        if not segment.dealt:
+            matrix = blocks.transpose(1, 2).reshape(tall * SIDE, wide * SIDE)
+            return (matrix[: segment.rows - top * SIDE, :columns],)
+        dealt = blocks.permute(2, 0, 1, 3).reshape(SIDE, tall, wide * SIDE)[..., :columns]
+        each, more = self._rows_of_each()
+        return (dealt[:each], dealt[each, :more]) if more else (dealt[:each],)
 
     def blocks(self, tensor: Tensor) -> Tensor | None:
         """The same as a view [tall, wide, 64, 64], where that is a matrix of whole chunks; None: it is not."""
         segment = self.segment
+        if segment.is_vector:
+            return None
         top, left, tall, wide = self._rectangle()
-        if segment.is_vector or (top + tall) * SIDE > segment.rows or (left + wide) * SIDE > segment.columns:
+        bottom = segment.bands if segment.dealt else top + tall
+        if bottom * SIDE > segment.rows or (left + wide) * SIDE > segment.columns:
             return None
         # One operation in place of six, each of which would give up Python's lock.
         tensor, row = tensor.contiguous(), segment.columns
-        offset = tensor.storage_offset() + (top * row + left) * SIDE
-        return tensor.as_strided((tall, wide, SIDE, SIDE), (SIDE * row, SIDE, row, 1), offset)
+        first, apart = (top, segment.bands) if segment.dealt else (top * SIDE, 1)
+        offset = tensor.storage_offset() + first * row + left * SIDE
+        band = row if segment.dealt else SIDE * row
+        return tensor.as_strided((tall, wide, SIDE, SIDE), (band, SIDE, apart * row, 1), offset)
 
     def as_blocks(self, chunks: Tensor) -> Tensor:
         """Its chunks [end - start, 64 * 64] in the order of `blocks`."""
@@ -127,23 +169,22 @@ class Piece:
         if blocks is not None:
             self.as_blocks(chunks).copy_(blocks)
             return
-        entries = self.view(tensor)
+        views = self.views(tensor)
         if self.segment.is_vector:
-            chunks.view(-1)[: len(entries)].copy_(entries)
-            chunks.view(-1)[len(entries) :].zero_()
+            chunks.view(-1)[: len(views[0])].copy_(views[0])
+            chunks.view(-1)[len(views[0]) :].zero_()
             return
         _, _, tall, wide = self._rectangle()
-        pad = (0, wide * SIDE - entries.shape[1], 0, tall * SIDE - entries.shape[0])
-        matrix = torch.nn.functional.pad(entries, pad).view(tall, SIDE, wide, SIDE)
-        self.as_blocks(chunks).copy_(matrix.transpose(1, 2))
-
-    def entries(self, chunks: Tensor) -> Tensor:
-        """Of `chunks` [end - start, 64 * 64], what lies at `view`, in its shape; it may share their memory."""
-        if self.segment.is_vector:
-            return chunks.reshape(-1)[: self.segment.columns - self.first * CHUNK_SIZE]
-        top, left, tall, wide = self._rectangle()
-        matrix = self.as_blocks(chunks).transpose(1, 2).reshape(tall * SIDE, wide * SIDE)
-        return matrix[: self.segment.rows - top * SIDE, : self.segment.columns - left * SIDE]
+        if not self.segment.dealt:
+            matrix = tensor.new_zeros(tall * SIDE, wide * SIDE)
+            matrix[: len(views[0]), : views[0].shape[1]] = views[0]
+            self.as_blocks(chunks).copy_(matrix.view(tall, SIDE, wide, SIDE).transpose(1, 2))
+            return
+        dealt, (each, more) = tensor.new_zeros(SIDE, tall, wide * SIDE), self._rows_of_each()
+        dealt[:each, :, : views[0].shape[-1]] = views[0]
+        if more:
+            dealt[each, :more, : views[1].shape[-1]] = views[1]
+        self.as_blocks(chunks).copy_(dealt.view(SIDE, tall, wide, SIDE).permute(1, 2, 0, 3))
 
     def flat(self, place: Tensor) -> tuple[Tensor, Tensor]:
         """Where `place` [n], of its chunks flattened, lies in a flattened parameter; False for what is padding."""
@@ -152,9 +193,16 @@ class Piece:
             flat = place + self.first * CHUNK_SIZE
             return flat, flat < segment.columns
         chunk, index = place // CHUNK_SIZE + self.first, place % CHUNK_SIZE
-        band = chunk // segment.wide
-        row, column = band * SIDE + index // SIDE, (chunk - band * segment.wide) * SIDE + index % SIDE
+        band, inside = chunk // segment.wide, index // SIDE
+        row = inside * segment.bands + band if segment.dealt else band * SIDE + inside
+        column = (chunk - band * segment.wide) * SIDE + index % SIDE
         return row * segment.columns + column, (row < segment.rows) & (column < segment.columns)
+
+    def _rows_of_each(self) -> tuple[int, int]:
+        """Of a matrix whose rows are dealt out: how many every band has, and how many of our bands have one more."""
+        top, _, tall, _ = self._rectangle()
+        each, more = divmod(self.segment.rows, self.segment.bands)
+        return each, min(max(more - top, 0), tall)
 
     def _rectangle(self) -> tuple[int, int, int, int]:
         """Top, left, height and width, in chunks."""
@@ -264,8 +312,10 @@ class ChunkLayout:
 
     def extract(self, segment: Segment, chunks: Tensor) -> Tensor:
         """The parameter-shaped tensor that lies in `chunks` [all chunks, 64 * 64]; it may share their memory."""
-        whole = Piece(0, segment, segment.start, segment.end)
-        return whole.entries(chunks[segment.start : segment.end]).reshape(segment.spec.shape)
+        entries = Piece(0, segment, segment.start, segment.end).entries(chunks[segment.start : segment.end])
+        if segment.dealt:
+            entries = tuple(part.reshape(-1, segment.columns) for part in entries)
+        return (torch.cat(entries) if len(entries) > 1 else entries[0]).reshape(segment.spec.shape)
 
 
 def _rectangles(segment: Segment, most: int) -> Iterator[tuple[int, int]]:

@@ -334,7 +334,9 @@ class DeMo(torch.optim.Optimizer):
             # of a sign, whose product with the rate is exact.
             step, factor = (step, rate) if of_signs else (step.mul_(rate), 1.0)
             if blocks is None:
-                piece.view(self._targets[piece.number]).sub_(piece.entries(step), alpha=factor)
+                views = piece.views(self._targets[piece.number])
+                for view, entries in zip(views, piece.entries(step), strict=True):
+                    view.sub_(entries, alpha=factor)
             else:
                 blocks.sub_(piece.as_blocks(step), alpha=factor)
 
@@ -362,10 +364,12 @@ class DeMo(torch.optim.Optimizer):
         rate *= group["learning_rate_scale"]
         decay = 1 - rate * group["weight_decay"]
         if decay != 1 and live.all:
-            piece.view(parameter).mul_(decay)
+            for view in piece.views(parameter):
+                view.mul_(decay)
         elif decay != 1:
             by_chunk = torch.where(live.chunks[here], decay, 1.0).unsqueeze(1).expand(-1, CHUNK_SIZE)
-            piece.view(parameter).mul_(piece.entries(by_chunk.contiguous()))
+            for view, factor in zip(piece.views(parameter), piece.entries(by_chunk.contiguous()), strict=True):
+                view.mul_(factor)
         return rate
 
     @torch.no_grad()

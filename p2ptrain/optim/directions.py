@@ -212,9 +212,9 @@ class Muon(Direction):
 
     def step_chunks(self, first: int, update: Tensor, live: Tensor) -> Tensor:
         segment = self._segment
-        tall, wide = -(-segment.rows // 64), -(-segment.columns // 64)
+        tall, wide = segment.bands, segment.wide
+        # Rows of padding stay zero, and neither they nor the order of rows change anything for the others.
         matrix = update.view(tall, wide, 64, 64).transpose(1, 2).reshape(tall * 64, wide * 64)
-        matrix = matrix[: segment.rows, : segment.columns]
         x = matrix / (matrix.norm() + self._epsilon)
         transposed = x.shape[0] > x.shape[1]
         x = x.T if transposed else x
@@ -222,9 +222,7 @@ class Muon(Direction):
             gram = x @ x.T
             x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
         x = (x.T if transposed else x) * max(segment.rows, segment.columns) ** 0.5
-        out = update.new_zeros(tall * 64, wide * 64)
-        out[: segment.rows, : segment.columns] = x
-        return out.view(tall, 64, wide, 64).transpose(1, 2).reshape(update.shape) * live.unsqueeze(1)
+        return x.reshape(tall, 64, wide, 64).transpose(1, 2).reshape(update.shape) * live.unsqueeze(1)
 
 
 DIRECTIONS: dict[str, type[Direction]] = {

@@ -9,15 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from p2ptrain.compression.layout import CHUNK_SIZE, SIDE, ChunkLayout, Kind, ParameterSpec, Treatment
+from p2ptrain.compression.layout import CHUNK_SIZE, SIDE, ChunkLayout, Kind, ParameterSpec, Transform, Treatment
 
 SHAPES = [(), (1,), (97,), (4096,), (4099,), (64, 64), (127, 131), (1, 200), (200, 1), (5, 3, 2, 7)]
 KINDS: tuple[Kind, ...] = ("matrix", "embedding", "vector")
 
 
-def treatment(topk: int = 3, reply_topk: int = 5, transform: str = "dct") -> Treatment:
+def treatment(topk: int = 3, reply_topk: int = 5, transform: Transform = "dct") -> Treatment:
     return Treatment(
-        transform="none" if transform == "none" else "dct",
+        transform=transform,
         direction="sign",
         learning_rate_scale=1.0,
         topk=topk,
@@ -25,8 +25,13 @@ def treatment(topk: int = 3, reply_topk: int = 5, transform: str = "dct") -> Tre
     )
 
 
-def layout_of(shapes: list[tuple[int, ...]]) -> ChunkLayout:
-    return ChunkLayout([ParameterSpec(str(i), s, "matrix") for i, s in enumerate(shapes)], {"matrix": treatment()})
+def layout_of(shapes: list[tuple[int, ...]], transform: Transform = "dct") -> ChunkLayout:
+    """With transform `none` rows are dealt out."""
+    specs = [ParameterSpec(str(i), s, "matrix") for i, s in enumerate(shapes)]
+    return ChunkLayout(specs, {"matrix": treatment(transform=transform)})
+
+
+TRANSFORMS: tuple[Transform, ...] = ("dct", "none")
 
 
 def numbered(shape: tuple[int, ...], first: int) -> torch.Tensor:
@@ -34,28 +39,32 @@ def numbered(shape: tuple[int, ...], first: int) -> torch.Tensor:
     return (torch.arange(math.prod(shape)) + first).to(torch.float32).reshape(shape)
 
 
-@given(st.lists(st.lists(st.integers(1, 80), max_size=2).map(tuple), min_size=1, max_size=4))
-@settings(max_examples=40)
-def test_extract_gives_back_what_gather_took(shapes: list[tuple[int, ...]]) -> None:
-    layout = layout_of(shapes)
+@given(
+    st.lists(st.lists(st.integers(1, 80), max_size=2).map(tuple), min_size=1, max_size=4), st.sampled_from(TRANSFORMS)
+)
+@settings(max_examples=80)
+def test_extract_gives_back_what_gather_took(shapes: list[tuple[int, ...]], transform: Transform) -> None:
+    layout = layout_of(shapes, transform)
     tensors = [numbered(shape, 1) for shape in shapes]
     chunks = layout.gather(tensors, torch.full((layout.chunks, CHUNK_SIZE), torch.nan))
     for segment, tensor in zip(layout.segments, tensors, strict=True):
         assert torch.equal(layout.extract(segment, chunks), tensor)
 
 
+@pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_each_shape_survives_between_two_others(shape: tuple[int, ...]) -> None:
-    layout = layout_of([(70, 3), shape, (5,)])
+def test_each_shape_survives_between_two_others(shape: tuple[int, ...], transform: Transform) -> None:
+    layout = layout_of([(70, 3), shape, (5,)], transform)
     tensors = [numbered(s, 10_000 * i + 1) for i, s in enumerate([(70, 3), shape, (5,)])]
     chunks = layout.gather(tensors, torch.empty(layout.chunks, CHUNK_SIZE))
     for segment, tensor in zip(layout.segments, tensors, strict=True):
         assert torch.equal(layout.extract(segment, chunks), tensor)
 
 
+@pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_all_but_the_entries_is_zero(shape: tuple[int, ...]) -> None:
-    layout = layout_of([shape])
+def test_all_but_the_entries_is_zero(shape: tuple[int, ...], transform: Transform) -> None:
+    layout = layout_of([shape], transform)
     chunks = layout.gather([numbered(shape, 1)], torch.full((layout.chunks, CHUNK_SIZE), torch.nan))
     assert int(torch.count_nonzero(chunks)) == math.prod(shape)
 
@@ -70,6 +79,21 @@ def test_a_matrix_is_cut_into_squares_row_by_row() -> None:
         for column in (0, 63, 64, 127, 128, 130):
             chunk = row // SIDE * 3 + column // SIDE
             assert chunks[chunk, row % SIDE * SIDE + column % SIDE] == matrix[row, column]
+
+
+@pytest.mark.parametrize("rows", [1, 63, 64, 127, 128, 193, 256])
+@pytest.mark.parametrize("columns", [64, 70])
+def test_rows_of_what_is_not_transformed_are_dealt_out(rows: int, columns: int) -> None:
+    layout = layout_of([(rows, columns)], "none")
+    matrix = numbered((rows, columns), 1)
+    chunks = layout.gather([matrix], torch.empty(layout.chunks, CHUNK_SIZE))
+    bands, wide = math.ceil(rows / SIDE), math.ceil(columns / SIDE)
+    assert layout.chunks == bands * wide
+    blocks = chunks.view(bands, wide, SIDE, SIDE)
+    for row in range(rows):
+        padded = torch.zeros(wide * SIDE)
+        padded[:columns] = matrix[row]
+        assert torch.equal(blocks[row % bands, :, row // bands].flatten(), padded)
 
 
 def test_a_vector_lies_in_order() -> None:
@@ -104,10 +128,13 @@ def test_half_precision_gradients_become_float32() -> None:
 @given(
     st.lists(st.lists(st.integers(1, 300), max_size=2).map(tuple), min_size=1, max_size=4),
     st.integers(1, 9),
+    st.sampled_from(TRANSFORMS),
 )
-@settings(max_examples=40)
-def test_batches_are_all_chunks_in_order_and_pieces_rectangles(shapes: list[tuple[int, ...]], most: int) -> None:
-    layout = layout_of(shapes)
+@settings(max_examples=80)
+def test_batches_are_all_chunks_in_order_and_pieces_rectangles(
+    shapes: list[tuple[int, ...]], most: int, transform: Transform
+) -> None:
+    layout = layout_of(shapes, transform)
     tensors = [numbered(shape, 1) for shape in shapes]
     expected = layout.gather(tensors, torch.empty(layout.chunks, CHUNK_SIZE))
     read = torch.full((layout.chunks, CHUNK_SIZE), torch.nan)
@@ -120,7 +147,8 @@ def test_batches_are_all_chunks_in_order_and_pieces_rectangles(shapes: list[tupl
             position = piece.end
             block, tensor = read[piece.start : piece.end], tensors[piece.number]
             piece.read(tensor, block)
-            assert torch.equal(piece.entries(block), piece.view(tensor))
+            assert all(map(torch.equal, piece.entries(block), piece.views(tensor)))
+            assert sum(map(torch.numel, piece.entries(block))) == sum(map(torch.numel, piece.views(tensor)))
             blocks = piece.blocks(tensor)
             if blocks is not None:
                 assert torch.equal(piece.as_blocks(block), blocks)
