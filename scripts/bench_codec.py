@@ -31,6 +31,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 import psutil
 import torch
@@ -42,7 +43,7 @@ from p2ptrain.averaging.messages import ContributionHeader, Tip, Traffic
 from p2ptrain.averaging.reduce import reduce_part
 from p2ptrain.compression import decoded, wire
 from p2ptrain.compression.layout import SIDE
-from p2ptrain.config.manifest import Manifest, ModelConfig
+from p2ptrain.config.manifest import Manifest, ModelConfig, OptimizerConfig
 from p2ptrain.models.gpt import GPT
 from p2ptrain.optim.demo import DeMo, PartReply, Pending
 from p2ptrain.training.replica import build_optimizer
@@ -113,8 +114,12 @@ def gpt(config: ModelConfig) -> GPT:
 
 
 def manifest(config: ModelConfig, **changes: Any) -> Manifest:
-    """With the default treatment of each kind."""
-    return Manifest(name="bench", nonce="0" * 32, model=config, **changes)
+    """With the default treatment of each kind, but for the number of coefficients."""
+    treatments = {
+        kind: msgspec.structs.replace(getattr(OptimizerConfig(), kind), topk=TOPK, reply_topk=TOPK)
+        for kind in ("matrix", "embedding", "head", "vector")
+    }
+    return Manifest(name="bench", nonce="0" * 32, model=config, optimizer=OptimizerConfig(**treatments), **changes)
 
 
 def encoded(optimizer: DeMo, pending: Pending, ranges: Ranges) -> tuple[bytes, ...]:

@@ -44,7 +44,8 @@ reply_timeout_seconds = 30.0
 seal_timeout_seconds = 10.0
 alone_after_seconds = 60.0
 root_interval = 1000
-"""
+""" + "".join(f"[optimizer.{kind}]\ntopk = 32\nreply_topk = 32\n" for kind in ("matrix", "embedding", "head", "vector"))
+"""At 32 coefficients a chunk each way, as in the papers: defaults are wider."""
 
 Figures = dict[str, Any]
 

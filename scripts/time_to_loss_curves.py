@@ -60,9 +60,15 @@ MANIFEST = Manifest(
     name="time to loss",
     nonce="0123456789abcdef" * 2,
     model=ModelConfig(layers=6, heads=5, embedding=320, context=128),
-    optimizer=OptimizerConfig(total_rounds=STEPS),
+    optimizer=OptimizerConfig(
+        total_rounds=STEPS,
+        **{
+            kind: msgspec.structs.replace(getattr(OptimizerConfig(), kind), topk=32, reply_topk=32)
+            for kind in ("matrix", "embedding", "head", "vector")
+        },
+    ),
 )
-"""The GPT of 10 million parameters; everything else but the length of the schedule as a new run has it."""
+"""The GPT of 10 million parameters, 32 coefficients a chunk; all else but the schedule's length as a new run has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +89,10 @@ ENDS_SCALE = MANIFEST.optimizer.embedding.learning_rate_scale
 SETTINGS = (
     # Of each method that which does best first: the others then end early.
     Setting("adamw", 4e-3, 1.0),
-    *(Setting("demo", 1e-3, ENDS_SCALE, stale) for stale in (0, 2, 1)),
+    *(Setting("demo", 1e-3, ENDS_SCALE, stale) for stale in (0, 3, 2)),
     *(Setting("adamw", rate, 1.0) for rate in (2e-3, 8e-3)),
     *(Setting("demo", rate, ENDS_SCALE) for rate in (5e-4, 2e-3)),
-    *(Setting("demo", 5e-4, ENDS_SCALE, stale) for stale in (2, 1)),
+    *(Setting("demo", 5e-4, ENDS_SCALE, stale) for stale in (3, 2)),
     Setting("adamw", 1e-3, 1.0),
     Setting("adamw", 4e-3, 4.0),
 )

@@ -19,6 +19,8 @@ from crew import Crew
 from lines import Lines
 from time_to_loss_curves import MANIFEST, sequences_per_member
 
+from p2ptrain.config.loading import render
+
 METHODS = {"p2ptrain": "demo", "p2ptrain-overlap": "demo", "hivemind": "adamw", "ddp": "adamw", "ddp-fp16": "adamw"}
 """Whose steps are which curve's."""
 START_SECONDS = 300.0
@@ -40,11 +42,7 @@ def run_toml(compute_seconds: float, overlap: int) -> str:
         max_seconds=max(compute_seconds, MANIFEST.round.max_seconds),
         overlap=overlap,
     )
-    model, settings = (
-        "\n".join(f"{key} = {json.dumps(value)}" for key, value in msgspec.to_builtins(table).items())
-        for table in (MANIFEST.model, rules)
-    )
-    return f'name = "time to loss"\nnonce = "{os.urandom(16).hex()}"\n[model]\n{model}\n[round]\n{settings}\n'
+    return render(msgspec.structs.replace(MANIFEST, nonce=os.urandom(16).hex(), round=rules))
 
 
 class Steps:

@@ -106,9 +106,9 @@ class GroupConfig(_Table, frozen=True, kw_only=True):
     devices), `sgd` (as it is), `nesterov` or `adam` (with momentum that all replicas keep)."""
     learning_rate_scale: Annotated[float, Meta(gt=0, le=1000)] = 1.0
     """Factor on the learning rate of the replica's steps."""
-    topk: Topk = 32
+    topk: Topk = 52
     """Coefficients sent per chunk of 4096."""
-    reply_topk: Topk = 32
+    reply_topk: Topk = 44
     """Coefficients a reducer keeps per chunk, at most."""
 
 

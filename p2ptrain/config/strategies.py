@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import cast
 
-from p2ptrain.config.manifest import Strategy
+import msgspec
+
+from p2ptrain.config.manifest import OptimizerConfig, Strategy
 
 Toml = dict[str, object]
 
@@ -27,7 +29,8 @@ _LONG_ROUNDS: Toml = {
 }
 
 DEFAULTS: Mapping[Strategy, Toml] = {
-    "demo": {},
+    # As the manifest has it: here so that a run.toml which says one thing of a kind keeps the rest.
+    "demo": {"optimizer": {kind: msgspec.to_builtins(getattr(OptimizerConfig(), kind)) for kind in _KINDS}},
     # What SparseLoCo does (arXiv 2508.15706), through our codec.
     "sparse_diloco": {
         "optimizer": {

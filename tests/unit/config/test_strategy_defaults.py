@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import get_args
 
+import msgspec
 import pytest
 
 from p2ptrain.config.loading import new_manifest, parse_manifest, render
@@ -38,6 +39,12 @@ def test_what_a_run_says_goes_before_what_its_strategy_suggests() -> None:
     assert optimizer.learning_rate == 0.5
     assert (optimizer.matrix.topk, optimizer.matrix.reply_topk) == (9, suggested.matrix.reply_topk)
     assert optimizer.head == suggested.head
+
+
+def test_one_key_of_a_kind_leaves_the_others_as_they_are_by_default() -> None:
+    default = Manifest(name="a", nonce="0" * 32).optimizer.embedding
+    embedding = parse_manifest(f"{HEAD}[optimizer.embedding]\ntopk = 9\n", HERE).optimizer.embedding
+    assert embedding == msgspec.structs.replace(default, topk=9)
 
 
 @pytest.mark.parametrize("value", ['"demi"', "3", "[1]"])
