@@ -8,7 +8,8 @@ Each run trains a GPT of --layers and --embedding on --tokens tokens of the embe
 goes wrong. All runs take the same steps over as many sequences, however many members share them and however long rounds
 are: a round of H inner steps is H of them. Baselines take torch's optimizers over the same sequences.
 
-Every method is tried with five learning rates on the first seed; the best goes on to the other seeds. A method is a
+Every method is tried with five learning rates on the first seed, by eight members who share all text; the best goes on
+to the other seeds, to other numbers of members (--peers) and to texts of their own (--private). A method is a
 run.toml's tables on top of its strategy's defaults (METHODS). Runs that are in --out are kept, so it goes on where it
 was stopped. Bits are those of payloads, averaged over all rounds, one direction each, for every inner step of a
 parameter.
@@ -49,6 +50,8 @@ from p2ptrain.simulation.group import Group
 from p2ptrain.state.files import atomic_write
 from p2ptrain.training.evaluation import bits_per_byte
 
+Toml = dict[str, Any]
+
 BATCH = 64
 """Sequences of a step, of all members together."""
 CONTEXT = 128
@@ -57,16 +60,16 @@ WARM_UP_SHARE = 0.03
 CURVE_POINTS = 8
 CURVE_TOKENS = 16_384
 BASELINES = ("adamw", "muon")
-SIZE = ("tokens", "layers", "embedding", "private")
-"""What runs that are compared have in common, beside their number of peers."""
+SIZE = ("tokens", "layers", "embedding")
+"""What runs that are compared have in common, beside who trains on what."""
+TUNED: Toml = {"peers": 8, "private": False, "seed": 1}
+"""The runs that learning rates are tried in."""
 RATES: dict[str, tuple[float, ...]] = {
     "adamw": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
     "muon": (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2),
 }
 INNER_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 STEP_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
-
-Toml = dict[str, Any]
 
 
 def _inner(strategy: str, **optimizer: Any) -> Toml:
@@ -285,13 +288,12 @@ def setting_of(row: Toml) -> Setting:
 
 
 def best_rate(rows: Sequence[Toml], one: Setting) -> float | None:
-    """The learning rate that did best at this method, size and number of peers on the first seed."""
+    """The learning rate that did best at this method and size where it was tuned."""
+    wanted = {**TUNED, **{name: getattr(one, name) for name in ("method", *SIZE)}}
     alike = [
         row
         for row in rows
-        if row["seed"] == 1
-        and row["bits_per_byte"] is not None
-        and all(row[name] == getattr(one, name) for name in Setting.__slots__ if name not in ("seed", "learning_rate"))
+        if row["bits_per_byte"] is not None and all(row[name] == value for name, value in wanted.items())
     ]
     return min(alike, key=lambda row: row["bits_per_byte"])["learning_rate"] if alike else None
 
@@ -301,12 +303,13 @@ def wanted(options: argparse.Namespace, rows: Sequence[Toml]) -> Iterator[Settin
     done = {setting_of(row) for row in rows}
     for name in options.methods:
         size: Toml = {key: getattr(options, key) for key in SIZE}
-        first = [Setting(name, options.peers, 1, rate, **size) for rate in METHODS[name].rates]
-        missing = [setting for setting in first if setting not in done]
+        tuning = [Setting(method=name, learning_rate=rate, **TUNED, **size) for rate in METHODS[name].rates]
+        missing = [setting for setting in tuning if setting not in done]
         yield from missing
-        if not missing:
-            rate = best_rate(rows, first[0])
-            others = (Setting(name, options.peers, seed, rate or 0.0, **size) for seed in range(2, options.seeds + 1))
+        rate = None if missing else best_rate(rows, tuning[0])
+        if rate is not None:
+            seeds = range(1, options.seeds + 1)
+            others = (Setting(name, options.peers, seed, rate, private=options.private, **size) for seed in seeds)
             yield from (setting for setting in others if setting not in done)
 
 
@@ -336,7 +339,7 @@ def table(rows: Sequence[Toml]) -> list[Toml]:
     groups: dict[tuple[Any, ...], list[Toml]] = {}
     for row in rows:
         if row["learning_rate"] == best_rate(rows, setting_of(row)) and row["bits_per_byte"] is not None:
-            key = tuple(row[name] for name in ("method", "peers", *SIZE))
+            key = tuple(row[name] for name in ("method", "peers", "private", *SIZE))
             groups.setdefault(key, []).append(row)
     found = []
     for key, alike in groups.items():
@@ -347,7 +350,7 @@ def table(rows: Sequence[Toml]) -> list[Toml]:
             {
                 "method": key[0],
                 "peers": key[1],
-                "private": alike[0]["private"],
+                "private": key[2],
                 "parameters": alike[0]["parameters"],
                 "learning_rate": alike[0]["learning_rate"],
                 "seeds": len(bits),
