@@ -92,6 +92,7 @@ METHODS: dict[str, Method] = {
     "adamw": Method({}, rates=RATES["adamw"]),
     "muon": Method({}, rates=RATES["muon"]),
     "demo": Method({}, default=True),
+    "demo-normalised": Method({"optimizer": {"matrix": {"normalise": True}}}),
     "dense": Method(_inner("dense"), rates=INNER_RATES),
     **{
         f"{strategy}-{steps}": Method(_inner(strategy), steps, INNER_RATES)

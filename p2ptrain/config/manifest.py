@@ -104,6 +104,9 @@ class GroupConfig(_Table, frozen=True, kw_only=True):
     direction: Literal["sign", "rms", "muon", "sgd", "nesterov", "adam"] = "sign"
     """From update to step: `sign`, `rms` (over the root of its second moment), `muon` (for matrices; not exact across
     devices), `sgd` (as it is), `nesterov` or `adam` (with momentum that all replicas keep)."""
+    normalise: bool = False
+    """Gradients enter a peer's momentum over the root of their running second moment, which is the peer's own. Without
+    inner steps alone; it costs as much memory as the momentum."""
     learning_rate_scale: Annotated[float, Meta(gt=0, le=1000)] = 1.0
     """Factor on the learning rate of the replica's steps."""
     topk: Topk = 52
@@ -142,7 +145,7 @@ class OptimizerConfig(_Table, frozen=True, kw_only=True):
     direction_momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.9
     """Decay of the first moment of directions `nesterov` and `adam`."""
     rms_beta: Annotated[float, Meta(ge=0, lt=1)] = 0.95
-    """Decay of the second moment of directions `rms` and `adam`, and of inner steps."""
+    """Decay of the second moment of directions `rms` and `adam`, of inner steps, and where `normalise` is true."""
     rms_epsilon: Annotated[float, Meta(ge=1e-30, le=1)] = 1e-8
     """Added to the root of that second moment."""
     matrix: GroupConfig = GroupConfig()
@@ -162,6 +165,10 @@ class OptimizerConfig(_Table, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.vector.direction == "muon":
             raise ValueError('vector.direction = "muon" needs matrices; use "sign" or "rms"')
+        kinds = {"matrix": self.matrix, "embedding": self.embedding, "head": self.head, "vector": self.vector}
+        for kind, group in kinds.items():
+            if group.normalise and self.has_inner_steps:
+                raise ValueError(f"{kind}.normalise = true contradicts strategy {self.strategy}: AdamW does it already")
 
 
 class CodecConfig(_Table, frozen=True, kw_only=True):

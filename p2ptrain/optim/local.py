@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -40,11 +40,23 @@ class Local(Protocol):
 
 
 class MeanGradient:
-    """The mean over all micro-batches, which are of one size."""
+    """The mean over all micro-batches, which are of one size.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        normalised: parameters whose mean gradient is divided by the root of its running second moment, as Adam does;
+            that moment stays with this process, and begins anew with another.
+        beta, epsilon: of that moment.
+    """
+
+    def __init__(
+        self, model: nn.Module, normalised: Sequence[Tensor] = (), *, beta: float = 0.95, epsilon: float = 1e-8
+    ) -> None:
         self._model = model
         self._micro_batches = 0
+        self._normalised, self._beta, self._epsilon = list(normalised), beta, epsilon
+        self._moments = [torch.zeros_like(parameter) for parameter in normalised]
+        #: beta**rounds
+        self._decayed = 1.0
 
     def compute(self, loss: Callable[[], Tensor], sequences: int, rate: float) -> float:
         value = loss()
@@ -58,7 +70,18 @@ class MeanGradient:
         for parameter in self._model.parameters():
             if parameter.grad is not None:
                 parameter.grad.div_(self._micro_batches)
+        if self._micro_batches:
+            self._normalise()
         self._micro_batches = 0
+
+    @torch.no_grad()
+    def _normalise(self) -> None:
+        self._decayed *= self._beta
+        for parameter, moment in zip(self._normalised, self._moments, strict=True):
+            gradient = parameter.grad
+            if gradient is not None:
+                moment.mul_(self._beta).addcmul_(gradient, gradient, value=1 - self._beta)
+                gradient.div_((moment / (1 - self._decayed)).sqrt_().add_(self._epsilon))
 
 
 class InnerSteps:

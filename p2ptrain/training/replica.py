@@ -215,7 +215,8 @@ def build_local(model: torch.nn.Module, manifest: Manifest) -> Local:
     """What the manifest's strategy has a peer do on its own."""
     config = manifest.optimizer
     if not config.has_inner_steps:
-        return MeanGradient(model)
+        normalised = [p for name, p in model.named_parameters() if getattr(config, kind_of(name, p)).normalise]
+        return MeanGradient(model, normalised, beta=config.rms_beta, epsilon=config.rms_epsilon)
     return InnerSteps(
         model,
         batch=config.inner_batch,

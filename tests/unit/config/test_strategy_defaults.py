@@ -47,6 +47,12 @@ def test_one_key_of_a_kind_leaves_the_others_as_they_are_by_default() -> None:
     assert embedding == msgspec.structs.replace(default, topk=9)
 
 
+def test_what_inner_steps_do_anyway_is_refused() -> None:
+    text = '[optimizer]\nstrategy = "diloco"\n[optimizer.head]\nnormalise = true\n'
+    with pytest.raises(ManifestError, match=r"head\.normalise = true contradicts strategy diloco"):
+        parse_manifest(HEAD + text, HERE)
+
+
 @pytest.mark.parametrize("value", ['"demi"', "3", "[1]"])
 def test_another_strategy_is_refused(value: str) -> None:
     with pytest.raises(ManifestError, match=r"optimizer\.strategy"):

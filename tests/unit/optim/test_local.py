@@ -42,6 +42,35 @@ def test_the_mean_gradient_is_that_of_the_mean_loss() -> None:
     torch.testing.assert_close(gradients(net), gradients(plain))
 
 
+def test_a_normalised_gradient_is_adams_step_without_its_first_moment() -> None:
+    net, plain = model(), model()
+    weight, theirs = net[0].weight, plain[0].weight
+    local = MeanGradient(net, [weight], beta=0.9, epsilon=1e-6)
+    adam = torch.optim.Adam([theirs], lr=1.0, betas=(0.0, 0.9), eps=1e-6)
+    for round in range(4):
+        net.zero_grad(), plain.zero_grad()
+        for seed in (2 * round, 2 * round + 1):
+            local.compute(loss_of(net, seed), 4, RATE)
+        local.gather()
+        (sum(loss_of(plain, seed)() for seed in (2 * round, 2 * round + 1)) / 2).backward()  # type: ignore[union-attr]
+        before = theirs.detach().clone()
+        adam.step()
+        torch.testing.assert_close(weight.grad, before - theirs.detach(), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(net[2].weight.grad, plain[2].weight.grad)
+        with torch.no_grad():
+            theirs.copy_(before)
+
+
+def test_a_round_without_a_gradient_leaves_the_second_moment_alone() -> None:
+    net, other = model(), model()
+    locals_ = [MeanGradient(one, [one[0].weight]) for one in (net, other)]
+    locals_[1].gather()
+    for local, one in zip(locals_, (net, other), strict=True):
+        local.compute(loss_of(one, 1), 4, RATE)
+        local.gather()
+    assert torch.equal(net[0].weight.grad, other[0].weight.grad)
+
+
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_inner_steps_are_adamws_and_leave_the_replica_alone(weight_decay: float) -> None:
     net, plain = model(), model()
