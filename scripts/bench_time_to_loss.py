@@ -20,7 +20,8 @@ entropy of single tokens: a model that has only learned how frequent words are d
 
 Curves and timings in the two files are kept and not made anew; --again makes those timings anew that are asked for.
 Where hivemind's delayed modes would hide computing behind averaging altogether, and cost no steps, its time is given
-too, as computed. All timings take over an hour, all curves as long; --parts, --methods and --compute make some of them.
+too, as computed. All timings take over an hour, all curves as long; --parts, --methods and --compute make some of them,
+and the report has what there is: of a method that no curve fits, steps alone.
 Prints one JSON object last.
 """
 
@@ -71,13 +72,11 @@ def best_runs(known: Figures, bits: float) -> list[Figures]:
     return best
 
 
-def steps_of(timing: Figures, best: list[Figures]) -> float:
-    """Steps to the loss of a method, whose gradients were as stale as timed, or more."""
+def steps_of(timing: Figures, best: list[Figures]) -> float | None:
+    """Steps to the loss of a method, whose gradients were as stale as timed, or more; None: no run got there."""
     stale = timing.get("stale", 0)
     fitting = [b for b in best if b["optimizer"] == METHODS[timing["method"]] and b["stale"] >= stale - STALE_TOLERANCE]
-    if not fitting:
-        raise SystemExit(f"no curve of {METHODS[timing['method']]} with {stale} stale sequences reaches the loss")
-    return float(min(fitting, key=lambda b: b["stale"])["steps"])
+    return float(min(fitting, key=lambda b: b["stale"])["steps"]) if fitting else None
 
 
 def report(setup: Figures, known: Figures, timings: list[Figures], bits: float) -> Figures:
@@ -86,15 +85,15 @@ def report(setup: Figures, known: Figures, timings: list[Figures], bits: float) 
     table = []
     for timing in timings:
         count = steps_of(timing, best)
-        row = {**timing, "steps": count, "time_to_loss_seconds": round(timing["step_seconds"] * count, 1)}
-        if timing["method"] == "hivemind":
+        row = {**timing, "steps": count, "time_to_loss_seconds": count and round(timing["step_seconds"] * count, 1)}
+        if timing["method"] == "hivemind" and count is not None:
             beside = timing["step_seconds"] - timing["compute_seconds"]
             row["time_to_loss_seconds_if_wholly_overlapped"] = round(max(beside, timing["compute_seconds"]) * count, 1)
         table.append(row)
     table.sort(key=lambda row: (row["compute_seconds"], list(METHODS).index(row["method"])))
     ratios = {}
     for compute in sorted({row["compute_seconds"] for row in table}):
-        rows = [row for row in table if row["compute_seconds"] == compute]
+        rows = [row for row in table if row["compute_seconds"] == compute and row["steps"] is not None]
         ours = [row["time_to_loss_seconds"] for row in rows if row["method"].startswith("p2ptrain")]
         if ours:
             ratios[f"{compute:g}"] = {
@@ -131,7 +130,8 @@ def draw(result: Figures, known: Figures, path: Path) -> None:
     left.set(xlabel="steps", ylabel="bits per byte of held-out text", title="Steps, best learning rates")
     left.legend(fontsize=8)
     for method in METHODS:
-        rows = sorted((r for r in result["timings"] if r["method"] == method), key=lambda r: r["compute_seconds"])
+        rows = [r for r in result["timings"] if r["method"] == method and r["steps"] is not None]
+        rows.sort(key=lambda r: r["compute_seconds"])
         if rows:
             xs, ys = zip(*((r["compute_seconds"], r["time_to_loss_seconds"] / 3600) for r in rows), strict=True)
             right.plot(xs, ys, "o-", label=method)
@@ -199,11 +199,13 @@ def main() -> int:
             parser.error("it makes network namespaces: run it as root")
         timings = time_steps(options, setup)
     result: Figures = {"setup": setup, "timings": timings}
+    known: Figures | None = json.loads(options.curves.read_text()) if options.curves.exists() else None
     if "curves" in options.parts:
         cache = Path(tempfile.gettempdir()) / "p2ptrain-time-to-loss"
         known = curves(options.curves, cache, options.loss - STOP_BELOW_BITS, options.jobs)
+    if known is not None:
         result = report(setup, known, timings, options.loss)
-        if "timings" in options.parts and options.out is not None:
+        if timings and options.out is not None:
             write(options.out, result)
         if options.picture is not None:
             draw(result, known, options.picture)
