@@ -39,7 +39,7 @@ import torch
 from numpy.typing import NDArray
 
 from p2ptrain.config import strategies
-from p2ptrain.config.manifest import Manifest
+from p2ptrain.config.manifest import Manifest, OptimizerConfig
 from p2ptrain.data.assignment import sequence_offsets
 from p2ptrain.data.corpus import load_embedded
 from p2ptrain.data.tokenizer import cached_tokens
@@ -85,7 +85,7 @@ class Method:
     inner_steps: int = 1
     rates: tuple[float, ...] = STEP_RATES
     default: bool = False
-    """What a run.toml that says nothing gets."""
+    """What a run.toml that says nothing gets; a row is only where the learning rate is, too."""
 
 
 METHODS: dict[str, Method] = {
@@ -263,7 +263,7 @@ def train(setting: Setting) -> Toml:
     per_parameter = None if baseline else round(8 * sent / parameters / steps, 5)
     return {
         **asdict(setting),
-        "default": method.default,
+        "default": method.default and setting.learning_rate == OptimizerConfig().learning_rate,
         "parameters": parameters,
         "inner_steps": method.inner_steps,
         "steps": steps,

@@ -286,7 +286,8 @@ def curves(path: Path, cache: Path, stop_below: float, jobs: int) -> dict[str, A
         "members": MEMBERS,
         "sequences_per_member": sequences_per_member(),
         "evaluation_tokens": EVALUATION_TOKENS,
-        "manifest": msgspec.to_builtins(MANIFEST),
+        # As it comes back from the file: a tuple would not.
+        "manifest": json.loads(msgspec.json.encode(MANIFEST)),
     }
     known = json.loads(path.read_text()) if path.exists() else {}
     if known.get("setup") != setup:
