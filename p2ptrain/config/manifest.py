@@ -105,8 +105,8 @@ class GroupConfig(_Table, frozen=True, kw_only=True):
     """From update to step: `sign`, `rms` (over the root of its second moment), `muon` (for matrices; not exact across
     devices), `sgd` (as it is), `nesterov` or `adam` (with momentum that all replicas keep)."""
     normalise: bool = False
-    """Gradients enter a peer's momentum over the root of their running second moment, which is the peer's own. Without
-    inner steps alone; it costs as much memory as the momentum."""
+    """Gradients enter a peer's momentum over the root of their running second moment, which is the peer's own. Not
+    where there are inner steps; it costs as much memory as the momentum."""
     learning_rate_scale: Annotated[float, Meta(gt=0, le=1000)] = 1.0
     """Factor on the learning rate of the replica's steps."""
     topk: Topk = 52
