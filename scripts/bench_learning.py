@@ -5,16 +5,17 @@ network.
 
 Each run trains a GPT of --layers and --embedding on --tokens tokens of the embedded corpus. Members are those of
 `simulation/group.py`: the product's local computing, momentum, codec, reducing and settling in rounds in which nothing
-goes wrong. All runs take the same steps over as many sequences, however many members share them and however long rounds
-are: a round of H inner steps is H of them. Baselines take torch's optimizers over the same sequences.
+goes wrong. All runs read as many sequences. A round is BATCH of them, of all members together, or ROUND of a method
+with inner steps, of which a member takes one with each of its sequences. Baselines take torch's optimizers' steps, each
+over a BATCH of the same sequences.
 
 Every method is tried with five learning rates on the first seed, by eight members who share all text; the best goes on
 to the other seeds, to other numbers of members (--peers) and to texts of their own (--private). A method is a
 run.toml's tables on top of its strategy's defaults (METHODS). Runs that are in --out are kept, so it goes on where it
 was stopped. Bits are those of payloads, averaged over all rounds, one direction each, for every inner step of a
-parameter.
+parameter; where a member takes none, for every round.
 
-A run of 0.8M parameters and 3M tokens takes about ten minutes of one core. Progress on stderr, one JSON object last.
+A run of 0.8M parameters and 3M tokens takes four to eight minutes of a core. Progress on stderr, one JSON object last.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ import torch
 from numpy.typing import NDArray
 
 from p2ptrain.config import strategies
-from p2ptrain.config.manifest import Manifest, OptimizerConfig
+from p2ptrain.config.manifest import Manifest
 from p2ptrain.data.assignment import sequence_offsets
 from p2ptrain.data.corpus import load_embedded
 from p2ptrain.data.tokenizer import cached_tokens
@@ -54,9 +55,11 @@ Toml = dict[str, Any]
 
 BATCH = 64
 """Sequences of a step, of all members together."""
+ROUND = 128
+"""Sequences of a round of inner steps, of all members together: 16 of each of eight."""
 CONTEXT = 128
 WARM_UP_SHARE = 0.03
-"""Of all rounds; ten of the 366 steps of a run."""
+"""Of all rounds; eleven of the 366 steps of a run."""
 CURVE_POINTS = 8
 CURVE_TOKENS = 16_384
 BASELINES = ("adamw", "muon")
@@ -82,7 +85,10 @@ class Method:
 
     table: Toml
     """Of a run.toml, where not its strategy's default; of a baseline, nothing."""
-    inner_steps: int = 1
+    round: int = BATCH
+    """Sequences of a round, of all members together."""
+    inner: bool = False
+    """Members take an inner step with each sequence."""
     rates: tuple[float, ...] = STEP_RATES
     default: bool = False
     """What a run.toml that says nothing gets; a row is only where the learning rate is, too."""
@@ -92,13 +98,8 @@ METHODS: dict[str, Method] = {
     "adamw": Method({}, rates=RATES["adamw"]),
     "muon": Method({}, rates=RATES["muon"]),
     "demo": Method({}, default=True),
-    "demo-normalised": Method({"optimizer": {"matrix": {"normalise": True}}}),
     "dense": Method(_inner("dense"), rates=INNER_RATES),
-    **{
-        f"{strategy}-{steps}": Method(_inner(strategy), steps, INNER_RATES)
-        for strategy in ("sparse_diloco", "diloco")
-        for steps in (15, 30)
-    },
+    **{name: Method(_inner(name), ROUND, True, INNER_RATES) for name in ("local_demo", "sparse_diloco", "diloco")},
 }
 
 
@@ -144,16 +145,21 @@ class Text:
         return bits_per_byte(model, self.heldout, self.heldout_bytes, max_tokens=max_tokens)
 
 
-def steps_of(setting: Setting) -> int:
-    """Steps of the whole run, rounded to whole rounds."""
-    inner = METHODS[setting.method].inner_steps
-    return max(1, round(setting.tokens / (BATCH * CONTEXT) / inner)) * inner
+def rounds_of(setting: Setting) -> int:
+    """Of the whole run."""
+    return max(1, round(setting.tokens / (METHODS[setting.method].round * CONTEXT)))
+
+
+def inner_steps_of(setting: Setting) -> int:
+    """Of a member and round."""
+    method = METHODS[setting.method]
+    return method.round // setting.peers if method.inner else 1
 
 
 def manifest_of(setting: Setting) -> Manifest:
     """The run.toml of a method, with everything that is the same for all."""
     method = METHODS[setting.method]
-    rounds, each = steps_of(setting) // method.inner_steps, BATCH // setting.peers
+    rounds, each = rounds_of(setting), method.round // setting.peers
     common: Toml = {
         "name": "bench",
         "nonce": f"{setting.seed:032x}",
@@ -162,13 +168,19 @@ def manifest_of(setting: Setting) -> Manifest:
             "learning_rate": setting.learning_rate,
             "total_rounds": rounds,
             "warmup_rounds": max(1, round(WARM_UP_SHARE * rounds)),
-            "inner_batch": each,
+            "inner_batch": 1,
         },
-        "round": {"pace": "fixed", "sequences_per_peer": each * method.inner_steps, "micro_batch": each},
+        "round": {"pace": "fixed", "sequences_per_peer": each, "micro_batch": 1 if method.inner else each},
     }
     common["model"]["context"] = CONTEXT
     table = strategies.merged(common, method.table)
     return msgspec.convert(strategies.completed(table), Manifest)
+
+
+def default_rate(setting: Setting) -> float:
+    """What a run.toml that says nothing of it gets, for a model of this width."""
+    table = strategies.completed({"name": "a", "nonce": "0" * 32, "model": {"embedding": setting.embedding}})
+    return msgspec.convert(table, Manifest).optimizer.learning_rate
 
 
 def members_of(setting: Setting) -> list[bytes]:
@@ -246,27 +258,26 @@ def train(setting: Setting) -> Toml:
     text, manifest, method = Text.load(), manifest_of(setting), METHODS[setting.method]
     baseline = setting.method in BASELINES
     trained = Baseline(setting, text) if baseline else Strategy(setting, text)
-    rounds, sent = steps_of(setting) // method.inner_steps, 0.0
+    rounds, inner_steps, sent = rounds_of(setting), inner_steps_of(setting), 0.0
     every = max(1, rounds // CURVE_POINTS)
     curve: list[tuple[int, float]] = []
     began = time.process_time()
     for number in range(1, rounds + 1):
         sent += trained.play()
         if number % every == 0 and number < rounds:
-            step = number * method.inner_steps
-            curve.append((step, round(text.scored(trained.model, CURVE_TOKENS), 4)))
-            print(f"{label(setting)}: step {step}: {curve[-1][1]:.3f} bits per byte", file=sys.stderr, flush=True)
+            curve.append((number, round(text.scored(trained.model, CURVE_TOKENS), 4)))
+            print(f"{label(setting)}: round {number}: {curve[-1][1]:.3f} bits per byte", file=sys.stderr, flush=True)
             if not math.isfinite(curve[-1][1]):
                 break
     bits = text.scored(trained.model)
-    parameters, steps = manifest.model.parameters, rounds * method.inner_steps
-    per_parameter = None if baseline else round(8 * sent / parameters / steps, 5)
+    parameters = manifest.model.parameters
+    per_parameter = None if baseline else round(8 * sent / parameters / rounds / inner_steps, 5)
     return {
         **asdict(setting),
-        "default": method.default and setting.learning_rate == OptimizerConfig().learning_rate,
+        "default": method.default and setting.learning_rate == default_rate(setting),
         "parameters": parameters,
-        "inner_steps": method.inner_steps,
-        "steps": steps,
+        "inner_steps": inner_steps,
+        "rounds": rounds,
         "bits_per_byte": round(bits, 4) if math.isfinite(bits) else None,
         "bits_per_parameter_sent": per_parameter,
         "bits_per_parameter_received": per_parameter,

@@ -19,7 +19,7 @@ from msgspec import Meta
 
 from p2ptrain.errors import ManifestError
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 MANIFEST_MAX_BYTES = 16 * 1024
 PARAMETERS_MAX = 2**31
 TOKENIZER_VOCABULARY = 4096
@@ -32,7 +32,7 @@ Hex256 = Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")]
 PeerId = Annotated[str, Meta(pattern=r"^12D3KooW[1-9A-HJ-NP-Za-km-z]{44}\Z")]
 RunName = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*\Z")]
 Topk = Annotated[int, Meta(ge=1, le=4096)]
-Strategy = Literal["demo", "diloco", "sparse_diloco", "dense"]
+Strategy = Literal["demo", "local_demo", "diloco", "sparse_diloco", "dense"]
 
 
 class _Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -104,9 +104,6 @@ class GroupConfig(_Table, frozen=True, kw_only=True):
     direction: Literal["sign", "rms", "muon", "sgd", "nesterov", "adam"] = "sign"
     """From update to step: `sign`, `rms` (over the root of its second moment), `muon` (for matrices; not exact across
     devices), `sgd` (as it is), `nesterov` or `adam` (with momentum that all replicas keep)."""
-    normalise: bool = False
-    """Gradients enter a peer's momentum over the root of their running second moment, which is the peer's own. Not
-    where there are inner steps; it costs as much memory as the momentum."""
     learning_rate_scale: Annotated[float, Meta(gt=0, le=1000)] = 1.0
     """Factor on the learning rate of the replica's steps."""
     topk: Topk = 52
@@ -123,13 +120,16 @@ class OptimizerConfig(_Table, frozen=True, kw_only=True):
     """What peers compute in a round, and how each kind of parameter is treated."""
 
     strategy: Strategy = "demo"
-    """What enters the momentum in a round: `demo` and `dense`: the mean gradient; `diloco` and `sparse_diloco`: how far
-    inner steps of AdamW went on a peer's own. In a run.toml it also decides what the keys left out are: see
-    docs/learning.md."""
+    """What enters the momentum in a round: `demo`, `local_demo` and `dense`: the mean gradient; `diloco` and
+    `sparse_diloco`: how far inner steps of AdamW went on a peer's own. In a run.toml it also decides what the keys left
+    out are: see docs/learning.md."""
     learning_rate: Annotated[float, Meta(gt=0, le=10)] = 1e-3
     """Peak learning rate: the size of a step of direction `sign`, or that of inner steps."""
     inner_batch: Count = 16
     """Sequences of one inner step, where the strategy has any."""
+    look_ahead: Annotated[float, Meta(ge=0, le=10)] = 0.0
+    """Learning rate of inner steps over `learning_rate`, where the mean gradient is gathered: each gradient is taken
+    where those before it lead to. 0: all at the replica. Costs three times the memory of the parameters."""
     outer_learning_rate: Annotated[float, Meta(gt=0, le=10)] = 1.0
     """Learning rate of the replica's steps where there are inner ones; it stays the same."""
     beta: Share = 0.95
@@ -145,7 +145,7 @@ class OptimizerConfig(_Table, frozen=True, kw_only=True):
     direction_momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.9
     """Decay of the first moment of directions `nesterov` and `adam`."""
     rms_beta: Annotated[float, Meta(ge=0, lt=1)] = 0.95
-    """Decay of the second moment of directions `rms` and `adam`, of inner steps, and where `normalise` is true."""
+    """Decay of the second moment of directions `rms` and `adam`, and of inner steps."""
     rms_epsilon: Annotated[float, Meta(ge=1e-30, le=1)] = 1e-8
     """Added to the root of that second moment."""
     matrix: GroupConfig = GroupConfig()
@@ -158,17 +158,15 @@ class OptimizerConfig(_Table, frozen=True, kw_only=True):
     """Gains and other vectors."""
 
     @property
-    def has_inner_steps(self) -> bool:
-        """Whether peers take steps of their own in a round."""
+    def gathers_way(self) -> bool:
+        """Whether it is how far inner steps went that enters the momentum."""
         return self.strategy in ("diloco", "sparse_diloco")
 
     def __post_init__(self) -> None:
         if self.vector.direction == "muon":
             raise ValueError('vector.direction = "muon" needs matrices; use "sign" or "rms"')
-        kinds = {"matrix": self.matrix, "embedding": self.embedding, "head": self.head, "vector": self.vector}
-        for kind, group in kinds.items():
-            if group.normalise and self.has_inner_steps:
-                raise ValueError(f"{kind}.normalise = true contradicts strategy {self.strategy}: AdamW does it already")
+        if self.look_ahead and self.gathers_way:
+            raise ValueError(f"look_ahead contradicts strategy {self.strategy}, whose learning_rate is of inner steps")
 
 
 class CodecConfig(_Table, frozen=True, kw_only=True):

@@ -10,7 +10,7 @@ from typing import cast
 
 import msgspec
 
-from p2ptrain.config.manifest import OptimizerConfig, Strategy
+from p2ptrain.config.manifest import ModelConfig, OptimizerConfig, Strategy
 
 Toml = dict[str, object]
 
@@ -23,14 +23,33 @@ def _alike(**treatment: object) -> Toml:
     return {kind: dict(treatment) for kind in _KINDS}
 
 
+def _of(kind: str) -> Toml:
+    """How the manifest treats a kind of parameter where nothing is said."""
+    return cast(Toml, msgspec.to_builtins(getattr(OptimizerConfig(), kind)))
+
+
 _LONG_ROUNDS: Toml = {
     "sequences_per_peer": _INNER_STEPS * _INNER_BATCH,
     "target_batch": _INNER_STEPS * _INNER_BATCH * _PEERS,
 }
 
+_STEP_RATES: Mapping[Strategy, float] = {"demo": OptimizerConfig().learning_rate, "local_demo": 2e-3}
+"""Of strategies whose matrices step by signs, in models of the default width. A step that is as large in all entries
+moves what a layer gives out in proportion to how many it takes in, so a wider model wants a smaller one (Yang et al.,
+arXiv 2203.03466): of widths 64 and 320 four times as small a rate did best."""
+
 DEFAULTS: Mapping[Strategy, Toml] = {
     # As the manifest has it: here so that a run.toml which says one thing of a kind keeps the rest.
-    "demo": {"optimizer": {kind: msgspec.to_builtins(getattr(OptimizerConfig(), kind)) for kind in _KINDS}},
+    "demo": {"optimizer": {kind: _of(kind) for kind in _KINDS}},
+    # For slow lines: a twentieth of demo's bytes for each inner step.
+    "local_demo": {
+        "optimizer": {
+            "learning_rate": _STEP_RATES["local_demo"],
+            "look_ahead": 0.125,
+            **{kind: {**_of(kind), "topk": 29, "reply_topk": 24} for kind in _KINDS},
+        },
+        "round": _LONG_ROUNDS,
+    },
     # What SparseLoCo does (arXiv 2508.15706), through our codec.
     "sparse_diloco": {
         "optimizer": {
@@ -66,11 +85,19 @@ DEFAULTS: Mapping[Strategy, Toml] = {
 def completed(table: Toml) -> Toml:
     """A run.toml's table with the keys that its strategy suggests where it says nothing.
 
-    A strategy that there is not is left for the manifest's own check to refuse.
+    What makes no sense, a strategy that there is not or a model without a width, is left for the manifest's own check
+    to refuse.
     """
-    optimizer = table.get("optimizer")
+    optimizer, model = table.get("optimizer"), table.get("model")
     strategy = optimizer.get("strategy", "demo") if isinstance(optimizer, dict) else "demo"
-    return merged(DEFAULTS.get(cast(Strategy, strategy), {}), table) if isinstance(strategy, str) else table
+    if not isinstance(strategy, str):
+        return table
+    suggested = DEFAULTS.get(cast(Strategy, strategy), {})
+    width = model.get("embedding") if isinstance(model, dict) else None
+    if strategy in _STEP_RATES and isinstance(width, int) and width > 0:
+        rate = _STEP_RATES[cast(Strategy, strategy)] * ModelConfig().embedding / width
+        suggested = merged(suggested, {"optimizer": {"learning_rate": float(f"{rate:.2g}")}})
+    return merged(suggested, table)
 
 
 def merged(under: Toml, over: Toml) -> Toml:

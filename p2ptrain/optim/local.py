@@ -3,7 +3,8 @@
 Strategies differ in this and in how parameters are treated (`config/strategies.py`); momentum, codec, reducing, chain
 and settling are the same for all. Strategies `demo` and `dense` gather the mean gradient. `diloco` and `sparse_diloco`
 take inner steps: AdamW on a peer's own, after which the way gone is negated and takes the gradient's place (Douillard
-et al., arXiv 2311.08105; Sarfi et al., arXiv 2508.15706).
+et al., arXiv 2311.08105; Sarfi et al., arXiv 2508.15706). Strategy `local_demo` takes them too, and gathers the mean of
+the gradients that it met on the way: AdamW makes all entries' steps alike, so that noise is most of the way gone.
 
 A seal may be applied between any two calls: the replica's parameters are never left changed.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -40,23 +41,11 @@ class Local(Protocol):
 
 
 class MeanGradient:
-    """The mean over all micro-batches, which are of one size.
+    """The mean over all micro-batches, which are of one size."""
 
-    Args:
-        normalised: parameters whose mean gradient is divided by the root of its running second moment, as Adam does;
-            that moment stays with this process, and begins anew with another.
-        beta, epsilon: of that moment.
-    """
-
-    def __init__(
-        self, model: nn.Module, normalised: Sequence[Tensor] = (), *, beta: float = 0.95, epsilon: float = 1e-8
-    ) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._micro_batches = 0
-        self._normalised, self._beta, self._epsilon = list(normalised), beta, epsilon
-        self._moments = [torch.zeros_like(parameter) for parameter in normalised]
-        #: beta**rounds
-        self._decayed = 1.0
 
     def compute(self, loss: Callable[[], Tensor], sequences: int, rate: float) -> float:
         value = loss()
@@ -70,18 +59,7 @@ class MeanGradient:
         for parameter in self._model.parameters():
             if parameter.grad is not None:
                 parameter.grad.div_(self._micro_batches)
-        if self._micro_batches:
-            self._normalise()
         self._micro_batches = 0
-
-    @torch.no_grad()
-    def _normalise(self) -> None:
-        self._decayed *= self._beta
-        for parameter, moment in zip(self._normalised, self._moments, strict=True):
-            gradient = parameter.grad
-            if gradient is not None:
-                moment.mul_(self._beta).addcmul_(gradient, gradient, value=1 - self._beta)
-                gradient.div_((moment / (1 - self._decayed)).sqrt_().add_(self._epsilon))
 
 
 class InnerSteps:
@@ -97,7 +75,7 @@ class InnerSteps:
     ) -> None:
         self._parameters, self._batch = list(model.parameters()), batch
         self._optimizer = torch.optim.AdamW(
-            self._parameters, betas=betas, eps=epsilon, weight_decay=weight_decay, foreach=True
+            self._parameters, betas=betas, eps=epsilon, weight_decay=weight_decay, fused=True
         )
         #: by parameter, how far inner steps have gone
         self._moved = [torch.zeros_like(parameter) for parameter in self._parameters]
@@ -147,3 +125,43 @@ class InnerSteps:
         for number, parameter in enumerate(self._parameters):
             parameter.grad = self._moved[number].neg_()
         self._moved = [torch.zeros_like(parameter) for parameter in self._parameters]
+
+
+class LookAhead(InnerSteps):
+    """Inner steps as above, and the mean gradient of all sequences, each taken where the steps before it had come to.
+
+    Args:
+        scale: factor on the rate of inner steps.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, scale: float, batch: int, betas: tuple[float, float], epsilon: float
+    ) -> None:
+        super().__init__(model, batch=batch, betas=betas, epsilon=epsilon, weight_decay=0.0)
+        self._scale = scale
+        #: of the gradients met, each as often as it has sequences
+        self._sums = [torch.zeros_like(parameter) for parameter in self._parameters]
+        self._summed_sequences = 0
+
+    def compute(self, loss: Callable[[], Tensor], sequences: int, rate: float) -> float:
+        return super().compute(loss, sequences, self._scale * rate)
+
+    def _step(self, shared: list[Tensor]) -> None:
+        self._keep()
+        super()._step(shared)
+
+    def _keep(self) -> None:
+        for total, parameter in zip(self._sums, self._parameters, strict=True):
+            if parameter.grad is not None:
+                total.add_(parameter.grad)
+        self._summed_sequences += self._sequences
+
+    def gather(self) -> None:
+        if self._sequences:
+            # No step: nothing would be computed where it leads to.
+            self._keep()
+        for number, parameter in enumerate(self._parameters):
+            parameter.grad = self._sums[number].div_(max(self._summed_sequences, 1))
+        self._sums = [torch.zeros_like(parameter) for parameter in self._parameters]
+        self._moved = [torch.zeros_like(parameter) for parameter in self._parameters]
+        self._sequences = self._summed_sequences = 0

@@ -91,7 +91,7 @@ class Group:
             for part, data in zip(parts, replies, strict=True)
         ]
         config = self.manifest.optimizer
-        self._replicated.apply(contents, config.outer_learning_rate if config.has_inner_steps else self._rate())
+        self._replicated.apply(contents, config.outer_learning_rate if config.gathers_way else self._rate())
         for number, peer_id in enumerate(members):
             self._members[peer_id].optimizer.settle(pending[number], contents, number)
         return Round(float(np.mean(losses)), tuple(replies), _sent_bytes(parts, payloads, replies))

@@ -22,7 +22,7 @@ from p2ptrain.config.manifest import GroupConfig, Manifest
 from p2ptrain.models.gpt import GPT, kind_of
 from p2ptrain.models.init import initialise
 from p2ptrain.optim.demo import DeMo, PartReply
-from p2ptrain.optim.local import InnerSteps, Local, MeanGradient
+from p2ptrain.optim.local import InnerSteps, Local, LookAhead, MeanGradient
 from p2ptrain.optim.schedule import learning_rate
 from p2ptrain.state.tensors import Arrays, TensorFileError, pack_tensors, packed_bytes, unpack_tensors
 
@@ -90,8 +90,8 @@ class Replica:
         parameters = [parameter.detach().clone() for parameter in self.model.parameters()]
         # Directions replace their state and never change it in place, so references are copies enough.
         self._before = _Before(self.chain, parameters, self.optimizer.replicated_state())
-        has_inner_steps = self.manifest.optimizer.has_inner_steps
-        rate = self.manifest.optimizer.outer_learning_rate if has_inner_steps else self.rate_at(sealed.seal.round)
+        gathers_way = self.manifest.optimizer.gathers_way
+        rate = self.manifest.optimizer.outer_learning_rate if gathers_way else self.rate_at(sealed.seal.round)
         if sealed.seal.included.strip(b"\0"):
             self.optimizer.apply(replies, rate)
         self.chain = state
@@ -203,7 +203,7 @@ def build_optimizer(model: torch.nn.Module, manifest: Manifest) -> DeMo:
         groups,
         config.learning_rate,
         beta=config.beta,
-        weight_decay=0.0 if config.has_inner_steps else config.weight_decay,
+        weight_decay=0.0 if config.gathers_way else config.weight_decay,
         value_bits=manifest.codec.value_bits,
         rms_beta=config.rms_beta,
         rms_epsilon=config.rms_epsilon,
@@ -214,13 +214,17 @@ def build_optimizer(model: torch.nn.Module, manifest: Manifest) -> DeMo:
 def build_local(model: torch.nn.Module, manifest: Manifest) -> Local:
     """What the manifest's strategy has a peer do on its own."""
     config = manifest.optimizer
-    if not config.has_inner_steps:
-        normalised = [p for name, p in model.named_parameters() if getattr(config, kind_of(name, p)).normalise]
-        return MeanGradient(model, normalised, beta=config.rms_beta, epsilon=config.rms_epsilon)
+    betas = (config.direction_momentum, config.rms_beta)
+    if config.look_ahead:
+        return LookAhead(
+            model, scale=config.look_ahead, batch=config.inner_batch, betas=betas, epsilon=config.rms_epsilon
+        )
+    if not config.gathers_way:
+        return MeanGradient(model)
     return InnerSteps(
         model,
         batch=config.inner_batch,
-        betas=(config.direction_momentum, config.rms_beta),
+        betas=betas,
         epsilon=config.rms_epsilon,
         weight_decay=config.weight_decay,
     )

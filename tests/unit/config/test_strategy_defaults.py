@@ -47,9 +47,26 @@ def test_one_key_of_a_kind_leaves_the_others_as_they_are_by_default() -> None:
     assert embedding == msgspec.structs.replace(default, topk=9)
 
 
-def test_what_inner_steps_do_anyway_is_refused() -> None:
-    text = '[optimizer]\nstrategy = "diloco"\n[optimizer.head]\nnormalise = true\n'
-    with pytest.raises(ManifestError, match=r"head\.normalise = true contradicts strategy diloco"):
+@pytest.mark.parametrize("strategy", ["demo", "local_demo"])
+def test_steps_of_signs_are_smaller_in_a_wider_model_unless_the_run_says_how_large(strategy: str) -> None:
+    def rate(width: int, said: str = "") -> float:
+        text = f'[model]\nembedding = {width}\n[optimizer]\nstrategy = "{strategy}"\n{said}'
+        return parse_manifest(HEAD + text, HERE).optimizer.learning_rate
+
+    assert rate(128) == new_manifest("a", strategy).optimizer.learning_rate  # type: ignore[arg-type]
+    assert rate(64) == 2 * rate(128) == 4 * rate(256)
+    assert rate(64, "learning_rate = 0.5\n") == 0.5
+
+
+@pytest.mark.parametrize("table", ["model = 3", "[model]\nembedding = 0", '[model]\nembedding = "wide"'])
+def test_a_width_that_is_none_is_refused_as_before(table: str) -> None:
+    with pytest.raises(ManifestError, match="model"):
+        parse_manifest(f"{HEAD}{table}\n", HERE)
+
+
+def test_looking_ahead_where_inner_steps_are_taken_anyway_is_refused() -> None:
+    text = '[optimizer]\nstrategy = "diloco"\nlook_ahead = 0.1\n'
+    with pytest.raises(ManifestError, match="look_ahead contradicts strategy diloco"):
         parse_manifest(HEAD + text, HERE)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from p2ptrain.optim.local import InnerSteps, MeanGradient
+from p2ptrain.optim.local import InnerSteps, LookAhead, MeanGradient
 
 BETAS, EPSILON, RATE = (0.9, 0.95), 1e-8, 1e-2
 
@@ -28,6 +28,10 @@ def inner(net: nn.Module, batch: int = 4, weight_decay: float = 0.0) -> InnerSte
     return InnerSteps(net, batch=batch, betas=BETAS, epsilon=EPSILON, weight_decay=weight_decay)
 
 
+def look_ahead(net: nn.Module, batch: int = 4, scale: float = 0.5) -> LookAhead:
+    return LookAhead(net, scale=scale, batch=batch, betas=BETAS, epsilon=EPSILON)
+
+
 def gradients(net: nn.Module) -> list[Tensor]:
     return [parameter.grad.clone() for parameter in net.parameters() if parameter.grad is not None]
 
@@ -40,35 +44,6 @@ def test_the_mean_gradient_is_that_of_the_mean_loss() -> None:
     local.gather()
     torch.stack([loss_of(plain, seed)() for seed in range(3)]).mean().backward()
     torch.testing.assert_close(gradients(net), gradients(plain))
-
-
-def test_a_normalised_gradient_is_adams_step_without_its_first_moment() -> None:
-    net, plain = model(), model()
-    weight, theirs = net[0].weight, plain[0].weight
-    local = MeanGradient(net, [weight], beta=0.9, epsilon=1e-6)
-    adam = torch.optim.Adam([theirs], lr=1.0, betas=(0.0, 0.9), eps=1e-6)
-    for round in range(4):
-        net.zero_grad(), plain.zero_grad()
-        for seed in (2 * round, 2 * round + 1):
-            local.compute(loss_of(net, seed), 4, RATE)
-        local.gather()
-        (sum(loss_of(plain, seed)() for seed in (2 * round, 2 * round + 1)) / 2).backward()  # type: ignore[union-attr]
-        before = theirs.detach().clone()
-        adam.step()
-        torch.testing.assert_close(weight.grad, before - theirs.detach(), atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(net[2].weight.grad, plain[2].weight.grad)
-        with torch.no_grad():
-            theirs.copy_(before)
-
-
-def test_a_round_without_a_gradient_leaves_the_second_moment_alone() -> None:
-    net, other = model(), model()
-    locals_ = [MeanGradient(one, [one[0].weight]) for one in (net, other)]
-    locals_[1].gather()
-    for local, one in zip(locals_, (net, other), strict=True):
-        local.compute(loss_of(one, 1), 4, RATE)
-        local.gather()
-    assert torch.equal(net[0].weight.grad, other[0].weight.grad)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -126,7 +101,51 @@ def test_what_is_left_over_at_the_end_is_a_step_too() -> None:
     assert not any(gradient.any() for gradient in gradients(net)), "nothing was computed since"
 
 
-@pytest.mark.parametrize("make", [MeanGradient, inner])
+@pytest.mark.parametrize("micro_batches", [5, 6], ids=["a step begun", "whole steps"])
+def test_a_look_ahead_gathers_the_mean_of_gradients_met_on_adamws_way(micro_batches: int) -> None:
+    net, plain = model(), model()
+    local = look_ahead(net, batch=8, scale=0.5)
+    optimizer = torch.optim.AdamW(plain.parameters(), 0.5 * RATE, BETAS, EPSILON, 0.0)
+    start = copy.deepcopy(net.state_dict())
+    for round in range(2):
+        met: list[list[Tensor]] = []
+        for number in range(micro_batches):
+            seed = 10 * round + number
+            local.compute(loss_of(net, seed), 4, RATE)
+            (loss_of(plain, seed)() / 2).backward()
+            if number % 2:
+                met.append(gradients(plain))
+                optimizer.step()
+                optimizer.zero_grad()
+            for name, tensor in net.state_dict().items():
+                assert torch.equal(tensor, start[name])
+        if micro_batches % 2:
+            met.append(gradients(plain))
+            optimizer.zero_grad()
+        local.gather()
+        # Of two micro-batches a step, each half as much as a micro-batch of its own.
+        expected = [sum(one) * 2 / micro_batches for one in zip(*met, strict=True)]
+        torch.testing.assert_close(gradients(net), expected, rtol=1e-4, atol=1e-6)
+        # The next round starts from the replica, with the moments of this one.
+        net.zero_grad()
+        plain.load_state_dict(start)
+
+
+def test_a_look_ahead_without_steps_is_the_mean_gradient() -> None:
+    net, plain = model(), model()
+    local, mean = look_ahead(net, batch=100), MeanGradient(plain)
+    for _ in range(2):
+        for seed in range(3):
+            local.compute(loss_of(net, seed), 4, RATE)
+            mean.compute(loss_of(plain, seed), 4, RATE)
+        local.gather(), mean.gather()
+        torch.testing.assert_close(gradients(net), gradients(plain))
+        net.zero_grad(), plain.zero_grad()
+    local.gather()
+    assert not any(gradient.any() for gradient in gradients(net)), "nothing was computed since"
+
+
+@pytest.mark.parametrize("make", [MeanGradient, inner, look_ahead])
 def test_a_loss_that_is_not_finite_leaves_no_trace(make: Callable[[nn.Module], MeanGradient | InnerSteps]) -> None:
     net, other = model(), model()
     one, clean = make(net), make(other)

@@ -71,7 +71,7 @@ def test_it_is_what_replicas_of_their_own_come_to(strategy: str) -> None:
             weight_cap_ratio=config.round.weight_cap_ratio,
         )
         content = wire.decode_reply(reply, layout.reply_topk, 0, layout.chunks, 3)
-        inner = config.optimizer.has_inner_steps
+        inner = config.optimizer.gathers_way
         for member, replica in enumerate(replicas):
             rate = config.optimizer.outer_learning_rate if inner else replica.rate_at(round)
             replica.optimizer.apply([(0, layout.chunks, content)], rate)
