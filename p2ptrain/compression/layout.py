@@ -17,7 +17,7 @@ rectangle of its parameter, so that neither copies more than the batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -266,12 +266,8 @@ class ChunkLayout:
             values += [of(segment.treatment)] * (segment.end - segment.start)
         return tuple(values)
 
-    def batches(self, most: int, whole: Container[str] = ()) -> tuple[Batch, ...]:
-        """All chunks, in order, at most `most` at a time.
-
-        Args:
-            whole: directions that need all of a parameter at once: each is a batch of its own, however large.
-        """
+    def batches(self, most: int) -> tuple[Batch, ...]:
+        """All chunks, in order, at most `most` at a time."""
         batches: list[Batch] = []
         held: list[Piece] = []
 
@@ -281,17 +277,12 @@ class ChunkLayout:
                 held.clear()
 
         for number, segment in enumerate(self.segments):
-            alone = segment.treatment.direction in whole
-            if alone or (
-                held and (held[0].segment.form, held[0].segment.treatment) != (segment.form, segment.treatment)
-            ):
+            if held and (held[0].segment.form, held[0].segment.treatment) != (segment.form, segment.treatment):
                 close()
-            for start, end in [(segment.start, segment.end)] if alone else _rectangles(segment, most):
+            for start, end in _rectangles(segment, most):
                 if held and end - held[0].start > most:
                     close()
                 held.append(Piece(number, segment, start, end))
-            if alone:
-                close()
         close()
         return tuple(batches)
 

@@ -102,8 +102,8 @@ class GroupConfig(_Table, frozen=True, kw_only=True):
     transform: Literal["dct", "none"] = "dct"
     """`dct`: chunks are transformed before the largest entries are selected; `none`: they are not."""
     direction: Literal["sign", "rms", "muon", "sgd", "nesterov", "adam"] = "sign"
-    """From update to step: `sign`, `rms` (over the root of its second moment), `muon` (for matrices; not exact across
-    devices), `sgd` (as it is), `nesterov` or `adam` (with momentum that all replicas keep)."""
+    """From update to step: `sign`, `rms` (over the root of its second moment), `sgd` (as it is), or with momentum that
+    all replicas keep: `nesterov`, `adam`, and for matrices `muon` (blocks of 64 by 64 made orthogonal)."""
     learning_rate_scale: Annotated[float, Meta(gt=0, le=1000)] = 1.0
     """Factor on the learning rate of the replica's steps."""
     topk: Topk = 52
@@ -143,7 +143,7 @@ class OptimizerConfig(_Table, frozen=True, kw_only=True):
     final_fraction: Share = 0.1
     """Learning rate at the end over its peak."""
     direction_momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.9
-    """Decay of the first moment of directions `nesterov` and `adam`."""
+    """Decay of the first moment of directions `nesterov`, `adam` and `muon`, and of inner steps."""
     rms_beta: Annotated[float, Meta(ge=0, lt=1)] = 0.95
     """Decay of the second moment of directions `rms` and `adam`, and of inner steps."""
     rms_epsilon: Annotated[float, Meta(ge=1e-30, le=1)] = 1e-8

@@ -157,9 +157,8 @@ class DeMo(torch.optim.Optimizer):
         self.layout = ChunkLayout(specs, treatments)
         device = self._params[0].device
         self.momentum = torch.zeros(self.layout.chunks, CHUNK_SIZE, device=device)
-        whole = {name for name, direction in DIRECTIONS.items() if direction.whole}
         self._batch_chunks = _CPU_BATCH_CHUNKS if device.type == "cpu" else _DEVICE_BATCH_CHUNKS
-        self._batches = self.layout.batches(self._batch_chunks, whole)
+        self._batches = self.layout.batches(self._batch_chunks)
         most = max(batch.end - batch.start for batch in self._batches)
         self._scratch_shape = (2, most, CHUNK_SIZE)
         #: the parameters, or contiguous copies of them for the time of a step
@@ -175,11 +174,6 @@ class DeMo(torch.optim.Optimizer):
             for segment in self.layout.segments
         ]
         self._decays = 0
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether every device takes the same step to the bit."""
-        return self.exact and all(direction.exact for direction in self._directions)
 
     # ---- a round, in order ------------------------------------------------------------------------------------
 

@@ -1,9 +1,8 @@
 """From a decoded update to a step of about unit size: the direction.
 
 To add one: write a class with `step_chunks` and, if it keeps replicated state, `moments`, and list it in `DIRECTIONS`.
-An exact direction uses only elementwise IEEE operations (add, multiply, divide, `correctly_rounded_root`, each rounded
-on its own), so every device takes the same step to the bit. One that cannot be exact says so, and roots hold replicas
-together.
+Every device takes the same step to the bit: of floats there are only elementwise IEEE operations (add, multiply,
+divide, `correctly_rounded_root`, each rounded on its own), and sums are of integers that float32 holds exactly.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from p2ptrain.compression.layout import CHUNK_SIZE, ChunkLayout, Segment
+from p2ptrain.compression.layout import CHUNK_SIZE, SIDE, ChunkLayout, Segment
 
 MOMENTUM = 0.9
 """Decay of the first moment, where a direction has one, unless told otherwise."""
@@ -74,12 +73,8 @@ class Direction:
     is until the step after.
     """
 
-    #: every device takes the same step to the bit
-    exact: ClassVar[bool] = True
     #: only the update's signs matter, and a step is -1, 0 or 1: its product with a rate is exact
     of_signs: ClassVar[bool] = False
-    #: `step_chunks` needs all of a parameter at once
-    whole: ClassVar[bool] = False
     #: names of its running means; `first` decays by `momentum`, `second` by `beta`
     moments: ClassVar[tuple[str, ...]] = ()
 
@@ -188,13 +183,15 @@ class Adam(Direction):
 
 
 class Muon(Direction):
-    """The nearest (semi-)orthogonal matrix by five Newton-Schulz steps (Jordan et al., 2024), scaled to sign's RMS.
+    """Nesterov momentum of the update, made orthogonal chunk by chunk, of sign's size: Muon (Jordan et al., 2024) in
+    blocks of 64 by 64 (Khaled et al., arXiv 2510.16981, alternate such steps with those of whole matrices).
 
-    Matrix products of floats round differently on different devices: not exact.
+    Five Newton-Schulz steps bring a block's singular values to within about 0.7 and 1.2. They are taken in integers:
+    products of floats would round differently on different devices, and a matrix's own would cost as much more as the
+    matrix is wider than a block.
     """
 
-    exact: ClassVar[bool] = False
-    whole: ClassVar[bool] = True
+    moments: ClassVar[tuple[str, ...]] = ("first",)
 
     def __init__(
         self,
@@ -208,21 +205,41 @@ class Muon(Direction):
         if segment.is_vector:
             raise ValueError(f"direction muon needs a matrix; {segment.spec.name} has shape {segment.spec.shape}")
         super().__init__(layout, segment, beta, epsilon, device, momentum)
-        self._segment = segment
 
     def step_chunks(self, first: int, update: Tensor, live: Tensor) -> Tensor:
-        segment = self._segment
-        tall, wide = segment.bands, segment.wide
-        # Rows of padding stay zero, and neither they nor the order of rows change anything for the others.
-        matrix = update.view(tall, wide, 64, 64).transpose(1, 2).reshape(tall * 64, wide * 64)
-        x = matrix / (matrix.norm() + self._epsilon)
-        transposed = x.shape[0] > x.shape[1]
-        x = x.T if transposed else x
-        for _ in range(5):
-            gram = x @ x.T
-            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-        x = (x.T if transposed else x) * max(segment.rows, segment.columns) ** 0.5
-        return x.reshape(tall, 64, wide, 64).transpose(1, 2).reshape(update.shape) * live.unsqueeze(1)
+        total, _ = self._moments["first"].decay(first, live)
+        total.add_(_alive(update, live))
+        blocks = update.add_(total * self._momentum).view(-1, SIDE, SIDE)
+        return _alive(orthogonal(blocks).mul_(SIDE**0.5).view(update.shape), live)
+
+
+_INTEGER_MAX = 511
+"""64 * 511**2 < 2**24: in whichever order they are added, products of such integers come to an exact float32."""
+_UNIT, _GRAM_UNIT, _FACTOR_UNIT = 384, 256, 128
+"""What stands for 1 in a block, whose entries stay below 1.2, in its Gram matrix and in the factor made of that."""
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonal(blocks: Tensor) -> Tensor:
+    """Near the closest orthogonal matrix of each block [n, 64, 64], and the same on every device; zeros stay zeros."""
+    largest = blocks.abs().amax((1, 2), keepdim=True)
+    shares = blocks / torch.where(largest > 0, largest, 1)
+    # A Frobenius norm, which no singular value exceeds; of coarse integers, whose squares' sum is exact.
+    norm = correctly_rounded_root((shares * 63).round_().square_().sum((1, 2), keepdim=True)).clamp_(min=63)
+    # Tensor by tensor: a number takes part in a division as its rounded reciprocal, on some devices.
+    x = _integers(shares.mul_(torch.full_like(norm, 63 * _UNIT).div_(norm)))
+    a, b, c = _NEWTON_SCHULZ
+    for _ in range(5):
+        gram = _integers((x @ x.transpose(1, 2)).mul_(_GRAM_UNIT / _UNIT**2))
+        square = (gram @ gram).mul_(c * _FACTOR_UNIT / _GRAM_UNIT**2)
+        factor = _integers(square.add_(gram.mul_(b * _FACTOR_UNIT / _GRAM_UNIT)))
+        x = _integers((factor @ x).mul_(1 / _FACTOR_UNIT).add_(x * a))
+    return x.mul_(1 / _UNIT)
+
+
+def _integers(x: Tensor) -> Tensor:
+    """Rounded; in place."""
+    return x.round_().clamp_(-_INTEGER_MAX, _INTEGER_MAX)
 
 
 DIRECTIONS: dict[str, type[Direction]] = {

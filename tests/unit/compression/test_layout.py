@@ -171,11 +171,6 @@ def test_a_batch_is_of_one_form_and_treatment() -> None:
     assert [batch.form for batch in batches] == ["both", "none", "both"]
 
 
-def test_a_direction_that_needs_whole_parameters_gets_them() -> None:
-    layout = layout_of([(130, 200), (64, 64)])
-    assert [(b.start, b.end) for b in layout.batches(2, whole={"sign"})] == [(0, 12), (12, 13)]
-
-
 def test_chunks_carry_the_counts_and_transform_of_their_kind() -> None:
     specs = [ParameterSpec(kind, shape, kind) for kind, shape in zip(KINDS, [(65, 64), (3, 3), (5000,)], strict=True)]
     layout = ChunkLayout(

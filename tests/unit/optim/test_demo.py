@@ -492,18 +492,6 @@ def test_a_state_taken_before_a_step_stays_as_it_was() -> None:
         assert all(torch.equal(tensor, copies[key]) for key, tensor in held.items())
 
 
-def test_muon_steps_in_one_piece_whatever_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "_CPU_BATCH_CHUNKS", 2)
-    one = DeMo(parameters([(130, 200), (64, 64)]), direction="muon", topk=64)
-    before = [p.clone() for p in parameters_of(one)]
-    set_gradients(one, 1)
-    one.step()
-    for a, b in zip(parameters_of(one), before, strict=True):
-        step = (a - b).double().numpy() / (max(a.shape) ** 0.5 * 1e-3)
-        singular = np.linalg.svd(step, compute_uv=False)
-        assert singular.max() < 1.25
-
-
 def test_a_skipped_part_stays_where_it_is() -> None:
     shape = (64, 128)
     one = DeMo(parameters([shape, (64,)]), lr=0.1, weight_decay=0.5, direction="rms", topk=8)
@@ -605,12 +593,6 @@ def test_torchs_schedulers_set_the_rate() -> None:
         optimizer.step()
         scheduler.step()
         assert (held[0].detach() - before).abs().median() == pytest.approx(rate, rel=1e-4)
-
-
-def test_muon_makes_an_optimizer_inexact() -> None:
-    assert mixed().is_exact
-    assert not DeMo(parameters([(64, 64)]), direction="muon").is_exact
-    assert not mixed(exact=False).is_exact
 
 
 @pytest.mark.parametrize("changes", [{"topk": 0}, {"topk": 4097}, {"beta": 1.1}, {"lr": -1.0}, {"value_bits": 3}])

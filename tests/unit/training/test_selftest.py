@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.fft
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from blocks import orthogonal_block
 
 from p2ptrain.compression import coding, dct
 from p2ptrain.compression.layout import CHUNK_SIZE, SIDE
@@ -62,7 +68,9 @@ def test_what_is_expected_is_what_integers_and_ieee_floats_give() -> None:
             mean = mean * one(0.9) + piece * one(1 - 0.9)
             by_mean, by_second = by_mean * one(0.9), by_second * one(0.95)
             adam.append(mean / (one(1) - by_mean) / (np.sqrt(second / (one(1) - by_second)) + one(1e-8)))
-        for array in (*nesterov, *adam):
+        blocks = [] if segment.is_vector else [ahead.reshape(-1, SIDE, SIDE) for ahead in nesterov]
+        muon = [np.stack([orthogonal_block(block) for block in of]) * one(8) for of in blocks]
+        for array in (*nesterov, *adam, *muon):
             # Both signs of zero are one.
             digest.update((array + one(0)).astype("<f4").tobytes())
     rounds = (0, 1, 99, 100, 101, 2500, 5000, 9999, 10_000, 20_000)
