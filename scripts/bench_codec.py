@@ -114,11 +114,12 @@ def gpt(config: ModelConfig) -> GPT:
 
 
 def manifest(config: ModelConfig, **changes: Any) -> Manifest:
-    """With the default treatment of each kind, but for the number of coefficients."""
+    """With the default treatment of each kind, but for the number of coefficients, and DeMo's steps of signs."""
     treatments = {
         kind: msgspec.structs.replace(getattr(OptimizerConfig(), kind), topk=TOPK, reply_topk=TOPK)
         for kind in ("matrix", "embedding", "head", "vector")
     }
+    treatments["matrix"] = msgspec.structs.replace(treatments["matrix"], direction="sign")
     return Manifest(name="bench", nonce="0" * 32, model=config, optimizer=OptimizerConfig(**treatments), **changes)
 
 

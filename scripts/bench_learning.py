@@ -72,11 +72,20 @@ RATES: dict[str, tuple[float, ...]] = {
     "muon": (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2),
 }
 INNER_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
-STEP_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+STEP_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 
 
 def _inner(strategy: str, **optimizer: Any) -> Toml:
     return {"optimizer": {"strategy": strategy, **optimizer}}
+
+
+SIGNS: Toml = {
+    "optimizer": {
+        "matrix": {"direction": "sign", "learning_rate_scale": 1.0},
+        **{kind: {"learning_rate_scale": 16.0} for kind in ("embedding", "head", "vector")},
+    }
+}
+"""DeMo as in its paper, but for embedding, head and gains."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +107,10 @@ METHODS: dict[str, Method] = {
     "adamw": Method({}, rates=RATES["adamw"]),
     "muon": Method({}, rates=RATES["muon"]),
     "demo": Method({}, default=True),
+    "demo-signs": Method(SIGNS, rates=(2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)),
     "dense": Method(_inner("dense"), rates=INNER_RATES),
-    **{name: Method(_inner(name), ROUND, True, INNER_RATES) for name in ("local_demo", "sparse_diloco", "diloco")},
+    "local_demo": Method(_inner("local_demo"), ROUND, True),
+    **{name: Method(_inner(name), ROUND, True, INNER_RATES) for name in ("sparse_diloco", "diloco")},
 }
 
 

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from p2ptrain.averaging.reduce import reduce_part
 from p2ptrain.compression import decoded
-from p2ptrain.config.manifest import Manifest, ModelConfig, OptimizerConfig
+from p2ptrain.config.manifest import GroupConfig, Manifest, ModelConfig, OptimizerConfig
 from p2ptrain.data.assignment import sequence_offsets
 from p2ptrain.data.corpus import load_embedded
 from p2ptrain.data.tokenizer import cached_tokens
@@ -61,14 +61,16 @@ MANIFEST = Manifest(
     nonce="0123456789abcdef" * 2,
     model=ModelConfig(layers=6, heads=5, embedding=320, context=128),
     optimizer=OptimizerConfig(
+        learning_rate=1e-3,
         total_rounds=STEPS,
+        matrix=GroupConfig(topk=32, reply_topk=32),
         **{
-            kind: msgspec.structs.replace(getattr(OptimizerConfig(), kind), topk=32, reply_topk=32)
-            for kind in ("matrix", "embedding", "head", "vector")
+            kind: GroupConfig(transform="none", direction="rms", learning_rate_scale=16.0, topk=32, reply_topk=32)
+            for kind in ("embedding", "head", "vector")
         },
     ),
 )
-"""The GPT of 10 million parameters, 32 coefficients a chunk; all else but the schedule's length as a new run has it."""
+"""The GPT of 10 million parameters, 32 coefficients a chunk, and DeMo's steps of signs."""
 
 
 @dataclass(frozen=True, slots=True)

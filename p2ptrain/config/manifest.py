@@ -112,8 +112,9 @@ class GroupConfig(_Table, frozen=True, kw_only=True):
     """Coefficients a reducer keeps per chunk, at most."""
 
 
+_MATRICES = GroupConfig(direction="muon", learning_rate_scale=1.5)
 # Few entries of these matter in a round, and sign treats all alike: it costs 0.2 bits a byte on the small model.
-_ENDS = GroupConfig(transform="none", direction="rms", learning_rate_scale=16.0)
+_ENDS = GroupConfig(transform="none", direction="rms", learning_rate_scale=32.0)
 
 
 class OptimizerConfig(_Table, frozen=True, kw_only=True):
@@ -124,7 +125,7 @@ class OptimizerConfig(_Table, frozen=True, kw_only=True):
     `sparse_diloco`: how far inner steps of AdamW went on a peer's own. In a run.toml it also decides what the keys left
     out are: see docs/learning.md."""
     learning_rate: Annotated[float, Meta(gt=0, le=10)] = 1e-3
-    """Peak learning rate: the size of a step of direction `sign`, or that of inner steps."""
+    """Peak learning rate: the size of a step, before a kind's own scale, or that of inner steps."""
     inner_batch: Count = 16
     """Sequences of one inner step, where the strategy has any."""
     look_ahead: Annotated[float, Meta(ge=0, le=10)] = 0.0
@@ -148,7 +149,7 @@ class OptimizerConfig(_Table, frozen=True, kw_only=True):
     """Decay of the second moment of directions `rms` and `adam`, and of inner steps."""
     rms_epsilon: Annotated[float, Meta(ge=1e-30, le=1)] = 1e-8
     """Added to the root of that second moment."""
-    matrix: GroupConfig = GroupConfig()
+    matrix: GroupConfig = _MATRICES
     """Hidden matrices."""
     embedding: GroupConfig = _ENDS
     """Token embedding."""

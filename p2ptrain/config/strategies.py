@@ -15,7 +15,7 @@ from p2ptrain.config.manifest import ModelConfig, OptimizerConfig, Strategy
 Toml = dict[str, object]
 
 _KINDS = ("matrix", "embedding", "head", "vector")
-_INNER_STEPS, _INNER_BATCH, _PEERS = 15, 16, 4
+_INNER_STEPS, _INNER_BATCH, _PEERS = 16, 16, 4
 
 
 def _alike(**treatment: object) -> Toml:
@@ -33,21 +33,17 @@ _LONG_ROUNDS: Toml = {
     "target_batch": _INNER_STEPS * _INNER_BATCH * _PEERS,
 }
 
-_STEP_RATES: Mapping[Strategy, float] = {"demo": OptimizerConfig().learning_rate, "local_demo": 2e-3}
-"""Of strategies whose matrices step by signs, in models of the default width. A step that is as large in all entries
-moves what a layer gives out in proportion to how many it takes in, so a wider model wants a smaller one (Yang et al.,
-arXiv 2203.03466): of widths 64 and 320 four times as small a rate did best."""
+_OF_WIDTH: tuple[Strategy, ...] = ("demo", "local_demo")
+"""Strategies whose learning rate follows the model's width. A step that is as large in all entries moves what a layer
+gives out in proportion to how many it takes in, so a wider model wants a smaller one (Yang et al., arXiv 2203.03466):
+with steps of signs a width of 320 wanted a fifth of what 64 did."""
 
 DEFAULTS: Mapping[Strategy, Toml] = {
     # As the manifest has it: here so that a run.toml which says one thing of a kind keeps the rest.
     "demo": {"optimizer": {kind: _of(kind) for kind in _KINDS}},
-    # For slow lines: a twentieth of demo's bytes for each inner step.
+    # For slow lines: long rounds, and in each half of demo's bytes.
     "local_demo": {
-        "optimizer": {
-            "learning_rate": _STEP_RATES["local_demo"],
-            "look_ahead": 0.125,
-            **{kind: {**_of(kind), "topk": 29, "reply_topk": 24} for kind in _KINDS},
-        },
+        "optimizer": {"look_ahead": 0.75, **{kind: {**_of(kind), "topk": 30, "reply_topk": 25} for kind in _KINDS}},
         "round": _LONG_ROUNDS,
     },
     # What SparseLoCo does (arXiv 2508.15706), through our codec.
@@ -94,8 +90,8 @@ def completed(table: Toml) -> Toml:
         return table
     suggested = DEFAULTS.get(cast(Strategy, strategy), {})
     width = model.get("embedding") if isinstance(model, dict) else None
-    if strategy in _STEP_RATES and isinstance(width, int) and width > 0:
-        rate = _STEP_RATES[cast(Strategy, strategy)] * ModelConfig().embedding / width
+    if strategy in _OF_WIDTH and isinstance(width, int) and width > 0:
+        rate = OptimizerConfig().learning_rate * ModelConfig().embedding / width
         suggested = merged(suggested, {"optimizer": {"learning_rate": float(f"{rate:.2g}")}})
     return merged(suggested, table)
 
