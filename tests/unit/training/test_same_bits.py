@@ -47,7 +47,7 @@ def lone() -> Lone:
     made = Lone()
     made.train(ROUNDS)
     directions = {group["direction"] for group in made.replica.optimizer.param_groups}
-    assert directions >= {"sign", "rms"}, "both exact directions are to be shown"
+    assert directions >= {"muon", "rms"}, "both of the default are to be shown"
     return made
 
 
