@@ -130,7 +130,7 @@ class OptimizerConfig(_Table, frozen=True, kw_only=True):
     """Sequences of one inner step, where the strategy has any."""
     look_ahead: Annotated[float, Meta(ge=0, le=10)] = 0.0
     """Learning rate of inner steps over `learning_rate`, where the mean gradient is gathered: each gradient is taken
-    where those before it lead to. 0: all at the replica. Costs three times the memory of the parameters."""
+    where those before it lead to. 0: all at the replica. Costs four times the memory of the parameters."""
     outer_learning_rate: Annotated[float, Meta(gt=0, le=10)] = 1.0
     """Learning rate of the replica's steps where there are inner ones; it stays the same."""
     beta: Share = 0.95
