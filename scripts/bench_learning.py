@@ -382,9 +382,18 @@ def table(rows: Sequence[Toml]) -> list[Toml]:
                 "over_adamw": round(statistics.mean(bits) / adamw - 1, 4) if adamw else None,
                 "bits_per_parameter_sent": alike[0]["bits_per_parameter_sent"],
                 "bits_per_parameter_received": alike[0]["bits_per_parameter_received"],
+                "bits_per_parameter_of_run": _bits_of_run(alike[0]),
             }
         )
     return sorted(found, key=lambda one: (one["parameters"], one["peers"], one["bits_per_byte"]))
+
+
+def _bits_of_run(row: Toml) -> float | None:
+    """Sent and received for a parameter, in all rounds."""
+    if row["bits_per_parameter_sent"] is None:
+        return None
+    each = row["bits_per_parameter_sent"] + row["bits_per_parameter_received"]
+    return round(each * row["rounds"] * row["inner_steps"], 1)
 
 
 def draw(found: Sequence[Toml], path: Path) -> None:
@@ -396,19 +405,19 @@ def draw(found: Sequence[Toml], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8, 5))
     for one in found:
-        if one["bits_per_parameter_sent"] is None:
+        bits = one["bits_per_parameter_of_run"]
+        if bits is None:
             axes.axhline(one["bits_per_byte"], linestyle="--", color="grey", linewidth=0.8)
             axes.text(1, one["bits_per_byte"], f" {one['method']}", fontsize=8, color="grey", va="bottom", ha="right",
                       transform=axes.get_yaxis_transform())  # fmt: skip
             continue
-        bits = one["bits_per_parameter_sent"] + one["bits_per_parameter_received"]
         axes.errorbar(bits, one["bits_per_byte"], yerr=one["spread"] / 2, fmt="o", capsize=3)
         axes.annotate(
             one["method"], (bits, one["bits_per_byte"]), xytext=(5, 4), textcoords="offset points", fontsize=8
         )
     axes.set(
         xscale="log",
-        xlabel="bits sent and received for a parameter and step",
+        xlabel="bits sent and received for a parameter, in the whole run",
         ylabel="bits per byte of held-out text",
         title="Loss against bytes, the same tokens for all",
     )
