@@ -127,12 +127,12 @@ class OptimizerConfig(_Table, frozen=True, kw_only=True):
     learning_rate: Annotated[float, Meta(gt=0, le=10)] = 1e-3
     """Peak learning rate: the size of a step, before a kind's own scale, or that of inner steps."""
     inner_batch: Count = 16
-    """Sequences of one inner step, where the strategy has any."""
+    """Sequences of one inner step, where there are any."""
     look_ahead: Annotated[float, Meta(ge=0, le=10)] = 0.0
     """Learning rate of inner steps over `learning_rate`, where the mean gradient is gathered: each gradient is taken
     where those before it lead to. 0: all at the replica. Costs four times the memory of the parameters."""
     outer_learning_rate: Annotated[float, Meta(gt=0, le=10)] = 1.0
-    """Learning rate of the replica's steps where there are inner ones; it stays the same."""
+    """Learning rate of the replica's steps with strategies `diloco` and `sparse_diloco`; it stays the same."""
     beta: Share = 0.95
     """Factor on the momentum, each round."""
     weight_decay: Annotated[float, Meta(ge=0, le=10)] = 0.0
