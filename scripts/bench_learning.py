@@ -3,17 +3,18 @@ network.
 
     python scripts/bench_learning.py --jobs 2 --out docs/results/learning.json --picture docs/pictures/learning.png
 
-Each run trains a GPT of --layers and --embedding on --tokens tokens of the embedded corpus. Members are those of
-`simulation/group.py`: the product's local computing, momentum, codec, reducing and settling in rounds in which nothing
-goes wrong. All runs read as many sequences. A round is BATCH of them, of all members together, or ROUND of a method
-with inner steps, of which a member takes one with each of its sequences. Baselines take torch's optimizers' steps, each
-over a BATCH of the same sequences.
+Each run trains a GPT of --layers and --embedding on --tokens tokens of the embedded corpus, or of --corpus botocore:
+what that package documents, 31 MB (pip install --no-deps botocore==1.44.5), with the same tokenizer. Members are those
+of `simulation/group.py`: the product's local computing, momentum, codec, reducing and settling in rounds in which
+nothing goes wrong. All runs read as many sequences. A round is BATCH of them, of all members together, or ROUND of a
+method with inner steps, of which a member takes one with each of its sequences. Baselines take torch's optimizers'
+steps, each over a BATCH of the same sequences.
 
 Every method is tried with five learning rates on the first seed, by eight members who share all text; the best goes on
-to the other seeds, to other numbers of members (--peers) and to texts of their own (--private). A method is a
-run.toml's tables on top of its strategy's defaults (METHODS). Runs that are in --out are kept, so it goes on where it
-was stopped. Bits are those of payloads, averaged over all rounds, one direction each, for every inner step of a
-parameter; where a member takes none, for every round.
+to the other seeds, to other numbers of members (--peers), to texts of their own (--private) and to the other corpus. A
+method is a run.toml's tables on top of its strategy's defaults (METHODS). Runs that are in --out are kept, so it goes
+on where it was stopped. Bits are those of payloads, averaged over all rounds, one direction each, for every inner step
+of a parameter; where a member takes none, for every round.
 
 A run of 0.8M parameters and 3M tokens takes four to eight minutes of a core. Progress on stderr, one JSON object last.
 """
@@ -21,14 +22,18 @@ A run of 0.8M parameters and 3M tokens takes four to eight minutes of a core. Pr
 from __future__ import annotations
 
 import argparse
+import gzip
+import html
+import importlib.util
 import json
 import math
 import multiprocessing
+import re
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,7 +47,7 @@ from numpy.typing import NDArray
 from p2ptrain.config import strategies
 from p2ptrain.config.manifest import Manifest
 from p2ptrain.data.assignment import sequence_offsets
-from p2ptrain.data.corpus import load_embedded
+from p2ptrain.data.corpus import Corpus, load_embedded, load_files
 from p2ptrain.data.tokenizer import cached_tokens
 from p2ptrain.models.gpt import GPT, kind_of
 from p2ptrain.models.init import initialise
@@ -63,9 +68,10 @@ WARM_UP_SHARE = 0.03
 CURVE_POINTS = 8
 CURVE_TOKENS = 16_384
 BASELINES = ("adamw", "muon")
+EMBEDDED = "state-of-the-union"
 SIZE = ("tokens", "layers", "embedding")
 """What runs that are compared have in common, beside who trains on what."""
-TUNED: Toml = {"peers": 8, "private": False, "seed": 1}
+TUNED: Toml = {"peers": 8, "private": False, "seed": 1, "corpus": EMBEDDED}
 """The runs that learning rates are tried in."""
 RATES: dict[str, tuple[float, ...]] = {
     "adamw": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
@@ -127,6 +133,7 @@ class Setting:
     embedding: int
     private: bool
     """Each member reads a slice of the text of its own, in the order of years, instead of all of it."""
+    corpus: str = EMBEDDED
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +145,11 @@ class Text:
     heldout_bytes: int
 
     @classmethod
-    def load(cls) -> Text:
-        """The embedded corpus; its tokens are kept in the temporary folder."""
+    def load(cls, name: str) -> Text:
+        """A corpus by name; its tokens are kept in the temporary folder."""
         folder = Path(tempfile.gettempdir()) / "p2ptrain-bench-learning"
         folder.mkdir(parents=True, exist_ok=True)
-        corpus = load_embedded()
+        corpus = CORPORA[name](folder)
         return cls(cached_tokens(corpus.train, folder), cached_tokens(corpus.heldout, folder), len(corpus.heldout))
 
     def of_members(self, setting: Setting) -> list[NDArray[np.uint16]]:
@@ -154,6 +161,37 @@ class Text:
     def scored(self, model: GPT, max_tokens: int | None = None) -> float:
         """Held-out bits per byte."""
         return bits_per_byte(model, self.heldout, self.heldout_bytes, max_tokens=max_tokens)
+
+
+def botocore_documentation(folder: Path) -> Corpus:
+    """What botocore says of Amazon's services, a paragraph each, in the order of their names; nothing twice."""
+    found = importlib.util.find_spec("botocore")
+    if found is None or found.origin is None:
+        raise SystemExit("there is no botocore here; install it with: pip install --no-deps botocore==1.44.5")
+    paragraphs: dict[str, None] = {}
+
+    def collect(node: object) -> None:
+        if isinstance(node, dict):
+            text = node.get("documentation")
+            if isinstance(text, str):
+                paragraphs[" ".join(html.unescape(re.sub(r"<[^>]*>", " ", text)).split())] = None
+            for child in node.values():
+                collect(child)
+        elif isinstance(node, list):
+            for child in node:
+                collect(child)
+
+    for path in sorted((Path(found.origin).parent / "data").rglob("service-2.json.gz")):
+        collect(json.loads(gzip.decompress(path.read_bytes())))
+    file = folder / "botocore.txt"
+    atomic_write(file, "\n\n".join(paragraphs).encode(), mode=0o644)
+    return load_files([file], "botocore", "Apache-2.0")
+
+
+CORPORA: dict[str, Callable[[Path], Corpus]] = {
+    EMBEDDED: lambda folder: load_embedded(),
+    "botocore": botocore_documentation,
+}
 
 
 def rounds_of(setting: Setting) -> int:
@@ -266,7 +304,7 @@ class Strategy:
 def train(setting: Setting) -> Toml:
     """One run: its row."""
     torch.set_num_threads(1)
-    text, manifest, method = Text.load(), manifest_of(setting), METHODS[setting.method]
+    text, manifest, method = Text.load(setting.corpus), manifest_of(setting), METHODS[setting.method]
     baseline = setting.method in BASELINES
     trained = Baseline(setting, text) if baseline else Strategy(setting, text)
     rounds, inner_steps, sent = rounds_of(setting), inner_steps_of(setting), 0.0
@@ -299,7 +337,10 @@ def train(setting: Setting) -> Toml:
 
 def label(setting: Setting) -> str:
     """For people."""
-    return f"{setting.method}, {setting.peers} peers, seed {setting.seed}, rate {setting.learning_rate:g}"
+    return (
+        f"{setting.method} on {setting.corpus}, {setting.peers} peers, seed {setting.seed}, "
+        f"rate {setting.learning_rate:g}"
+    )
 
 
 # ---- which runs ---------------------------------------------------------------------------------------------------
@@ -332,7 +373,8 @@ def wanted(options: argparse.Namespace, rows: Sequence[Toml]) -> Iterator[Settin
         rate = None if missing else best_rate(rows, tuning[0])
         if rate is not None:
             seeds = range(1, options.seeds + 1)
-            others = (Setting(name, options.peers, seed, rate, private=options.private, **size) for seed in seeds)
+            there = {"peers": options.peers, "private": options.private, "corpus": options.corpus}
+            others = (Setting(method=name, seed=seed, learning_rate=rate, **there, **size) for seed in seeds)
             yield from (setting for setting in others if setting not in done)
 
 
@@ -362,7 +404,7 @@ def table(rows: Sequence[Toml]) -> list[Toml]:
     groups: dict[tuple[Any, ...], list[Toml]] = {}
     for row in rows:
         if row["learning_rate"] == best_rate(rows, setting_of(row)) and row["bits_per_byte"] is not None:
-            key = tuple(row[name] for name in ("method", "peers", "private", *SIZE))
+            key = tuple(row[name] for name in ("method", "peers", "private", "corpus", *SIZE))
             groups.setdefault(key, []).append(row)
     found = []
     for key, alike in groups.items():
@@ -374,6 +416,7 @@ def table(rows: Sequence[Toml]) -> list[Toml]:
                 "method": key[0],
                 "peers": key[1],
                 "private": key[2],
+                "corpus": key[3],
                 "parameters": alike[0]["parameters"],
                 "learning_rate": alike[0]["learning_rate"],
                 "seeds": len(bits),
@@ -439,6 +482,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=6, help="%(default)s")
     parser.add_argument("--embedding", type=int, default=64, help="%(default)s")
     parser.add_argument("--private", action="store_true", help="each member reads a slice of the text of its own")
+    parser.add_argument("--corpus", default=EMBEDDED, choices=tuple(CORPORA), help="%(default)s")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, a core each; %(default)s")
     options = parser.parse_args()
     unknown = [name for name in options.methods if name not in METHODS]
@@ -446,7 +490,8 @@ def main() -> int:
         parser.error(f"no method {unknown[0]}; there are {', '.join(METHODS)}")
     found = table(run_all(options))
     if options.picture is not None:
-        drawn = [one for one in found if (one["peers"], one["private"]) == (options.peers, options.private)]
+        same = ("peers", "private", "corpus")
+        drawn = [one for one in found if all(one[name] == getattr(options, name) for name in same)]
         draw(drawn, options.picture)
     print(json.dumps(found, indent=2))
     return 0
