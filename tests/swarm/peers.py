@@ -216,22 +216,25 @@ class Swarm:
         #: every process that a peer started
         self.children: list[psutil.Process] = []
         self.manifest = folder / "run.toml"
+        self.text = folder / "addresses.txt"
 
     def write_manifest(self, *, last_round: int = 0, root_interval: int = 8, own_text: bool = True) -> None:
         """A small run on real text: 400 kB of addresses, or all of them."""
-        data = ""
-        if own_text:
-            text = self.folder / "addresses.txt"
-            text.write_bytes(load_embedded().train[:400_000])
-            made = self.folder / "made.toml"
-            flags = ["--license", "LicenseRef-Public-Domain", "--home", str(self.folder / "ada")]
-            done = run("init", str(made), "--data", str(text), *flags)
-            assert done.returncode == 0, done.stderr
-            data = re.split(r"\n\[", made.read_text().split("[data]\n")[1])[0]
+        data = self.own_text("ada") if own_text else ""
         text_of = MANIFEST.format(
             nonce=os.urandom(16).hex(), last_round=last_round, data=data, root_interval=root_interval
         )
         self.manifest.write_text(text_of)
+
+    def own_text(self, name: str) -> str:
+        """400 kB of addresses in the file `self.text`, and in the home of the peer who will bootstrap; what a manifest
+        says of them."""
+        self.text.write_bytes(load_embedded().train[:400_000])
+        made = self.folder / "made.toml"
+        flags = ["--license", "LicenseRef-Public-Domain", "--home", str(self.folder / name)]
+        done = run("init", str(made), "--data", str(self.text), *flags)
+        assert done.returncode == 0, done.stderr
+        return re.split(r"\n\[", made.read_text().split("[data]\n")[1])[0]
 
     def bootstrap(self, name: str, *flags: str, failpoint: str = "") -> Peer:
         """Start the run."""

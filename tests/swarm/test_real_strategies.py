@@ -13,8 +13,8 @@ import torch
 
 from p2ptrain.averaging import chain
 from p2ptrain.config.manifest import Strategy, open_manifest
-from p2ptrain.data.corpus import load_embedded
-from p2ptrain.data.tokenizer import cached_tokens
+from p2ptrain.data.corpus import load_files
+from p2ptrain.data.tokenizer import tokenise
 from p2ptrain.simulation.group import Group
 from p2ptrain.state.journal import Journal
 from p2ptrain.swarm.identity import verify
@@ -28,12 +28,13 @@ ROUNDS_TOGETHER = 6
 MANIFEST = """\
 name = "test"
 nonce = "{nonce}"
-last_round = {last_round}
 [model]
 layers = 1
 heads = 1
 embedding = 16
 context = 32
+[data]
+{data}
 [optimizer]
 strategy = "{strategy}"
 inner_batch = 4
@@ -61,8 +62,9 @@ def swarm(tmp_path: Path) -> Iterator[Swarm]:
 
 
 @pytest.mark.parametrize("strategy", get_args(Strategy))
-def test_real_peers_come_to_what_a_group_in_one_process_comes_to(strategy: str, swarm: Swarm, tmp_path: Path) -> None:
-    swarm.manifest.write_text(MANIFEST.format(nonce=os.urandom(16).hex(), last_round=0, strategy=strategy))
+def test_real_peers_come_to_what_a_group_in_one_process_comes_to(strategy: str, swarm: Swarm) -> None:
+    data = swarm.own_text(NAMES[0])
+    swarm.manifest.write_text(MANIFEST.format(nonce=os.urandom(16).hex(), data=data, strategy=strategy))
     first = swarm.bootstrap(NAMES[0])
     address = first.address()
     for name in NAMES[1:]:
@@ -73,7 +75,7 @@ def test_real_peers_come_to_what_a_group_in_one_process_comes_to(strategy: str, 
     swarm.close()
     manifest, run_id = open_manifest(first.home.joinpath("manifest.signed").read_bytes())
     torch.set_num_threads(1)
-    text = cached_tokens(load_embedded().train, tmp_path)
+    text = tokenise(load_files([swarm.text], "addresses", "LicenseRef-Public-Domain").train)
     group = Group(manifest, lambda peer_id: text)
     journal, state = Journal(first.home / "journal", run_id, verify), chain.genesis(run_id)
     compared = 0
