@@ -64,7 +64,7 @@ def best_runs(known: Figures, bits: float) -> list[Figures]:
     for optimizer, stale in sorted({(run["method"], run["stale"]) for run in known["runs"]}):
         runs = [run for run in known["runs"] if (run["method"], run["stale"]) == (optimizer, stale)]
         reached = [(steps_to(run["heldout_bits_per_byte"], bits), run) for run in runs]
-        rates = {f"{run['learning_rate']:g}, ends x {run['ends_scale']:g}": steps for steps, run in reached}
+        rates = {f"{run['learning_rate']:g}": steps for steps, run in reached}
         found = min(((s, run) for s, run in reached if s is not None), key=lambda pair: pair[0], default=None)
         if found is not None:
             best.append({"optimizer": optimizer, "stale": stale, "steps": round(found[0], 1), "by_rate": rates})

@@ -44,11 +44,8 @@ reply_timeout_seconds = 30.0
 seal_timeout_seconds = 10.0
 alone_after_seconds = 60.0
 root_interval = 1000
-""" + "".join(
-    f'[optimizer.{kind}]\ntopk = 32\nreply_topk = 32\ndirection = "{direction}"\n'
-    for kind, direction in {"matrix": "sign", "embedding": "rms", "head": "rms", "vector": "rms"}.items()
-)
-"""At 32 coefficients a chunk each way and with steps of signs, as in the papers."""
+"""
+"""Of the rest, what a new run gets."""
 
 Figures = dict[str, Any]
 

@@ -36,11 +36,12 @@ from torch import Tensor
 
 from p2ptrain.averaging.reduce import reduce_part
 from p2ptrain.compression import decoded
-from p2ptrain.config.manifest import GroupConfig, Manifest, ModelConfig, OptimizerConfig
+from p2ptrain.config import strategies
+from p2ptrain.config.manifest import Manifest
 from p2ptrain.data.assignment import sequence_offsets
 from p2ptrain.data.corpus import load_embedded
 from p2ptrain.data.tokenizer import cached_tokens
-from p2ptrain.models.gpt import GPT, kind_of
+from p2ptrain.models.gpt import GPT
 from p2ptrain.models.init import initialise
 from p2ptrain.optim.demo import DeMo, PartReply, Pending
 from p2ptrain.optim.schedule import learning_rate
@@ -56,21 +57,18 @@ BEHIND_FROM_STEP = 60
 """A run that is so far behind another of its method, after so many steps, is given up."""
 ADAMW_BETAS = (0.9, 0.95)
 STEPS = 250
-MANIFEST = Manifest(
-    name="time to loss",
-    nonce="0123456789abcdef" * 2,
-    model=ModelConfig(layers=6, heads=5, embedding=320, context=128),
-    optimizer=OptimizerConfig(
-        learning_rate=1e-3,
-        total_rounds=STEPS,
-        matrix=GroupConfig(topk=32, reply_topk=32),
-        **{
-            kind: GroupConfig(transform="none", direction="rms", learning_rate_scale=16.0, topk=32, reply_topk=32)
-            for kind in ("embedding", "head", "vector")
-        },
+MANIFEST = msgspec.convert(
+    strategies.completed(
+        {
+            "name": "time to loss",
+            "nonce": "0123456789abcdef" * 2,
+            "model": {"layers": 6, "heads": 5, "embedding": 320, "context": 128},
+            "optimizer": {"total_rounds": STEPS},
+        }
     ),
+    Manifest,
 )
-"""The GPT of 10 million parameters, 32 coefficients a chunk, and DeMo's steps of signs."""
+"""The GPT of 10 million parameters; of the rest, what a new run gets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,21 +78,19 @@ class Setting:
     method: str
     """`adamw` or `demo`."""
     learning_rate: float
-    """Peak; for `demo` the size of a sign step."""
-    ends_scale: float
-    """Factor on it for embedding, head and gains."""
+    """Peak."""
     stale: int = 0
     """Sequences of each member and round that are computed before the step of the round before."""
 
 
-ENDS_SCALE = MANIFEST.optimizer.embedding.learning_rate_scale
+RATE = MANIFEST.optimizer.learning_rate
 SETTINGS = (
     # Of each method that which does best first: the others then end early.
-    Setting("adamw", 4e-3, 1.0),
-    Setting("demo", 1e-3, ENDS_SCALE),
-    *(Setting("adamw", rate, 1.0) for rate in (2e-3, 8e-3)),
-    *(Setting("demo", rate, ENDS_SCALE) for rate in (5e-4, 2e-3)),
-    *(Setting("demo", 5e-4, ENDS_SCALE, stale) for stale in (2, 3)),
+    Setting("adamw", 4e-3),
+    Setting("demo", RATE),
+    *(Setting("adamw", rate) for rate in (2e-3, 8e-3)),
+    *(Setting("demo", rate) for rate in (RATE / 2, 2 * RATE)),
+    *(Setting("demo", RATE, stale) for stale in (2, 3)),
 )
 
 
@@ -135,21 +131,16 @@ def sequences_per_member() -> int:
 class AdamW:
     """Data-parallel AdamW: the gradient of the mean loss over all members' sequences."""
 
-    def __init__(self, model: GPT, setting: Setting) -> None:
+    def __init__(self, model: GPT) -> None:
         self._model = model
-        named = list(model.named_parameters())
-        groups = [
-            {"params": [p for name, p in named if (kind_of(name, p) == "matrix") == hidden], "scale": scale}
-            for hidden, scale in ((True, 1.0), (False, setting.ends_scale))
-        ]
-        self._optimizer = torch.optim.AdamW(groups, betas=ADAMW_BETAS, weight_decay=0.0)
+        self._optimizer = torch.optim.AdamW(model.parameters(), betas=ADAMW_BETAS, weight_decay=0.0)
 
     def step(self, batches: list[Tensor], rate: float) -> float:
         """Returns the mean loss in nats."""
         loss = self._model.loss(torch.cat(batches))
         loss.backward()
         for group in self._optimizer.param_groups:
-            group["lr"] = rate * group["scale"]
+            group["lr"] = rate
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
@@ -159,11 +150,7 @@ class Members:
     """DeMo with a momentum for each member, over one replica."""
 
     def __init__(self, model: GPT, setting: Setting) -> None:
-        ends = {
-            kind: msgspec.structs.replace(getattr(MANIFEST.optimizer, kind), learning_rate_scale=setting.ends_scale)
-            for kind in ("embedding", "head", "vector")
-        }
-        optimizer = msgspec.structs.replace(MANIFEST.optimizer, learning_rate=setting.learning_rate, **ends)
+        optimizer = msgspec.structs.replace(MANIFEST.optimizer, learning_rate=setting.learning_rate)
         manifest = msgspec.structs.replace(MANIFEST, optimizer=optimizer)
         self._model, self._stale = model, setting.stale
         self._optimizers: list[DeMo] = [build_optimizer(model, manifest) for _ in range(MEMBERS)]
@@ -248,7 +235,7 @@ def train(setting: Setting, cache: Path, stop_below: float, path: Path) -> dict[
     others = [dict(run["heldout_bits_per_byte"]) for run in alike]
     text, model = Text.load(cache), GPT(MANIFEST.model)
     initialise(model, bytes.fromhex(MANIFEST.nonce))
-    trainer = AdamW(model, setting) if setting.method == "adamw" else Members(model, setting)
+    trainer = AdamW(model) if setting.method == "adamw" else Members(model, setting)
     schedule, count = MANIFEST.optimizer, sequences_per_member()
     curve: list[tuple[int, float]] = []
     began = time.process_time()

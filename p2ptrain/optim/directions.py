@@ -186,9 +186,9 @@ class Muon(Direction):
     """Nesterov momentum of the update, made orthogonal chunk by chunk, of sign's size: Muon (Jordan et al., 2024) in
     blocks of 64 by 64 (Khaled et al., arXiv 2510.16981, alternate such steps with those of whole matrices).
 
-    Five Newton-Schulz steps bring a block's singular values to within about 0.7 and 1.2. They are taken in integers:
-    products of floats would round differently on different devices, and a matrix's own would cost as much more as the
-    matrix is wider than a block.
+    Three Newton-Schulz steps, from a bound of the spectral norm that is nearer than Frobenius', bring all singular
+    values but small ones to within about 0.7 and 1.2. They are taken in integers: products of floats would round
+    differently on different devices, and a matrix's own would cost as much more as the matrix is wider than a block.
     """
 
     moments: ClassVar[tuple[str, ...]] = ("first",)
@@ -213,33 +213,58 @@ class Muon(Direction):
         return _alive(orthogonal(blocks).mul_(SIDE**0.5).view(update.shape), live)
 
 
-_INTEGER_MAX = 511
-"""64 * 511**2 < 2**24: in whichever order they are added, products of such integers come to an exact float32."""
-_UNIT, _GRAM_UNIT, _FACTOR_UNIT = 384, 256, 128
-"""What stands for 1 in a block, whose entries stay below 1.2, in its Gram matrix and in the factor made of that."""
-_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+_X_MAX, _GRAM_MAX, _FACTOR_MAX = 511, 500, 500
+"""Of integers. Products of 64 and what is added to them then stay below 2**24, where float32 holds integers, and their
+quotients by powers of two, exactly: they come out alike in whichever order they are added."""
+_X_UNIT, _GRAM_UNIT, _FACTOR_UNIT = 256, 128, 64
+"""What stands for 1 in a block, in its Gram matrix and in the factor made of that."""
+_A, _B, _C = 3.4375, -301 / 64, 2.0
+"""Muon's 3.4445, -4.775, 2.0315, as integers and powers of two have them."""
+_ITERATIONS = 3
+_CPU_BLOCKS = 16
+"""Worked on at once, in a core's cache."""
 
 
 def orthogonal(blocks: Tensor) -> Tensor:
     """Near the closest orthogonal matrix of each block [n, 64, 64], and the same on every device; zeros stay zeros."""
-    largest = blocks.abs().amax((1, 2), keepdim=True)
-    shares = blocks / torch.where(largest > 0, largest, 1)
-    # A Frobenius norm, which no singular value exceeds; of coarse integers, whose squares' sum is exact.
-    norm = correctly_rounded_root((shares * 63).round_().square_().sum((1, 2), keepdim=True)).clamp_(min=63)
-    # Tensor by tensor: a number takes part in a division as its rounded reciprocal, on some devices.
-    x = _integers(shares.mul_(torch.full_like(norm, 63 * _UNIT).div_(norm)))
-    a, b, c = _NEWTON_SCHULZ
-    for _ in range(5):
-        gram = _integers((x @ x.transpose(1, 2)).mul_(_GRAM_UNIT / _UNIT**2))
-        square = (gram @ gram).mul_(c * _FACTOR_UNIT / _GRAM_UNIT**2)
-        factor = _integers(square.add_(gram.mul_(b * _FACTOR_UNIT / _GRAM_UNIT)))
-        x = _integers((factor @ x).mul_(1 / _FACTOR_UNIT).add_(x * a))
-    return x.mul_(1 / _UNIT)
+    count = _CPU_BLOCKS if blocks.device.type == "cpu" else max(1, len(blocks))
+    out = torch.empty_like(blocks)
+    scratch = torch.empty(4, min(count, len(blocks)), SIDE, SIDE, device=blocks.device)
+    for some, into in zip(blocks.split(count), out.split(count), strict=True):
+        torch.mul(_orthogonal(some, scratch[:, : len(some)]), 1 / _X_UNIT, out=into)
+    return out
 
 
-def _integers(x: Tensor) -> Tensor:
+def _orthogonal(blocks: Tensor, scratch: Tensor) -> Tensor:
+    """`orthogonal`, in integers, somewhere in `scratch` [4, n, 64, 64].
+
+    Divisions are tensor by tensor: a number takes part in one as its rounded reciprocal, on some devices.
+    """
+    x, gram, factor, spare = scratch
+    largest = torch.abs(blocks, out=spare).flatten(1).amax(1).view(-1, 1, 1)
+    most = torch.full_like(largest, _X_MAX)
+    torch.mul(blocks, most / torch.where(largest > 0, largest, 1), out=spare).round_()
+    # No singular value's square exceeds the largest row sum of the Gram matrix, here in units of 512, each entry within
+    # a half of what it is.
+    torch.bmm(spare, spare.transpose(1, 2), out=gram)
+    sums = torch.mul(gram, 1 / 512, out=factor).round_().abs_().sum(2).amax(1).view(-1, 1, 1).add_(SIDE / 2)
+    scale = torch.full_like(sums, _X_UNIT).div_(correctly_rounded_root(sums.mul_(512)))
+    torch.mul(spare, scale, out=x).round_()
+    _integers(gram.mul_((scale * scale).mul_(_GRAM_UNIT / _X_UNIT**2)), _GRAM_MAX)
+    unit = _C * _FACTOR_UNIT / _GRAM_UNIT**2
+    for iteration in range(_ITERATIONS):
+        if iteration:
+            torch.baddbmm(gram, x, x.transpose(1, 2), beta=0, alpha=_GRAM_UNIT / _X_UNIT**2, out=gram)
+            _integers(gram, _GRAM_MAX)
+        torch.baddbmm(gram, gram, gram, beta=_B * _FACTOR_UNIT / _GRAM_UNIT, alpha=unit, out=factor)
+        torch.baddbmm(x, _integers(factor, _FACTOR_MAX), x, beta=_A, alpha=1 / _FACTOR_UNIT, out=spare)
+        x, spare = _integers(spare, _X_MAX), x
+    return x
+
+
+def _integers(x: Tensor, most: int) -> Tensor:
     """Rounded; in place."""
-    return x.round_().clamp_(-_INTEGER_MAX, _INTEGER_MAX)
+    return x.round_().clamp_(-most, most)
 
 
 DIRECTIONS: dict[str, type[Direction]] = {

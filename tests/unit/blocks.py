@@ -10,19 +10,19 @@ def orthogonal_block(block: NDArray[np.float32]) -> NDArray[np.float32]:
     """What `directions.orthogonal` makes of a block [64, 64] that is not zero."""
     one = np.float32
 
-    def integers(x: NDArray[np.float32]) -> NDArray[np.int64]:
-        return np.clip(np.rint(x), -511, 511).astype(np.int64)
-
-    def floats(x: NDArray[np.int64]) -> NDArray[np.float32]:
+    def integers(x: NDArray[np.int64], divisor: int, most: int) -> NDArray[np.int64]:
         assert np.abs(x).max() < 2**24
-        return x.astype(np.float32)
+        return np.clip(np.rint(x / divisor), -most, most).astype(np.int64)
 
-    shares = block / np.abs(block).max()
-    coarse = np.rint(shares * one(63)).astype(np.int64)
-    x = integers(shares * (one(63 * 384) / np.sqrt(floats((coarse**2).sum()[None]))))
-    for _ in range(5):
-        gram = integers(floats(x @ x.T) * one(256 / 384**2))
-        square = floats(gram @ gram) * one(2.0315 * 128 / 256**2)
-        factor = integers(square + floats(gram) * one(-4.7750 * 128 / 256))
-        x = integers(floats(factor @ x) * one(1 / 128) + floats(x) * one(3.4445))
-    return floats(x) * one(1 / 384)
+    y = np.rint(block * (one(511) / np.abs(block).max())).astype(np.int64)
+    gram = y @ y.T
+    largest_sum = np.abs(integers(gram, 512, 2**24)).sum(1).max() + 32
+    scale = one(256) / np.sqrt(one(largest_sum * 512))
+    x = np.rint(y.astype(np.float32) * scale).astype(np.int64)
+    gram = np.clip(np.rint(gram.astype(np.float32) * (scale * scale * one(1 / 512))), -500, 500).astype(np.int64)
+    for iteration in range(3):
+        if iteration:
+            gram = integers(x @ x.T, 512, 500)
+        factor = integers(gram @ gram - 301 * gram, 128, 500)
+        x = integers(factor @ x + 220 * x, 64, 511)
+    return x.astype(np.float32) * one(1 / 256)

@@ -134,9 +134,9 @@ def test_rms_continues_alike_from_its_state() -> None:
 
 
 def newton_schulz(block: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Muon's, of floats."""
-    x = block / np.linalg.norm(block)
-    for _ in range(5):
+    """Muon's, of floats; three times, from the largest row sum of the Gram matrix on."""
+    x = block / np.sqrt(np.abs(block @ block.T).sum(1).max())
+    for _ in range(3):
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     return x
@@ -154,13 +154,13 @@ def test_muon_steps_are_nearly_orthogonal_blocks_as_large_as_signs(shape: tuple[
     step = muon.step(chunks, all_live(layout.chunks)).view(-1, 64, 64).double().numpy()
     for block, of in zip(step, chunks.view(-1, 64, 64).double().numpy(), strict=True):
         singular, rank = np.linalg.svd(block / 8, compute_uv=False), np.linalg.matrix_rank(of)
-        # Five steps with these coefficients bring singular values to within [0.7, 1.2]; the smallest take longest.
+        # Steps with these coefficients bring singular values to within [0.7, 1.2]; the smallest take longest.
         assert singular.max() < 1.25
         assert np.quantile(singular[:rank], 0.15) > 0.6
         # The same singular vectors: the step lies close to the polar factor.
         u, _, vt = np.linalg.svd(of)
         assert cosine(u[:, :rank] @ vt[:rank], block) > 0.9
-        assert cosine(newton_schulz(of), block) > 0.97
+        assert cosine(newton_schulz(of), block) > 0.99
 
 
 def test_muon_follows_nesterov_momentum() -> None:
@@ -171,7 +171,7 @@ def test_muon_follows_nesterov_momentum() -> None:
         step = muon.step(held, all_live()).view(-1, 64, 64).double().numpy()
         total = MOMENTUM * total + held.view(-1, 64, 64).double().numpy()
         ahead = held.view(-1, 64, 64).double().numpy() + MOMENTUM * total
-        assert all(cosine(newton_schulz(one), other) > 0.97 for one, other in zip(ahead, step, strict=True))
+        assert all(cosine(newton_schulz(one), other) > 0.99 for one, other in zip(ahead, step, strict=True))
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.9, 0.99]), st.sampled_from([1e-30, 1.0, 1e30]))
