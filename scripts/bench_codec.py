@@ -1,12 +1,13 @@
 """What an optimizer step costs without a network, and what a contribution weighs.
 
 A step is a round of a group of one, by way of its bytes: accumulate, select, encode, reduce, decode, apply, settle,
-on a GPT of 15 million parameters with the manifest's default treatment, with the parts and threads that such a group
-has. What a peer wrote itself it does not decode; `codec_...` says what that takes. `lone` is `DeMo.step`, which takes
-the same step without making bytes of it. Beside them, in turns and each on parameters of its own with the same
-gradients: DeMo as the paper writes it (`baseline_demo.py`, which makes no bytes either; once more with its products
-laid out for speed, as `..._tuned`), AdamW foreach and AdamW fused. Ratios are of the same turn; torch's default
-number of threads. Gradients are normal random numbers, so indices lie evenly, which is the most they can cost.
+on a GPT of 15 million parameters, TOPK coefficients a chunk and steps of signs, as DeMo takes them, with the parts and
+threads that such a group has. What a peer wrote itself it does not decode; `codec_...` says what that takes. `lone` is
+`DeMo.step`, which takes the same step without making bytes of it, and `lone_of_a_new_run` with the coefficients and
+directions of the default manifest. Beside them, in turns and each on parameters of its own with the same gradients:
+DeMo as the paper writes it (`baseline_demo.py`, which makes no bytes either; once more with its products laid out for
+speed, as `..._tuned`), AdamW foreach and AdamW fused. Ratios are of the same turn; torch's default number of threads.
+Gradients are normal random numbers, so indices lie evenly, which is the most they can cost.
 
 Bits are those of a contribution to each of PARTS reducers, with the frames, headers and hashes of its messages.
 
@@ -181,14 +182,16 @@ def gradient_sets(model: GPT) -> list[list[torch.Tensor]]:
 def step_figures() -> dict[str, Any]:
     """Ours beside the others, turn by turn."""
     note("optimizer step: warming up")
-    models = [gpt(STEP_MODEL) for _ in range(6)]
+    models = [gpt(STEP_MODEL) for _ in range(7)]
     ours, lone = (build_optimizer(model, manifest(STEP_MODEL)) for model in models[:2])
+    of_a_new_run = build_optimizer(models[6], Manifest(name="bench", nonce="0" * 32, model=STEP_MODEL))
     lists = [list(model.parameters()) for model in models]
     by_phase: dict[str, list[float]] = {}
     contenders: dict[str, Callable[[], float]] = {"ours": lambda: phases(ours, by_phase)} | {
         name: functools.partial(timed, optimizer.step)
         for name, optimizer in {
             "lone": lone,
+            "lone_of_a_new_run": of_a_new_run,
             "straightforward": StraightforwardDeMo(lists[2], LEARNING_RATE, ours.beta, TOPK),
             "straightforward_tuned": StraightforwardDeMo(lists[3], LEARNING_RATE, ours.beta, TOPK, tuned=True),
             "adamw_foreach": torch.optim.AdamW(lists[4], LEARNING_RATE, foreach=True),
