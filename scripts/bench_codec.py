@@ -30,6 +30,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -57,6 +58,7 @@ PARTS = 4
 WARM_UP, TURNS_MIN, STEP_SECONDS = 2, 5, 25.0
 GRADIENTS = 2
 """Sets of gradients, used by turns."""
+REDUCERS = ThreadPoolExecutor(chain.PARTS_PER_REDUCER_MAX)
 Ranges = Sequence[tuple[int, int]]
 """Chunks [start, end) of each part."""
 
@@ -168,7 +170,8 @@ def phases(optimizer: DeMo, of: dict[str, list[float]]) -> float:
     taken = phase("accumulate_and_select", optimizer.accumulate_and_select)
     pending: Pending = held["accumulate_and_select"]
     taken += phase("encode", lambda: encoded(optimizer, pending, ranges))
-    taken += phase("reduce", lambda: [reduced(optimizer, *of) for of in zip(ranges, held["encode"], strict=True)])
+    # As many at once as there are parts, as a peer does it.
+    taken += phase("reduce", lambda: list(REDUCERS.map(functools.partial(reduced, optimizer), ranges, held["encode"])))
     taken += phase("decode", lambda: replies_of(optimizer, ranges, held["reduce"]))
     taken += phase("apply", lambda: optimizer.apply(held["decode"]))
     return taken + phase("settle", lambda: optimizer.settle(pending, held["decode"], 0))

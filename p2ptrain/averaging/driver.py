@@ -135,7 +135,6 @@ class RoundDriver:
     def __init__(self, parts: DriverParts) -> None:
         self._p = parts
         self.machine = parts.machine
-        self._reducing = asyncio.Lock()
         self.handout = Handout(lambda: parts.uplink.line_kbit)
         self._client = Client(parts.node, parts.traffic, parts.run_id, self.handout)
         self.feed = NewsFeed(self._client, lambda: self.tip, self.dispatch, self._audience)
@@ -444,9 +443,7 @@ class RoundDriver:
                 # What came a round early was not looked at yet.
                 return reduced([c for c in effect.contributions if self._well_formed(shape, effect.part, *c[1:])])
 
-        # One part after the other: two threads of many small operations wait for Python's lock, and take twice as long.
-        async with self._reducing:
-            data = await asyncio.to_thread(work)
+        data = await asyncio.to_thread(work)
         if self.machine.shape is not shape:
             return  # the round is over, or its parts are others now
         reply = Reply(reply_digest(data), wire.reply_members(data, effect.members), data)

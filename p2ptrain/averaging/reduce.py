@@ -4,25 +4,29 @@ The sum is divided by the weight included, not by the number of peers that happe
 measured worse, and it hands every lone coefficient to its sender. The reply is frozen as bytes, so this arithmetic
 need not agree with anybody else's; only its decoding must (dct.decode_exact).
 
-Cost: all of it over the coefficients that came, sorted by place, and never over the part's entries: members * topk a
-chunk, in time (but for the sort's logarithm) and memory.
+Cost: a few passes over the coefficients that came, members * topk a chunk; of the part's entries, those of one chunk at
+a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from p2ptrain.compression import coding, decoded, wire
+from p2ptrain.compression.compiled import compiled
 from p2ptrain.compression.layout import CHUNK_SIZE
 from p2ptrain.compression.wire import Coefficients, ReplyContent
 
 CLIP_UNIT = 256
-CHUNK_BITS = CHUNK_SIZE.bit_length() - 1
-_POSITION_BITS = 31
-_Places = NDArray[np.int64]
+_DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)
+"""Times a power of two, its upper six bits tell which (Leiserson, Prokop and Randall, 1998): `_BIT` has it."""
+_BIT = np.zeros(64, np.int64)
+_BIT[[(int(_DE_BRUIJN) << bit) % 2**64 >> 58 for bit in range(64)]] = np.arange(64)
+_Numbers = NDArray[np.int64]
 _Values = NDArray[np.float32]
 
 
@@ -53,23 +57,23 @@ def reduce_part(
         if weight > 0
     ]
     clips: dict[int, int] = {}
-    place, total = np.zeros(0, np.int64), np.zeros(0, np.float32)
+    shares = []
     if work:
         norms = [float(np.sqrt(np.square(part.value, dtype=np.float64).sum())) for _, _, part in work]
         limit = clip_ratio * float(np.median(norms))
         cap = weight_cap_ratio * float(np.median([weight for _, weight, _ in work]))
         capped = [min(float(weight), cap) for _, weight, _ in work]
         weight_included = sum(capped)
-        values = []
-        for (member, _, part), norm, weight in zip(work, norms, capped, strict=True):
+        for (member, _, _), norm, weight in zip(work, norms, capped, strict=True):
             factor = CLIP_UNIT
             if norm > limit:
                 factor = int(CLIP_UNIT * limit / norm)
                 clips[member] = factor
             # Shares of one, not weights divided afterwards: a mean of what float32 holds cannot become inf - inf.
-            values.append(part.value * np.float32(weight / weight_included * factor / CLIP_UNIT))
-        place, total = _summed([(part.chunk - start) * CHUNK_SIZE + part.index for _, _, part in work], values)
-    counts, index, byte, codes = _freeze(place, total, np.asarray(reply_topk[start:end]))
+            shares.append(weight / weight_included * factor / CLIP_UNIT)
+    counts, index, byte, codes = _frozen(
+        [part for _, _, part in work], np.array(shares, np.float32), topk[start:end], reply_topk[start:end]
+    )
     reply = wire.encode_reply(start, end, members, included, clips, reply_topk, counts, index, byte, codes)
     decoded.wrote_reply(
         reply, reply_topk, members, wire.reply_content(start, included, clips, counts, index, byte, codes)
@@ -77,64 +81,111 @@ def reduce_part(
     return reply
 
 
-def reply_to_one(sent: Coefficients, reply_topk: Sequence[int]) -> ReplyContent:
+def reply_to_one(sent: Coefficients, topk: Sequence[int], reply_topk: Sequence[int]) -> ReplyContent:
     """What a group of one gets back for its contribution: as by way of `reduce_part` and the bytes of both."""
-    place = (sent.chunk - sent.start) * CHUNK_SIZE + sent.index
-    frozen = _freeze(place, sent.value, np.asarray(reply_topk[sent.start : sent.end]))
+    frozen = _frozen([sent], np.ones(1, np.float32), topk[sent.start : sent.end], reply_topk[sent.start : sent.end])
     return wire.reply_content(sent.start, frozenset({0}), {}, *frozen)
 
 
-def _summed(places: list[_Places], values: list[_Values]) -> tuple[_Places, _Values]:
-    """Distinct places [n], ascending, and the sums there, added in the order given; each of `places` ascends."""
-    if len(places) == 1:
-        return places[0], values[0]
-    # Sorted with its position beside it, a place sorts fast and stays in order among its equals.
-    key = np.sort(np.concatenate(places) << _POSITION_BITS | np.arange(sum(map(len, places))))
-    place, value = key >> _POSITION_BITS, np.concatenate(values)[key & (1 << _POSITION_BITS) - 1]
-    first = np.flatnonzero(np.r_[True, place[1:] != place[:-1]])
-    total = np.zeros(len(first), np.float32)
-    # One after the other: `add.reduceat` adds in an order of its own.
-    np.add.at(total, np.repeat(np.arange(len(first)), np.diff(np.r_[first, len(place)])), value)
-    return place[first], total
-
-
-def _freeze(
-    place: _Places, total: _Values, limits: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]:
-    """Keep at most `limits` [chunks] coefficients a chunk, as signed bytes with one scale; none that round to zero.
+def _frozen(
+    parts: Sequence[Coefficients], shares: _Values, topk: Sequence[int], limits: Sequence[int]
+) -> tuple[_Numbers, _Numbers, _Numbers, NDArray[np.uint8]]:
+    """Sum `parts`, each times its share, and keep at most `limits` [chunks] coefficients a chunk, as signed bytes with
+    one scale; none that round to zero, and of equal ones those that come first.
 
     Returns:
         How many are kept of each chunk [chunks], their indices and bytes [kept], and the chunks' scale codes [chunks].
     """
-    chunk, index = place >> CHUNK_BITS, place & CHUNK_SIZE - 1
-    magnitude = np.abs(total)
-    largest = np.zeros(len(limits), np.float32)
-    if len(chunk):
-        first = np.flatnonzero(np.r_[True, chunk[1:] != chunk[:-1]])
-        largest[chunk[first]] = np.maximum.reduceat(magnitude, first)
-    codes = coding.encode_scale((largest / coding.BYTE_MAX).astype(np.float32))
-    scale = coding.scale_table()[codes][chunk]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        byte = np.rint(np.where(scale > 0, total / scale, 0))
-    byte = np.clip(byte, -coding.BYTE_MAX, coding.BYTE_MAX).astype(np.int64)
-    kept = np.flatnonzero(byte)
-    kept = kept[_largest_of_each(chunk[kept], magnitude[kept], limits)]
-    return np.bincount(chunk[kept], minlength=len(limits)), index[kept], byte[kept], codes
+    coming, most = np.array(topk, np.int64), np.array(limits, np.int64)
+    room = int(np.minimum(coming * len(parts), most).sum())
+    counts, codes = np.zeros(len(most), np.int64), np.zeros(len(most), np.uint8)
+    index, byte = np.empty((2, room), np.int64)
+    if parts:
+        kept = _freeze(
+            coming,
+            _stacked([part.index for part in parts]),
+            _stacked([part.value for part in parts]),
+            shares,
+            most,
+            coding.scale_table(),
+            counts,
+            index,
+            byte,
+            codes,
+        )
+        index, byte = index[:kept], byte[:kept]
+    return counts, index, byte, codes
 
 
-def _largest_of_each(chunk: _Places, magnitude: _Values, limits: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Whether each of these [n], in order of chunk, is among the `limits` [chunks] largest of its chunk; of equal ones,
-    those that come first."""
-    counts = np.bincount(chunk, minlength=len(limits))
-    if (counts <= limits).all():
-        return np.ones(len(chunk), np.bool_)
-    starts = np.cumsum(counts) - counts
-    table = np.full((len(limits), counts.max()), -1, np.float32)
-    table[chunk, np.arange(len(chunk)) - starts[chunk]] = magnitude
-    table.sort(axis=1)
-    least = table[np.arange(len(limits)), np.maximum(table.shape[1] - limits, 0)][chunk]
-    above, equal = magnitude > least, magnitude == least
-    room: _Places = limits - np.bincount(chunk[above], minlength=len(limits))
-    before = np.cumsum(equal) - equal
-    kept: NDArray[np.bool_] = above | equal & (before - before[np.minimum(starts, len(chunk) - 1)][chunk] < room[chunk])
+def _stacked(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """[parts, n], without a copy where there is one."""
+    return arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
+
+
+@compiled
+def _freeze(
+    coming: _Numbers,
+    index: _Numbers,
+    value: _Values,
+    shares: _Values,
+    limits: _Numbers,
+    table: _Values,
+    counts: _Numbers,
+    kept_index: _Numbers,
+    kept_byte: _Numbers,
+    codes: NDArray[np.uint8],
+) -> int:
+    """`_frozen` of `index` and `value` [parts, n], `coming` [chunks] of each part; how many are kept in all."""
+    total = np.zeros(CHUNK_SIZE, np.float32)
+    #: whether something came for an entry, 64 in a word
+    came = np.zeros(CHUNK_SIZE // 64, np.uint64)
+    places, bytes_ = np.empty((2, CHUNK_SIZE), np.int64)
+    magnitude = np.empty(CHUNK_SIZE, np.float32)
+    start, kept = 0, 0
+    for chunk in range(len(coming)):
+        end = start + coming[chunk]
+        for part in range(len(index)):
+            for number in range(start, end):
+                place = index[part, number]
+                total[place] += value[part, number] * shares[part]
+                came[place >> 6] |= np.uint64(1) << np.uint64(place & 63)
+        start = end
+        found, largest = 0, np.float32(0)
+        for word in range(len(came)):
+            bits = came[word]
+            came[word] = 0
+            while bits:
+                lowest = bits & (~bits + np.uint64(1))
+                place = (word << 6) + _BIT[(lowest * _DE_BRUIJN) >> np.uint64(58)]
+                places[found], magnitude[found] = place, abs(total[place])
+                largest = max(largest, magnitude[found])
+                found += 1
+                bits ^= lowest
+        code = min(int(np.searchsorted(table, np.float32(largest / np.float32(coding.BYTE_MAX)))), len(table) - 1)
+        codes[chunk] = code
+        left = 0
+        for number in range(found):
+            place = places[number]
+            if code:
+                byte = np.rint(total[place] / table[code])
+                byte = min(max(byte, np.float32(-coding.BYTE_MAX)), np.float32(coding.BYTE_MAX))
+                if byte:
+                    places[left], bytes_[left], magnitude[left] = place, np.int64(byte), magnitude[number]
+                    left += 1
+            total[place] = 0
+        least, equal = np.float32(0), left
+        if left > limits[chunk]:
+            least = np.partition(magnitude[:left], left - limits[chunk])[left - limits[chunk]]
+            equal = limits[chunk]
+            for number in range(left):
+                equal -= magnitude[number] > least
+        for number in range(left):
+            take = magnitude[number] > least
+            if not take and equal:
+                take = magnitude[number] == least
+                equal -= take
+            if take:
+                kept_index[kept], kept_byte[kept] = places[number], bytes_[number]
+                counts[chunk] += 1
+                kept += 1
     return kept

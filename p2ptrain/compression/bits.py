@@ -1,4 +1,4 @@
-"""A string of bits, written and read thousands of fields at a time.
+"""A string of bits, the low bit of a byte first, written and read by compiled loops.
 
 A *sieve* says which of n things are of the rarer of two kinds, in about their entropy: the runs between these in Rice's
 code (1979), whose parameter follows from how many there are. *Symbols* are small integers, a sieve for each bit among
@@ -6,7 +6,8 @@ those that share the bits above it: about the entropy of their histogram, withou
 have exactly one form for it, and are never longer than the plain bits and the counts. What is read is checked against
 what is left before it is used.
 
-Cost: some ten passes over the fields each way, no loop over them.
+The compiled functions take the string as 64-bit words, two more than it fills, and the bit that they begin `at`; they
+return the bit after their own. Those that read return one of `REFUSALS`, negated, in place of it.
 """
 
 from __future__ import annotations
@@ -14,31 +15,25 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from p2ptrain.compression.compiled import compiled
+
 FIELD_MAX_BITS = 16
 SYMBOLS_SIEVED_FROM = 32
 """Fewer symbols that share their upper bits have the others plain: a count would cost more than it saves."""
+TOO_SHORT, TOO_MANY, UNEVEN, TOO_LONG = 1, 2, 3, 4
+REFUSALS = {
+    TOO_SHORT: "payload ends too early",
+    TOO_MANY: "more flags set than there are",
+    UNEVEN: "flags do not add up",
+    TOO_LONG: "runs are too long",
+}
+
+Words = NDArray[np.uint64]
+Flags = NDArray[np.bool_]
 
 
 class WireError(ValueError):
     """Bytes that are not a payload of the expected form."""
-
-
-def rice_parameter(length: int, rare: int) -> int:
-    """Low bits of each run between `rare` flags among `length`; 0: plain flags are as short.
-
-    The one with the least bound on what the runs take, rare * (k + 1) + floor((length - rare) / 2**k); the smaller at
-    a tie.
-    """
-    # Where 2**k exceeds the mean run, another bit costs more than it can save.
-    last = min(((length - rare) // rare).bit_length(), FIELD_MAX_BITS)
-    return min(range(last + 1), key=lambda k: rare * (k + 1) + ((length - rare) >> k))
-
-
-def _runs(places: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many places lie before each of these, ascending, and after the one before it."""
-    runs = places.copy()
-    runs[1:] -= places[:-1] + 1
-    return runs
 
 
 def sieve_max_bits(length: int) -> int:
@@ -52,86 +47,256 @@ def symbols_max_bits(length: int, bits: int) -> int:
     return length * bits + sieves * length.bit_length()
 
 
+# ---- compiled -------------------------------------------------------------------------------------------------------
+
+
+@compiled
+def put(words: Words, at: int, value: int, width: int) -> int:
+    """Write an integer below 2**width, of up to 32 bits."""
+    word, shift, held = at >> 6, np.uint64(at & 63), np.uint64(value)
+    words[word] |= held << shift
+    words[word + 1] |= held >> np.uint64(1) >> (np.uint64(63) - shift)
+    return at + width
+
+
+@compiled
+def get(words: Words, at: int, width: int) -> int:
+    """An integer of up to 32 bits; whether they are there is the caller's to know."""
+    word, shift = at >> 6, np.uint64(at & 63)
+    window = words[word] >> shift | words[word + 1] << np.uint64(1) << (np.uint64(63) - shift)
+    # Not `int`, which numba has keep its type, and of whose sum with a signed one it makes a float.
+    return np.int64(window & ((np.uint64(1) << np.uint64(width)) - np.uint64(1)))  # type: ignore[return-value]
+
+
+@compiled
+def bit_length(value: int) -> int:
+    """As of Python's integers."""
+    bits = 0
+    while value:
+        value >>= 1
+        bits += 1
+    return bits
+
+
+@compiled
+def rice_parameter(length: int, rare: int) -> int:
+    """Low bits of each run between `rare` flags among `length`; 0: plain flags are as short.
+
+    The one with the least bound on what the runs take, rare * (k + 1) + floor((length - rare) / 2**k); the smaller at
+    a tie.
+    """
+    # Where 2**k exceeds the mean run, another bit costs more than it can save.
+    last = min(bit_length((length - rare) // rare), FIELD_MAX_BITS)
+    best, least = 0, length
+    for low in range(1, last + 1):
+        bound = rare * (low + 1) + ((length - rare) >> low)
+        if bound < least:
+            best, least = low, bound
+    return best
+
+
+@compiled
+def write_flags(words: Words, at: int, flags: Flags) -> int:
+    """Booleans [n], a bit each."""
+    for flag in flags:
+        words[at >> 6] |= np.uint64(flag) << np.uint64(at & 63)
+        at += 1
+    return at
+
+
+@compiled
+def read_flags(words: Words, at: int, end: int, flags: Flags) -> int:
+    """Inverse of `write_flags`."""
+    if len(flags) > end - at:
+        return -TOO_SHORT
+    for number in range(len(flags)):
+        flags[number] = words[at >> 6] >> np.uint64(at & 63) & np.uint64(1)
+        at += 1
+    return at
+
+
+@compiled
+def write_sieve(words: Words, at: int, flags: Flags) -> int:
+    """Booleans [n] in about their entropy: how many are set, then runs up to each of the rarer kind."""
+    length, count = len(flags), 0
+    for flag in flags:
+        count += flag
+    at = put(words, at, count, bit_length(length))
+    rare = min(count, length - count)
+    if not rare:
+        return at
+    low = rice_parameter(length, rare)
+    if not low:
+        return write_flags(words, at, flags)
+    kind, unary, run = count == rare, at + rare * low, 0
+    for flag in flags:
+        if flag == kind:
+            at = put(words, at, run & ((1 << low) - 1), low)
+            unary = put(words, unary + (run >> low), 1, 1)
+            run = 0
+        else:
+            run += 1
+    return unary
+
+
+@compiled
+def read_sieve(words: Words, at: int, end: int, flags: Flags) -> int:
+    """Inverse of `write_sieve`."""
+    length = len(flags)
+    width = bit_length(length)
+    if width > end - at:
+        return -TOO_SHORT
+    count = get(words, at, width)
+    at += width
+    if count > length:
+        return -TOO_MANY
+    rare = min(count, length - count)
+    if not rare:
+        flags[:] = count > 0
+        return at
+    low = rice_parameter(length, rare)
+    if not low:
+        at = read_flags(words, at, end, flags)
+        for flag in flags:
+            count -= flag
+        return -UNEVEN if at >= 0 and count else at
+    if rare * low > end - at:
+        return -TOO_SHORT
+    kind, unary, place = count == rare, at + rare * low, -1
+    flags[:] = not kind
+    for _ in range(rare):
+        upper = 0
+        while unary < end and not words[unary >> 6] >> np.uint64(unary & 63) & np.uint64(1):
+            upper += 1
+            unary += 1
+        if unary >= end:
+            return -TOO_SHORT
+        unary += 1
+        place += (upper << low) + get(words, at, low) + 1
+        at += low
+        if place >= length:
+            return -TOO_LONG
+        flags[place] = kind
+    return unary
+
+
+@compiled
+def write_symbols(words: Words, at: int, values: NDArray[np.int64], bits: int) -> int:
+    """Integers [n] below 2**bits, in about the entropy of their histogram: the highest bits, and then, first for those
+    where it is 0, all bits below."""
+    held, ones, flags = values.copy(), np.empty_like(values), np.empty(len(values), np.bool_)
+    #: first, end and bits of what shares the bits above and is still to be written, the last first
+    todo = np.empty((bits + 2, 3), np.int64)
+    todo[0, 0], todo[0, 1], todo[0, 2] = 0, len(values), bits
+    left = 1
+    while left:
+        left -= 1
+        first, end, width = todo[left]
+        if not width or first == end:
+            continue
+        if end - first < SYMBOLS_SIEVED_FROM:
+            for number in range(first, end):
+                at = put(words, at, held[number] & ((1 << width) - 1), width)
+            continue
+        split, above = first, 0
+        for number in range(first, end):
+            # To both, and written over in one: which of them, no processor can foresee.
+            value = held[number]
+            flag = value >> (width - 1) & 1
+            flags[number], ones[above], held[split] = flag, value, value
+            above += flag
+            split += 1 - flag
+        held[split:end] = ones[:above]
+        at = write_sieve(words, at, flags[first:end])
+        todo[left, 0], todo[left, 1], todo[left, 2] = split, end, width - 1
+        todo[left + 1, 0], todo[left + 1, 1], todo[left + 1, 2] = first, split, width - 1
+        left += 2
+    return at
+
+
+@compiled
+def read_symbols(words: Words, at: int, end: int, values: NDArray[np.int64], bits: int) -> int:
+    """Inverse of `write_symbols`."""
+    values[:] = 0
+    #: which of them each place of the order in which bits come stands for
+    order, ones, flags = np.arange(len(values)), np.empty_like(values), np.empty(len(values), np.bool_)
+    todo = np.empty((bits + 2, 3), np.int64)
+    todo[0, 0], todo[0, 1], todo[0, 2] = 0, len(values), bits
+    left = 1
+    while left:
+        left -= 1
+        first, last, width = todo[left]
+        if not width or first == last:
+            continue
+        if last - first < SYMBOLS_SIEVED_FROM:
+            if (last - first) * width > end - at:
+                return -TOO_SHORT
+            for number in range(first, last):
+                values[order[number]] |= get(words, at, width)
+                at += width
+            continue
+        at = read_sieve(words, at, end, flags[first:last])
+        if at < 0:
+            return at
+        split, above = first, 0
+        for number in range(first, last):
+            place, flag = order[number], 1 if flags[number] else 0
+            values[place] |= flag << (width - 1)
+            ones[above], order[split] = place, place
+            above += flag
+            split += 1 - flag
+        order[split:last] = ones[:above]
+        todo[left, 0], todo[left, 1], todo[left, 2] = split, last, width - 1
+        todo[left + 1, 0], todo[left + 1, 1], todo[left + 1, 2] = first, split, width - 1
+        left += 2
+    return at
+
+
+# ---- for all else ---------------------------------------------------------------------------------------------------
+
+
 class BitWriter:
-    """Appends to a string of bits, the low bit of a byte first."""
+    """Appends to a string of bits."""
 
     def __init__(self) -> None:
-        self._values: list[NDArray[np.uint32]] = []
-        self._widths: list[NDArray[np.uint32]] = []
+        self._words: Words = np.zeros(64, np.uint64)
         #: bits written so far
         self.length = 0
 
-    def fields(self, values: NDArray[np.integer], widths: NDArray[np.integer]) -> None:
-        """Integers [n], each below 2**width, in `widths` [n] bits each (0 to 16), the low bit first."""
-        self._values.append(values.astype(np.uint32))
-        self._widths.append(widths.astype(np.uint32))
-        self.length += int(widths.sum(dtype=np.int64))
+    def room(self, bits: int) -> Words:
+        """The words, with room for so many bits more. What is written there is to be told to `length`."""
+        wanted = ((self.length + bits) >> 6) + 2
+        if wanted > len(self._words):
+            grown = np.zeros(max(wanted, 2 * len(self._words)), np.uint64)
+            grown[: len(self._words)] = self._words
+            self._words = grown
+        return self._words
 
     def number(self, value: int, width: int) -> None:
         """One integer in `width` bits (up to 32), the low bit first."""
-        halves = np.array([value & 0xFFFF, value >> 16])
-        self.fields(halves, np.array([min(width, 16), max(width - 16, 0)]))
+        self.length = put(self.room(width), self.length, value, width)
 
-    def flags(self, flags: NDArray[np.bool_]) -> None:
+    def flags(self, flags: Flags) -> None:
         """Booleans [n], a bit each."""
-        values = np.packbits(flags, bitorder="little")
-        widths = np.full(len(values), 8)
-        if len(flags) % 8:
-            widths[-1] = len(flags) % 8
-        self.fields(values, widths)
+        self.length = write_flags(self.room(len(flags)), self.length, flags)
 
-    def sieve(self, flags: NDArray[np.bool_]) -> None:
-        """Booleans [n] in about their entropy: how many are set, then runs up to each of the rarer kind."""
-        length, count = len(flags), int(np.count_nonzero(flags))
-        self.number(count, length.bit_length())
-        rare = min(count, length - count)
-        if not rare:
-            return
-        low = rice_parameter(length, rare)
-        if not low:
-            self.flags(flags)
-            return
-        places = np.flatnonzero(flags if count == rare else ~flags)
-        runs = _runs(places)
-        self.fields(runs & ((1 << low) - 1), np.full(rare, low))
-        ends = np.cumsum((runs >> low) + 1) - 1
-        unary = np.zeros(int(ends[-1]) + 1, np.bool_)
-        unary[ends] = True
-        self.flags(unary)
+    def sieve(self, flags: Flags) -> None:
+        """Booleans [n]; see `write_sieve`."""
+        self.length = write_sieve(self.room(sieve_max_bits(len(flags))), self.length, flags)
 
     def symbols(self, values: NDArray[np.integer], bits: int) -> None:
-        """Integers [n] below 2**bits, in about the entropy of their histogram: the highest bits, and then, first for
-        those where it is 0, all bits below."""
-        if not bits or not len(values):
-            return
-        if len(values) < SYMBOLS_SIEVED_FROM:
-            self.fields(values & ((1 << bits) - 1), np.full(len(values), bits))
-            return
-        upper = (values >> (bits - 1) & 1).astype(np.bool_)
-        self.sieve(upper)
-        self.symbols(values[~upper], bits - 1)
-        self.symbols(values[upper], bits - 1)
+        """Integers [n] below 2**bits; see `write_symbols`."""
+        words = self.room(symbols_max_bits(len(values), bits))
+        self.length = write_symbols(words, self.length, values.astype(np.int64), bits)
 
     def to_bytes(self) -> bytes:
         """All of it, padded with zeros to a whole byte."""
-        if not self._values:
-            return b""
-        spare = [np.zeros(-sum(map(len, self._values)) % 4, np.uint32)]
-        values, widths = np.concatenate(self._values + spare), np.concatenate(self._widths + spare)
-        for wider in (np.uint32, np.uint64):  # Two fields fit 32 bits, four fit 64.
-            values, widths = values.astype(wider, copy=False), widths.astype(wider, copy=False)
-            values = values[0::2] | values[1::2] << widths[0::2]
-            widths = widths[0::2] + widths[1::2]
-        starts = np.cumsum(widths) - widths
-        word, shift = (starts >> 6).view(np.int64), starts & 63
-        words = np.zeros((self.length >> 6) + 2, np.uint64)
-        np.add.at(words, word, values << shift)
-        np.add.at(words, word + 1, values >> 1 >> (63 - shift))
-        return words.astype("<u8").tobytes()[: (self.length + 7) // 8]
+        return self._words.astype("<u8", copy=False).tobytes()[: (self.length + 7) // 8]
 
 
 class BitReader:
-    """Reads what a `BitWriter` wrote. Every method raises `WireError` where the bytes end too early.
+    """Reads what a `BitWriter` wrote. Every method raises `WireError` where the bytes end too early or are not what a
+    writer would have written.
 
     Args:
         data: the whole payload.
@@ -139,88 +304,45 @@ class BitReader:
     """
 
     def __init__(self, data: bytes, start: int) -> None:
-        self._data = data
-        self._end = 8 * len(data)
-        self._at = 8 * start
-        padded = np.frombuffer(data[start:] + b"\0\0\0", np.uint8).astype(np.int32)
-        self._first = 8 * start
-        #: the 24 bits from each byte on
-        self._windows = padded[:-2] | padded[1:-1] << 8 | padded[2:] << 16
+        self.words: Words = np.frombuffer(data + bytes(16 + -len(data) % 8), "<u8").astype(np.uint64, copy=False)
+        #: bit after the last
+        self.end = 8 * len(data)
+        #: next bit
+        self.at = 8 * start
 
-    def _take(self, bits: int) -> int:
-        at = self._at
-        if bits > self._end - at:
-            raise WireError("payload ends too early")
-        self._at = at + bits
-        return at
-
-    def fields(self, widths: NDArray[np.integer]) -> NDArray[np.int32]:
-        """Integers [n] of `widths` [n] bits (0 to 16)."""
-        if not len(widths):
-            return np.zeros(0, np.int32)
-        ends = np.cumsum(widths, dtype=np.int64)
-        starts = ends - widths + (self._take(int(ends[-1])) - self._first)
-        window = self._windows[starts >> 3] >> (starts & 7).astype(np.int32)
-        found: NDArray[np.int32] = window & ((1 << widths.astype(np.int32)) - 1)
-        return found
+    def advance(self, at: int) -> None:
+        """To where a compiled function came. Raises WireError where it refused."""
+        if at < 0:
+            raise WireError(REFUSALS[-at])
+        self.at = at
 
     def number(self, width: int) -> int:
-        """One integer of `width` bits."""
-        at = self._take(width)
-        whole = int.from_bytes(self._data[at // 8 : (at + width + 7) // 8], "little")
-        return whole >> at % 8 & ((1 << width) - 1)
+        """One integer of `width` bits (up to 32)."""
+        if width > self.end - self.at:
+            raise WireError(REFUSALS[TOO_SHORT])
+        self.at += width
+        return get(self.words, self.at - width, width)
 
-    def flags(self, length: int) -> NDArray[np.bool_]:
+    def flags(self, length: int) -> Flags:
         """Booleans [length], a bit each."""
-        return self._bits(self._take(length), length)
-
-    def _bits(self, at: int, length: int) -> NDArray[np.bool_]:
-        some = np.frombuffer(self._data, np.uint8, (at + length + 7) // 8 - at // 8, at // 8)
-        return np.unpackbits(some, bitorder="little")[at % 8 : at % 8 + length].view(np.bool_)
-
-    def sieve(self, length: int) -> NDArray[np.bool_]:
-        """Booleans [length]. Raises WireError also where counts and runs do not agree."""
-        count = self.number(length.bit_length())
-        if count > length:
-            raise WireError("more flags set than there are")
-        rare = min(count, length - count)
-        if not rare:
-            return np.full(length, count > 0)
-        low = rice_parameter(length, rare)
-        if not low:
-            flags = self.flags(length)
-            if np.count_nonzero(flags) != count:
-                raise WireError("flags do not add up")
-            return flags
-        runs = self.fields(np.full(rare, low, np.int32)).astype(np.int64)
-        longest = min(rare + ((length - rare) >> low), self._end - self._at)
-        ends = np.flatnonzero(self._bits(self._at, longest))[:rare]
-        if len(ends) < rare:
-            raise WireError("runs do not end")
-        self._take(int(ends[-1]) + 1)
-        runs += _runs(ends) << low
-        places = np.cumsum(runs + 1) - 1
-        if places[-1] >= length:
-            raise WireError("runs are too long")
-        flags = np.full(length, count != rare)
-        flags[places] = count == rare
+        flags = np.empty(length, np.bool_)
+        self.advance(read_flags(self.words, self.at, self.end, flags))
         return flags
 
-    def symbols(self, length: int, bits: int) -> NDArray[np.int32]:
-        """Inverse of `BitWriter.symbols`."""
-        if not bits or not length:
-            return np.zeros(length, np.int32)
-        if length < SYMBOLS_SIEVED_FROM:
-            return self.fields(np.full(length, bits, np.int32))
-        upper = self.sieve(length)
-        count = int(np.count_nonzero(upper))
-        values = np.empty(length, np.int32)
-        values[~upper] = self.symbols(length - count, bits - 1)
-        values[upper] = self.symbols(count, bits - 1) + np.int32(1 << (bits - 1))
+    def sieve(self, length: int) -> Flags:
+        """Booleans [length]; inverse of `BitWriter.sieve`."""
+        flags = np.empty(length, np.bool_)
+        self.advance(read_sieve(self.words, self.at, self.end, flags))
+        return flags
+
+    def symbols(self, length: int, bits: int) -> NDArray[np.int64]:
+        """Integers [length]; inverse of `BitWriter.symbols`."""
+        values = np.empty(length, np.int64)
+        self.advance(read_symbols(self.words, self.at, self.end, values, bits))
         return values
 
     def close(self) -> None:
         """Raises WireError unless the end is reached but for the padding of the last byte, which is 0."""
-        spare = self._end - self._at
+        spare = self.end - self.at
         if spare >= 8 or self.number(spare):
             raise WireError("payload goes on beyond its end")

@@ -19,10 +19,13 @@ from importlib import resources
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from p2ptrain.compression.layout import SIDE, ChunkLayout, Form
+from p2ptrain.compression.compiled import compiled_unchecked
+from p2ptrain.compression.layout import CHUNK_SIZE, SIDE, ChunkLayout, Form
 
+Floats = NDArray[np.float32]
 BASIS_BITS, VALUE_MAX, MIDDLE_BITS = 10, 255, 11
 
 
@@ -108,6 +111,78 @@ def decode_exact_form(form: Form, values: Tensor, scratch: Tensor | None = None)
         return _decode_exact(form, values, scratch)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allow
+
+
+def decode_exact_entries(
+    form: Form, place: Tensor, value: Tensor, chunks: Tensor, scratch: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`decode_exact` of chunks of one form, which are zero but for some entries.
+
+    On a CPU the first of the two products, or the only one, is over those entries alone.
+
+    Args:
+        place: [n], ascending, of the chunks flattened.
+        value: [n] integers as float32.
+        chunks, scratch: [chunks, 64 * 64], overwritten. The integers lie in one of the two.
+    """
+    if form == "none" or chunks.device.type != "cpu":
+        chunks.zero_().view(-1)[place] = value
+        return decode_exact_form(form, chunks, scratch)
+    basis, into = integer_basis(chunks.device), scratch.numpy()
+    if form == "rows":
+        _rows(place.numpy(), value.numpy(), basis.numpy(), into)
+        return scratch, torch.full((len(chunks),), 2.0**-BASIS_BITS)
+    unit, squares = torch.empty(len(chunks)), scratch.view(-1, SIDE, SIDE)
+    _middle(place.numpy(), value.numpy(), basis.numpy(), squares.numpy(), into.view(np.int32), unit.numpy())
+    integers = torch.bmm(squares.transpose(1, 2), basis.expand_as(squares), out=chunks.view(-1, SIDE, SIDE))
+    return integers.view(chunks.shape), unit
+
+
+@compiled_unchecked
+def _rows(place: NDArray[np.int64], value: Floats, basis: Floats, out: Floats) -> None:
+    """out[row] = the sum of values of a row of 64 times theirs of the basis."""
+    out[:] = 0
+    for number in range(len(place)):
+        chunk, inside = place[number] // CHUNK_SIZE, place[number] % CHUNK_SIZE
+        frequency, start = inside % SIDE, inside - inside % SIDE
+        for column in range(SIDE):
+            out[chunk, start + column] += value[number] * basis[frequency, column]
+
+
+@compiled_unchecked
+def _middle(
+    place: NDArray[np.int64],
+    value: Floats,
+    basis: Floats,
+    middle: Floats,
+    bits: NDArray[np.int32],
+    unit: Floats,
+) -> None:
+    """What lies between the two passes, `middle` [chunks, 64, 64], transposed; `bits` [chunks, 64 * 64] are its own."""
+    number = 0
+    touched = np.empty(SIDE, np.bool_)
+    for chunk in range(len(middle)):
+        middle[chunk] = 0
+        touched[:] = False
+        while number < len(place) and place[number] < (chunk + 1) * CHUNK_SIZE:
+            inside = place[number] % CHUNK_SIZE
+            frequency, column = inside // SIDE, inside % SIDE
+            touched[column] = True
+            for row in range(SIDE):
+                middle[chunk, column, row] += value[number] * basis[frequency, row]
+            number += 1
+        # Of floats that are not negative, their bits as integers have the same order. Those are compared faster.
+        largest = np.int32(0)
+        for entry in range(CHUNK_SIZE):
+            largest = max(largest, bits[chunk, entry] & np.int32(0x7FFFFFFF))
+        # The exponent of an integer below 2**24 gives its bit length exactly.
+        shift = max((largest >> 23) - 126 - MIDDLE_BITS, 0)
+        factor = np.float32(math.ldexp(1.0, -shift))
+        for column in range(SIDE):
+            if touched[column]:
+                for row in range(SIDE):
+                    middle[chunk, column, row] = np.floor(middle[chunk, column, row] * factor + np.float32(0.5))
+        unit[chunk] = math.ldexp(1.0, shift - 2 * BASIS_BITS)
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:

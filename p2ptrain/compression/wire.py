@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from p2ptrain.compression import coding
 from p2ptrain.compression.bits import BitReader, BitWriter, WireError, sieve_max_bits, symbols_max_bits
+from p2ptrain.compression.compiled import compiled
 from p2ptrain.compression.indices import indices_max_bits, read_indices, write_indices
 
 _CONTRIBUTION = struct.Struct("<4sBBIII")  # magic, version, bits a value, first chunk, end chunk, coefficients
@@ -107,7 +108,7 @@ def section_bits(part: Coefficients, topk: Sequence[int], value_bits: int) -> di
 
 
 def _write_contribution(part: Coefficients, topk: Sequence[int], value_bits: int) -> tuple[bytes, dict[str, int]]:
-    count, counts = len(part.chunk), np.asarray(topk[part.start : part.end])
+    count, counts = len(part.chunk), np.asarray(topk[part.start : part.end], np.int64)
     header = _CONTRIBUTION.pack(CONTRIBUTION_MAGIC, VERSION, value_bits, part.start, part.end, count)
     writer = BitWriter()
     write_indices(writer, counts, part.index)
@@ -117,26 +118,29 @@ def _write_contribution(part: Coefficients, topk: Sequence[int], value_bits: int
         values = part.value.astype("<f4").tobytes()
         sections["value"] = 8 * len(values)
     else:
-        starts = np.cumsum(counts) - counts
-        magnitude = np.abs(part.value)
-        signed = np.ones(count, np.bool_)
+        smallest, largest = np.empty((2, len(counts)), np.float32)
+        _extremes(counts, part.value, smallest, largest)
+        negative = part.value < 0
         if value_bits == 1:
-            codes = coding.nearest_scale(magnitude[starts])
+            codes = coding.nearest_scale(smallest)
         elif value_bits == 2:
-            codes, large = _two_bit_scales(magnitude, starts, counts)
+            codes = _two_bit_scales(smallest, largest)
+            large = np.empty(count, np.bool_)
+            _above(counts, part.value, coding.scale_table()[codes] * coding.LEVEL_SPLIT_2BIT, large)
         else:
-            codes = coding.byte_scale(np.maximum.reduceat(magnitude, starts))
+            codes = coding.byte_scale(largest)
             scale = np.repeat(coding.scale_table()[codes], counts)
-            byte = np.rint(np.divide(magnitude, scale, out=np.zeros_like(magnitude), where=scale > 0)).astype(np.uint8)
-            signed = byte > 0
+            size = np.divide(np.abs(part.value), scale, out=np.zeros(count, np.float32), where=scale > 0)
+            byte = np.rint(size).astype(np.uint8)
+            negative = negative[byte > 0]
         coding.write_scales(writer, codes)
         sections["scale"] = writer.length - sections["index"]
         before = writer.length
         if value_bits == 8:
             writer.symbols(byte, coding.MAGNITUDE_BITS)
             sections["magnitude"] = writer.length - before
-        writer.flags(part.value[signed] < 0)
-        sections["sign"] = int(np.count_nonzero(signed))
+        writer.flags(negative)
+        sections["sign"] = len(negative)
         if value_bits == 2:
             before = writer.length
             writer.sieve(large)
@@ -145,19 +149,63 @@ def _write_contribution(part: Coefficients, topk: Sequence[int], value_bits: int
     return data, {"header": 8 * len(data) - sum(sections.values()), **sections}
 
 
-def _two_bit_scales(
-    magnitude: NDArray[np.float32], starts: NDArray[np.int64], counts: NDArray[np.int64]
-) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Scale codes [chunks] and magnitude bits [n] that give these quantised magnitudes back exactly."""
+def _two_bit_scales(smallest: NDArray[np.float32], largest: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Scale codes [chunks] that give quantised values with these extreme magnitudes [chunks] back exactly."""
     table = coding.scale_table()
     low, high = coding.LEVELS_2BIT
-    largest = np.maximum.reduceat(magnitude, starts)
-    smallest = np.minimum.reduceat(magnitude, starts)
     # A chunk at one level alone is read as all low; its scale follows from whichever level it is.
     codes = coding.nearest_scale((smallest / low).astype(np.float32))
     all_high = (largest == smallest) & (table[codes] * low != smallest)
-    codes = np.where(all_high, coding.nearest_scale((smallest / high).astype(np.float32)), codes).astype(np.uint8)
-    return codes, magnitude > np.repeat(table[codes], counts) * coding.LEVEL_SPLIT_2BIT
+    return np.where(all_high, coding.nearest_scale((smallest / high).astype(np.float32)), codes).astype(np.uint8)
+
+
+@compiled
+def _extremes(
+    counts: NDArray[np.int64],
+    value: NDArray[np.float32],
+    smallest: NDArray[np.float32],
+    largest: NDArray[np.float32],
+) -> None:
+    """The smallest and largest magnitude of each chunk."""
+    start = 0
+    for chunk in range(len(counts)):
+        least = most = abs(value[start])
+        for place in range(start + 1, start + counts[chunk]):
+            least, most = min(least, abs(value[place])), max(most, abs(value[place]))
+        smallest[chunk], largest[chunk] = least, most
+        start += counts[chunk]
+
+
+@compiled
+def _above(
+    counts: NDArray[np.int64], value: NDArray[np.float32], split: NDArray[np.float32], large: NDArray[np.bool_]
+) -> None:
+    """Whether each value's magnitude is above its chunk's `split` [chunks]."""
+    start = 0
+    for chunk in range(len(counts)):
+        for place in range(start, start + counts[chunk]):
+            large[place] = abs(value[place]) > split[chunk]
+        start += counts[chunk]
+
+
+@compiled
+def _of_levels(
+    counts: NDArray[np.int64],
+    low: NDArray[np.float32],
+    high: NDArray[np.float32],
+    negative: NDArray[np.bool_],
+    large: NDArray[np.bool_],
+    value: NDArray[np.float32],
+) -> bool:
+    """Values [n] from their chunks' levels [chunks]; False where a zero has a sign or a size."""
+    start, plain = 0, True
+    for chunk in range(len(counts)):
+        for place in range(start, start + counts[chunk]):
+            level = high[chunk] if large[place] else low[chunk]
+            value[place] = -level if negative[place] else level
+            plain &= low[chunk] > 0 or not (negative[place] | large[place])
+        start += counts[chunk]
+    return plain
 
 
 def decode_contribution(data: bytes, topk: Sequence[int], start: int, end: int, value_bits: int) -> Coefficients:
@@ -177,7 +225,7 @@ def decode_contribution(data: bytes, topk: Sequence[int], start: int, end: int, 
     chunk = np.repeat(np.arange(start, end), counts)
     bits_end = len(data) - float_bytes
     reader = BitReader(data[:bits_end], _CONTRIBUTION.size)
-    index = read_indices(reader, counts).astype(np.int64)
+    index = read_indices(reader, counts)
     if value_bits == FLOAT_BITS:
         reader.close()
         value = np.frombuffer(data, "<f4", count, bits_end).astype(np.float32)
@@ -185,24 +233,20 @@ def decode_contribution(data: bytes, topk: Sequence[int], start: int, end: int, 
             raise WireError("contribution holds values that are not finite")
         return Coefficients(start, end, chunk, index, value)
     codes = coding.read_scales(reader, end - start)
-    scale = np.repeat(coding.scale_table()[codes], counts)
+    scale = coding.scale_table()[codes]
     if value_bits == 8:
-        value = _read_bytes(reader, scale)
+        value = _read_bytes(reader, np.repeat(scale, counts))
         reader.close()
         if (coding.byte_scale(np.maximum.reduceat(np.abs(value), np.cumsum(counts) - counts)) != codes).any():
             raise WireError("contribution has scales that its values would not have")
         return Coefficients(start, end, chunk, index, value)
-    negative = reader.flags(count)
-    if value_bits == 1:
-        level, marked = scale, negative
-    else:
-        large = reader.sieve(count)
-        low, high = coding.LEVELS_2BIT
-        level, marked = scale * np.where(large, high, low), negative | large
+    negative, value = reader.flags(count), np.empty(count, np.float32)
+    large = reader.sieve(count) if value_bits == 2 else np.zeros(count, np.bool_)
     reader.close()
-    if (marked & (scale == 0)).any():
+    low, high = coding.LEVELS_2BIT if value_bits == 2 else (np.float32(1), np.float32(1))
+    if not _of_levels(counts, scale * low, scale * high, negative, large, value):
         raise WireError("contribution gives zeros a sign or a size")
-    return Coefficients(start, end, chunk, index, np.where(negative, -level, level).astype(np.float32))
+    return Coefficients(start, end, chunk, index, value)
 
 
 def _read_bytes(reader: BitReader, scale: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -294,9 +338,9 @@ def decode_reply(data: bytes, reply_topk: Sequence[int], start: int, end: int, m
     if counts.sum() != count or (counts < 0).any():
         raise WireError("reply keeps another number of coefficients than it says or may")
     codes = coding.read_scales(reader, end - start)
-    index = read_indices(reader, counts).astype(np.int64)
+    index = read_indices(reader, counts)
     negative = reader.flags(count)
-    size = reader.symbols(count, coding.MAGNITUDE_BITS).astype(np.int64) + 1
+    size = reader.symbols(count, coding.MAGNITUDE_BITS) + 1
     reader.close()
     return reply_content(start, included, clips, counts, index, np.where(negative, -size, size), codes)
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from p2ptrain.averaging.reduce import reply_to_one
 from p2ptrain.compression import dct, selection, wire
+from p2ptrain.compression.compiled import compiled
 from p2ptrain.compression.layout import CHUNK_SIZE, Batch, ChunkLayout, ParameterSpec, Piece, Treatment
 from p2ptrain.compression.wire import Coefficients, ReplyContent
 from p2ptrain.optim import threads
@@ -220,10 +221,7 @@ class DeMo(torch.optim.Optimizer):
             for start in range(batch.start, batch.end, self._batch_chunks):
                 chunks = self.momentum[start : min(start + self._batch_chunks, batch.end)]
                 here = slice(low, low + len(chunks) * count)
-                place = selection.largest(chunks, count)
-                held = chunks.gather(1, place)
-                sent = selection.quantise(held, self.value_bits)
-                chunks.scatter_(1, place, held - sent)
+                place, sent = selection.take(chunks, count, self.value_bits)
                 index[here], value[here] = place.flatten(), sent.flatten()
                 low = here.stop
 
@@ -242,9 +240,14 @@ class DeMo(torch.optim.Optimizer):
 
     def payloads(self, pending: Pending, ranges: Sequence[tuple[int, int]]) -> tuple[bytes, ...]:
         """The contributions for chunks [start, end), of each of `ranges`."""
-        # Not on several threads: so many small operations wait for Python's lock as long as they gain.
-        parts = (pending.sent.cut(*chunks) for chunks in ranges)
-        return tuple(wire.encode_contribution(part, self.layout.topk, self.value_bits) for part in parts)
+        payloads = [b""] * len(ranges)
+
+        def encode(_: int, number: int) -> None:
+            part = pending.sent.cut(*ranges[number])
+            payloads[number] = wire.encode_contribution(part, self.layout.topk, self.value_bits)
+
+        threads.for_each(range(len(ranges)), encode, min(threads.usable(), len(ranges)))
+        return tuple(payloads)
 
     @torch.no_grad()
     def apply(self, replies: Sequence[PartReply], learning_rate: float | None = None) -> None:
@@ -300,9 +303,7 @@ class DeMo(torch.optim.Optimizer):
                 update = values[low:high] * scales[here][inside // CHUNK_SIZE]
                 self._step_entries(batch, inside, update, alive, learning_rate)
             else:
-                chunks, scratch = self._scratch[thread][:, : batch.end - batch.start]
-                chunks.zero_().view(-1)[inside] = values[low:high]
-                self._step_batch(batch, chunks, scratch, scales[here], alive, learning_rate)
+                self._step_batch(thread, batch, inside, values[low:high], scales[here], alive, learning_rate)
 
         self._for_each(list(zip(self._batches, edges[:-1], edges[1:], strict=True)), take)
         for parameter, target in zip(self._params, self._targets, strict=True):
@@ -310,16 +311,25 @@ class DeMo(torch.optim.Optimizer):
                 parameter.copy_(target)
 
     def _step_batch(
-        self, batch: Batch, values: Tensor, scratch: Tensor, scale: Tensor, live: _Live, learning_rate: float | None
+        self,
+        thread: int,
+        batch: Batch,
+        place: Tensor,
+        values: Tensor,
+        scale: Tensor,
+        live: _Live,
+        learning_rate: float | None,
     ) -> None:
-        """Decode, direction, decay, step."""
+        """Decode `values` [n] at `place` [n] of a batch's chunks, direction, decay, step."""
         of_signs = self._directions[batch.pieces[0].number].of_signs
+        chunks, scratch = self._scratch[thread][:, : batch.end - batch.start]
         if self.exact:
-            update, unit = dct.decode_exact_form(batch.form, values, scratch)
+            update, unit = dct.decode_exact_entries(batch.form, place, values, chunks, scratch)
             if not of_signs:
                 update.mul_((unit * scale).unsqueeze(1))
         else:
-            update = dct.decode_float(batch.form, values)
+            chunks.zero_().view(-1)[place] = values
+            update = dct.decode_float(batch.form, chunks)
         for piece in batch.pieces:
             here = slice(piece.start - batch.start, piece.end - batch.start)
             step = self._directions[piece.number].step_chunks(piece.first, update[here], live.chunks[here])
@@ -373,19 +383,15 @@ class DeMo(torch.optim.Optimizer):
         Args:
             index: our place among that round's members; None: we were none, all returns.
         """
-        sent, device = pending.sent, self.momentum.device
+        sent = pending.sent
         kept = np.zeros(len(sent.value), bool)
         clips = []
         for start, end, content in replies:
             if content is None or index is None or index not in content.included:
                 continue
             low, high = np.searchsorted(sent.chunk, (start, end))
-            theirs = _flat(content.coefficients.chunk, content.coefficients.index, device)
-            if len(theirs):
-                ours = _flat(sent.chunk[low:high], sent.index[low:high], device)
-                # Both ascend.
-                nearest = torch.searchsorted(theirs, ours).clamp_(max=len(theirs) - 1)
-                kept[low:high] = (theirs[nearest] == ours).cpu().numpy()
+            theirs = content.coefficients
+            _in_both(sent.chunk[low:high], sent.index[low:high], theirs.chunk, theirs.index, kept[low:high])
             if index in content.clips:
                 clips.append((int(low), int(high), content.clips[index]))
         settled = Settled(pending, kept, tuple(clips))
@@ -448,7 +454,7 @@ class DeMo(torch.optim.Optimizer):
             sent, chunks = pending.sent, self.layout.chunks
             self._step(sent.chunk, sent.index, sent.value, np.ones(chunks, np.float32), np.ones(chunks, bool), None)
             return loss
-        replies = [(0, self.layout.chunks, reply_to_one(pending.sent, self.layout.reply_topk))]
+        replies = [(0, self.layout.chunks, reply_to_one(pending.sent, self.layout.topk, self.layout.reply_topk))]
         self.apply(replies)
         self.settle(pending, replies, 0)
         return loss
@@ -487,6 +493,25 @@ class DeMo(torch.optim.Optimizer):
         some = np.flatnonzero(values)
         place = _flat(at.chunk[some], at.index[some], self.momentum.device)
         self.momentum.view(-1).index_add_(0, place, torch.from_numpy(values[some]).to(self.momentum.device))
+
+
+@compiled
+def _in_both(
+    chunk: NDArray[np.int64],
+    index: NDArray[np.int64],
+    other_chunk: NDArray[np.int64],
+    other_index: NDArray[np.int64],
+    found: NDArray[np.bool_],
+) -> None:
+    """Whether each of these places [n] is among the others; both ascend."""
+    other = 0
+    for number in range(len(chunk)):
+        place = chunk[number] * CHUNK_SIZE + index[number]
+        while other < len(other_chunk) and other_chunk[other] * CHUNK_SIZE + other_index[other] < place:
+            other += 1
+        found[number] = (
+            other < len(other_chunk) and other_chunk[other] == chunk[number] and other_index[other] == index[number]
+        )
 
 
 def _flat(chunk: NDArray[np.int64], index: NDArray[np.int64], device: torch.device) -> Tensor:

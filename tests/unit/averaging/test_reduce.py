@@ -203,7 +203,7 @@ def test_a_reply_is_the_bytes_that_a_dense_sum_gives(
 def test_a_group_of_one_gets_the_reply_that_bytes_would_carry(seed: int, value_bits: int, reply_topk: int) -> None:
     part = coefficients(seed, value_bits)
     direct, through = (
-        reply_to_one(part, [reply_topk] * END),
+        reply_to_one(part, TOPK, [reply_topk] * END),
         reduced([(0, 1, part)], value_bits=value_bits, reply_topk=reply_topk),
     )
     assert_same(direct, through)

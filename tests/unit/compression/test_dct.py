@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from p2ptrain.compression import dct
-from p2ptrain.compression.layout import CHUNK_SIZE, SIDE, ChunkLayout, ParameterSpec, Treatment
+from p2ptrain.compression.layout import CHUNK_SIZE, SIDE, ChunkLayout, Form, ParameterSpec, Treatment
 
 CPU = torch.device("cpu")
 EXACT_FLOAT32 = 2**24
@@ -171,6 +171,33 @@ def test_the_order_and_precision_of_sums_do_not_matter(adversarial: NDArray[np.i
         for k in order[::-1]:
             out += np.outer(middle[:, k], basis()[k]).astype(np.float32)
         assert np.array_equal(out, one.numpy().reshape(SIDE, SIDE))
+
+
+@pytest.mark.parametrize("form", ["both", "rows", "none"])
+@given(seed=st.integers(0, 2**32 - 1), share=st.floats(0, 1), chunks=st.integers(1, 4))
+@settings(max_examples=25)
+def test_entries_alone_decode_to_the_same_integers(form: Form, seed: int, share: float, chunks: int) -> None:
+    rng = np.random.default_rng(seed)
+    values = rng.integers(-255, 256, (chunks, CHUNK_SIZE)) * (rng.random((chunks, CHUNK_SIZE)) < share * 0.1)
+    dense = torch.from_numpy(values.astype(np.float32))
+    place = dense.flatten().nonzero().flatten()
+    scratch = torch.full((2, chunks, CHUNK_SIZE), torch.nan)
+    integers, unit = dct.decode_exact_entries(form, place, dense.flatten()[place], *scratch)
+    expected, expected_unit = dct.decode_exact_form(form, dense.clone())
+    assert torch.equal(integers, expected)
+    assert torch.equal(unit, expected_unit)
+
+
+@pytest.mark.parametrize("form", ["both", "rows"])
+def test_the_largest_there_can_be_decode_entry_by_entry_too(form: Form, adversarial: NDArray[np.int64]) -> None:
+    dense = as_chunks(adversarial)
+    place = dense.flatten().nonzero().flatten()
+    integers, unit = dct.decode_exact_entries(
+        form, place, dense.flatten()[place], torch.empty_like(dense), torch.empty_like(dense)
+    )
+    expected, expected_unit = dct.decode_exact_form(form, dense.clone())
+    assert torch.equal(integers, expected)
+    assert torch.equal(unit, expected_unit)
 
 
 def test_the_batch_a_chunk_is_in_does_not_matter() -> None:

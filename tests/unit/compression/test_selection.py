@@ -31,8 +31,12 @@ MADE: dict[str, Callable[[], Tensor]] = {
 }
 
 
+def taken_places(chunks: Tensor, count: int) -> Tensor:
+    return selection.take(chunks.clone(), count, 32)[0]
+
+
 @pytest.mark.parametrize("count", [1, 5, 32, 48, 100, 255, 256, 300, 1024, CHUNK_SIZE])
-@pytest.mark.parametrize("search", [selection.largest_by_partition, selection.largest_by_passes, selection.largest])
+@pytest.mark.parametrize("search", [taken_places, selection.largest_by_passes])
 @pytest.mark.parametrize("made", list(MADE))
 def test_no_entry_left_is_larger_than_one_taken(made: str, search: Callable[[Tensor, int], Tensor], count: int) -> None:
     chunks = MADE[made]()
@@ -45,11 +49,11 @@ def test_no_entry_left_is_larger_than_one_taken(made: str, search: Callable[[Ten
 
 def test_without_equals_all_ways_take_what_topk_takes() -> None:
     expected = normal().abs().topk(32, dim=1).indices.sort(dim=1).values
-    for search in (selection.largest_by_partition, selection.largest_by_passes):
+    for search in (taken_places, selection.largest_by_passes):
         assert torch.equal(search(normal(), 32), expected)
 
 
-@pytest.mark.parametrize("search", [selection.largest_by_partition, selection.largest_by_passes])
+@pytest.mark.parametrize("search", [taken_places, selection.largest_by_passes])
 def test_what_is_not_a_number_is_taken_first(search: Callable[[Tensor, int], Tensor]) -> None:
     chunks = normal()
     chunks[2, 1000], chunks[3, 5] = torch.nan, -torch.inf
@@ -65,3 +69,16 @@ def test_values_are_quantised_as_the_codec_says(made: str, count: int, value_bit
     value = MADE[made]()[:, :count]
     expected = wire.quantise(np.repeat(np.arange(CHUNKS), count), value.flatten().numpy(), value_bits)
     assert np.array_equal(selection.quantise(value, value_bits).flatten().numpy(), expected)
+
+
+@pytest.mark.parametrize("value_bits", [1, 2, 8, 32])
+@pytest.mark.parametrize("count", [1, 32, 300])
+@pytest.mark.parametrize("made", list(MADE))
+def test_what_is_taken_leaves_the_chunks_as_the_codec_says(made: str, count: int, value_bits: int) -> None:
+    before = MADE[made]()
+    after = before.clone()
+    place, sent = selection.take(after, count, value_bits)
+    value = before.gather(1, place)
+    expected = wire.quantise(np.repeat(np.arange(CHUNKS), count), value.flatten().numpy(), value_bits)
+    assert np.array_equal(sent.flatten().numpy(), expected)
+    assert torch.equal(after, before.scatter(1, place, value - sent))

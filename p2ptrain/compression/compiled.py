@@ -1,0 +1,41 @@
+"""Loops compiled for this machine, by numba: the codec's work is bit by bit and entry by entry, which numpy can only do
+in many passes over arrays, and torch in more.
+
+Python's lock is free while they run. A division by zero is infinite, as in numpy. Nothing is contracted or reordered
+(no `fastmath`): floats round as IEEE 754 says, operation by operation. Each is compiled at its first call with
+arguments of some types, in a second or so, and kept on disk beside the source, or in the user's cache where that is
+read-only; `training/warm_up.py` calls all of them before a peer's first round.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numba
+
+logging.getLogger("numba").setLevel(logging.WARNING)  # at DEBUG it tells of every instruction
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+#: all that were made, each with the `signatures` it was compiled for
+ALL: list[Any] = []
+
+
+def compiled(function: Function) -> Function:
+    """`function` as machine code, every index checked: what it reads may be a stranger's bytes."""
+    return _jit(function, boundscheck=True)
+
+
+def compiled_unchecked(function: Function) -> Function:
+    """The same without those checks, which keep loops from being vectorised: for arrays of our own."""
+    return _jit(function, boundscheck=True)
+
+
+def _jit(function: Function, **options: Any) -> Function:
+    try:
+        made: Function = numba.njit(cache=True, nogil=True, error_model="numpy", **options)(function)
+    except RuntimeError:  # nowhere to keep it
+        made = numba.njit(nogil=True, error_model="numpy", **options)(function)
+    ALL.append(made)
+    return made
