@@ -172,11 +172,12 @@ def _middle(
                 middle[chunk, column, row] += value[number] * basis[frequency, row]
             number += 1
         # Of floats that are not negative, their bits as integers have the same order. Those are compared faster.
-        largest = np.int32(0)
+        largest: np.int32 = np.int32(0)
         for entry in range(CHUNK_SIZE):
-            largest = max(largest, bits[chunk, entry] & np.int32(0x7FFFFFFF))
+            magnitude: np.int32 = bits[chunk, entry] & np.int32(0x7FFFFFFF)
+            largest = magnitude if magnitude > largest else largest
         # The exponent of an integer below 2**24 gives its bit length exactly.
-        shift = max((largest >> 23) - 126 - MIDDLE_BITS, 0)
+        shift = max(int(largest >> 23) - 126 - MIDDLE_BITS, 0)
         factor = np.float32(math.ldexp(1.0, -shift))
         for column in range(SIDE):
             if touched[column]:

@@ -97,9 +97,9 @@ def _take(
 @compiled_unchecked
 def _bound(maxima: Magnitudes, count: int, histogram: Places) -> int:
     """What at least `count` entries of a chunk reach, since so many `maxima` do; 0 where the histogram cannot tell."""
-    top = np.int64(0)
+    top = 0
     for maximum in maxima:
-        top = max(top, maximum >> _BUCKET_BITS)
+        top = max(top, int(maximum >> _BUCKET_BITS))
     histogram[:] = 0
     for maximum in maxima:
         histogram[min(top - (maximum >> _BUCKET_BITS), _BUCKETS - 1)] += 1
@@ -136,7 +136,7 @@ def _quantise(values: Floats, value_bits: int, table: Floats) -> None:
         largest = max(largest, abs(value))
         total += abs(value)
     if value_bits == 8:
-        scale = _nearest_scale(np.float32(largest / np.float32(coding.BYTE_MAX)), table)
+        scale = _nearest_scale(largest / np.float32(coding.BYTE_MAX), table)
         for number in range(len(values)):
             byte = np.rint(values[number] / scale) if scale > 0 else np.float32(0)
             values[number] = min(max(byte, np.float32(-coding.BYTE_MAX)), np.float32(coding.BYTE_MAX)) * scale
@@ -151,11 +151,11 @@ def _quantise(values: Floats, value_bits: int, table: Floats) -> None:
 
 
 @compiled_unchecked
-def _nearest_scale(size: float, table: Floats) -> float:
-    upper = min(np.searchsorted(table, size), len(table) - 1)
+def _nearest_scale(size: np.float32, table: Floats) -> np.float32:
+    upper = min(int(np.searchsorted(table, size)), len(table) - 1)
     lower = max(upper - 1, 1)
-    nearer: float = table[lower] if upper > 1 and size - table[lower] < table[upper] - size else table[upper]
-    return nearer
+    nearest: np.float32 = table[lower] if upper > 1 and size - table[lower] < table[upper] - size else table[upper]
+    return nearest
 
 
 def largest_by_passes(chunks: Tensor, count: int) -> Tensor:
