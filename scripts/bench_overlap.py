@@ -33,7 +33,7 @@ from typing import Any
 import msgspec
 import torch
 from crew import Crew
-from lines import Lines
+from lines import Lines, prepare
 from step_peer import end_with_stdin, say
 from synthetic_gpt import SyntheticGPT
 from time_to_loss_curves import MANIFEST
@@ -177,6 +177,7 @@ def main() -> int:
     parser.add_argument("--micro-batches", type=int, default=150, help="of a peer and arrangement; %(default)s")
     parser.add_argument("--repetitions", type=int, default=4, help="of both arrangements; %(default)s")
     options = parser.parse_args()
+    prepare(parser)
     figures: Figures = {"parameters": MANIFEST.model.parameters, **vars(options)}
     for name, spare in (("core_to_spare", True), ("no_core_to_spare", False)):
         figures[name] = compared(spare, options)

@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import statistics
 import sys
 import tempfile
@@ -35,7 +34,7 @@ from pathlib import Path
 
 from crew import Crew
 from exchanges import MODEL, Averagers, Figures, Rounds, averager_figures, figures_of, round_trip_seconds, with_floor
-from lines import Lines
+from lines import Lines, prepare
 from rich.console import Console
 
 from p2ptrain.state.files import atomic_write
@@ -204,10 +203,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="the report; parts that are in it and not measured now stay")
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
-    if os.geteuid() != 0:
-        parser.error("it makes network namespaces: run it as root")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit("stopped"))
+    prepare(parser)
     options.lines = [("unlimited", None)]
     if options.mbit:
         options.lines.append((f"{options.mbit:g} Mbit/s", options.mbit))

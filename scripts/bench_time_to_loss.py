@@ -30,7 +30,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -39,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lines import prepare
 from rich.console import Console
 from time_to_loss_curves import MANIFEST, MEMBERS, curves, sequences_per_member, steps_to, write
 from timed_steps import METHODS, measure
@@ -195,8 +195,7 @@ def main() -> int:
     }
     timings: list[Figures] = []
     if "timings" in options.parts:
-        if os.geteuid() != 0:
-            parser.error("it makes network namespaces: run it as root")
+        prepare(parser)
         timings = time_steps(options, setup)
     result: Figures = {"setup": setup, "timings": timings}
     known: Figures | None = json.loads(options.curves.read_text()) if options.curves.exists() else None

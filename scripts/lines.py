@@ -13,11 +13,14 @@ counted.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ipaddress
 import json
 import os
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -40,6 +43,14 @@ class Counted(NamedTuple):
 def counted_here() -> Counted:
     """Of the line that this process is behind: to be called inside a namespace, and cheap."""
     return Counted(*(int((STATISTICS / f"{way}_bytes").read_text()) for way in ("tx", "rx")))
+
+
+def prepare(parser: argparse.ArgumentParser) -> None:
+    """Before lines are made: only root may, and who interrupts or ends this program must leave none behind."""
+    if os.geteuid() != 0:
+        parser.error("it makes network namespaces: run it as root")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit("stopped"))
 
 
 def ip(*arguments: str) -> str:

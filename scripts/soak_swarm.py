@@ -32,7 +32,7 @@ from typing import Any
 
 import psutil
 import torch
-from lines import Lines
+from lines import Lines, prepare
 from rich.console import Console
 from rich.table import Table
 
@@ -575,10 +575,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write the report there too")
     parser.add_argument("--keep", action="store_true", help="keep homes and logs, also where all went well")
     options = parser.parse_args()
-    if os.geteuid() != 0:
-        parser.error("it makes network namespaces: run it as root")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit("stopped"))
+    prepare(parser)
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="soak-", dir="/tmp"))
     wrong = True
