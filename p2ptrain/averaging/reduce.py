@@ -139,8 +139,7 @@ def _freeze(
     total = np.zeros(CHUNK_SIZE, np.float32)
     #: whether something came for an entry, 64 in a word
     came = np.zeros(CHUNK_SIZE // 64, np.uint64)
-    places, bytes_ = np.empty((2, CHUNK_SIZE), np.int64)
-    magnitude = np.empty(CHUNK_SIZE, np.float32)
+    places, magnitude = np.empty(CHUNK_SIZE, np.int64), np.empty(CHUNK_SIZE, np.float32)
     start, kept = 0, 0
     for chunk in range(len(coming)):
         end = start + coming[chunk]
@@ -163,29 +162,25 @@ def _freeze(
                 bits ^= lowest
         code = min(int(np.searchsorted(table, np.float32(largest / np.float32(coding.BYTE_MAX)))), len(table) - 1)
         codes[chunk] = code
-        left = 0
+        # What rounds to zero is smaller than all that does not: dropping it last leaves the same as dropping it first.
+        least, equal = np.float32(0), 0
+        if found > limits[chunk]:
+            least = np.partition(magnitude[:found], found - limits[chunk])[found - limits[chunk]]
+            equal = limits[chunk]
+            for number in range(found):
+                equal -= magnitude[number] > least
         for number in range(found):
             place = places[number]
-            if code:
-                byte = np.rint(total[place] / table[code])
-                byte = min(max(byte, np.float32(-coding.BYTE_MAX)), np.float32(coding.BYTE_MAX))
-                if byte:
-                    places[left], bytes_[left], magnitude[left] = place, np.int64(byte), magnitude[number]
-                    left += 1
-            total[place] = 0
-        least, equal = np.float32(0), left
-        if left > limits[chunk]:
-            least = np.partition(magnitude[:left], left - limits[chunk])[left - limits[chunk]]
-            equal = limits[chunk]
-            for number in range(left):
-                equal -= magnitude[number] > least
-        for number in range(left):
             take = magnitude[number] > least
-            if not take and equal:
-                take = magnitude[number] == least
-                equal -= take
-            if take:
-                kept_index[kept], kept_byte[kept] = places[number], bytes_[number]
-                counts[chunk] += 1
-                kept += 1
+            if equal and magnitude[number] == least:
+                take = True
+                equal -= 1
+            if take and code:
+                byte = np.rint(total[place] / table[code])
+                if byte:
+                    kept_index[kept] = place
+                    kept_byte[kept] = min(max(byte, np.float32(-coding.BYTE_MAX)), np.float32(coding.BYTE_MAX))
+                    counts[chunk] += 1
+                    kept += 1
+            total[place] = 0
     return kept
