@@ -6,7 +6,8 @@ compiled loop takes all groups whose maxima reach a bound below the k-th largest
 `torch.topk` finds k groups, in passes over 4096, 1024 and 256 entries for k = 32. Which of equal entries is taken is
 not specified, but no smaller one is; what is not a number comes first.
 
-Cost on one core, k = 32: 3 us a chunk, against 12 for `torch.topk` over all entries and 9 for its passes.
+Cost on one core, k = 32: 3 us a chunk, against 6 with numpy's partition, 12 for `torch.topk` over all entries and 9 for
+its passes.
 """
 
 from __future__ import annotations
