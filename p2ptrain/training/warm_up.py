@@ -1,6 +1,6 @@
 """A round of a toy through everything that is compiled (`compression/compiled.py`), so that no round of a run waits.
 
-Where nothing is compiled yet that takes some ten seconds of a core, once a machine; from then on a third of one.
+Where nothing is compiled yet that takes some fifteen seconds of a core, once a machine; from then on half of one.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from p2ptrain.compression.layout import SIDE
 from p2ptrain.optim.demo import DeMo
 
 _logger = logging.getLogger(__name__)
-_SAY_AFTER_SECONDS = 1.0
+_SAY_AFTER_SECONDS = 3.0
 _MEMBERS, _VALUE_BITS, _TOPK = 2, 2, 4
 
 
 def warm_up() -> None:
-    """See the module docstring; says so where it takes more than a second."""
+    """See the module docstring; says so where it takes more than a few seconds."""
     began = time.monotonic()
-    say = threading.Timer(_SAY_AFTER_SECONDS, _logger.info, ["compiling the codec for this machine, once"])
+    say = threading.Timer(_SAY_AFTER_SECONDS, _logger.info, ["compiling the codec, once on a machine"])
     say.daemon = True
     say.start()
     _take_part(_toy())
