@@ -23,19 +23,11 @@ ALL: list[Any] = []
 
 
 def compiled(function: Function) -> Function:
-    """`function` as machine code, every index checked: what it reads may be a stranger's bytes."""
-    return _jit(function, boundscheck=True)
-
-
-def compiled_unchecked(function: Function) -> Function:
-    """The same without those checks, which keep loops from being vectorised: for arrays of our own."""
-    return _jit(function, boundscheck=True)
-
-
-def _jit(function: Function, **options: Any) -> Function:
+    """`function` as machine code, every index checked: what it reads may be a stranger's bytes. That costs 1 %."""
+    options = {"nogil": True, "boundscheck": True, "error_model": "numpy"}
     try:
-        made: Function = numba.njit(cache=True, nogil=True, error_model="numpy", **options)(function)
+        made: Function = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # nowhere to keep it
-        made = numba.njit(nogil=True, error_model="numpy", **options)(function)
+        made = numba.njit(**options)(function)
     ALL.append(made)
     return made

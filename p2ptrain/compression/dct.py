@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from p2ptrain.compression.compiled import compiled_unchecked
+from p2ptrain.compression.compiled import compiled
 from p2ptrain.compression.layout import CHUNK_SIZE, SIDE, ChunkLayout, Form
 
 Floats = NDArray[np.float32]
@@ -138,7 +138,7 @@ def decode_exact_entries(
     return integers.view(chunks.shape), unit
 
 
-@compiled_unchecked
+@compiled
 def _rows(place: NDArray[np.int64], value: Floats, basis: Floats, out: Floats) -> None:
     """out[row] = the sum of values of a row of 64 times theirs of the basis."""
     out[:] = 0
@@ -149,7 +149,7 @@ def _rows(place: NDArray[np.int64], value: Floats, basis: Floats, out: Floats) -
             out[chunk, start + column] += value[number] * basis[frequency, column]
 
 
-@compiled_unchecked
+@compiled
 def _middle(
     place: NDArray[np.int64],
     value: Floats,

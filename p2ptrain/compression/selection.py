@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from p2ptrain.compression import coding
-from p2ptrain.compression.compiled import compiled_unchecked
+from p2ptrain.compression.compiled import compiled
 from p2ptrain.compression.layout import CHUNK_SIZE
 
 _GROUPS = 256
@@ -57,7 +57,7 @@ def take(chunks: Tensor, count: int, value_bits: int) -> tuple[Tensor, Tensor]:
     return place, sent
 
 
-@compiled_unchecked
+@compiled
 def _take(
     chunks: Floats, bits: Magnitudes, count: int, value_bits: int, table: Floats, place: Places, sent: Floats
 ) -> None:
@@ -95,7 +95,7 @@ def _take(
             chunks[chunk, where[number]] -= sent[chunk, number]
 
 
-@compiled_unchecked
+@compiled
 def _bound(maxima: Magnitudes, count: int, histogram: Places) -> int:
     """What at least `count` entries of a chunk reach, since so many `maxima` do; 0 where the histogram cannot tell."""
     top = 0
@@ -112,7 +112,7 @@ def _bound(maxima: Magnitudes, count: int, histogram: Places) -> int:
     return 0
 
 
-@compiled_unchecked
+@compiled
 def _keep_largest(where: Places, size: Magnitudes, found: int, count: int) -> None:
     """Of the first `found`, keep the `count` largest, in their order; of equal ones those that come first."""
     least = np.partition(size[:found], found - count)[found - count]
@@ -127,7 +127,7 @@ def _keep_largest(where: Places, size: Magnitudes, found: int, count: int) -> No
         kept += size[number] > least or of_equal
 
 
-@compiled_unchecked
+@compiled
 def _quantise(values: Floats, value_bits: int, table: Floats) -> None:
     """`wire.quantise` of one chunk's values [count], in place."""
     if value_bits == 32:
@@ -151,7 +151,7 @@ def _quantise(values: Floats, value_bits: int, table: Floats) -> None:
         values[number] = -level if values[number] < 0 else level
 
 
-@compiled_unchecked
+@compiled
 def _nearest_scale(size: np.float32, table: Floats) -> np.float32:
     upper = min(int(np.searchsorted(table, size)), len(table) - 1)
     lower = max(upper - 1, 1)

@@ -27,8 +27,10 @@ def warm_up() -> None:
     say = threading.Timer(_SAY_AFTER_SECONDS, _logger.info, ["compiling the codec, once on a machine"])
     say.daemon = True
     say.start()
-    _take_part(_toy())
-    say.cancel()
+    try:
+        _take_part(_toy())
+    finally:
+        say.cancel()
     _logger.debug("codec warm after %.1f s", time.monotonic() - began)
 
 
