@@ -24,7 +24,7 @@ ALL: list[Any] = []
 
 def compiled(function: Function) -> Function:
     """`function` as machine code, every index checked: what it reads may be a stranger's bytes. That costs 1 %."""
-    options = {"nogil": True, "boundscheck": True, "error_model": "numpy"}
+    options: dict[str, Any] = {"nogil": True, "boundscheck": True, "error_model": "numpy"}
     try:
         made: Function = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # nowhere to keep it
