@@ -58,6 +58,9 @@ PARTS = 4
 WARM_UP, TURNS_MIN, STEP_SECONDS = 2, 5, 25.0
 GRADIENTS = 2
 """Sets of gradients, used by turns."""
+ON_DEVICE = ("accumulate_and_select", "apply", "settle")
+"""Phases of a step that run on a GPU, where there is one."""
+GPU_TURNS = 8
 REDUCERS = ThreadPoolExecutor(chain.PARTS_PER_REDUCER_MAX)
 Ranges = Sequence[tuple[int, int]]
 """Chunks [start, end) of each part."""
@@ -370,33 +373,58 @@ def cuda_figures() -> dict[str, Any] | None:
     device = torch.device("cuda")
     note(f"a billion parameters on {torch.cuda.get_device_name(device)}")
     parameters = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in gpu_shapes()]
-    optimizer = DeMo(parameters, LEARNING_RATE, beta=0.95, topk=TOPK, reply_topk=TOPK)
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
+    bandwidth = copy_bytes_per_second(device)
+    found: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device),
+        "torch": torch.__version__,
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "copy_gb_per_second": round(bandwidth / 1e9, 1),
+        "step_of": list(ON_DEVICE),
+    }
+    adamw = torch.optim.AdamW(parameters, LEARNING_RATE, fused=True)
+    found["adamw_fused_ms"] = spread([timed(adamw.step) for _ in range(GPU_TURNS)][1:])
+    del adamw
+    signs = functools.partial(DeMo, parameters, LEARNING_RATE, beta=0.95, topk=TOPK, reply_topk=TOPK)
+    of_a_new_run = functools.partial(DeMo, new_run_groups(parameters), LEARNING_RATE, beta=0.95)
+    for name, make in (("signs", signs), ("of_a_new_run", of_a_new_run)):
+        torch.cuda.empty_cache()
+        note(name)
+        found[name] = cuda_step(make(), bandwidth)
+    return found
+
+
+def cuda_step(optimizer: DeMo, bandwidth: float) -> dict[str, Any]:
+    """Its phases, and what those on the device take together."""
     of: dict[str, list[float]] = {}
-    for turn in range(7):
+    for turn in range(GPU_TURNS):
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
         taken: dict[str, list[float]] = {}
         phases(optimizer, taken)
-        if turn:
+        if turn > 1:
             for name, values in taken.items():
                 of.setdefault(name, []).extend(values)
         note(f"turn {turn}: { ({name: round(values[0], 1) for name, values in taken.items()}) }")
-    on_device = ("accumulate_and_select", "apply", "settle")
-    step_ms = sum(statistics.median(of[name]) for name in on_device)
-    count = sum(parameter.numel() for parameter in parameters)
-    bandwidth = copy_bytes_per_second(device)
+    step_ms = sum(statistics.median(of[name]) for name in ON_DEVICE)
+    # Gradient in, momentum in and out, parameters in and out.
+    floor_bytes = 4 * 5 * optimizer.momentum.numel()
     return {
-        "device": torch.cuda.get_device_name(device),
-        "parameters": count,
         "step_ms": round(step_ms, 2),
-        "step_of": list(on_device),
+        "share_of_bandwidth": round(floor_bytes / bandwidth / (step_ms / 1000), 3),
         "phases_ms": {name: spread(values) for name, values in of.items()},
-        "copy_gb_per_second": round(bandwidth / 1e9, 1),
-        "share_of_bandwidth": round(4 * 5 * count / bandwidth / (step_ms / 1000), 3),
-        "peak_extra_bytes": torch.cuda.max_memory_allocated() - held,
+        "step_peak_extra_bytes": torch.cuda.max_memory_allocated() - held,
     }
+
+
+def new_run_groups(parameters: Sequence[torch.nn.Parameter]) -> list[dict[str, Any]]:
+    """By kind, each with the treatment of the default manifest; the first two are embedding and head."""
+    by_kind = {"matrix": [p for p in parameters[2:] if p.ndim > 1], "vector": [p for p in parameters if p.ndim < 2]}
+    by_kind |= {"embedding": [parameters[0]], "head": [parameters[1]]}
+    return [
+        {"params": those, **msgspec.to_builtins(getattr(OptimizerConfig(), kind))} for kind, those in by_kind.items()
+    ]
 
 
 def gpu_shapes() -> list[tuple[int, ...]]:

@@ -240,9 +240,9 @@ def members_of(setting: Setting) -> list[bytes]:
 class Baseline:
     """One of torch's optimizers over the sequences that all members read."""
 
-    def __init__(self, setting: Setting, text: Text) -> None:
+    def __init__(self, setting: Setting, text: Text, device: str) -> None:
         self.manifest, self._members, self._tokens = manifest_of(setting), members_of(setting), text.of_members(setting)
-        self.model = GPT(self.manifest.model)
+        self.model, self._device = GPT(self.manifest.model).to(device), device
         initialise(self.model, bytes.fromhex(self.manifest.nonce))
         self.rounds = 0
         named = [(kind_of(name, p) == "matrix", p) for name, p in self.model.named_parameters()]
@@ -271,7 +271,7 @@ class Baseline:
             ]
         ).astype(np.int64)
         self.rounds += 1
-        self.model.loss(torch.from_numpy(batch)).backward()
+        self.model.loss(torch.from_numpy(batch).to(self._device)).backward()
         for optimizer, peaks in zip(self._optimizers, self._peaks, strict=True):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = learning_rate(
@@ -289,10 +289,10 @@ class Baseline:
 class Strategy:
     """A group of members that use one of ours."""
 
-    def __init__(self, setting: Setting, text: Text) -> None:
+    def __init__(self, setting: Setting, text: Text, device: str) -> None:
         self._members = members_of(setting)
         texts = dict(zip(self._members, text.of_members(setting), strict=True))
-        self._group = Group(manifest_of(setting), texts.__getitem__)
+        self._group = Group(manifest_of(setting), texts.__getitem__, device)
         self._parts = self._group.equal_parts(setting.peers)
         self.model = self._group.model
 
@@ -301,12 +301,12 @@ class Strategy:
         return self._group.play(self._members, self._parts).sent_bytes
 
 
-def train(setting: Setting) -> Toml:
+def train(setting: Setting, device: str = "cpu") -> Toml:
     """One run: its row."""
     torch.set_num_threads(1)
     text, manifest, method = Text.load(setting.corpus), manifest_of(setting), METHODS[setting.method]
     baseline = setting.method in BASELINES
-    trained = Baseline(setting, text) if baseline else Strategy(setting, text)
+    trained = Baseline(setting, text, device) if baseline else Strategy(setting, text, device)
     rounds, inner_steps, sent = rounds_of(setting), inner_steps_of(setting), 0.0
     every = max(1, rounds // CURVE_POINTS)
     curve: list[tuple[int, float]] = []
@@ -367,7 +367,9 @@ def wanted(options: argparse.Namespace, rows: Sequence[Toml]) -> Iterator[Settin
     done = {setting_of(row) for row in rows}
     for name in options.methods:
         size: Toml = {key: getattr(options, key) for key in SIZE}
-        tuning = [Setting(method=name, learning_rate=rate, **TUNED, **size) for rate in METHODS[name].rates]
+        tuning = [
+            Setting(method=name, learning_rate=rate, **TUNED, **size) for rate in options.rates or METHODS[name].rates
+        ]
         missing = [setting for setting in tuning if setting not in done]
         yield from missing
         rate = None if missing else best_rate(rows, tuning[0])
@@ -386,7 +388,7 @@ def run_all(options: argparse.Namespace) -> list[Toml]:
         while True:
             for setting in wanted(options, rows):
                 if len(under_way) < options.jobs and setting not in under_way.values():
-                    under_way[pool.submit(train, setting)] = setting
+                    under_way[pool.submit(train, setting, options.device)] = setting
             if not under_way:
                 return rows
             for run in wait(under_way, return_when=FIRST_COMPLETED).done:
@@ -483,6 +485,9 @@ def main() -> int:
     parser.add_argument("--embedding", type=int, default=64, help="%(default)s")
     parser.add_argument("--private", action="store_true", help="each member reads a slice of the text of its own")
     parser.add_argument("--corpus", default=EMBEDDED, choices=tuple(CORPORA), help="%(default)s")
+    parser.add_argument("--device", default="cpu", help="where all runs compute; %(default)s")
+    rates = "learning rates to try, by commas; default: each method's, which suit a width of 64"
+    parser.add_argument("--rates", type=lambda text: tuple(map(float, text.split(","))), help=rates)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, a core each; %(default)s")
     options = parser.parse_args()
     unknown = [name for name in options.methods if name not in METHODS]

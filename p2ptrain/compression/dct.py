@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from importlib import resources
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -44,6 +45,18 @@ def integer_basis(device: torch.device) -> Tensor:
     with resources.files("p2ptrain.compression").joinpath("basis.npz").open("rb") as file:
         basis = np.load(file, allow_pickle=False)["basis"]
     return torch.from_numpy(basis.astype(np.float32)).to(device)
+
+
+@functools.cache
+def kernels_for(device: str) -> ModuleType | None:
+    """Passes made one on a CUDA device (`kernels.py`); None elsewhere, and where there is no Triton."""
+    if device != "cuda":
+        return None
+    try:
+        from p2ptrain.compression import kernels
+    except ImportError:
+        return None
+    return kernels
 
 
 def accumulate(form: Form, blocks: Tensor, momentum: Tensor, beta: float, scratch: Tensor) -> None:
@@ -200,11 +213,19 @@ def _decode_exact(form: Form, values: Tensor, scratch: Tensor) -> tuple[Tensor, 
         return rows.view(values.shape), torch.full((len(values),), 2.0**-BASIS_BITS, device=values.device)
     squares = values.view(-1, SIDE, SIDE)
     first = torch.bmm(basis.T.expand_as(squares), squares, out=scratch.view(-1, SIDE, SIDE)).view(values.shape)
+    fused = kernels_for(values.device.type)
+    unit = _shift_to_middle(first) if fused is None else fused.shift_to_middle(first)
+    integers = torch.mm(first.view(-1, SIDE), basis, out=values.view(-1, SIDE))
+    return integers.view(values.shape), unit
+
+
+def _shift_to_middle(first: Tensor) -> Tensor:
+    """Shift integers [chunks, 64 * 64], in place, each chunk's by as much as leaves 11 bits; what a unit is worth then
+    after both passes [chunks]."""
     # frexp of an integer below 2**24 gives its bit length exactly.
     bits = torch.frexp(torch.maximum(first.amax(1), -first.amin(1))).exponent
     shift = (bits - MIDDLE_BITS).clamp(min=0)
     # Below 2**24 both the product with a power of two and the sum with a half are exact, and so is a floor. What comes
     # of it is within 2**11, as `bits` is the bit length.
-    middle = first.mul_(_power_of_two(-shift).unsqueeze(1)).add_(0.5).floor_()
-    integers = torch.mm(middle.view(-1, SIDE), basis, out=values.view(-1, SIDE))
-    return integers.view(values.shape), _power_of_two(shift - 2 * BASIS_BITS)
+    first.mul_(_power_of_two(-shift).unsqueeze(1)).add_(0.5).floor_()
+    return _power_of_two(shift - 2 * BASIS_BITS)

@@ -197,7 +197,7 @@ def quantise(value: Tensor, value_bits: int) -> Tensor:
 
 def _nearest_scales(size: Tensor) -> Tensor:
     """[n, 1] the scales nearest to `size` [n]."""
-    table = _scale_table(size.device)
+    table = scale_table(size.device)
     upper = torch.searchsorted(table, size).clamp_(max=len(table) - 1)
     lower = (upper - 1).clamp_(min=1)
     closer = (upper > 1) & (size - table[lower] < table[upper] - size)
@@ -205,5 +205,5 @@ def _nearest_scales(size: Tensor) -> Tensor:
 
 
 @functools.cache
-def _scale_table(device: torch.device) -> Tensor:
+def scale_table(device: torch.device) -> Tensor:
     return torch.from_numpy(coding.scale_table()).to(device)

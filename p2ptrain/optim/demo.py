@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, TypeVar, overload
 
 import numpy as np
@@ -27,7 +28,7 @@ from torch import Tensor
 from p2ptrain.averaging.reduce import reply_to_one
 from p2ptrain.compression import dct, selection, wire
 from p2ptrain.compression.compiled import compiled
-from p2ptrain.compression.layout import CHUNK_SIZE, Batch, ChunkLayout, ParameterSpec, Piece, Treatment
+from p2ptrain.compression.layout import CHUNK_SIZE, SIDE, Batch, ChunkLayout, ParameterSpec, Piece, Treatment
 from p2ptrain.compression.wire import Coefficients, ReplyContent
 from p2ptrain.optim import threads
 from p2ptrain.optim.directions import DIRECTIONS, MOMENTUM, Direction, Rms
@@ -57,25 +58,19 @@ class Settled:
     #: (first, end, factor in 256ths) of coefficients that were clipped before they were consumed
     clips: tuple[tuple[int, int, int], ...]
 
-    @property
-    def consumed(self) -> NDArray[np.float32]:
-        """[n] what the group used."""
-        used = np.where(self.kept, self.pending.sent.value, np.float32(0))
+    def consumed(self, value: Tensor) -> Tensor:
+        """[n] what the group used of the `value` [n] that was sent, on its device."""
+        used = torch.where(_to_device(self.kept, value.device), value, 0.0)
         for first, end, factor in self.clips:
-            used[first:end] *= np.float32(factor / 256)
+            used[first:end] *= factor / 256
         return used
-
-    @property
-    def returned(self) -> NDArray[np.float32]:
-        """[n] what went back into the momentum, before decay."""
-        value: NDArray[np.float32] = self.pending.sent.value - self.consumed
-        return value
 
     @property
     def consumed_share(self) -> float:
         """Share of the sent norm that was consumed, for display."""
-        whole = float(np.abs(self.pending.sent.value).sum())
-        return float(np.abs(self.consumed).sum()) / whole if whole else 0.0
+        value = torch.from_numpy(self.pending.sent.value)
+        whole = float(value.abs().sum())
+        return float(self.consumed(value).abs_().sum()) / whole if whole else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +161,9 @@ class DeMo(torch.optim.Optimizer):
         self._targets: list[Tensor] = []
         #: for each thread, values of a batch and what is made of them
         self._scratch: list[Tensor] = []
-        #: [sum of topk] chunk of each coefficient sent
+        #: [sum of topk] chunk of each coefficient sent; the same on the device
         self._chunk = np.repeat(np.arange(self.layout.chunks), self.layout.topk)
+        self._chunk_there = _to_device(self._chunk, device)
         self._directions: list[Direction] = [
             DIRECTIONS[segment.treatment.direction](
                 self.layout, segment, rms_beta, rms_epsilon, device, direction_momentum
@@ -206,16 +202,24 @@ class DeMo(torch.optim.Optimizer):
     def accumulate_and_select(self) -> Pending:
         """One after the other, in a single pass over the momentum."""
         self._decays += 1
-        return self._selected(self._accumulate_batch)
+        return self._selected(self._accumulate_batch, fused=True)
 
-    def _selected(self, before: Callable[[int, Batch], None]) -> Pending:
-        """What is selected from each batch after `before`."""
+    def _selected(self, before: Callable[[int, Batch], None], *, fused: bool = False) -> Pending:
+        """What is selected from each batch after `before`.
+
+        Args:
+            fused: `before` is `_accumulate_batch`, so that a device may do both at once.
+        """
         device, topk = self.momentum.device, self.layout.topk
         index = torch.empty(len(self._chunk), dtype=torch.int64, device=device)
         value = torch.empty(len(self._chunk), device=device)
+        kernels = dct.kernels_for(device.type) if fused else None
 
         def take(thread: int, task: tuple[Batch, int]) -> None:
             batch, low = task
+            if kernels is not None and self.value_bits in kernels.VALUE_BITS:
+                self._accumulate_and_take(kernels, batch, index[low:], value[low:])
+                return
             before(thread, batch)
             count = topk[batch.start]  # of all chunks of a batch
             for start in range(batch.start, batch.end, self._batch_chunks):
@@ -227,8 +231,32 @@ class DeMo(torch.optim.Optimizer):
 
         edges = np.searchsorted(self._chunk, [batch.start for batch in self._batches]).tolist()
         self._for_each(list(zip(self._batches, edges, strict=True)), take)
-        sent = Coefficients(0, self.layout.chunks, self._chunk, index.cpu().numpy(), value.cpu().numpy())
+        hosts = _host_like(index), _host_like(value)
+        for host, tensor in zip(hosts, (index, value), strict=True):
+            host.copy_(tensor, non_blocking=True)
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+        sent = Coefficients(0, self.layout.chunks, self._chunk, hosts[0].numpy(), hosts[1].numpy())
         return Pending(sent, self._decays)
+
+    def _accumulate_and_take(self, kernels: ModuleType, batch: Batch, index: Tensor, value: Tensor) -> None:
+        """A batch in one pass; what is taken goes to the beginning of `index` and `value`."""
+        low, count = 0, self.layout.topk[batch.start]
+        for piece in batch.pieces:
+            gradient, chunks = self._params[piece.number].grad, piece.end - piece.start
+            entries = None if gradient is None else piece.blocks(gradient)
+            if entries is None:
+                copy = self._scratch[0][0, :chunks]
+                entries = copy.view(chunks, 1, SIDE, SIDE)
+                if gradient is None:
+                    copy.zero_()
+                else:
+                    piece.read(gradient, copy)
+            momentum, here = self.momentum[piece.start : piece.end], slice(low, low + chunks * count)
+            kernels.accumulate_and_take(
+                batch.form, entries, momentum, self.beta, count, self.value_bits, index[here], value[here]
+            )
+            low = here.stop
 
     def _for_each(self, items: Sequence[T], work: Callable[[int, T], None]) -> None:
         """Call work(thread, item), with scratch for each thread."""
@@ -260,35 +288,40 @@ class DeMo(torch.optim.Optimizer):
         held = [(start, end, content) for start, end, content in replies if content is not None]
         scale = np.zeros(self.layout.chunks, np.float32)
         live = np.zeros(self.layout.chunks, bool)
+        edges = np.cumsum([0, *(len(content.byte) for _, _, content in held)])
+        place, value = self._host_entries(int(edges[-1]))
         for start, end, content in held:
             scale[start:end], live[start:end] = content.scale, True
-        numbers = [content.byte if self.exact else content.coefficients.value for _, _, content in held]
-        self._step(
-            _joined([content.coefficients.chunk for _, _, content in held]),
-            _joined([content.coefficients.index for _, _, content in held]),
-            _joined(numbers).astype(np.float32),
-            scale,
-            live,
-            learning_rate,
-        )
+
+        def fill(_: int, number: int) -> None:
+            _, _, content = held[number]
+            of, here = content.coefficients, slice(edges[number], edges[number + 1])
+            numbers = content.byte if self.exact else of.value
+            _entries(of.chunk, of.index, numbers, scale, place.numpy()[here], value.numpy()[here])
+
+        threads.for_each(range(len(held)), fill, min(threads.usable(), len(held)))
+        self._step(place, value, scale, live, learning_rate)
+
+    def _host_entries(self, count: int) -> tuple[Tensor, Tensor]:
+        """Room on the host for `count` places and values."""
+        pinned = self.momentum.device.type == "cuda"
+        return torch.empty(count, dtype=torch.int64, pin_memory=pinned), torch.empty(count, pin_memory=pinned)
 
     def _step(
         self,
-        chunk: NDArray[np.int64],
-        index: NDArray[np.int64],
-        value: NDArray[np.float32],
+        place: Tensor,
+        value: Tensor,
         scale: NDArray[np.float32],
         live: NDArray[np.bool_],
         learning_rate: float | None,
     ) -> None:
-        """Step by these coefficients [n], in order of chunk, times their chunk's `scale` [chunks]."""
+        """Step by the coefficients `value` [n] at `place` [n], ascending, of all chunks flattened, which are on the
+        host; each counts as many times its chunk's `scale` [chunks]."""
         device = self.momentum.device
-        if self.exact:
-            # With a scale of zero nothing moves, of which a sign would know nothing.
-            value = np.where(scale[chunk] > 0, value, np.float32(0))
-        place = _flat(chunk, index, device)
-        values, scales, lives = (torch.from_numpy(array).to(device) for array in (value, scale, live))
-        edges = np.searchsorted(chunk, [batch.start for batch in self._batches] + [self.layout.chunks]).tolist()
+        starts = [CHUNK_SIZE * batch.start for batch in self._batches] + [CHUNK_SIZE * self.layout.chunks]
+        edges = np.searchsorted(place.numpy(), starts).tolist()
+        place, values = (host.to(device, non_blocking=True) for host in (place, value))
+        scales, lives = (_to_device(array, device) for array in (scale, live))
         for direction in self._directions:
             direction.begin()
         # Views of pieces are what is written to.
@@ -385,15 +418,21 @@ class DeMo(torch.optim.Optimizer):
         """
         sent = pending.sent
         kept = np.zeros(len(sent.value), bool)
+        found: list[tuple[int, int, ReplyContent]] = []
         clips = []
         for start, end, content in replies:
             if content is None or index is None or index not in content.included:
                 continue
-            low, high = np.searchsorted(sent.chunk, (start, end))
-            theirs = content.coefficients
-            _in_both(sent.chunk[low:high], sent.index[low:high], theirs.chunk, theirs.index, kept[low:high])
+            low, high = (int(edge) for edge in np.searchsorted(sent.chunk, (start, end)))
+            found.append((low, high, content))
             if index in content.clips:
-                clips.append((int(low), int(high), content.clips[index]))
+                clips.append((low, high, content.clips[index]))
+
+        def mark(_: int, of: tuple[int, int, ReplyContent]) -> None:
+            here, theirs = slice(of[0], of[1]), of[2].coefficients
+            _in_both(sent.chunk[here], sent.index[here], theirs.chunk, theirs.index, kept[here])
+
+        threads.for_each(found, mark, min(threads.usable(), len(found)))
         settled = Settled(pending, kept, tuple(clips))
         self.settle_again(settled)
         return settled
@@ -401,15 +440,25 @@ class DeMo(torch.optim.Optimizer):
     @torch.no_grad()
     def settle_again(self, settled: Settled) -> None:
         """What a settle returned goes into the momentum."""
-        decays = self._decays - settled.pending.decays
-        self._add(settled.pending.sent, settled.returned * np.float32(self.beta**decays))
+        self._add_returned(settled, 1.0)
 
     @torch.no_grad()
     def unsettle(self, settled: Settled) -> Pending:
         """Undo a settle: what it returned leaves the momentum again, and the contribution is pending as before."""
-        decays = self._decays - settled.pending.decays
-        self._add(settled.pending.sent, -settled.returned * np.float32(self.beta**decays))
+        self._add_returned(settled, -1.0)
         return settled.pending
+
+    def _add_returned(self, settled: Settled, sign: float) -> None:
+        sent, device = settled.pending.sent, self.momentum.device
+        factor = sign * self.beta ** (self._decays - settled.pending.decays)
+        if device.type == "cpu":
+            returned = sent.value - settled.consumed(torch.from_numpy(sent.value)).numpy()
+            _add(self.momentum.numpy(), sent.chunk, sent.index, returned, np.float32(factor))
+            return
+        chunk = self._chunk_there if sent.chunk is self._chunk else _to_device(sent.chunk, device)
+        index, value = _to_device(sent.index, device), _to_device(sent.value, device)
+        returned = (value - settled.consumed(value)).mul_(factor)
+        self.momentum.view(-1).index_add_(0, chunk * CHUNK_SIZE + index, returned)
 
     @torch.no_grad()
     def restore_sent(self, sent: Coefficients, decays: int) -> Pending:
@@ -451,8 +500,10 @@ class DeMo(torch.optim.Optimizer):
                 loss = closure()
         pending = self.accumulate_and_select()
         if not self.exact:
-            sent, chunks = pending.sent, self.layout.chunks
-            self._step(sent.chunk, sent.index, sent.value, np.ones(chunks, np.float32), np.ones(chunks, bool), None)
+            sent, ones = pending.sent, np.ones(self.layout.chunks, np.float32)
+            place, value = self._host_entries(len(sent.value))
+            _entries(sent.chunk, sent.index, sent.value, ones, place.numpy(), value.numpy())
+            self._step(place, value, ones, ones > 0, None)
             return loss
         replies = [(0, self.layout.chunks, reply_to_one(pending.sent, self.layout.topk, self.layout.reply_topk))]
         self.apply(replies)
@@ -487,12 +538,37 @@ class DeMo(torch.optim.Optimizer):
         self._decays = own["decays"]
         self.load_replicated_state(own["replicated"])
 
-    # ---- parts ------------------------------------------------------------------------------------------------
 
-    def _add(self, at: Coefficients, values: NDArray[np.float32]) -> None:
-        some = np.flatnonzero(values)
-        place = _flat(at.chunk[some], at.index[some], self.momentum.device)
-        self.momentum.view(-1).index_add_(0, place, torch.from_numpy(values[some]).to(self.momentum.device))
+@compiled
+def _entries(
+    chunk: NDArray[np.int64],
+    index: NDArray[np.int64],
+    number: NDArray[Any],
+    scale: NDArray[np.float32],
+    place: NDArray[np.int64],
+    value: NDArray[np.float32],
+) -> None:
+    """Where each coefficient [n] lies among all chunks flattened, and its `number` [n], 0 where its chunk's scale is.
+
+    With a scale of zero nothing moves, of which a sign would know nothing.
+    """
+    for entry in range(len(index)):
+        place[entry] = chunk[entry] * CHUNK_SIZE + index[entry]
+        value[entry] = number[entry] if scale[chunk[entry]] > 0 else 0
+
+
+@compiled
+def _add(
+    momentum: NDArray[np.float32],
+    chunk: NDArray[np.int64],
+    index: NDArray[np.int64],
+    value: NDArray[np.float32],
+    factor: np.float32,
+) -> None:
+    """Add values [n], each `factor` times, to [chunks, 64 * 64]; most are zero."""
+    for number in range(len(value)):
+        if value[number]:
+            momentum[chunk[number], index[number]] += value[number] * factor
 
 
 @compiled
@@ -503,22 +579,32 @@ def _in_both(
     other_index: NDArray[np.int64],
     found: NDArray[np.bool_],
 ) -> None:
-    """Whether each of these places [n] is among the others; both ascend."""
-    other = 0
-    for number in range(len(chunk)):
-        place = chunk[number] * CHUNK_SIZE + index[number]
-        while other < len(other_chunk) and other_chunk[other] * CHUNK_SIZE + other_index[other] < place:
+    """Whether each of these places [n] is among the others; both ascend.
+
+    Each chunk by a table of the others' indices: which of two lists goes on is nothing a processor can guess.
+    """
+    there = np.zeros(CHUNK_SIZE, np.bool_)
+    other, first, number = 0, 0, 0
+    while number < len(chunk):
+        here = chunk[number]
+        while other < len(other_chunk) and other_chunk[other] < here:
             other += 1
-        found[number] = (
-            other < len(other_chunk) and other_chunk[other] == chunk[number] and other_index[other] == index[number]
-        )
+        first = other
+        while other < len(other_chunk) and other_chunk[other] == here:
+            there[other_index[other]] = True
+            other += 1
+        while number < len(chunk) and chunk[number] == here:
+            found[number] = there[index[number]]
+            number += 1
+        for place in other_index[first:other]:
+            there[place] = False
 
 
-def _flat(chunk: NDArray[np.int64], index: NDArray[np.int64], device: torch.device) -> Tensor:
-    """Places in [chunks, 64 * 64] as one dimension."""
-    return torch.from_numpy(chunk * CHUNK_SIZE + index).to(device)
+def _host_like(tensor: Tensor) -> Tensor:
+    """Room for it on the host: itself, if it is there."""
+    on_host = tensor.device.type == "cpu"
+    return tensor if on_host else torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type == "cuda")
 
 
-def _joined(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """One array of all, without a copy where there is one."""
-    return arrays[0] if len(arrays) == 1 else np.concatenate([np.zeros(0, np.int64), *arrays])
+def _to_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    return torch.from_numpy(array).to(device, non_blocking=True)

@@ -55,11 +55,14 @@ class Group:
     Args:
         manifest: with pace `fixed`.
         text: training text [tokens] of a peer, by its id.
+        device: where all of them compute.
     """
 
-    def __init__(self, manifest: Manifest, text: Callable[[bytes], NDArray[np.uint16]]) -> None:
-        self.manifest, self._text = manifest, text
-        self.model = GPT(manifest.model)
+    def __init__(
+        self, manifest: Manifest, text: Callable[[bytes], NDArray[np.uint16]], device: torch.device | str = "cpu"
+    ) -> None:
+        self.manifest, self._text, self._device = manifest, text, device
+        self.model = GPT(manifest.model).to(device)
         initialise(self.model, bytes.fromhex(manifest.nonce))
         #: takes the steps; each member's own has its momentum
         self._replicated = build_optimizer(self.model, manifest)
@@ -118,7 +121,7 @@ class Group:
             offsets = sequence_offsets(nonce, peer_id, member.sequences_read, rules.micro_batch, len(tokens), context)
             batch = np.stack([tokens[offset : offset + context + 1] for offset in offsets]).astype(np.int64)
             member.sequences_read += rules.micro_batch
-            loss = functools.partial(self.model.loss, torch.from_numpy(batch))
+            loss = functools.partial(self.model.loss, torch.from_numpy(batch).to(self._device))
             nats.append(member.local.compute(loss, rules.micro_batch, self._rate()))
         member.local.gather()
         return float(np.mean(nats))
