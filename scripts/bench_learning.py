@@ -28,6 +28,7 @@ import importlib.util
 import json
 import math
 import multiprocessing
+import os
 import re
 import statistics
 import sys
@@ -120,6 +121,24 @@ METHODS: dict[str, Method] = {
 }
 
 
+def _local_demo(inner_steps: int, topk: int, reply_topk: int, **of_matrices: Any) -> Method:
+    """`local_demo` of eight members with other rounds."""
+    kept = {"topk": topk, "reply_topk": reply_topk}
+    kinds = {kind: kept for kind in ("embedding", "head", "vector")} | {"matrix": kept | of_matrices}
+    return Method(_inner("local_demo", **kinds), 8 * inner_steps, True)
+
+
+ABLATIONS: dict[str, Method] = {
+    "local_demo-1": _local_demo(1, 2, 2),
+    "local_demo-5": _local_demo(5, 9, 8),
+    "local_demo-32": _local_demo(32, 60, 50),
+    "local_demo-untransformed": _local_demo(16, 30, 25, transform="none"),
+}
+"""Only where --methods names them: about as many bits for an inner step, in shorter and longer rounds, and matrices as
+they are."""
+KNOWN = METHODS | ABLATIONS
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """One run."""
@@ -196,18 +215,18 @@ CORPORA: dict[str, Callable[[Path], Corpus]] = {
 
 def rounds_of(setting: Setting) -> int:
     """Of the whole run."""
-    return max(1, round(setting.tokens / (METHODS[setting.method].round * CONTEXT)))
+    return max(1, round(setting.tokens / (KNOWN[setting.method].round * CONTEXT)))
 
 
 def inner_steps_of(setting: Setting) -> int:
     """Of a member and round."""
-    method = METHODS[setting.method]
+    method = KNOWN[setting.method]
     return method.round // setting.peers if method.inner else 1
 
 
 def manifest_of(setting: Setting) -> Manifest:
     """The run.toml of a method, with everything that is the same for all."""
-    method = METHODS[setting.method]
+    method = KNOWN[setting.method]
     rounds, each = rounds_of(setting), method.round // setting.peers
     common: Toml = {
         "name": "bench",
@@ -304,7 +323,7 @@ class Strategy:
 def train(setting: Setting, device: str = "cpu") -> Toml:
     """One run: its row."""
     torch.set_num_threads(1)
-    text, manifest, method = Text.load(setting.corpus), manifest_of(setting), METHODS[setting.method]
+    text, manifest, method = Text.load(setting.corpus), manifest_of(setting), KNOWN[setting.method]
     baseline = setting.method in BASELINES
     trained = Baseline(setting, text, device) if baseline else Strategy(setting, text, device)
     rounds, inner_steps, sent = rounds_of(setting), inner_steps_of(setting), 0.0
@@ -362,13 +381,20 @@ def best_rate(rows: Sequence[Toml], one: Setting) -> float | None:
     return min(alike, key=lambda row: row["bits_per_byte"])["learning_rate"] if alike else None
 
 
+def read_rows(path: Path) -> list[Toml]:
+    """Of earlier runs, if there are any."""
+    rows: list[Toml] = json.loads(path.read_text()) if path.is_file() else []
+    return rows
+
+
 def wanted(options: argparse.Namespace, rows: Sequence[Toml]) -> Iterator[Setting]:
     """Runs due now: all learning rates on the first seed; once they are there, the best one on the others."""
+    rows = [*rows, *read_rows(options.tuned)]
     done = {setting_of(row) for row in rows}
     for name in options.methods:
         size: Toml = {key: getattr(options, key) for key in SIZE}
         tuning = [
-            Setting(method=name, learning_rate=rate, **TUNED, **size) for rate in options.rates or METHODS[name].rates
+            Setting(method=name, learning_rate=rate, **TUNED, **size) for rate in options.rates or KNOWN[name].rates
         ]
         missing = [setting for setting in tuning if setting not in done]
         yield from missing
@@ -382,7 +408,7 @@ def wanted(options: argparse.Namespace, rows: Sequence[Toml]) -> Iterator[Settin
 
 def run_all(options: argparse.Namespace) -> list[Toml]:
     """Train what is missing, a few runs at once; rows are written as they come."""
-    rows: list[Toml] = json.loads(options.out.read_text()) if options.out.exists() else []
+    rows = read_rows(options.out)
     under_way: dict[Future[Toml], Setting] = {}
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
         while True:
@@ -476,8 +502,10 @@ def main() -> int:
     """The bench."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/results/learning.json"), help="rows; %(default)s")
+    tuned = "rows that say, beside those in --out, which learning rates did best"
+    parser.add_argument("--tuned", type=Path, default=Path(os.devnull), help=tuned)
     parser.add_argument("--picture", type=Path)
-    parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS), help=", ".join(METHODS))
+    parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS), help=", ".join(KNOWN))
     parser.add_argument("--peers", type=int, default=8, choices=(1, 2, 4, 8, 16), help="members; %(default)s")
     parser.add_argument("--seeds", type=int, default=3, help="%(default)s")
     parser.add_argument("--tokens", type=int, default=3_000_000, help="%(default)s")
@@ -490,15 +518,14 @@ def main() -> int:
     parser.add_argument("--rates", type=lambda text: tuple(map(float, text.split(","))), help=rates)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, a core each; %(default)s")
     options = parser.parse_args()
-    unknown = [name for name in options.methods if name not in METHODS]
+    unknown = [name for name in options.methods if name not in KNOWN]
     if unknown:
-        parser.error(f"no method {unknown[0]}; there are {', '.join(METHODS)}")
-    found = table(run_all(options))
+        parser.error(f"no method {unknown[0]}; there are {', '.join(KNOWN)}")
+    rows = run_all(options)
     if options.picture is not None:
-        same = ("peers", "private", "corpus")
-        drawn = [one for one in found if all(one[name] == getattr(options, name) for name in same)]
-        draw(drawn, options.picture)
-    print(json.dumps(found, indent=2))
+        same = ("peers", "private", "corpus", *SIZE)
+        draw(table([row for row in rows if all(row[name] == getattr(options, name) for name in same)]), options.picture)
+    print(json.dumps(table([*rows, *read_rows(options.tuned)]), indent=2))
     return 0
 
 
