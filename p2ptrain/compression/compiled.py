@@ -1,8 +1,9 @@
 """Loops compiled for this machine, by numba: the codec's work is bit by bit and entry by entry, which numpy can only do
 in many passes over arrays, and torch in more.
 
-Python's lock is free while they run. A division by zero is infinite, as in numpy. Nothing is contracted or reordered
-(no `fastmath`): floats round as IEEE 754 says, operation by operation. Each is compiled at its first call with
+Python's lock is free while they run. A division by zero is infinite, as in numpy. Nothing is reordered, and but for
+`vectorised` nothing contracted: floats round as IEEE 754 says, operation by operation. Each is compiled at its first
+call with
 arguments of some types, in a second or so, and kept on disk beside the source, or in the user's cache where that is
 read-only; `training/warm_up.py` calls all of them before a peer's first round.
 """
@@ -24,7 +25,17 @@ ALL: list[Any] = []
 
 def compiled(function: Function) -> Function:
     """`function` as machine code, every index checked: what it reads may be a stranger's bytes. That costs 1 %."""
-    options: dict[str, Any] = {"nogil": True, "boundscheck": True, "error_model": "numpy"}
+    return _compiled(function, boundscheck=True)
+
+
+def vectorised(function: Function) -> Function:
+    """`function` as machine code, for loops over numbers of our own whose indices are those of ranges: none is checked,
+    as that takes one entry at a time, and a product and a sum may round once."""
+    return _compiled(function, boundscheck=False, fastmath={"contract"})
+
+
+def _compiled(function: Function, **options: Any) -> Function:
+    options |= {"nogil": True, "error_model": "numpy"}
     try:
         made: Function = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # nowhere to keep it

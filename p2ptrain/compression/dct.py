@@ -23,11 +23,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from p2ptrain.compression.compiled import compiled
+from p2ptrain.compression.compiled import compiled, vectorised
 from p2ptrain.compression.layout import CHUNK_SIZE, SIDE, ChunkLayout, Form
 
 Floats = NDArray[np.float32]
 BASIS_BITS, VALUE_MAX, MIDDLE_BITS = 10, 255, 11
+_HALF, _COLUMNS = SIDE // 2, 4
+"""Of the entries of a dimension; columns that are multiplied at a time."""
 
 
 @functools.cache
@@ -145,10 +147,22 @@ def decode_exact_entries(
     if form == "rows":
         _rows(place.numpy(), value.numpy(), basis.numpy(), into)
         return scratch, torch.full((len(chunks),), 2.0**-BASIS_BITS)
-    unit, squares = torch.empty(len(chunks)), scratch.view(-1, SIDE, SIDE)
-    _middle(place.numpy(), value.numpy(), basis.numpy(), squares.numpy(), into.view(np.int32), unit.numpy())
-    integers = torch.bmm(squares.transpose(1, 2), basis.expand_as(squares), out=chunks.view(-1, SIDE, SIDE))
-    return integers.view(chunks.shape), unit
+    unit, squares = torch.empty(len(chunks)), chunks.view(-1, SIDE, SIDE)
+    _squares(place.numpy(), value.numpy(), basis.numpy(), squares.numpy(), unit.numpy())
+    return chunks, unit
+
+
+def subtract_signs(place: Tensor, value: Tensor, parameter: Tensor, rate: float) -> None:
+    """Take `rate` times the signs of what `decode_exact_entries` gives off a parameter, on a CPU.
+
+    Args:
+        place, value: as there, of chunks that are transformed in both dimensions.
+        parameter: [tall, wide, 64, 64], in place, neighbours in the last dimension next to each other.
+    """
+    (tall, wide, _, _), (band, apart, row, _) = parameter.shape, parameter.stride()
+    length = (tall - 1) * band + (wide - 1) * apart + (SIDE - 1) * row + SIDE
+    entries, basis = parameter.as_strided((length,), (1,)).numpy(), integer_basis(parameter.device).numpy()
+    _signs(place.numpy(), value.numpy(), basis, entries, tall, wide, band, apart, row, rate)
 
 
 @compiled
@@ -163,40 +177,176 @@ def _rows(place: NDArray[np.int64], value: Floats, basis: Floats, out: Floats) -
 
 
 @compiled
-def _middle(
+def _squares(place: NDArray[np.int64], value: Floats, basis: Floats, integers: Floats, unit: Floats) -> None:
+    """Both passes, to `integers` [chunks, 64, 64] and `unit` [chunks]."""
+    room, sums, entry = _room(), np.empty((2, SIDE, _HALF), np.float32), 0
+    for chunk in range(len(integers)):
+        entry, shift = _sums(place, value, entry, chunk, basis, room, sums)
+        _unfold(sums, integers[chunk])
+        unit[chunk] = math.ldexp(1.0, shift - 2 * BASIS_BITS)
+
+
+@compiled
+def _signs(
     place: NDArray[np.int64],
     value: Floats,
     basis: Floats,
-    middle: Floats,
-    bits: NDArray[np.int32],
-    unit: Floats,
+    parameter: Floats,
+    tall: int,
+    wide: int,
+    band: int,
+    apart: int,
+    row: int,
+    rate: float,
 ) -> None:
-    """What lies between the two passes, `middle` [chunks, 64, 64], transposed; `bits` [chunks, 64 * 64] are its own."""
-    number = 0
-    touched = np.empty(SIDE, np.bool_)
-    for chunk in range(len(middle)):
-        middle[chunk] = 0
-        touched[:] = False
-        while number < len(place) and place[number] < (chunk + 1) * CHUNK_SIZE:
-            inside = place[number] % CHUNK_SIZE
-            frequency, column = inside // SIDE, inside % SIDE
-            touched[column] = True
-            for row in range(SIDE):
-                middle[chunk, column, row] += value[number] * basis[frequency, row]
-            number += 1
-        # Of floats that are not negative, their bits as integers have the same order. Those are compared faster.
-        largest: np.int32 = np.int32(0)
-        for entry in range(CHUNK_SIZE):
-            magnitude: np.int32 = bits[chunk, entry] & np.int32(0x7FFFFFFF)
-            largest = magnitude if magnitude > largest else largest
-        # The exponent of an integer below 2**24 gives its bit length exactly.
-        shift = max(int(largest >> 23) - 126 - MIDDLE_BITS, 0)
-        factor = np.float32(math.ldexp(1.0, -shift))
-        for column in range(SIDE):
-            if touched[column]:
-                for row in range(SIDE):
-                    middle[chunk, column, row] = np.floor(middle[chunk, column, row] * factor + np.float32(0.5))
-        unit[chunk] = math.ldexp(1.0, shift - 2 * BASIS_BITS)
+    """`subtract_signs` from a `parameter` whose chunks lie `wide` side by side, `apart` from each other, their rows
+    `row` apart, and `tall` such bands `band` apart."""
+    room, sums, entry = _room(), np.empty((2, SIDE, _HALF), np.float32), 0
+    for chunk in range(tall * wide):
+        entry, _ = _sums(place, value, entry, chunk, basis, room, sums)
+        start = (chunk // wide) * band + (chunk % wide) * apart
+        _subtract_signs(sums, parameter, start, row, np.float32(rate))
+
+
+@compiled
+def _room() -> tuple[Floats, Floats, NDArray[np.int64], NDArray[np.int64]]:
+    """For `_sums`: what lies between the passes, column by column of those that are not zero, even ones and odd ones;
+    of each the first half of its row of the basis; how many there are; where each column of a chunk is among them."""
+    middle = np.empty((2, _HALF + _COLUMNS, SIDE), np.float32)
+    half = np.empty((2, _HALF + _COLUMNS, _HALF), np.float32)
+    return middle, half, np.empty(2, np.int64), np.empty(SIDE, np.int64)
+
+
+@compiled
+def _sums(
+    place: NDArray[np.int64],
+    value: Floats,
+    entry: int,
+    chunk: int,
+    basis: Floats,
+    room: tuple[Floats, Floats, NDArray[np.int64], NDArray[np.int64]],
+    sums: Floats,
+) -> tuple[int, int]:
+    """Both passes of the chunk whose entries begin at `entry`, but for `_unfold`: the second's `sums` [2, 64, 32] over
+    even columns and over odd ones, for the first half of a row. Columns that are zero add nothing and are left out:
+    sums of fewer integers are as exact.
+
+    Returns:
+        Where the entries of the next chunk begin, and by how much was shifted between the passes.
+    """
+    middle, half, columns, number_of = room
+    columns[:] = 0
+    number_of[:] = -1
+    while entry < len(place) and place[entry] < (chunk + 1) * CHUNK_SIZE:
+        inside = place[entry] % CHUNK_SIZE
+        frequency, column = inside // SIDE, inside % SIDE
+        parity, number = column & 1, number_of[column]
+        if number < 0:
+            number = columns[parity]
+            columns[parity] += 1
+            number_of[column] = number
+            middle[parity, number] = 0
+            half[parity, number] = basis[column, :_HALF]
+        _add_times(middle[parity, number], basis[frequency], value[entry])
+        entry += 1
+    bits = middle.view(np.int32)
+    largest = max(_largest_bits(bits[0, : columns[0]]), _largest_bits(bits[1, : columns[1]]))
+    # The exponent of an integer below 2**24 gives its bit length exactly.
+    shift = max(int(largest >> 23) - 126 - MIDDLE_BITS, 0)
+    for parity in range(2):
+        _shift(middle[parity, : columns[parity]], np.float32(math.ldexp(1.0, -shift)))
+        while columns[parity] % _COLUMNS:
+            middle[parity, columns[parity]] = 0
+            half[parity, columns[parity]] = 0
+            columns[parity] += 1
+        _products(middle[parity, : columns[parity]], half[parity, : columns[parity]], sums[parity])
+    return entry, shift
+
+
+@vectorised
+def _add_times(row: Floats, of: Floats, factor: np.float32) -> None:
+    for column in range(SIDE):
+        row[column] += factor * of[column]
+
+
+@vectorised
+def _largest_bits(bits: NDArray[np.int32]) -> np.int32:
+    """Of the magnitudes: of floats that are not negative, their bits as integers have the same order."""
+    largest = np.int32(0)
+    for column in range(len(bits)):
+        for row in range(SIDE):
+            largest = max(largest, bits[column, row] & np.int32(0x7FFFFFFF))
+    return largest
+
+
+@vectorised
+def _shift(middle: Floats, factor: np.float32) -> None:
+    for column in range(len(middle)):
+        for row in range(SIDE):
+            middle[column, row] = np.floor(middle[column, row] * factor + np.float32(0.5))
+
+
+@vectorised
+def _products(columns: Floats, half: Floats, out: Floats) -> None:
+    """out [64, 32] = the transpose of `columns` [n, 64] times `half` [n, 32], n a multiple of 4: four rows and four
+    columns at a time, so that registers serve most operands."""
+    for row in range(0, SIDE, 4):
+        for near in range(_HALF):
+            out[row, near] = out[row + 1, near] = out[row + 2, near] = out[row + 3, near] = 0
+        for n in range(0, len(columns), 4):
+            a0, a1, a2, a3 = columns[n, row], columns[n + 1, row], columns[n + 2, row], columns[n + 3, row]
+            b0, b1, b2, b3 = (
+                columns[n, row + 1],
+                columns[n + 1, row + 1],
+                columns[n + 2, row + 1],
+                columns[n + 3, row + 1],
+            )
+            c0, c1, c2, c3 = (
+                columns[n, row + 2],
+                columns[n + 1, row + 2],
+                columns[n + 2, row + 2],
+                columns[n + 3, row + 2],
+            )
+            d0, d1, d2, d3 = (
+                columns[n, row + 3],
+                columns[n + 1, row + 3],
+                columns[n + 2, row + 3],
+                columns[n + 3, row + 3],
+            )
+            for near in range(_HALF):
+                h0, h1, h2, h3 = half[n, near], half[n + 1, near], half[n + 2, near], half[n + 3, near]
+                out[row, near] += a0 * h0 + a1 * h1 + a2 * h2 + a3 * h3
+                out[row + 1, near] += b0 * h0 + b1 * h1 + b2 * h2 + b3 * h3
+                out[row + 2, near] += c0 * h0 + c1 * h1 + c2 * h2 + c3 * h3
+                out[row + 3, near] += d0 * h0 + d1 * h1 + d2 * h2 + d3 * h3
+
+
+@vectorised
+def _unfold(sums: Floats, out: Floats) -> None:
+    """[64, 64] of the sums over even columns and over odd ones [2, 64, 32]: those mirror the first half of a row in the
+    second, these do so with the other sign."""
+    for row in range(SIDE):
+        for near in range(_HALF):
+            out[row, near] = sums[0, row, near] + sums[1, row, near]
+            out[row, SIDE - 1 - near] = sums[0, row, near] - sums[1, row, near]
+
+
+@vectorised
+def _subtract_signs(sums: Floats, parameter: Floats, start: int, row: int, rate: np.float32) -> None:
+    """Of what `_unfold` makes of `sums`."""
+    for number in range(SIDE):
+        # Unsigned: of other indices it is asked whether they count from the end, for each entry apart.
+        there = np.uintp(start + number * row)
+        for near in range(_HALF):
+            even, odd = sums[0, number, near], sums[1, number, near]
+            parameter[there + np.uintp(near)] -= _times_sign(rate, even + odd)
+            parameter[there + np.uintp(SIDE - 1 - near)] -= _times_sign(rate, even - odd)
+
+
+@vectorised
+def _times_sign(rate: np.float32, of: np.float32) -> np.float32:
+    step = rate if of > 0 else np.float32(0)
+    return -rate if of < 0 else step
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:

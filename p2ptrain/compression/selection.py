@@ -20,14 +20,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from p2ptrain.compression import coding
-from p2ptrain.compression.compiled import compiled
+from p2ptrain.compression.compiled import compiled, vectorised
 from p2ptrain.compression.layout import CHUNK_SIZE
 
 _GROUPS = 256
 """On a CPU: fewer leave more entries to the second search, more take longer in the first."""
 _MAGNITUDE = np.int32(0x7FFFFFFF)
-_BUCKET_BITS, _BUCKETS = 18, 128
-"""Of maxima as integers, whose order is that of magnitudes: 32 in an octave, and four octaves below the largest."""
+_BUCKET_BITS, _BUCKETS = 15, 1024
+"""Of maxima as integers, whose order is that of magnitudes: 256 in an octave, and four octaves below the largest. What
+is left after many rounds is flat at the top: with 32 in an octave, half as many again reach the bound."""
 _GROUPS_PER_PICK = 4
 """Elsewhere, in each pass; a power of two."""
 
@@ -63,28 +64,12 @@ def _take(
 ) -> None:
     """`take`; `bits` are those of `chunks`."""
     maxima, picked = np.empty(_GROUPS, np.int32), np.empty(_GROUPS + 1, np.int64)
-    histogram = np.empty(_BUCKETS, np.int64)
+    histogram = np.empty(_BUCKETS, np.int32)
     #: of what reaches the bound, index and magnitude, and room for what does not
     where, size = np.empty(CHUNK_SIZE + 1, np.int64), np.empty(CHUNK_SIZE + 1, np.int32)
     for chunk in range(len(chunks)):
-        # Entry e is in group e % groups: its maximum then compares rows, not neighbours.
-        for group in range(_GROUPS):
-            maxima[group] = bits[chunk, group] & _MAGNITUDE
-        for row in range(1, CHUNK_SIZE // _GROUPS):
-            for group in range(_GROUPS):
-                maxima[group] = max(maxima[group], bits[chunk, row * _GROUPS + group] & _MAGNITUDE)
-        bound = _bound(maxima, count, histogram)
-        groups = 0
-        for group in range(_GROUPS):
-            picked[groups] = group
-            groups += maxima[group] >= bound
-        found = 0
-        for row in range(CHUNK_SIZE // _GROUPS):
-            for number in range(groups):
-                entry = row * _GROUPS + picked[number]
-                magnitude = bits[chunk, entry] & _MAGNITUDE
-                where[found], size[found] = entry, magnitude
-                found += magnitude >= bound
+        _group_maxima(bits[chunk], maxima)
+        found = _reaching(bits[chunk], maxima, _bound(maxima, count, histogram), picked, where, size)
         if found > count:
             _keep_largest(where, size, found, count)
         for number in range(count):
@@ -95,8 +80,34 @@ def _take(
             chunks[chunk, where[number]] -= sent[chunk, number]
 
 
+@vectorised
+def _group_maxima(bits: Magnitudes, maxima: Magnitudes) -> None:
+    """Each group's largest magnitude; entry e is in group e % groups, so that rows are compared, not neighbours."""
+    for group in range(_GROUPS):
+        maxima[group] = bits[group] & _MAGNITUDE
+    for row in range(1, CHUNK_SIZE // _GROUPS):
+        for group in range(_GROUPS):
+            maxima[group] = max(maxima[group], bits[row * _GROUPS + group] & _MAGNITUDE)
+
+
+@vectorised
+def _reaching(bits: Magnitudes, maxima: Magnitudes, bound: int, picked: Places, where: Places, size: Magnitudes) -> int:
+    """How many magnitudes reach `bound`; `where` they are, ascending, and their `size`."""
+    groups, found = 0, 0
+    for group in range(_GROUPS):
+        picked[groups] = group
+        groups += maxima[group] >= bound
+    for row in range(CHUNK_SIZE // _GROUPS):
+        for number in range(groups):
+            entry = row * _GROUPS + picked[number]
+            magnitude = bits[entry] & _MAGNITUDE
+            where[found], size[found] = entry, magnitude
+            found += magnitude >= bound
+    return found
+
+
 @compiled
-def _bound(maxima: Magnitudes, count: int, histogram: Places) -> int:
+def _bound(maxima: Magnitudes, count: int, histogram: Magnitudes) -> int:
     """What at least `count` entries of a chunk reach, since so many `maxima` do; 0 where the histogram cannot tell."""
     top = 0
     for maximum in maxima:

@@ -332,7 +332,9 @@ class DeMo(torch.optim.Optimizer):
             here = slice(batch.start, batch.end)
             alive = _Live(lives[here], bool(live[here].all()))
             inside = place[low:high] - batch.start * CHUNK_SIZE
-            if batch.form == "none" and isinstance(self._directions[batch.pieces[0].number], Rms):
+            if self._signs_at_once(batch):
+                self._subtract_signs(batch, inside, values[low:high], alive, learning_rate)
+            elif batch.form == "none" and isinstance(self._directions[batch.pieces[0].number], Rms):
                 update = values[low:high] * scales[here][inside // CHUNK_SIZE]
                 self._step_entries(batch, inside, update, alive, learning_rate)
             else:
@@ -376,6 +378,24 @@ class DeMo(torch.optim.Optimizer):
                     view.sub_(entries, alpha=factor)
             else:
                 blocks.sub_(piece.as_blocks(step), alpha=factor)
+
+    def _signs_at_once(self, batch: Batch) -> bool:
+        """Whether `_subtract_signs` can take a batch's step, which reads and writes less than `_step_batch` does."""
+        on_cpu, of_signs = self.momentum.device.type == "cpu", self._directions[batch.pieces[0].number].of_signs
+        whole = (piece.blocks(self._targets[piece.number]) is not None for piece in batch.pieces)
+        return self.exact and on_cpu and of_signs and batch.form == "both" and all(whole)
+
+    def _subtract_signs(
+        self, batch: Batch, place: Tensor, values: Tensor, live: _Live, learning_rate: float | None
+    ) -> None:
+        """As `_step_batch`, decoding each chunk where its parameter lies."""
+        starts = [piece.start - batch.start for piece in batch.pieces] + [batch.end - batch.start]
+        edges = np.searchsorted(place.numpy(), [CHUNK_SIZE * start for start in starts]).tolist()
+        for piece, start, end, low, high in zip(batch.pieces, starts, starts[1:], edges, edges[1:], strict=False):
+            rate = self._decay(piece, live, slice(start, end), learning_rate)
+            blocks = piece.blocks(self._targets[piece.number])
+            assert blocks is not None
+            dct.subtract_signs(place[low:high] - CHUNK_SIZE * start, values[low:high], blocks, rate)
 
     def _step_entries(
         self, batch: Batch, place: Tensor, update: Tensor, live: _Live, learning_rate: float | None

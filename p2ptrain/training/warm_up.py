@@ -35,9 +35,10 @@ def warm_up() -> None:
 
 
 def _toy() -> DeMo:
-    """A chunk of each form."""
+    """A chunk of each form, and of one that steps by other than signs."""
     forms = (
         {"params": [torch.zeros(SIDE, SIDE)]},
+        {"params": [torch.zeros(SIDE, SIDE)], "direction": "muon"},
         {"params": [torch.zeros(SIDE)]},
         {"params": [torch.zeros(SIDE, SIDE)], "transform": "none", "direction": "rms"},
     )

@@ -200,6 +200,26 @@ def test_the_largest_there_can_be_decode_entry_by_entry_too(form: Form, adversar
     assert torch.equal(unit, expected_unit)
 
 
+@given(st.integers(0, 2**31), st.sampled_from([0.0005, 0.008, 0.3, 1.0]))
+@settings(max_examples=25, deadline=None)
+def test_steps_of_signs_are_those_of_the_integers(seed: int, share: float) -> None:
+    rng = np.random.default_rng(seed)
+    tall, wide, rate = 3, 2, 0.0123
+    columns = (wide + 1) * SIDE
+    values = rng.integers(-dct.VALUE_MAX, dct.VALUE_MAX + 1, (tall * wide, CHUNK_SIZE))
+    values[rng.random(values.shape) >= share] = 0
+    dense = torch.from_numpy(values.astype(np.float32))
+    place = torch.from_numpy(np.flatnonzero(values))
+    before = torch.from_numpy(rng.standard_normal((tall * SIDE, columns), np.float32))
+    after = before.clone()
+    there = after[:, SIDE:].unflatten(1, (wide, SIDE)).unflatten(0, (tall, SIDE)).transpose(1, 2)
+    dct.subtract_signs(place, dense.flatten()[place], there, rate)
+    integers, _ = dct.decode_exact(layout_of(tall * wide), dense)
+    signs = integers.sign().view(tall, wide, SIDE, SIDE).transpose(1, 2).reshape(tall * SIDE, wide * SIDE)
+    assert torch.equal(after[:, :SIDE], before[:, :SIDE])
+    assert torch.equal(after[:, SIDE:], before[:, SIDE:] - signs * rate)
+
+
 def test_the_batch_a_chunk_is_in_does_not_matter() -> None:
     values = as_chunks(ADVERSARIAL["dense"]())
     whole, units = dct.decode_exact(layout_of(len(values)), values)
