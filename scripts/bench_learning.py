@@ -488,7 +488,7 @@ def draw(found: Sequence[Toml], path: Path) -> None:
         )
     axes.set(
         xscale="log",
-        xlim=(10, 1000),
+        xlim=(10, 10_000),
         xlabel="bits sent and received for a parameter, in the whole run",
         ylabel="bits per byte of held-out text",
         title="Loss against bytes, the same tokens for all",

@@ -46,10 +46,10 @@ DEFAULTS: Mapping[Strategy, Toml] = {
         "optimizer": {"look_ahead": 0.75, **{kind: {**_of(kind), "topk": 30, "reply_topk": 25} for kind in _KINDS}},
         "round": _LONG_ROUNDS,
     },
-    # What SparseLoCo does (arXiv 2508.15706), through our codec.
+    # What SparseLoCo does (arXiv 2508.15706), through our codec. Learning rates of these did best in docs/learning.md.
     "sparse_diloco": {
         "optimizer": {
-            "learning_rate": 2e-3,
+            "learning_rate": 4e-3,
             "outer_learning_rate": 1.0,
             **_alike(transform="none", direction="sgd", learning_rate_scale=1.0, topk=64, reply_topk=64),
         },
@@ -58,7 +58,7 @@ DEFAULTS: Mapping[Strategy, Toml] = {
     # arXiv 2311.08105. With beta = 1, what 8 bits miss is sent the next time.
     "diloco": {
         "optimizer": {
-            "learning_rate": 2e-3,
+            "learning_rate": 1e-3,
             "outer_learning_rate": 0.7,
             "beta": 1.0,
             **_alike(transform="none", direction="nesterov", learning_rate_scale=1.0, topk=4096, reply_topk=4096),
@@ -69,7 +69,7 @@ DEFAULTS: Mapping[Strategy, Toml] = {
     # Data-parallel Adam, the control.
     "dense": {
         "optimizer": {
-            "learning_rate": 2e-3,
+            "learning_rate": 4e-3,
             "beta": 1.0,
             **_alike(transform="none", direction="adam", learning_rate_scale=1.0, topk=4096, reply_topk=4096),
         },
