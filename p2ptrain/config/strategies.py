@@ -58,7 +58,7 @@ DEFAULTS: Mapping[Strategy, Toml] = {
     # arXiv 2311.08105. With beta = 1, what 8 bits miss is sent the next time.
     "diloco": {
         "optimizer": {
-            "learning_rate": 1e-3,
+            "learning_rate": 5e-4,
             "outer_learning_rate": 0.7,
             "beta": 1.0,
             **_alike(transform="none", direction="nesterov", learning_rate_scale=1.0, topk=4096, reply_topk=4096),
