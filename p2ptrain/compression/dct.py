@@ -133,7 +133,8 @@ def decode_exact_entries(
 ) -> tuple[Tensor, Tensor]:
     """`decode_exact` of chunks of one form, which are zero but for some entries.
 
-    On a CPU the first of the two products, or the only one, is over those entries alone.
+    On a CPU the first of the two products, or the only one, is over those entries alone, and the second over columns
+    that hold any.
 
     Args:
         place: [n], ascending, of the chunks flattened.

@@ -5,6 +5,8 @@ A program takes a chunk: it reads the gradient where it lies, transforms it, add
 entries and writes the momentum back without what is sent of them. That is 12 bytes a parameter, where separate
 operations move 40. The k-th largest magnitude is found bit by bit: of floats that are not negative, their bits as
 integers have the same order. `dct.accumulate` and `selection.take` do the same on any device, one after the other.
+
+Of the exact decode, what lies between its products is one pass too; it shifts integers, so that its bits are the same.
 """
 
 from __future__ import annotations

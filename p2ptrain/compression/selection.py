@@ -217,4 +217,5 @@ def _nearest_scales(size: Tensor) -> Tensor:
 
 @functools.cache
 def scale_table(device: torch.device) -> Tensor:
+    """`coding.scale_table` on a device [256]."""
     return torch.from_numpy(coding.scale_table()).to(device)

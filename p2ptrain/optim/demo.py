@@ -231,13 +231,12 @@ class DeMo(torch.optim.Optimizer):
 
         edges = np.searchsorted(self._chunk, [batch.start for batch in self._batches]).tolist()
         self._for_each(list(zip(self._batches, edges, strict=True)), take)
-        hosts = _host_like(index), _host_like(value)
-        for host, tensor in zip(hosts, (index, value), strict=True):
-            host.copy_(tensor, non_blocking=True)
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
-        sent = Coefficients(0, self.layout.chunks, self._chunk, hosts[0].numpy(), hosts[1].numpy())
-        return Pending(sent, self._decays)
+        if device.type != "cpu":
+            hosts = self._host_entries(len(index))
+            for host, tensor in zip(hosts, (index, value), strict=True):
+                host.copy_(tensor)
+            index, value = hosts
+        return Pending(Coefficients(0, self.layout.chunks, self._chunk, index.numpy(), value.numpy()), self._decays)
 
     def _accumulate_and_take(self, kernels: ModuleType, batch: Batch, index: Tensor, value: Tensor) -> None:
         """A batch in one pass; what is taken goes to the beginning of `index` and `value`."""
@@ -303,7 +302,7 @@ class DeMo(torch.optim.Optimizer):
         self._step(place, value, scale, live, learning_rate)
 
     def _host_entries(self, count: int) -> tuple[Tensor, Tensor]:
-        """Room on the host for `count` places and values."""
+        """Room on the host for `count` places and values, where CUDA's copies are fastest."""
         pinned = self.momentum.device.type == "cuda"
         return torch.empty(count, dtype=torch.int64, pin_memory=pinned), torch.empty(count, pin_memory=pinned)
 
@@ -320,8 +319,9 @@ class DeMo(torch.optim.Optimizer):
         device = self.momentum.device
         starts = [CHUNK_SIZE * batch.start for batch in self._batches] + [CHUNK_SIZE * self.layout.chunks]
         edges = np.searchsorted(place.numpy(), starts).tolist()
-        place, values = (host.to(device, non_blocking=True) for host in (place, value))
-        scales, lives = (_to_device(array, device) for array in (scale, live))
+        place, values, scales, lives = (
+            _to_device(array, device) for array in (place.numpy(), value.numpy(), scale, live)
+        )
         for direction in self._directions:
             direction.begin()
         # Views of pieces are what is written to.
@@ -620,11 +620,6 @@ def _in_both(
             there[place] = False
 
 
-def _host_like(tensor: Tensor) -> Tensor:
-    """Room for it on the host: itself, if it is there."""
-    on_host = tensor.device.type == "cpu"
-    return tensor if on_host else torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type == "cuda")
-
-
 def _to_device(array: NDArray[Any], device: torch.device) -> Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)
+    # Without waiting where the allocator keeps memory until it is copied.
+    return torch.from_numpy(array).to(device, non_blocking=device.type == "cuda")
