@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from importlib import resources
+from importlib import import_module, resources
 from types import ModuleType
 
 import numpy as np
@@ -23,13 +23,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from p2ptrain.compression import vectors
 from p2ptrain.compression.compiled import compiled, vectorised
 from p2ptrain.compression.layout import CHUNK_SIZE, SIDE, ChunkLayout, Form
 
 Floats = NDArray[np.float32]
 BASIS_BITS, VALUE_MAX, MIDDLE_BITS = 10, 255, 11
-_HALF, _COLUMNS = SIDE // 2, 4
-"""Of the entries of a dimension; columns that are multiplied at a time."""
+_HALF = SIDE // 2
 
 
 @functools.cache
@@ -51,14 +51,14 @@ def integer_basis(device: torch.device) -> Tensor:
 
 @functools.cache
 def kernels_for(device: str) -> ModuleType | None:
-    """Passes made one on a CUDA device (`kernels.py`); None elsewhere, and where there is no Triton."""
-    if device != "cuda":
+    """Passes made one on a device of this type (`kernels_cpu.py`, `kernels_cuda.py`); None: there are none, as on CUDA
+    without Triton."""
+    if device not in ("cpu", "cuda"):
         return None
     try:
-        from p2ptrain.compression import kernels
+        return import_module(f"p2ptrain.compression.kernels_{device}")
     except ImportError:
         return None
-    return kernels
 
 
 def accumulate(form: Form, blocks: Tensor, momentum: Tensor, beta: float, scratch: Tensor) -> None:
@@ -161,9 +161,15 @@ def subtract_signs(place: Tensor, value: Tensor, parameter: Tensor, rate: float)
         parameter: [tall, wide, 64, 64], in place, neighbours in the last dimension next to each other.
     """
     (tall, wide, _, _), (band, apart, row, _) = parameter.shape, parameter.stride()
-    length = (tall - 1) * band + (wide - 1) * apart + (SIDE - 1) * row + SIDE
-    entries, basis = parameter.as_strided((length,), (1,)).numpy(), integer_basis(parameter.device).numpy()
+    entries, basis = entries_of(parameter).numpy(), integer_basis(parameter.device).numpy()
     _signs(place.numpy(), value.numpy(), basis, entries, tall, wide, band, apart, row, rate)
+
+
+def entries_of(blocks: Tensor) -> Tensor:
+    """All memory from the first to the last entry of `blocks` [tall, wide, 64, 64], where neighbours in the last
+    dimension are next to each other."""
+    (tall, wide, _, _), (band, apart, row, _) = blocks.shape, blocks.stride()
+    return blocks.as_strided(((tall - 1) * band + (wide - 1) * apart + (SIDE - 1) * row + SIDE,), (1,))
 
 
 @compiled
@@ -213,8 +219,7 @@ def _signs(
 def _room() -> tuple[Floats, Floats, NDArray[np.int64], NDArray[np.int64]]:
     """For `_sums`: what lies between the passes, column by column of those that are not zero, even ones and odd ones;
     of each the first half of its row of the basis; how many there are; where each column of a chunk is among them."""
-    middle = np.empty((2, _HALF + _COLUMNS, SIDE), np.float32)
-    half = np.empty((2, _HALF + _COLUMNS, _HALF), np.float32)
+    middle, half = np.empty((2, _HALF, SIDE), np.float32), np.empty((2, _HALF, _HALF), np.float32)
     return middle, half, np.empty(2, np.int64), np.empty(SIDE, np.int64)
 
 
@@ -256,10 +261,6 @@ def _sums(
     shift = max(int(largest >> 23) - 126 - MIDDLE_BITS, 0)
     for parity in range(2):
         _shift(middle[parity, : columns[parity]], np.float32(math.ldexp(1.0, -shift)))
-        while columns[parity] % _COLUMNS:
-            middle[parity, columns[parity]] = 0
-            half[parity, columns[parity]] = 0
-            columns[parity] += 1
         _products(middle[parity, : columns[parity]], half[parity, : columns[parity]], sums[parity])
     return entry, shift
 
@@ -289,37 +290,11 @@ def _shift(middle: Floats, factor: np.float32) -> None:
 
 @vectorised
 def _products(columns: Floats, half: Floats, out: Floats) -> None:
-    """out [64, 32] = the transpose of `columns` [n, 64] times `half` [n, 32], n a multiple of 4: four rows and four
-    columns at a time, so that registers serve most operands."""
-    for row in range(0, SIDE, 4):
-        for near in range(_HALF):
-            out[row, near] = out[row + 1, near] = out[row + 2, near] = out[row + 3, near] = 0
-        for n in range(0, len(columns), 4):
-            a0, a1, a2, a3 = columns[n, row], columns[n + 1, row], columns[n + 2, row], columns[n + 3, row]
-            b0, b1, b2, b3 = (
-                columns[n, row + 1],
-                columns[n + 1, row + 1],
-                columns[n + 2, row + 1],
-                columns[n + 3, row + 1],
-            )
-            c0, c1, c2, c3 = (
-                columns[n, row + 2],
-                columns[n + 1, row + 2],
-                columns[n + 2, row + 2],
-                columns[n + 3, row + 2],
-            )
-            d0, d1, d2, d3 = (
-                columns[n, row + 3],
-                columns[n + 1, row + 3],
-                columns[n + 2, row + 3],
-                columns[n + 3, row + 3],
-            )
-            for near in range(_HALF):
-                h0, h1, h2, h3 = half[n, near], half[n + 1, near], half[n + 2, near], half[n + 3, near]
-                out[row, near] += a0 * h0 + a1 * h1 + a2 * h2 + a3 * h3
-                out[row + 1, near] += b0 * h0 + b1 * h1 + b2 * h2 + b3 * h3
-                out[row + 2, near] += c0 * h0 + c1 * h1 + c2 * h2 + c3 * h3
-                out[row + 3, near] += d0 * h0 + d1 * h1 + d2 * h2 + d3 * h3
+    """out [64, 32] = the transpose of `columns` [n, 64] times `half` [n, 32]."""
+    for row in range(0, SIDE, vectors.ROWS):
+        vectors.tile(
+            columns.ctypes.data + 4 * row, SIDE, 1, half.ctypes.data, out.ctypes.data + 4 * _HALF * row, len(columns)
+        )
 
 
 @vectorised
@@ -364,7 +339,7 @@ def _decode_exact(form: Form, values: Tensor, scratch: Tensor) -> tuple[Tensor, 
         return rows.view(values.shape), torch.full((len(values),), 2.0**-BASIS_BITS, device=values.device)
     squares = values.view(-1, SIDE, SIDE)
     first = torch.bmm(basis.T.expand_as(squares), squares, out=scratch.view(-1, SIDE, SIDE)).view(values.shape)
-    fused = kernels_for(values.device.type)
+    fused = kernels_for("cuda") if values.device.type == "cuda" else None
     unit = _shift_to_middle(first) if fused is None else fused.shift_to_middle(first)
     integers = torch.mm(first.view(-1, SIDE), basis, out=values.view(-1, SIDE))
     return integers.view(values.shape), unit

@@ -19,16 +19,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from p2ptrain.compression import coding
+from p2ptrain.compression import coding, vectors
 from p2ptrain.compression.compiled import compiled, vectorised
 from p2ptrain.compression.layout import CHUNK_SIZE
 
 _GROUPS = 256
 """On a CPU: fewer leave more entries to the second search, more take longer in the first."""
 _MAGNITUDE = np.int32(0x7FFFFFFF)
-_BUCKET_BITS, _BUCKETS = 15, 1024
-"""Of maxima as integers, whose order is that of magnitudes: 256 in an octave, and four octaves below the largest. What
-is left after many rounds is flat at the top: with 32 in an octave, half as many again reach the bound."""
+_ENOUGH = 8
+"""The bound is good enough where maxima that reach it are more than needed by one in so many."""
 _GROUPS_PER_PICK = 4
 """Elsewhere, in each pass; a power of two."""
 
@@ -37,6 +36,7 @@ _LOW, _HIGH = coding.LEVELS_2BIT
 Floats = NDArray[np.float32]
 Magnitudes = NDArray[np.int32]
 Places = NDArray[np.int64]
+Room = tuple[Magnitudes, NDArray[np.uint64], Places, Magnitudes]
 
 
 def take(chunks: Tensor, count: int, value_bits: int) -> tuple[Tensor, Tensor]:
@@ -49,7 +49,7 @@ def take(chunks: Tensor, count: int, value_bits: int) -> tuple[Tensor, Tensor]:
     if chunks.device.type == "cpu":
         place, sent = torch.empty(len(chunks), count, dtype=torch.int64), torch.empty(len(chunks), count)
         values = chunks.numpy()
-        _take(values, values.view(np.int32), count, value_bits, coding.scale_table(), place.numpy(), sent.numpy())
+        _take(values, values.view(np.int32), value_bits, coding.scale_table(), place.numpy(), sent.numpy())
         return place, sent
     place = largest_by_passes(chunks, count)
     held = chunks.gather(1, place)
@@ -59,74 +59,96 @@ def take(chunks: Tensor, count: int, value_bits: int) -> tuple[Tensor, Tensor]:
 
 
 @compiled
-def _take(
-    chunks: Floats, bits: Magnitudes, count: int, value_bits: int, table: Floats, place: Places, sent: Floats
-) -> None:
+def _take(chunks: Floats, bits: Magnitudes, value_bits: int, table: Floats, place: Places, sent: Floats) -> None:
     """`take`; `bits` are those of `chunks`."""
-    maxima, picked = np.empty(_GROUPS, np.int32), np.empty(_GROUPS + 1, np.int64)
-    histogram = np.empty(_BUCKETS, np.int32)
-    #: of what reaches the bound, index and magnitude, and room for what does not
-    where, size = np.empty(CHUNK_SIZE + 1, np.int64), np.empty(CHUNK_SIZE + 1, np.int32)
+    scratch = room()
     for chunk in range(len(chunks)):
-        _group_maxima(bits[chunk], maxima)
-        found = _reaching(bits[chunk], maxima, _bound(maxima, count, histogram), picked, where, size)
-        if found > count:
-            _keep_largest(where, size, found, count)
-        for number in range(count):
-            place[chunk, number] = where[number]
-            sent[chunk, number] = chunks[chunk, where[number]]
-        _quantise(sent[chunk], value_bits, table)
-        for number in range(count):
-            chunks[chunk, where[number]] -= sent[chunk, number]
+        take_from(chunks[chunk], bits[chunk], value_bits, table, place[chunk], sent[chunk], scratch)
+
+
+@compiled
+def room() -> Room:
+    """For `take_from`: maxima of groups, which entries reach a bound, and their indices and magnitudes."""
+    return (
+        np.empty(_GROUPS, np.int32),
+        np.empty(CHUNK_SIZE // vectors.WORD, np.uint64),
+        np.empty(CHUNK_SIZE, np.int64),
+        np.empty(CHUNK_SIZE, np.int32),
+    )
+
+
+@compiled
+def take_from(
+    chunk: Floats, bits: Magnitudes, value_bits: int, table: Floats, place: Places, sent: Floats, scratch: Room
+) -> None:
+    """`take` from one chunk [64 * 64], whose `bits` are these, to `place` and `sent` [count]."""
+    (maxima, words, where, size), count = scratch, len(place)
+    _group_maxima(bits, maxima)
+    bound = _reached_by(maxima, count, 0, count // _ENOUGH) if count <= _GROUPS else 0
+    vectors.reaching(bits.ctypes.data, bound, words.ctypes.data, len(words))
+    found = _listed(bits, words, where, size)
+    if found > count:
+        _keep_largest(where, size, found, count, bound)
+    for number in range(count):
+        place[number] = where[number]
+        sent[number] = chunk[where[number]]
+    _quantise(sent, value_bits, table)
+    for number in range(count):
+        chunk[where[number]] -= sent[number]
 
 
 @vectorised
 def _group_maxima(bits: Magnitudes, maxima: Magnitudes) -> None:
     """Each group's largest magnitude; entry e is in group e % groups, so that rows are compared, not neighbours."""
     for group in range(_GROUPS):
-        maxima[group] = bits[group] & _MAGNITUDE
-    for row in range(1, CHUNK_SIZE // _GROUPS):
-        for group in range(_GROUPS):
-            maxima[group] = max(maxima[group], bits[row * _GROUPS + group] & _MAGNITUDE)
+        largest = bits[group] & _MAGNITUDE
+        for row in range(1, CHUNK_SIZE // _GROUPS):
+            largest = max(largest, bits[row * _GROUPS + group] & _MAGNITUDE)
+        maxima[group] = largest
 
 
 @vectorised
-def _reaching(bits: Magnitudes, maxima: Magnitudes, bound: int, picked: Places, where: Places, size: Magnitudes) -> int:
-    """How many magnitudes reach `bound`; `where` they are, ascending, and their `size`."""
-    groups, found = 0, 0
-    for group in range(_GROUPS):
-        picked[groups] = group
-        groups += maxima[group] >= bound
-    for row in range(CHUNK_SIZE // _GROUPS):
-        for number in range(groups):
-            entry = row * _GROUPS + picked[number]
-            magnitude = bits[entry] & _MAGNITUDE
-            where[found], size[found] = entry, magnitude
-            found += magnitude >= bound
+def _reached_by(numbers: Magnitudes, count: int, low: int, more: int) -> int:
+    """What at least `count` of `numbers` reach, and at most so many `more`, or as few as there are; by halving.
+
+    Args:
+        numbers: [n], n a multiple of 64.
+        low: what at least `count` reach.
+    """
+    bound, most, words = low, int(_MAGNITUDE), len(numbers) // vectors.WORD
+    while bound < most:
+        middle = most - (most - bound) // 2
+        reach = vectors.how_many_reach(numbers.ctypes.data, middle, words)
+        if reach < count:
+            most = middle - 1
+            continue
+        bound = middle
+        if reach <= count + more:
+            break
+    return bound
+
+
+@vectorised
+def _listed(bits: Magnitudes, words: NDArray[np.uint64], where: Places, size: Magnitudes) -> int:
+    """How many entries `words` has a bit for; `where` they are, ascending, and their `size`."""
+    found = 0
+    for number in range(len(words)):
+        word = words[number]
+        while word:
+            entry = vectors.WORD * number + vectors.lowest_bit(word)
+            word &= word - np.uint64(1)
+            where[found], size[found] = entry, bits[entry] & _MAGNITUDE
+            found += 1
     return found
 
 
 @compiled
-def _bound(maxima: Magnitudes, count: int, histogram: Magnitudes) -> int:
-    """What at least `count` entries of a chunk reach, since so many `maxima` do; 0 where the histogram cannot tell."""
-    top = 0
-    for maximum in maxima:
-        top = max(top, int(maximum >> _BUCKET_BITS))
-    histogram[:] = 0
-    for maximum in maxima:
-        histogram[min(top - (maximum >> _BUCKET_BITS), _BUCKETS - 1)] += 1
-    reached = 0
-    for bucket in range(_BUCKETS - 1):
-        reached += histogram[bucket]
-        if reached >= count:
-            return (top - bucket) << _BUCKET_BITS
-    return 0
-
-
-@compiled
-def _keep_largest(where: Places, size: Magnitudes, found: int, count: int) -> None:
-    """Of the first `found`, keep the `count` largest, in their order; of equal ones those that come first."""
-    least = np.partition(size[:found], found - count)[found - count]
+def _keep_largest(where: Places, size: Magnitudes, found: int, count: int, bound: int) -> None:
+    """Of the first `found`, which reach `bound`, keep the `count` largest, in their order; of equal ones those that
+    come first."""
+    padded = -(-found // vectors.WORD) * vectors.WORD
+    size[found:padded] = 0
+    least = _reached_by(size[:padded], count, bound, 0)
     equal = count
     for number in range(found):
         equal -= size[number] > least
@@ -134,8 +156,9 @@ def _keep_largest(where: Places, size: Magnitudes, found: int, count: int) -> No
     for number in range(found):
         of_equal = size[number] == least and equal > 0
         equal -= of_equal
-        where[kept] = where[number]
-        kept += size[number] > least or of_equal
+        if size[number] > least or of_equal:
+            where[kept] = where[number]
+            kept += 1
 
 
 @compiled

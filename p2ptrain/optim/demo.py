@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from p2ptrain.averaging.reduce import reply_to_one
-from p2ptrain.compression import dct, selection, wire
+from p2ptrain.compression import dct, kernels_cpu, selection, wire
 from p2ptrain.compression.compiled import compiled
 from p2ptrain.compression.layout import CHUNK_SIZE, SIDE, Batch, ChunkLayout, ParameterSpec, Piece, Treatment
 from p2ptrain.compression.wire import Coefficients, ReplyContent
@@ -181,17 +181,33 @@ class DeMo(torch.optim.Optimizer):
         self._decays += 1
 
     def _accumulate_batch(self, thread: int, batch: Batch) -> None:
+        if self.momentum.device.type == "cpu":
+            for piece in batch.pieces:
+                momentum = self.momentum[piece.start : piece.end]
+                kernels_cpu.accumulate(batch.form, self._gradient(thread, piece), momentum, self.beta)
+            return
         blocks, scratch = self._scratch[thread][:, : batch.end - batch.start]
         for piece in batch.pieces:
-            gradient, chunks = (
-                self._params[piece.number].grad,
-                blocks[piece.start - batch.start : piece.end - batch.start],
-            )
-            if gradient is None:
-                chunks.zero_()
-            else:
-                piece.read(gradient, chunks)
+            self._read(piece, blocks[piece.start - batch.start : piece.end - batch.start])
         dct.accumulate(batch.form, blocks, self.momentum[batch.start : batch.end], self.beta, scratch)
+
+    def _read(self, piece: Piece, chunks: Tensor) -> None:
+        """Copy a piece's gradient to `chunks` [piece.end - piece.start, 64 * 64]."""
+        gradient = self._params[piece.number].grad
+        if gradient is None:
+            chunks.zero_()
+        else:
+            piece.read(gradient, chunks)
+
+    def _gradient(self, thread: int, piece: Piece) -> Tensor:
+        """A piece's gradient [tall, wide, 64, 64] where it lies, or a copy in the thread's scratch."""
+        gradient = self._params[piece.number].grad
+        blocks = None if gradient is None else piece.blocks(gradient)
+        if blocks is not None:
+            return blocks
+        copy = self._scratch[thread][0, : piece.end - piece.start]
+        self._read(piece, copy)
+        return copy.view(len(copy), 1, SIDE, SIDE)
 
     @torch.no_grad()
     def select(self) -> Pending:
@@ -208,7 +224,7 @@ class DeMo(torch.optim.Optimizer):
         """What is selected from each batch after `before`.
 
         Args:
-            fused: `before` is `_accumulate_batch`, so that a device may do both at once.
+            fused: `before` is `_accumulate_batch`, so that a device's kernels may do both at once.
         """
         device, topk = self.momentum.device, self.layout.topk
         index = torch.empty(len(self._chunk), dtype=torch.int64, device=device)
@@ -218,7 +234,7 @@ class DeMo(torch.optim.Optimizer):
         def take(thread: int, task: tuple[Batch, int]) -> None:
             batch, low = task
             if kernels is not None and self.value_bits in kernels.VALUE_BITS:
-                self._accumulate_and_take(kernels, batch, index[low:], value[low:])
+                self._accumulate_and_take(kernels, thread, batch, index[low:], value[low:])
                 return
             before(thread, batch)
             count = topk[batch.start]  # of all chunks of a batch
@@ -238,22 +254,22 @@ class DeMo(torch.optim.Optimizer):
             index, value = hosts
         return Pending(Coefficients(0, self.layout.chunks, self._chunk, index.numpy(), value.numpy()), self._decays)
 
-    def _accumulate_and_take(self, kernels: ModuleType, batch: Batch, index: Tensor, value: Tensor) -> None:
+    def _accumulate_and_take(
+        self, kernels: ModuleType, thread: int, batch: Batch, index: Tensor, value: Tensor
+    ) -> None:
         """A batch in one pass; what is taken goes to the beginning of `index` and `value`."""
         low, count = 0, self.layout.topk[batch.start]
         for piece in batch.pieces:
-            gradient, chunks = self._params[piece.number].grad, piece.end - piece.start
-            entries = None if gradient is None else piece.blocks(gradient)
-            if entries is None:
-                copy = self._scratch[0][0, :chunks]
-                entries = copy.view(chunks, 1, SIDE, SIDE)
-                if gradient is None:
-                    copy.zero_()
-                else:
-                    piece.read(gradient, copy)
-            momentum, here = self.momentum[piece.start : piece.end], slice(low, low + chunks * count)
+            here = slice(low, low + (piece.end - piece.start) * count)
             kernels.accumulate_and_take(
-                batch.form, entries, momentum, self.beta, count, self.value_bits, index[here], value[here]
+                batch.form,
+                self._gradient(thread, piece),
+                self.momentum[piece.start : piece.end],
+                self.beta,
+                count,
+                self.value_bits,
+                index[here],
+                value[here],
             )
             low = here.stop
 
