@@ -33,6 +33,11 @@ def vectorised(function: Function) -> Function:
     return _compiled(function, boundscheck=False, fastmath={"contract"})
 
 
+def elementwise(function: Function) -> Function:
+    """As `vectorised`, but each operation is rounded on its own."""
+    return _compiled(function, boundscheck=False)
+
+
 def _compiled(function: Function, **options: Any) -> Function:
     options |= {"nogil": True, "error_model": "numpy"}
     try:

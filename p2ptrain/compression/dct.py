@@ -291,10 +291,9 @@ def _shift(middle: Floats, factor: np.float32) -> None:
 @vectorised
 def _products(columns: Floats, half: Floats, out: Floats) -> None:
     """out [64, 32] = the transpose of `columns` [n, 64] times `half` [n, 32]."""
+    of, by, into = columns.ctypes.data, half.ctypes.data, out.ctypes.data
     for row in range(0, SIDE, vectors.ROWS):
-        vectors.tile(
-            columns.ctypes.data + 4 * row, SIDE, 1, half.ctypes.data, out.ctypes.data + 4 * _HALF * row, len(columns)
-        )
+        vectors.tile(of + 4 * row, SIDE, 1, by, _HALF, into + 4 * _HALF * row, _HALF, len(columns))
 
 
 @vectorised

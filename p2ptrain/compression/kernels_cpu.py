@@ -160,13 +160,13 @@ def _both(
         for first in range(0, _HALF, _TILE):
             of = even + (which >> 1) * quarter + 4 * first
             here_out = between + which * quarter + 4 * _HALF * first
-            vectors.tile(of, _HALF, 1, into + which * quarter, here_out, _HALF)
+            vectors.tile(of, _HALF, 1, into + which * quarter, _HALF, here_out, _HALF, _HALF)
             ahead = _ahead(next_start, row, next_momentum, ahead, SIDE * _TILE // (8 * _HALF))
     for which in range(4):
         for first in range(0, _HALF, _TILE):
             of = between + which * quarter + 4 * _HALF * first
             here_out = into + which * quarter + 4 * _HALF * first
-            vectors.tile(of, 1, _HALF, even + (which & 1) * quarter, here_out, _HALF)
+            vectors.tile(of, 1, _HALF, even + (which & 1) * quarter, _HALF, here_out, _HALF, _HALF)
             ahead = _ahead(next_start, row, next_momentum, ahead, SIDE * _TILE // (8 * _HALF))
     target = momentum[chunk]
     for parity in range(2):
@@ -195,7 +195,7 @@ def _rows(gradient: Floats, here: int, row: int, target: Floats, beta: np.float3
     for half in range(2):
         for first in range(0, SIDE, _TILE):
             here_out = into + 4 * _HALF * (SIDE * half + first)
-            vectors.tile(start + 4 * row * first, 1, row, of + 4 * _HALF * SIDE * half, here_out, SIDE)
+            vectors.tile(start + 4 * row * first, 1, row, of + 4 * _HALF * SIDE * half, _HALF, here_out, _HALF, SIDE)
     for half in range(2):
         for number in range(SIDE):
             for column in range(_HALF):

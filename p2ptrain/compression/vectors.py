@@ -76,15 +76,15 @@ def _llvm(builder, name, result, arguments):
 
 
 @intrinsic
-def tile(_, a, k_step, row_step, b, out, count):
+def tile(_, a, k_step, row_step, b, b_step, out, out_step, count):
     """out[r, :] = the sum over k < `count` of a[k * k_step + r * row_step] * b[k, :], for ROWS rows r.
 
     Args:
-        a, b, out: addresses of floats; rows of `b` and `out` are of WIDTH, next to each other.
+        a, b, out: addresses of floats; rows of `b` and `out` are of WIDTH, and begin a step apart.
     """
 
     def generate(context, builder, signature, args):
-        a, k_step, row_step, b, out, count = args
+        a, k_step, row_step, b, b_step, out, out_step, count = args
         vectors = range(WIDTH // LANES)
         fused = _llvm(builder, f"llvm.fmuladd.v{LANES}f32", _VECTOR, [_VECTOR] * 3)
         before = builder.block
@@ -99,7 +99,7 @@ def tile(_, a, k_step, row_step, b, out, count):
                 total.add_incoming(ir.Constant(_VECTOR, [0.0] * LANES), before)
         builder.cbranch(builder.icmp_signed("<", k, count), body, done)
         builder.position_at_end(body)
-        row_of_b = _address(builder, b, builder.mul(k, _index(WIDTH)))
+        row_of_b = _address(builder, b, builder.mul(k, b_step))
         loaded = [_load(builder, row_of_b, LANES * number) for number in vectors]
         column_of_a = _address(builder, a, builder.mul(k, k_step))
         for number, row in enumerate(sums):
@@ -113,11 +113,12 @@ def tile(_, a, k_step, row_step, b, out, count):
         builder.branch(head)
         builder.position_at_end(done)
         for number, row in enumerate(sums):
+            row_of_out = _address(builder, out, builder.mul(out_step, _index(number)))
             for column, total in enumerate(row):
-                _store(builder, total, out, WIDTH * number + LANES * column)
+                _store(builder, total, row_of_out, LANES * column)
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 6), generate
+    return types.void(*[types.intp] * 8), generate
 
 
 @intrinsic

@@ -11,21 +11,16 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from p2ptrain.compression.compiled import compiled, elementwise
 from p2ptrain.compression.layout import CHUNK_SIZE, SIDE, ChunkLayout, Segment
+from p2ptrain.optim.orthogonal import correctly_rounded_root, make_orthogonal, orthogonal_by_operations
 
+Floats = NDArray[np.float32]
 MOMENTUM = 0.9
 """Decay of the first moment, where a direction has one, unless told otherwise."""
-
-
-def correctly_rounded_root(x: Tensor) -> Tensor:
-    """Square root of float32, as IEEE 754 rounds it.
-
-    Torch's own is not on a CPU: it goes through MKL's vector library, which errs by a unit in the last place and, in a
-    race at its first call, by far more (pytorch issues 31250 and 188792). NumPy's and CUDA's are.
-    """
-    return torch.from_numpy(np.sqrt(x.numpy())) if x.device.type == "cpu" else x.sqrt()
 
 
 class _Moment:
@@ -35,7 +30,7 @@ class _Moment:
     """
 
     def __init__(self, chunks: int, beta: float, device: torch.device) -> None:
-        self._beta = beta
+        self.beta = beta
         self.value = torch.zeros(chunks, CHUNK_SIZE, device=device)
         #: beta**steps per chunk [chunks, 1], by repeated multiplication: a power function may differ between machines
         self.decayed = torch.ones(chunks, 1, device=device)
@@ -44,16 +39,22 @@ class _Moment:
     def begin(self) -> None:
         (self.value, self.decayed), self._before = self._before, (self.value, self.decayed)
 
+    def piece(self, first: int, live: Tensor) -> tuple[Tensor, Tensor]:
+        """What these chunks were before the step, and room for what they are after it; their `decayed` is done."""
+        piece = slice(first, first + len(live))
+        before, decayed = self._before[1][piece], self.decayed[piece]
+        torch.mul(before, self.beta, out=decayed)
+        if not live.all():
+            decayed.copy_(torch.where(live.unsqueeze(1), decayed, before))
+        return self._before[0][piece], self.value[piece]
+
     def decay(self, first: int, live: Tensor) -> tuple[Tensor, Tensor]:
         """These chunks after their decay, to be added to, and the divisor [chunks, 1] for their beginning at zero."""
-        piece = slice(first, first + len(live))
-        before, decayed_before = (tensor[piece] for tensor in self._before)
-        value = torch.mul(before, self._beta, out=self.value[piece])
-        decayed = torch.mul(decayed_before, self._beta, out=self.decayed[piece])
+        before, value = self.piece(first, live)
+        torch.mul(before, self.beta, out=value)
         if not live.all():
             value.copy_(torch.where(live.unsqueeze(1), value, before))
-            decayed.copy_(torch.where(live.unsqueeze(1), decayed, decayed_before))
-        return value, (1 - decayed).clamp(min=1e-6)
+        return value, (1 - self.decayed[first : first + len(live)]).clamp(min=1e-6)
 
     def load(self, value: Tensor, decayed: Tensor) -> None:
         self.value = value.to(self.value.device, copy=True)
@@ -186,9 +187,8 @@ class Muon(Direction):
     """Nesterov momentum of the update, made orthogonal chunk by chunk, of sign's size: Muon (Jordan et al., 2024) in
     blocks of 64 by 64 (Khaled et al., arXiv 2510.16981, alternate such steps with those of whole matrices).
 
-    Three Newton-Schulz steps, from a bound of the spectral norm that is nearer than Frobenius', bring all singular
-    values but small ones to within about 0.7 and 1.2. They are taken in integers: products of floats would round
-    differently on different devices, and a matrix's own would cost as much more as the matrix is wider than a block.
+    In integers (`orthogonal.py`): products of floats would round differently on different devices, and a matrix's own
+    would cost as much more as the matrix is wider than a block.
     """
 
     moments: ClassVar[tuple[str, ...]] = ("first",)
@@ -207,64 +207,42 @@ class Muon(Direction):
         super().__init__(layout, segment, beta, epsilon, device, momentum)
 
     def step_chunks(self, first: int, update: Tensor, live: Tensor) -> Tensor:
+        if update.device.type != "cpu":
+            return self.step_by_operations(first, update, live)
+        moment = self._moments["first"]
+        now, before, after = (chunks.view(-1, SIDE, SIDE).numpy() for chunks in (update, *moment.piece(first, live)))
+        _muon(now, before, after, live.numpy(), moment.beta, self._momentum)
+        return update
+
+    def step_by_operations(self, first: int, update: Tensor, live: Tensor) -> Tensor:
+        """`step_chunks` on any device, to the same bits."""
         total, _ = self._moments["first"].decay(first, live)
         total.add_(_alive(update, live))
         blocks = update.add_(total * self._momentum).view(-1, SIDE, SIDE)
-        return _alive(orthogonal(blocks).mul_(SIDE**0.5).view(update.shape), live)
+        return _alive(orthogonal_by_operations(blocks).mul_(SIDE**0.5).view(update.shape), live)
 
 
-_X_MAX, _GRAM_MAX, _FACTOR_MAX = 511, 500, 500
-"""Of integers. Products of 64 and what is added to them then stay below 2**24, where float32 holds integers, and their
-quotients by powers of two, exactly: they come out alike in whichever order they are added."""
-_X_UNIT, _GRAM_UNIT, _FACTOR_UNIT = 256, 128, 64
-"""What stands for 1 in a block, in its Gram matrix and in the factor made of that."""
-_A, _B, _C = 3.4375, -301 / 64, 2.0
-"""Muon's 3.4445, -4.775, 2.0315, as integers and powers of two have them."""
-_ITERATIONS = 3
-_CPU_BLOCKS = 64
-"""Worked on at once: fewer stay in a core's cache, more leave Python's lock alone. With two threads 64 take least."""
+@compiled
+def _muon(update: Floats, before: Floats, after: Floats, live: NDArray[np.bool_], beta: float, momentum: float) -> None:
+    """`Muon.step_chunks`, in place of `update`, from the moment `before` to the one `after`; all three [n, 64, 64]."""
+    room = np.empty((4, SIDE, SIDE), np.float32)
+    for number in range(len(update)):
+        if not live[number]:
+            after[number] = before[number]
+            update[number] = 0
+            continue
+        _look_ahead(update[number], before[number], after[number], np.float32(beta), np.float32(momentum))
+        make_orthogonal(update[number], update[number], np.float32(SIDE**0.5), room)
 
 
-def orthogonal(blocks: Tensor) -> Tensor:
-    """Near the closest orthogonal matrix of each block [n, 64, 64], and the same on every device; zeros stay zeros."""
-    count = _CPU_BLOCKS if blocks.device.type == "cpu" else max(1, len(blocks))
-    out = torch.empty_like(blocks)
-    scratch = torch.empty(4, min(count, len(blocks)), SIDE, SIDE, device=blocks.device)
-    for some, into in zip(blocks.split(count), out.split(count), strict=True):
-        torch.mul(_orthogonal(some, scratch[:, : len(some)]), 1 / _X_UNIT, out=into)
-    return out
-
-
-def _orthogonal(blocks: Tensor, scratch: Tensor) -> Tensor:
-    """`orthogonal`, in integers, somewhere in `scratch` [4, n, 64, 64].
-
-    Divisions are tensor by tensor: a number takes part in one as its rounded reciprocal, on some devices.
-    """
-    x, gram, factor, spare = scratch
-    largest = torch.abs(blocks, out=spare).flatten(1).amax(1).view(-1, 1, 1)
-    most = torch.full_like(largest, _X_MAX)
-    torch.mul(blocks, most / torch.where(largest > 0, largest, 1), out=spare).round_()
-    # No singular value's square exceeds the largest row sum of the Gram matrix, here in units of 512, each entry within
-    # a half of what it is.
-    torch.bmm(spare, spare.transpose(1, 2), out=gram)
-    sums = torch.mul(gram, 1 / 512, out=factor).round_().abs_().sum(2).amax(1).view(-1, 1, 1).add_(SIDE / 2)
-    scale = torch.full_like(sums, _X_UNIT).div_(correctly_rounded_root(sums.mul_(512)))
-    torch.mul(spare, scale, out=x).round_()
-    _integers(gram.mul_((scale * scale).mul_(_GRAM_UNIT / _X_UNIT**2)), _GRAM_MAX)
-    unit = _C * _FACTOR_UNIT / _GRAM_UNIT**2
-    for iteration in range(_ITERATIONS):
-        if iteration:
-            torch.baddbmm(gram, x, x.transpose(1, 2), beta=0, alpha=_GRAM_UNIT / _X_UNIT**2, out=gram)
-            _integers(gram, _GRAM_MAX)
-        torch.baddbmm(gram, gram, gram, beta=_B * _FACTOR_UNIT / _GRAM_UNIT, alpha=unit, out=factor)
-        torch.baddbmm(x, _integers(factor, _FACTOR_MAX), x, beta=_A, alpha=1 / _FACTOR_UNIT, out=spare)
-        x, spare = _integers(spare, _X_MAX), x
-    return x
-
-
-def _integers(x: Tensor, most: int) -> Tensor:
-    """Rounded; in place."""
-    return x.round_().clamp_(-most, most)
+@elementwise
+def _look_ahead(update: Floats, before: Floats, after: Floats, beta: np.float32, momentum: np.float32) -> None:
+    """Nesterov's update [64, 64], in place of `update`."""
+    for row in range(SIDE):
+        for column in range(SIDE):
+            total = before[row, column] * beta + update[row, column]
+            after[row, column] = total
+            update[row, column] += total * momentum
 
 
 DIRECTIONS: dict[str, type[Direction]] = {

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 
 def orthogonal_block(block: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What `directions.orthogonal` makes of a block [64, 64] that is not zero."""
+    """What `orthogonal.make_orthogonal` makes of a block [64, 64] that is not zero."""
     one = np.float32
 
     def integers(x: NDArray[np.int64], divisor: int, most: int) -> NDArray[np.int64]:

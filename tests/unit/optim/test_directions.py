@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from blocks import orthogonal_block
 
 from p2ptrain.compression.layout import CHUNK_SIZE, ChunkLayout, ParameterSpec, Treatment
-from p2ptrain.optim.directions import DIRECTIONS, MOMENTUM, Direction, Rms, correctly_rounded_root, orthogonal
+from p2ptrain.optim.directions import DIRECTIONS, MOMENTUM, Direction, Muon, Rms
+from p2ptrain.optim.orthogonal import correctly_rounded_root, make_orthogonal, orthogonal_by_operations
 
 CPU = torch.device("cpu")
 BETA, EPSILON = 0.9, 1e-8
@@ -177,11 +178,25 @@ def test_muon_follows_nesterov_momentum() -> None:
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.9, 0.99]), st.sampled_from([1e-30, 1.0, 1e30]))
 def test_orthogonal_blocks_are_integer_sums_to_the_bit(seed: int, zeros: float, size: float) -> None:
     rng = np.random.default_rng(seed)
-    block = (rng.standard_normal((64, 64)) * size * (rng.random((64, 64)) >= zeros)).astype(np.float32)
+    held = (rng.standard_normal((64, 64)) * size * (rng.random((64, 64)) >= zeros)).astype(np.float32)
     if seed % 3 == 0:
         # One direction alone: sums as large as they can be.
-        block = np.full((64, 64), size, np.float32) * rng.choice(np.float32([-1, 1]), 64)
-    assert np.array_equal(orthogonal(torch.from_numpy(block)[None])[0].numpy(), orthogonal_block(block))
+        held = np.full((64, 64), size, np.float32) * rng.choice(np.float32([-1, 1]), 64)
+    expected, ours = orthogonal_block(held), np.empty_like(held)
+    assert np.array_equal(orthogonal_by_operations(torch.from_numpy(held)[None])[0].numpy(), expected)
+    make_orthogonal(held, ours, np.float32(1), np.empty((4, 64, 64), np.float32))
+    assert np.array_equal(ours, expected)
+
+
+def test_muon_by_operations_takes_the_same_steps() -> None:
+    (one, _), (other, _) = direction("muon"), direction("muon")
+    assert isinstance(one, Muon)
+    for step in range(4):
+        live = torch.tensor([True, step != 2])
+        one.begin()
+        assert torch.equal(one.step_by_operations(0, update(step), live), other.step(update(step), live))
+        for key, tensor in one.state().items():
+            assert torch.equal(tensor, other.state()[key])
 
 
 def test_muon_takes_no_step_where_there_is_no_update() -> None:
