@@ -351,8 +351,7 @@ class DeMo(torch.optim.Optimizer):
             if self._signs_at_once(batch):
                 self._subtract_signs(batch, inside, values[low:high], alive, learning_rate)
             elif batch.form == "none" and isinstance(self._directions[batch.pieces[0].number], Rms):
-                update = values[low:high] * scales[here][inside // CHUNK_SIZE]
-                self._step_entries(batch, inside, update, alive, learning_rate)
+                self._step_entries(batch, inside, values[low:high], scales[here], alive, learning_rate)
             else:
                 self._step_batch(thread, batch, inside, values[low:high], scales[here], alive, learning_rate)
 
@@ -414,20 +413,26 @@ class DeMo(torch.optim.Optimizer):
             dct.subtract_signs(place[low:high] - CHUNK_SIZE * start, values[low:high], blocks, rate)
 
     def _step_entries(
-        self, batch: Batch, place: Tensor, update: Tensor, live: _Live, learning_rate: float | None
+        self, batch: Batch, place: Tensor, values: Tensor, scale: Tensor, live: _Live, learning_rate: float | None
     ) -> None:
-        """The same, of chunks that are not transformed, for all that moves: `update` [n] at `place` [n] of them."""
+        """The same, of chunks that are not transformed, for all that moves."""
         edges = torch.tensor([CHUNK_SIZE * (piece.start - batch.start) for piece in batch.pieces], device=place.device)
         lows = torch.searchsorted(place, edges).tolist()
         for piece, low, high in zip(batch.pieces, lows, [*lows[1:], len(place)], strict=True):
             here = slice(piece.start - batch.start, piece.end - batch.start)
             inside, direction = place[low:high] - CHUNK_SIZE * here.start, self._directions[piece.number]
             assert isinstance(direction, Rms)
-            step = direction.step_entries(piece.first, inside, update[low:high], live.chunks[here])
-            rate = self._decay(piece, live, here, learning_rate)
+            step = direction.step_entries(piece.first, inside, values[low:high], scale[here], live.chunks[here])
+            rate, target = self._decay(piece, live, here, learning_rate), self._targets[piece.number]
+            blocks = piece.blocks(target)
+            if blocks is not None and blocks.device.type == "cpu":
+                (_, wide, _, _), (band, apart, row, _) = blocks.shape, blocks.stride()
+                entries = dct.entries_of(blocks).numpy()
+                _subtract_at(inside.numpy(), step.numpy(), np.float32(rate), entries, wide, band, apart, row)
+                continue
             flat, there = piece.flat(inside)
             flat = flat[there]
-            parameter = self._targets[piece.number].view(-1)
+            parameter = target.view(-1)
             parameter[flat] = parameter[flat] - step[there].mul_(rate)
 
     def _decay(self, piece: Piece, live: _Live, here: slice, learning_rate: float | None) -> float:
@@ -605,6 +610,25 @@ def _add(
     for number in range(len(value)):
         if value[number]:
             momentum[chunk[number], index[number]] += value[number] * factor
+
+
+@compiled
+def _subtract_at(
+    place: NDArray[np.int64],
+    step: NDArray[np.float32],
+    rate: np.float32,
+    parameter: NDArray[np.float32],
+    wide: int,
+    band: int,
+    apart: int,
+    row: int,
+) -> None:
+    """Take `rate` times each step [n], at `place` [n] of chunks flattened, off a `parameter` whose chunks lie `wide`
+    side by side, `apart` from each other, their rows `row` apart, and bands of them `band` apart."""
+    for number in range(len(place)):
+        chunk, inside = place[number] // CHUNK_SIZE, place[number] % CHUNK_SIZE
+        start = (chunk // wide) * band + (chunk % wide) * apart
+        parameter[start + (inside // SIDE) * row + inside % SIDE] -= step[number] * rate
 
 
 @compiled

@@ -54,7 +54,11 @@ class _Moment:
         torch.mul(before, self.beta, out=value)
         if not live.all():
             value.copy_(torch.where(live.unsqueeze(1), value, before))
-        return value, (1 - self.decayed[first : first + len(live)]).clamp(min=1e-6)
+        return value, self.corrected_by(first, live)
+
+    def corrected_by(self, first: int, live: Tensor) -> Tensor:
+        """Those divisors."""
+        return (1 - self.decayed[first : first + len(live)]).clamp(min=1e-6)
 
     def load(self, value: Tensor, decayed: Tensor) -> None:
         self.value = value.to(self.value.device, copy=True)
@@ -157,16 +161,73 @@ class Rms(Direction):
         corrected = torch.div(moment.add_(square), corrected_by, out=square)
         return update.div_(correctly_rounded_root(corrected).add_(self._epsilon))
 
-    def step_entries(self, first: int, place: Tensor, update: Tensor, live: Tensor) -> Tensor:
-        """`step_chunks` where `update` [n] holds all that is not zero, at `place` [n] of the chunks flattened.
+    def step_entries(self, first: int, place: Tensor, value: Tensor, scale: Tensor, live: Tensor) -> Tensor:
+        """`step_chunks` where `value` [n], each times its chunk's `scale` [chunks], is all of an update that is not
+        zero, at `place` [n], ascending, of the chunks flattened.
 
         The rest takes no step, and of its moment a multiplication is all: adding zero changes no bit.
         """
+        moment = self._moments["second"]
+        if place.device.type != "cpu":
+            return self.step_entries_by_operations(first, place, value, scale, live)
+        step, (before, after) = torch.empty_like(value), moment.piece(first, live)
+        _rms(
+            before.numpy(),
+            after.numpy(),
+            live.numpy(),
+            place.numpy(),
+            value.numpy(),
+            scale.numpy(),
+            moment.corrected_by(first, live).view(-1).numpy(),
+            step.numpy(),
+            np.float32(moment.beta),
+            np.float32(1 - moment.beta),
+            np.float32(self._epsilon),
+        )
+        return step
+
+    def step_entries_by_operations(
+        self, first: int, place: Tensor, value: Tensor, scale: Tensor, live: Tensor
+    ) -> Tensor:
+        """`step_entries` on any device, to the same bits."""
         moment, corrected_by = self._moments["second"].decay(first, live)
-        flat = moment.view(-1)
-        flat.index_add_(0, place, (update * update).mul_(1 - self._beta).mul_(live[place // CHUNK_SIZE]))
-        corrected = flat[place] / corrected_by.view(-1)[place // CHUNK_SIZE]
+        flat, chunk = moment.view(-1), place // CHUNK_SIZE
+        update = value * scale[chunk]
+        flat.index_add_(0, place, (update * update).mul_(1 - self._beta).mul_(live[chunk]))
+        corrected = flat[place] / corrected_by.view(-1)[chunk]
         return update / correctly_rounded_root(corrected).add_(self._epsilon)
+
+
+@compiled
+def _rms(
+    before: Floats,
+    after: Floats,
+    live: NDArray[np.bool_],
+    place: NDArray[np.int64],
+    value: Floats,
+    scale: Floats,
+    corrected_by: Floats,
+    step: Floats,
+    beta: np.float32,
+    rest: np.float32,
+    epsilon: np.float32,
+) -> None:
+    """`Rms.step_entries`, to `step` [n], from the moment `before` to the one `after` [chunks, 64 * 64]."""
+    entry = 0
+    for chunk in range(len(before)):
+        _scaled(before[chunk], beta if live[chunk] else np.float32(1), after[chunk])
+        while entry < len(place) and place[entry] < (chunk + 1) * CHUNK_SIZE:
+            inside, update = place[entry] - chunk * CHUNK_SIZE, value[entry] * scale[chunk]
+            if live[chunk]:
+                after[chunk, inside] += update * update * rest
+            step[entry] = update / (np.sqrt(after[chunk, inside] / corrected_by[chunk]) + epsilon)
+            entry += 1
+
+
+@elementwise
+def _scaled(of: Floats, factor: np.float32, out: Floats) -> None:
+    for entry in range(CHUNK_SIZE):
+        out[entry] = of[entry] * factor
 
 
 class Adam(Direction):

@@ -105,9 +105,11 @@ def test_a_skipped_chunk_leaves_the_second_moment_alone() -> None:
     assert torch.equal(rms.state()["second"][1:], lone.state()["second"])
 
 
-def test_an_rms_step_of_entries_is_the_step_of_chunks_to_the_bit() -> None:
+@pytest.mark.parametrize("way", [Rms.step_entries, Rms.step_entries_by_operations])
+def test_an_rms_step_of_entries_is_the_step_of_chunks_to_the_bit(way: Callable[..., torch.Tensor]) -> None:
     (dense, _), (sparse, _) = direction("rms"), direction("rms")
     assert isinstance(sparse, Rms)
+    scale = torch.tensor([0.3, 0.7])
     for step in range(5):
         values, live = update(step), torch.tensor([True, step != 2])
         values = torch.where(live.unsqueeze(1) & (torch.rand(values.shape) < 0.05), values, 0)
@@ -117,8 +119,9 @@ def test_an_rms_step_of_entries_is_the_step_of_chunks_to_the_bit() -> None:
         for first in (0, 1):
             here = place[place // CHUNK_SIZE == first]
             flat = values.flatten()[here]
-            got.view(-1)[here] = sparse.step_entries(first, here - first * CHUNK_SIZE, flat, live[first : first + 1])
-        assert torch.equal(dense.step(values, live), got)
+            inside, one = here - first * CHUNK_SIZE, slice(first, first + 1)
+            got.view(-1)[here] = way(sparse, first, inside, flat, scale[one], live[one])
+        assert torch.equal(dense.step(values * scale.unsqueeze(1), live), got)
         for key, tensor in dense.state().items():
             assert torch.equal(tensor, sparse.state()[key])
 
