@@ -49,6 +49,7 @@ from p2ptrain.config.manifest import Manifest, ModelConfig, OptimizerConfig
 from p2ptrain.models.gpt import GPT
 from p2ptrain.optim.demo import DeMo, PartReply, Pending
 from p2ptrain.training.replica import build_optimizer
+from p2ptrain.training.warm_up import warm_up
 
 STEP_MODEL = ModelConfig(layers=7, heads=6, embedding=384)
 CODEC_MODEL = ModelConfig(layers=4, heads=6, embedding=384)
@@ -223,13 +224,18 @@ def step_figures() -> dict[str, Any]:
     return {
         **ratios(milliseconds),
         "step": step_table(ours, lists[0], milliseconds, by_phase),
-        "memory": memory_figures(models[0]),
     }
 
 
-def memory_figures(model: GPT) -> dict[str, int]:
-    """What an optimizer's first step takes beyond parameters, gradients, momentum and the directions' state."""
+def memory_figures() -> dict[str, int]:
+    """What an optimizer's first step takes beyond parameters, gradients, momentum and the directions' state; before
+    anything else, as memory that something has given up is not asked for again."""
+    note("memory of a step")
+    warm_up()
+    model = gpt(STEP_MODEL)
     optimizer = build_optimizer(model, manifest(STEP_MODEL))
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
     optimizer.momentum.zero_()  # so that its pages are there
     state_bytes = 0
     for tensor in optimizer.replicated_state().values():
@@ -439,7 +445,7 @@ def main() -> None:
     """The benchmark."""
     began = time.monotonic()
     load = os.getloadavg()[0]
-    figures = {**step_figures(), **codec_figures(), "cuda": cuda_figures()}
+    figures = {"memory": memory_figures(), **step_figures(), **codec_figures(), "cuda": cuda_figures()}
     seconds = round(time.monotonic() - began, 1)
     print(json.dumps({**figures, "load_before": round(load, 2), "seconds": seconds}))
 

@@ -210,8 +210,9 @@ def _signs(
     `row` apart, and `tall` such bands `band` apart."""
     room, sums, entry = _room(), np.empty((2, SIDE, _HALF), np.float32), 0
     for chunk in range(tall * wide):
-        entry, _ = _sums(place, value, entry, chunk, basis, room, sums)
         start = (chunk // wide) * band + (chunk % wide) * apart
+        _fetch(parameter, start, row)
+        entry, _ = _sums(place, value, entry, chunk, basis, room, sums)
         _subtract_signs(sums, parameter, start, row, np.float32(rate))
 
 
@@ -294,6 +295,15 @@ def _products(columns: Floats, half: Floats, out: Floats) -> None:
     of, by, into = columns.ctypes.data, half.ctypes.data, out.ctypes.data
     for row in range(0, SIDE, vectors.ROWS):
         vectors.tile(of + 4 * row, SIDE, 1, by, _HALF, into + 4 * _HALF * row, _HALF, len(columns))
+
+
+@vectorised
+def _fetch(entries: Floats, start: int, row: int) -> None:
+    """Have the rows of a chunk come nearer."""
+    address = entries[start:].ctypes.data
+    for number in range(SIDE):
+        for line in range(0, 4 * SIDE, vectors.LINE):
+            vectors.prefetch(address + 4 * number * row + line)
 
 
 @vectorised

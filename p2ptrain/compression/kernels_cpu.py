@@ -26,8 +26,6 @@ VALUE_BITS = (1, 2, 8, 32)
 _FORMS: dict[Form, int] = {"none": 0, "rows": 1, "both": 2}
 _HALF = SIDE // 2
 _TILE = vectors.ROWS
-_LINE = 64
-"""Bytes of a cache's line."""
 
 Floats = NDArray[np.float32]
 
@@ -182,7 +180,7 @@ def _both(
 def _ahead(gradient: int, row: int, momentum: int, first: int, rows: int) -> int:
     """Fetch some rows of the next chunk, at these addresses, from the `first` on; the one after them."""
     for number in range(first, first + rows):
-        for line in range(0, 4 * SIDE, _LINE):
+        for line in range(0, 4 * SIDE, vectors.LINE):
             vectors.prefetch(gradient + 4 * number * row + line)
             vectors.prefetch(momentum + 4 * number * SIDE + line)
     return first + rows

@@ -22,6 +22,8 @@ from numba.core import cgutils
 intrinsic: Any = extending.intrinsic  # whose types are those of what it is given
 WIDTH = 32
 """Floats of a row of what is multiplied here."""
+LINE = 64
+"""Bytes that a cache holds together."""
 WORD = 64
 """Bits of an integer that says of as many entries whether they are."""
 
@@ -209,7 +211,7 @@ def lowest_bit(_, word):
 
 @intrinsic
 def prefetch(_, address):
-    """Have the 64 bytes there come nearer; no harm where there are none."""
+    """Have the LINE bytes there come nearer; no harm where there are none."""
 
     def generate(context, builder, signature, args):
         byte = ir.IntType(8).as_pointer()
