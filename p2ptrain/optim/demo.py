@@ -203,7 +203,7 @@ class DeMo(torch.optim.Optimizer):
         """A piece's gradient [tall, wide, 64, 64] where it lies, or a copy in the thread's scratch."""
         gradient = self._params[piece.number].grad
         blocks = None if gradient is None else piece.blocks(gradient)
-        if blocks is not None:
+        if blocks is not None and blocks.dtype == torch.float32:
             return blocks
         copy = self._scratch[thread][0, : piece.end - piece.start]
         self._read(piece, copy)

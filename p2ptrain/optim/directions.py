@@ -57,7 +57,7 @@ class _Moment:
         return value, self.corrected_by(first, live)
 
     def corrected_by(self, first: int, live: Tensor) -> Tensor:
-        """Those divisors."""
+        """What corrects these chunks for their beginning at zero: divisors [chunks, 1]."""
         return (1 - self.decayed[first : first + len(live)]).clamp(min=1e-6)
 
     def load(self, value: Tensor, decayed: Tensor) -> None:

@@ -1,6 +1,6 @@
 """A round of a toy through everything that is compiled (`compression/compiled.py`), so that no round of a run waits.
 
-Where nothing is compiled yet that takes some fifteen seconds of a core, once a machine; from then on half of one.
+Where nothing is compiled yet that takes some twenty seconds of a core, once a machine; from then on about one.
 """
 
 from __future__ import annotations
