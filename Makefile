@@ -31,5 +31,6 @@ test: $(STAMP)  ## lint, format, types and the test suite
 	$(BIN)/mypy p2ptrain
 	$(BIN)/pytest
 
-clean:  ## remove the virtual environment and the demo's output
+clean:  ## remove the virtual environment, compiled loops and the demo's output
 	rm -rf $(VENV) demo-output
+	find p2ptrain -name '*.nb[ic]' -delete

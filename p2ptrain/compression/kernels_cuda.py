@@ -44,15 +44,7 @@ def accumulate_and_take(
     index: Tensor,
     sent: Tensor,
 ) -> None:
-    """`dct.accumulate` of chunks of one form, then `selection.take`.
-
-    Args:
-        gradient: [tall, wide, 64, 64], neighbours in the last dimension next to each other, and chunks of a row too.
-        momentum: [tall * wide, 64 * 64], in place.
-        count: how many are taken of a chunk.
-        value_bits: one of VALUE_BITS.
-        index, sent: [tall * wide * count], int64 and float32, written: what `selection.take` returns.
-    """
+    """`kernels_cpu.accumulate_and_take`, on the device where its arguments are."""
     _accumulate_and_take[(len(momentum),)](
         gradient,
         gradient.stride(0),
