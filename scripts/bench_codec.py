@@ -39,12 +39,12 @@ import psutil
 import torch
 from baseline_demo import StraightforwardDeMo
 
-from p2ptrain.averaging import chain
-from p2ptrain.averaging.chain import Row
-from p2ptrain.averaging.messages import ContributionHeader, Tip, Traffic
-from p2ptrain.averaging.reduce import reduce_part
+from p2ptrain import chain
+from p2ptrain.calls.messages import ContributionHeader, Tip, Traffic
+from p2ptrain.chain import Row
 from p2ptrain.compression import decoded, wire
 from p2ptrain.compression.layout import SIDE
+from p2ptrain.compression.reduce import reduce_part
 from p2ptrain.config.manifest import Manifest, ModelConfig, OptimizerConfig
 from p2ptrain.models.gpt import GPT
 from p2ptrain.optim.demo import DeMo, PartReply, Pending

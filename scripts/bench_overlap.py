@@ -61,9 +61,10 @@ def run_peer(sleep_seconds: float, command: list[str]) -> None:
     Args:
         sleep_seconds: of a sequence, in place of computing it; 0: none.
     """
-    from p2ptrain.averaging.events import Apply
     from p2ptrain.cli.main import run
-    from p2ptrain.training import replica, session
+    from p2ptrain.peer import session
+    from p2ptrain.rounds.events import Apply
+    from p2ptrain.training import replica
     from p2ptrain.training.trainer import Trainer
 
     class TimedTrainer(Trainer):

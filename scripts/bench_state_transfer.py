@@ -24,13 +24,13 @@ from typing import Any
 import psutil
 import torch
 
-from p2ptrain.averaging.catching_up import CatchingUp
-from p2ptrain.averaging.client import Client
-from p2ptrain.averaging.download import Download
-from p2ptrain.averaging.handout import Handout
-from p2ptrain.averaging.messages import NAMESPACE, SnapshotOffer, Traffic
-from p2ptrain.averaging.servicer import PeerServicer
+from p2ptrain.calls.client import Client
+from p2ptrain.calls.handout import Handout
+from p2ptrain.calls.messages import NAMESPACE, SnapshotOffer, Traffic
+from p2ptrain.calls.servicer import PeerServicer
 from p2ptrain.config.manifest import Manifest, ModelConfig, open_manifest
+from p2ptrain.history.catching_up import CatchingUp
+from p2ptrain.history.download import Download
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.pieces import Partials
 from p2ptrain.state.snapshot import SnapshotStore

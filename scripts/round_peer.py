@@ -28,19 +28,20 @@ import torch
 from lines import counted_here
 from torch import Tensor
 
-from p2ptrain.averaging.chain import bits
-from p2ptrain.averaging.client import hello
-from p2ptrain.averaging.driver import RoundDriver
-from p2ptrain.averaging.events import Apply, ContributionReady, ContributionReceived, Event, ReplyHeld
+from p2ptrain.calls.client import hello
+from p2ptrain.chain import bits
 from p2ptrain.cli.output import set_up_logging
 from p2ptrain.compression import wire
 from p2ptrain.config.loading import load_manifest
 from p2ptrain.config.node import resolve_settings
 from p2ptrain.data.corpus import Corpus
 from p2ptrain.models.gpt import GPT
+from p2ptrain.peer import session
+from p2ptrain.peer.driver import RoundDriver
+from p2ptrain.peer.progress import Display
+from p2ptrain.rounds.events import Apply, ContributionReady, ContributionReceived, Event, ReplyHeld
 from p2ptrain.state.own_log import OwnEntry
-from p2ptrain.training import replica, session
-from p2ptrain.training.progress import Display
+from p2ptrain.training import replica
 from p2ptrain.training.trainer import Swarm, Trainer
 
 HELLOS = 20

@@ -32,15 +32,17 @@ import torch
 from google.protobuf.wrappers_pb2 import BytesValue
 from rich.console import Console
 
-from p2ptrain.averaging.chain import ChainState, Member, Row
-from p2ptrain.averaging.driver import DriverParts, Dropped, RoundDriver
-from p2ptrain.averaging.events import Apply, ContributionReady, StartRound
-from p2ptrain.averaging.machine import RoundMachine
-from p2ptrain.averaging.messages import Traffic
-from p2ptrain.averaging.uplink import UplinkMeter
+from p2ptrain.calls.messages import Traffic
+from p2ptrain.calls.uplink import UplinkMeter
+from p2ptrain.chain import ChainState, Member, Row
 from p2ptrain.compression import wire
 from p2ptrain.compression.layout import ChunkLayout
 from p2ptrain.config.manifest import Manifest, ModelConfig, RoundConfig, canonical_bytes, run_id
+from p2ptrain.peer.driver import DriverParts, RoundDriver
+from p2ptrain.peer.session import rules_of
+from p2ptrain.rounds.events import Apply, ContributionReady, StartRound
+from p2ptrain.rounds.inbox import Dropped
+from p2ptrain.rounds.machine import RoundMachine
 from p2ptrain.simulation.loop import Actor, VirtualLoop
 from p2ptrain.simulation.network import Line, Network, SimNode
 from p2ptrain.simulation.peer import identity_of
@@ -51,7 +53,6 @@ from p2ptrain.state.snapshot import SnapshotStore
 from p2ptrain.swarm.identity import verify
 from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.training.replica import Replica
-from p2ptrain.training.session import rules_of
 
 COMPUTE_SECONDS = 5.0
 FIRST_ROUND = 10

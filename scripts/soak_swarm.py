@@ -36,7 +36,7 @@ from lines import Lines, prepare
 from rich.console import Console
 from rich.table import Table
 
-from p2ptrain.averaging import chain
+from p2ptrain import chain
 from p2ptrain.config.home import Home
 from p2ptrain.config.manifest import open_manifest
 from p2ptrain.state.files import atomic_write

@@ -84,10 +84,11 @@ def batch(model: SyntheticGPT, sequences: int) -> Tensor:
 
 def run_p2ptrain(options: argparse.Namespace) -> None:
     """Until stdin ends."""
-    from p2ptrain.averaging.chain import bits
-    from p2ptrain.averaging.events import Apply
+    from p2ptrain.chain import bits
     from p2ptrain.cli.main import run
-    from p2ptrain.training import replica, session
+    from p2ptrain.peer import session
+    from p2ptrain.rounds.events import Apply
+    from p2ptrain.training import replica
     from p2ptrain.training.trainer import Trainer
 
     class SayingTrainer(Trainer):

@@ -34,8 +34,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from p2ptrain.averaging.reduce import reduce_part
 from p2ptrain.compression import decoded
+from p2ptrain.compression.reduce import reduce_part
 from p2ptrain.config import strategies
 from p2ptrain.config.manifest import Manifest
 from p2ptrain.data.assignment import sequence_offsets

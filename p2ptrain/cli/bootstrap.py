@@ -24,7 +24,7 @@ from p2ptrain.cli.peer import run_peer
 from p2ptrain.config.loading import load_manifest
 
 if TYPE_CHECKING:
-    from p2ptrain.training.session import PeerSession, Run
+    from p2ptrain.peer.session import PeerSession, Run
 
 
 def bootstrap(

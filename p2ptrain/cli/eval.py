@@ -27,8 +27,8 @@ def evaluate(
     """Bits per byte on held-out text, beside what gzip, xz and zstd need for it."""
     set_up_logging(verbose, quiet)
     from p2ptrain.data.tokenizer import cached_tokens
+    from p2ptrain.peer.joining import obtain_corpus
     from p2ptrain.training import evaluation
-    from p2ptrain.training.joining import obtain_corpus
     from p2ptrain.training.reading import load_trained
 
     here = Home(home or default_home())

@@ -117,7 +117,7 @@ async def look(node: SwarmNode, run_id: bytes, name: str) -> Inspection:
 
 async def _choose_run(node: SwarmNode, addresses: list[str], choice: str | None) -> tuple[bytes, str]:
     from p2ptrain.config.manifest import open_manifest
-    from p2ptrain.training.joining import find_run
+    from p2ptrain.peer.joining import find_run
 
     manifest, run_id = open_manifest(await find_run(node, addresses, choice))
     return run_id, manifest.name

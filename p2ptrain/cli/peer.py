@@ -12,7 +12,7 @@ from p2ptrain.cli.output import set_up_logging
 from p2ptrain.config.node import resolve_settings
 
 if TYPE_CHECKING:
-    from p2ptrain.training.session import PeerSession, Run
+    from p2ptrain.peer.session import PeerSession, Run
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -47,9 +47,9 @@ def run_peer(
         from p2ptrain.swarm.addresses import parse_addresses
 
         parse_addresses(addresses)
-    from p2ptrain.training.joining import describe
-    from p2ptrain.training.progress import Display
-    from p2ptrain.training.session import PeerSession
+    from p2ptrain.peer.joining import describe
+    from p2ptrain.peer.progress import Display
+    from p2ptrain.peer.session import PeerSession
 
     display = Display(log_format=settings.log_format, quiet=quiet)
     with PeerSession(settings, display, rounds) as session:

@@ -23,8 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from p2ptrain.compression import vectors
-from p2ptrain.compression.compiled import compiled, vectorised
+from p2ptrain.compression.kernels import vectors
+from p2ptrain.compression.kernels.compiled import compiled, vectorised
 from p2ptrain.compression.layout import CHUNK_SIZE, SIDE, ChunkLayout, Form
 
 Floats = NDArray[np.float32]

@@ -25,7 +25,7 @@ from p2ptrain.compression.bits import (
     read_sieve,
     write_sieve,
 )
-from p2ptrain.compression.compiled import compiled
+from p2ptrain.compression.kernels.compiled import compiled
 from p2ptrain.compression.layout import CHUNK_SIZE
 
 Numbers = NDArray[np.int64]

@@ -19,8 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from p2ptrain.compression import coding, vectors
-from p2ptrain.compression.compiled import compiled, vectorised
+from p2ptrain.compression import coding
+from p2ptrain.compression.kernels import vectors
+from p2ptrain.compression.kernels.compiled import compiled, vectorised
 from p2ptrain.compression.layout import CHUNK_SIZE
 
 _GROUPS = 256

@@ -1,4 +1,4 @@
-"""What a contribution and a reply look like as bytes (the payload; the averaging layer frames, hashes and signs it).
+"""What a contribution and a reply look like as bytes (the payload; `calls/` frames, hashes and signs it).
 
 Both begin with a magic, a version and every count; the rest is one string of bits. docs/protocol.md is the
 specification. All counts are fixed by the manifest: a payload that says otherwise is refused, never adapted to, and so
@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from p2ptrain.compression import coding
 from p2ptrain.compression.bits import BitReader, BitWriter, WireError, sieve_max_bits, symbols_max_bits
-from p2ptrain.compression.compiled import compiled
 from p2ptrain.compression.indices import indices_max_bits, read_indices, write_indices
+from p2ptrain.compression.kernels.compiled import compiled
 
 _CONTRIBUTION = struct.Struct("<4sBBIII")  # magic, version, bits a value, first chunk, end chunk, coefficients
 _REPLY = struct.Struct("<4sBIIIHH")  # magic, version, first chunk, end chunk, coefficients, members, clip exceptions

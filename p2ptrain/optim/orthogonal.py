@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from p2ptrain.compression import vectors
-from p2ptrain.compression.compiled import elementwise
+from p2ptrain.compression.kernels import vectors
+from p2ptrain.compression.kernels.compiled import elementwise
 from p2ptrain.compression.layout import SIDE
 
 Floats = NDArray[np.float32]

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from p2ptrain.averaging import chain
-from p2ptrain.averaging.chain import Part
-from p2ptrain.averaging.reduce import reduce_part
+from p2ptrain import chain
+from p2ptrain.chain import Part
 from p2ptrain.compression import decoded
+from p2ptrain.compression.reduce import reduce_part
 from p2ptrain.config.manifest import Manifest
 from p2ptrain.data.assignment import sequence_offsets
 from p2ptrain.models.gpt import GPT

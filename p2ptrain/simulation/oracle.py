@@ -11,13 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from p2ptrain.averaging import chain
-from p2ptrain.averaging.chain import ChainState, RoundShape
-from p2ptrain.averaging.events import ContributionReady, Key, SealedRound
+from p2ptrain import chain
+from p2ptrain.chain import ChainState, RoundShape
+from p2ptrain.chain.sealed import Key, SealedRound
 from p2ptrain.compression import decoded
 from p2ptrain.compression.layout import ChunkLayout
 from p2ptrain.config.manifest import Manifest
 from p2ptrain.optim.schedule import learning_rate
+from p2ptrain.rounds.events import ContributionReady
 from p2ptrain.simulation.peer import ENTRIES, Rows, ViolationError, dense
 
 

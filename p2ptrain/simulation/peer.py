@@ -17,27 +17,19 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
-from p2ptrain.averaging.catching_up import Restore
-from p2ptrain.averaging.chain import ChainState, RoundShape, Row
-from p2ptrain.averaging.driver import DriverParts, RoundDriver, TrainerMessage
-from p2ptrain.averaging.events import (
-    ContributionReady,
-    Effect,
-    Event,
-    Key,
-    ReplyHeld,
-    Rollback,
-    SealedRound,
-    StartRound,
-    Synced,
-)
-from p2ptrain.averaging.machine import RoundMachine
-from p2ptrain.averaging.messages import Traffic
-from p2ptrain.averaging.uplink import UplinkMeter
+from p2ptrain.calls.messages import Traffic
+from p2ptrain.calls.uplink import UplinkMeter
+from p2ptrain.chain import ChainState, RoundShape, Row
+from p2ptrain.chain.sealed import Key, SealedRound
 from p2ptrain.compression import wire
 from p2ptrain.models.gpt import GPT
 from p2ptrain.observe.status import Status
 from p2ptrain.optim.demo import PartReply
+from p2ptrain.peer.driver import DriverParts, RoundDriver
+from p2ptrain.peer.session import rules_of
+from p2ptrain.rounds.events import ContributionReady, Effect, Event, ReplyHeld, Rollback, StartRound, Synced
+from p2ptrain.rounds.inbox import Restore, TrainerMessage
+from p2ptrain.rounds.machine import RoundMachine
 from p2ptrain.simulation.loop import Actor
 from p2ptrain.simulation.network import Line, SimNode
 from p2ptrain.state.checkpoint import SentUnsettled
@@ -49,7 +41,6 @@ from p2ptrain.state.snapshot import SnapshotStore, piece_hashes, root_of
 from p2ptrain.swarm.identity import Identity, verify
 from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.training.replica import Replica
-from p2ptrain.training.session import rules_of
 from p2ptrain.training.trainer import Trainer
 
 if TYPE_CHECKING:

@@ -23,23 +23,12 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from p2ptrain.averaging import chain
-from p2ptrain.averaging.catching_up import Restore
-from p2ptrain.averaging.chain import RoundShape
-from p2ptrain.averaging.events import (
-    Apply,
-    ContributionReady,
-    Effect,
-    FetchRounds,
-    Key,
-    Note,
-    PublishSeal,
-    Resync,
-    Rollback,
-    SealedRound,
-)
-from p2ptrain.averaging.sealed import reply_digest
+from p2ptrain import chain
+from p2ptrain.chain import RoundShape
+from p2ptrain.chain.sealed import Key, SealedRound, reply_digest
 from p2ptrain.config.manifest import CodecConfig, GroupConfig, Manifest, OptimizerConfig, canonical_bytes, run_id
+from p2ptrain.rounds.events import Apply, ContributionReady, Effect, FetchRounds, Note, PublishSeal, Resync, Rollback
+from p2ptrain.rounds.inbox import Restore
 from p2ptrain.simulation.faults import FAULTS, Faults
 from p2ptrain.simulation.loop import VirtualLoop
 from p2ptrain.simulation.network import Line, Network

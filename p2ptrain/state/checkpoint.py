@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from p2ptrain.averaging.chain import ChainState
+from p2ptrain.chain import ChainState
 from p2ptrain.errors import HomeError
 from p2ptrain.state.files import atomic_write
 from p2ptrain.state.own_log import Outcome

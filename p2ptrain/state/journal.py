@@ -12,9 +12,8 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from p2ptrain.averaging.chain import Verify
-from p2ptrain.averaging.events import SealedRound
-from p2ptrain.averaging.sealed import SealedRoundError, decode_sealed, encode_sealed
+from p2ptrain.chain import Verify
+from p2ptrain.chain.sealed import SealedRound, SealedRoundError, decode_sealed, encode_sealed
 from p2ptrain.state.files import atomic_write
 
 _logger = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from typing import Literal
 
 import msgspec
 
-from p2ptrain.averaging.chain import Row
-from p2ptrain.averaging.events import Key
+from p2ptrain.chain import Row
+from p2ptrain.chain.sealed import Key
 from p2ptrain.state.files import atomic_write
 
 _logger = logging.getLogger(__name__)

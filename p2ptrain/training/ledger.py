@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from p2ptrain.averaging.events import Key
+from p2ptrain.chain.sealed import Key
 from p2ptrain.optim.demo import DeMo, PartReply, Pending, Settled
 from p2ptrain.state.own_log import Outcome
 

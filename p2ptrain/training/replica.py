@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from p2ptrain.averaging.chain import ChainState, RoundShape, genesis
-from p2ptrain.averaging.events import SealedRound
+from p2ptrain.chain import ChainState, RoundShape, genesis
+from p2ptrain.chain.sealed import SealedRound
 from p2ptrain.compression import decoded
 from p2ptrain.compression.layout import ChunkLayout, Kind
 from p2ptrain.config.manifest import GroupConfig, Manifest

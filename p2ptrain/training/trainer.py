@@ -20,18 +20,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from p2ptrain.averaging import chain
-from p2ptrain.averaging.catching_up import Restore
-from p2ptrain.averaging.chain import THROUGHPUT_MAX_MILLI, RoundShape, Row
-from p2ptrain.averaging.driver import Dropped, TrainerMessage
-from p2ptrain.averaging.events import Apply, ContributionReady, Key, Rollback, SealedRound, StartRound, StoodIn
-from p2ptrain.averaging.uplink import UplinkMeter
+from p2ptrain import chain
+from p2ptrain.calls.uplink import UplinkMeter
+from p2ptrain.chain import THROUGHPUT_MAX_MILLI, RoundShape, Row
+from p2ptrain.chain.sealed import Key, SealedRound
 from p2ptrain.compression import decoded, wire
 from p2ptrain.compression.layout import CHUNK_SIZE
 from p2ptrain.data.assignment import sequence_offsets
 from p2ptrain.observe.status import Status
 from p2ptrain.optim.demo import Pending
 from p2ptrain.optim.local import Local
+from p2ptrain.rounds.events import Apply, ContributionReady, Rollback, StartRound, StoodIn
+from p2ptrain.rounds.inbox import Dropped, Restore, TrainerMessage
 from p2ptrain.state.checkpoint import Checkpoint, CheckpointMeta, SentUnsettled, load_checkpoint, save_checkpoint
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import Outcome, OwnEntry, OwnLog

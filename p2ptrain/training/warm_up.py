@@ -1,4 +1,4 @@
-"""A round of a toy through everything that is compiled (`compression/compiled.py`), so that no round of a run waits.
+"""A round of a toy through everything that is compiled (`kernels/compiled.py`), so that no round of a run waits.
 
 Where nothing is compiled yet that takes some twenty seconds of a core, once a machine; from then on about one.
 """
@@ -11,9 +11,9 @@ import time
 
 import torch
 
-from p2ptrain.averaging.reduce import reduce_part
 from p2ptrain.compression import decoded, wire
 from p2ptrain.compression.layout import SIDE
+from p2ptrain.compression.reduce import reduce_part
 from p2ptrain.optim.demo import DeMo
 
 _logger = logging.getLogger(__name__)

@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from histories import MANIFEST, coverage, play, play_all, scenario
 
-from p2ptrain.averaging.events import Effect, PublishSeal
-from p2ptrain.averaging.relay import RELAY_ABOVE
+from p2ptrain.chain.relay import RELAY_ABOVE
 from p2ptrain.config.loading import new_manifest, render
+from p2ptrain.rounds.events import Effect, PublishSeal
 from p2ptrain.simulation import world
 from p2ptrain.simulation.faults import CORRUPT
 from p2ptrain.simulation.peer import SimPeer

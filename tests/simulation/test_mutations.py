@@ -14,13 +14,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from histories import MANIFEST, play
 
-from p2ptrain.averaging import chain, driver, machine
-from p2ptrain.averaging.catching_up import CatchingUp
-from p2ptrain.averaging.events import PublishSeal
-from p2ptrain.averaging.machine import RoundMachine
+from p2ptrain import chain
 from p2ptrain.cli.main import app
 from p2ptrain.config.loading import render
+from p2ptrain.history.catching_up import CatchingUp
 from p2ptrain.optim.demo import DeMo
+from p2ptrain.peer import driver
+from p2ptrain.rounds import machine
+from p2ptrain.rounds.events import PublishSeal
+from p2ptrain.rounds.machine import RoundMachine
 from p2ptrain.simulation.faults import CORRUPT, FAULTS
 from p2ptrain.simulation.loop import current_actor
 from p2ptrain.simulation.peer import SimPeer

@@ -11,7 +11,7 @@ from typing import get_args
 import pytest
 import torch
 
-from p2ptrain.averaging import chain
+from p2ptrain import chain
 from p2ptrain.config.manifest import Strategy, open_manifest
 from p2ptrain.data.corpus import load_files
 from p2ptrain.data.tokenizer import tokenise

@@ -7,11 +7,10 @@ import hashlib
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from p2ptrain.averaging import chain
-from p2ptrain.averaging.chain import ChainState, Row, Seal
-from p2ptrain.averaging.events import Key, SealedRound
-from p2ptrain.averaging.reduce import reduce_part
-from p2ptrain.averaging.sealed import reply_digest
+from p2ptrain import chain
+from p2ptrain.chain import ChainState, Row, Seal
+from p2ptrain.chain.sealed import Key, SealedRound, reply_digest
+from p2ptrain.compression.reduce import reduce_part
 from p2ptrain.config.manifest import Manifest, ModelConfig, OptimizerConfig, RoundConfig
 from p2ptrain.optim.demo import Pending
 from p2ptrain.swarm.identity import Identity

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from p2ptrain.compression import dct, kernels_cpu, selection
+from p2ptrain.compression import dct, selection
+from p2ptrain.compression.kernels import cpu as kernels_cpu
 from p2ptrain.compression.layout import SIDE, Form
 from p2ptrain.optim import threads
 from p2ptrain.optim.demo import DeMo, Pending
@@ -37,7 +38,7 @@ def kernels(request: pytest.FixtureRequest) -> ModuleType:
 def kernels_cuda() -> ModuleType:
     if find_spec("triton") is None:
         pytest.skip("no Triton")
-    return import_module("p2ptrain.compression.kernels_cuda")
+    return import_module("p2ptrain.compression.kernels.cuda")
 
 
 def device_of(kernels: ModuleType) -> torch.device:

@@ -13,9 +13,9 @@ import scipy.fft
 import torch
 from numpy.typing import NDArray
 
-from p2ptrain.averaging.reduce import reduce_part
 from p2ptrain.compression import dct, wire
 from p2ptrain.compression.layout import CHUNK_SIZE, SIDE
+from p2ptrain.compression.reduce import reduce_part
 from p2ptrain.optim import demo
 from p2ptrain.optim.demo import DeMo, PartReply, Pending
 

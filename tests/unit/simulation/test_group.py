@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from p2ptrain.averaging.reduce import reduce_part
 from p2ptrain.compression import wire
+from p2ptrain.compression.reduce import reduce_part
 from p2ptrain.config import strategies
 from p2ptrain.config.manifest import Manifest, Strategy
 from p2ptrain.data.assignment import sequence_offset

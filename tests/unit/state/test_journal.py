@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lone import RUN_ID, Lone, seal
 
-from p2ptrain.averaging.sealed import decode_sealed
+from p2ptrain.chain.sealed import decode_sealed
 from p2ptrain.state.journal import Journal
 from p2ptrain.swarm.identity import verify
 

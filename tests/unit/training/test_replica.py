@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lone import MANIFEST, Lone, replica
 
-from p2ptrain.averaging import chain
-from p2ptrain.averaging.events import SealedRound
+from p2ptrain import chain
+from p2ptrain.chain.sealed import SealedRound
 from p2ptrain.state.tensors import TensorFileError
 from p2ptrain.training.replica import Replica
 

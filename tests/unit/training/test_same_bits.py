@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lone import MANIFEST, RUN_ID, Lone
 
-from p2ptrain.averaging import chain
+from p2ptrain import chain
 from p2ptrain.state.journal import Journal
 from p2ptrain.swarm.identity import verify
 from p2ptrain.training.replica import Replica

@@ -16,12 +16,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lone import MANIFEST, ROW, RUN_ID, Lone, replica, seal
 
-from p2ptrain.averaging import chain
-from p2ptrain.averaging.catching_up import Restore
-from p2ptrain.averaging.driver import TrainerMessage
-from p2ptrain.averaging.events import Apply, ContributionReady, Rollback, SealedRound, StartRound, StoodIn
-from p2ptrain.averaging.uplink import UplinkMeter
+from p2ptrain import chain
+from p2ptrain.calls.uplink import UplinkMeter
+from p2ptrain.chain.sealed import SealedRound
 from p2ptrain.observe.status import Status
+from p2ptrain.rounds.events import Apply, ContributionReady, Rollback, StartRound, StoodIn
+from p2ptrain.rounds.inbox import Restore, TrainerMessage
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import OwnEntry, OwnLog
 from p2ptrain.swarm.identity import verify

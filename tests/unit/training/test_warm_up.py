@@ -12,8 +12,8 @@ from typing import get_args
 import msgspec
 import numpy as np
 
-from p2ptrain.averaging.chain import Part
-from p2ptrain.compression.compiled import ALL
+from p2ptrain.chain import Part
+from p2ptrain.compression.kernels.compiled import ALL
 from p2ptrain.config import strategies
 from p2ptrain.config.manifest import Manifest, Strategy
 from p2ptrain.simulation.group import Group

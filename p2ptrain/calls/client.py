@@ -1,0 +1,219 @@
+"""The calls that this peer makes. Every one ends: with what was asked for, or with CallError within its deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from google.protobuf.wrappers_pb2 import BytesValue
+from hivemind.p2p import P2PHandlerError
+from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
+
+from p2ptrain.calls.handout import Handout
+from p2ptrain.calls.messages import (
+    NAMESPACE,
+    Answer,
+    CallError,
+    ContributionHeader,
+    DataRequest,
+    Follow,
+    FrameReader,
+    Hello,
+    JoinRequest,
+    News,
+    RefusedError,
+    Relay,
+    RoundsHeader,
+    RoundsRequest,
+    SnapshotHeld,
+    SnapshotOffer,
+    SnapshotRequest,
+    Tip,
+    Traffic,
+    Welcome,
+    decode_message,
+)
+from p2ptrain.calls.servicer import PeerServicer
+from p2ptrain.calls.uplink import Burst
+from p2ptrain.chain import Row, SignedSeal
+from p2ptrain.config.manifest import PROTOCOL_VERSION
+from p2ptrain.errors import P2PTrainError
+from p2ptrain.state.pieces import piece_length, pieces_of
+from p2ptrain.swarm.node import SwarmNode
+
+SECONDS = 8.0
+"""For an answer, and for each frame of a stream."""
+NEWS_SECONDS = 4.0
+"""Silence of a peer we follow after which we hang up; it says something every second."""
+_SEALED_ROUND_SLACK_BYTES = 512 * 1024
+
+#: what hivemind and its daemon raise when a call fails
+_FAILURES = (P2PHandlerError, P2PDaemonError, OSError, EOFError, TimeoutError, P2PTrainError, ValueError)
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotAnswer:
+    """What a donor says and hands out."""
+
+    held: bytes
+    hashes: bytes
+    pieces: list[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """Calls in the name of one peer, for one run; `handout` lets contributions go before what others download."""
+
+    node: SwarmNode
+    traffic: Traffic
+    run_id: bytes
+    handout: Handout = field(default_factory=Handout)
+
+    async def join(self, peer: bytes, row: Row) -> None:
+        """Ask `peer` to admit us by its next seal. Raises RefusedError, CallError."""
+        answer = await self._unary(peer, "rpc_join", self.traffic.message(JoinRequest(self.run_id, row)), Answer)
+        if answer.refusal:
+            raise RefusedError(answer.refusal)
+
+    async def relay(self, peer: bytes, tip: Tip, seal: SignedSeal) -> None:
+        """Pass a seal on. Raises RefusedError, CallError."""
+        answer = await self._unary(peer, "rpc_relay", self.traffic.message(Relay(self.run_id, tip, seal)), Answer)
+        if answer.refusal:
+            raise RefusedError(answer.refusal)
+
+    async def contribute(
+        self,
+        peer: bytes,
+        header: ContributionHeader,
+        payload: bytes,
+        reply_max_bytes: int,
+        reply_seconds: float,
+        turn: asyncio.Lock,
+        burst: Burst,
+    ) -> bytes:
+        """Send a contribution and wait for the reply of its part, at most `reply_seconds`.
+
+        Args:
+            turn: held while it is sent, so that the first of several parts is there before the others.
+            burst: hears when it is there.
+
+        Raises:
+            RefusedError: with the reducer's reason.
+            CallError: no answer, or no reply.
+        """
+
+        clock = asyncio.get_running_loop().time
+        began = clock()
+
+        async def frames() -> AsyncIterator[BytesValue]:
+            nonlocal began
+            began = clock()
+            yield self.traffic.message(header)
+            if header.row.weight:
+                for frame in self.traffic.blob(payload):
+                    yield frame
+            sending.close()
+
+        await turn.acquire()
+        # Whatever becomes of the frames, the call's end is the end of sending too.
+        with contextlib.ExitStack() as sending:
+            sending.callback(turn.release)
+            sending.enter_context(self.handout.urgent())
+            async with self._stream(peer, "rpc_contribute", frames()) as reader:
+                await reader.accepted(reply_seconds)
+                if header.row.weight:
+                    burst.heard(began, clock())
+                    await reader.accepted(reply_seconds)
+                    burst.arrived(clock(), len(payload))
+                return await reader.blob(reply_max_bytes, reply_seconds)
+
+    async def follow(self, peer: bytes, tip: Tip) -> AsyncIterator[News]:
+        """News of `peer` for as long as it gives any. Raises RefusedError, CallError."""
+        async with self._stream(peer, "rpc_follow", self.traffic.message(Follow(self.run_id, tip))) as reader:
+            await reader.accepted()
+            while True:
+                yield await reader.message(News, NEWS_SECONDS)
+
+    async def rounds(
+        self, peer: bytes, locator: tuple[bytes, ...], round_max_bytes: int
+    ) -> tuple[RoundsHeader, list[bytes]]:
+        """Sealed rounds, still encoded, after the newest id of `locator` that `peer` keeps. Raises CallError."""
+        request = self.traffic.message(RoundsRequest(self.run_id, locator))
+        async with self._stream(peer, "rpc_rounds", request) as reader:
+            await reader.accepted()
+            header = await reader.message(RoundsHeader)
+            limit = round_max_bytes + _SEALED_ROUND_SLACK_BYTES
+            return header, [await reader.blob(limit) for _ in range(header.count)]
+
+    async def snapshot(
+        self,
+        peer: bytes,
+        offer: SnapshotOffer,
+        first: int = 0,
+        end: int = 0,
+        *,
+        hashes: bool = False,
+        timeout_seconds: float = SECONDS,
+    ) -> SnapshotAnswer:
+        """What `peer` holds of a snapshot, and its pieces [first, end); nothing of it is checked but its length.
+
+        Raises:
+            RefusedError: it has not got them, or has too much to do (`TOO_MANY_CALLS`).
+            CallError: no answer, or not all of it within `timeout_seconds`.
+        """
+        request = self.traffic.message(SnapshotRequest(self.run_id, offer.id, offer.root, first, end, hashes))
+        async with self._stream(peer, "rpc_snapshot", request) as reader, asyncio.timeout(timeout_seconds):
+            await reader.accepted()
+            held = (await reader.message(SnapshotHeld)).held
+            # The donor may have to read all of it first.
+            joined = await reader.blob(32 * pieces_of(offer.length), timeout_seconds) if hashes else b""
+            pieces = [await reader.blob(piece_length(offer.length, n), timeout_seconds) for n in range(first, end)]
+        return SnapshotAnswer(held, joined, pieces)
+
+    async def data(self, peer: bytes, max_bytes: int, progress: Callable[[int, int], None]) -> bytes:
+        """The run's corpus, packed. Raises RefusedError, CallError."""
+        async with self._stream(peer, "rpc_data", self.traffic.message(DataRequest(self.run_id))) as reader:
+            # The donor may have to pack it first.
+            await reader.accepted(60.0)
+            return await reader.blob(max_bytes, progress=progress)
+
+    async def _unary(self, peer: bytes, name: str, request: BytesValue, kind: type[Any]) -> Any:
+        return await unary(self.node, peer, name, request, kind, self.traffic)
+
+    @contextlib.asynccontextmanager
+    async def _stream(
+        self, peer: bytes, name: str, request: BytesValue | AsyncIterator[BytesValue]
+    ) -> AsyncIterator[FrameReader]:
+        """Open a stream to `peer`, and close it whatever happens. Raises CallError for all that hivemind may raise."""
+        frames: Any = None
+        try:
+            async with asyncio.timeout(SECONDS):
+                stub = self.node.stub(PeerServicer, peer, NAMESPACE)
+                frames = await getattr(stub, name)(request)
+            yield FrameReader(frames, self.traffic, SECONDS)
+        except _FAILURES as error:
+            raise CallError(str(error) or type(error).__name__) from error
+        finally:
+            if frames is not None:
+                with contextlib.suppress(*_FAILURES, RuntimeError):
+                    await frames.aclose()
+
+
+async def unary(node: SwarmNode, peer: bytes, name: str, request: BytesValue, kind: type[Any], traffic: Traffic) -> Any:
+    """One request and one answer of type `kind`. Raises CallError."""
+    try:
+        stub = node.stub(PeerServicer, peer, NAMESPACE)
+        answer = await getattr(stub, name)(request, timeout=SECONDS)
+    except _FAILURES as error:
+        raise CallError(str(error) or type(error).__name__) from error
+    traffic.received += answer.ByteSize()
+    return decode_message(answer.value, kind)
+
+
+async def hello(node: SwarmNode, peer: bytes) -> Welcome:
+    """Ask a peer which run it is in. Raises CallError, also when it is no p2ptrain peer at all."""
+    traffic = Traffic()
+    return await unary(node, peer, "rpc_hello", traffic.message(Hello(PROTOCOL_VERSION)), Welcome, traffic)

@@ -1,0 +1,266 @@
+"""What peers say to each other, as msgpack in frames of at most `PIECE_BYTES` and a header.
+
+Every stream is frames; a frame is a message or a piece of a blob. A blob is announced with its length and SHA-256, so a
+stream that ends early, which libp2p does not tell from one that ends well, is noticed. Nothing is buffered beyond the
+length that the reader allows, and no reader waits for a frame longer than its timeout.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, TypeVar
+
+import msgspec
+from google.protobuf.wrappers_pb2 import BytesValue
+from msgspec import Meta
+
+from p2ptrain.chain import Hash, OptionalHash, Row, SignedSeal
+
+NAMESPACE = "p2ptrain"
+PIECE_BYTES = 256 * 1024
+LOCATOR_MAX = 16
+ROUNDS_MAX = 64
+"""Sealed rounds in one answer."""
+SNAPSHOTS_MAX = 8
+SNAPSHOT_PIECES_MAX = 2**20
+TOO_MANY_CALLS = "too many calls at once"
+"""The refusal that means: later."""
+_FRAME_OVERHEAD_BYTES = 9  # length and marker that hivemind puts before each message
+
+Round = Annotated[int, Meta(ge=0, le=2**48)]
+Total = Annotated[int, Meta(ge=0, le=2**62)]
+
+
+class CallError(Exception):
+    """A call that failed: nobody there, silence, or nonsense."""
+
+
+class RefusedError(CallError):
+    """The other side says no, and why."""
+
+
+class _Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Base of all messages: arrays, of exactly their fields."""
+
+
+class Tip(_Message, frozen=True):
+    """Where a peer's chain stands."""
+
+    round: Round
+    id: Hash
+    total: Total
+
+
+class Hello(_Message, frozen=True):
+    """What a peer is asked first."""
+
+    protocol: int
+
+
+class Welcome(_Message, frozen=True):
+    """Answer to `Hello`: the run that this peer is in."""
+
+    protocol: int
+    run_id: Hash
+    manifest: Annotated[bytes, Meta(max_length=16 * 1024)]
+    tip: Tip
+
+
+class ContributionHeader(_Message, frozen=True):
+    """First frame of a contribution; a blob, the payload, follows where the weight is above 0."""
+
+    run_id: Hash
+    round: Round
+    base: Hash
+    part: Annotated[int, Meta(ge=0, le=1024)]
+    row: Row
+    root_round: Round
+    root: OptionalHash
+    tip: Tip
+
+
+class Answer(_Message, frozen=True):
+    """Accepted where `refusal` is empty."""
+
+    refusal: Annotated[str, Meta(max_length=200)]
+
+
+class BlobHeader(_Message, frozen=True):
+    """Announces a blob."""
+
+    length: Annotated[int, Meta(ge=0, le=2**40)]
+    sha256: Hash
+
+
+class Follow(_Message, frozen=True):
+    """Asks for news until the caller hangs up."""
+
+    run_id: Hash
+    tip: Tip
+
+
+class News(_Message, frozen=True):
+    """The tip, at each change and at least once a second; with the seal where the sender made it."""
+
+    tip: Tip
+    seal: SignedSeal | None
+    leaving: bool
+
+
+class Relay(_Message, frozen=True):
+    """A seal on its way down its sealer's tree."""
+
+    run_id: Hash
+    tip: Tip
+    """Of whoever passes it on."""
+    seal: SignedSeal
+
+
+class RoundsRequest(_Message, frozen=True):
+    """Asks for the sealed rounds after the first of these ids that the donor keeps."""
+
+    run_id: Hash
+    locator: Annotated[tuple[Hash, ...], Meta(max_length=LOCATOR_MAX)]
+
+
+class SnapshotOffer(_Message, frozen=True):
+    """A snapshot that the donor has, whose root is sealed."""
+
+    round: Round
+    id: Hash
+    root: Hash
+    length: Annotated[int, Meta(ge=0, le=2**40)]
+
+
+class RoundsHeader(_Message, frozen=True):
+    """Answer to `RoundsRequest`; `count` blobs follow, each a sealed round."""
+
+    ancestor: OptionalHash
+    count: Annotated[int, Meta(ge=0, le=ROUNDS_MAX)]
+    tip: Tip
+    snapshots: Annotated[tuple[SnapshotOffer, ...], Meta(max_length=SNAPSHOTS_MAX)]
+
+
+class JoinRequest(_Message, frozen=True):
+    """Asks to be admitted by the next seal."""
+
+    run_id: Hash
+    row: Row
+
+
+class SnapshotRequest(_Message, frozen=True):
+    """Asks for pieces [first, end) of a snapshot; without any, which pieces the donor holds."""
+
+    run_id: Hash
+    id: Hash
+    root: Hash
+    first: Annotated[int, Meta(ge=0, le=SNAPSHOT_PIECES_MAX)]
+    end: Annotated[int, Meta(ge=0, le=SNAPSHOT_PIECES_MAX)]
+    hashes: bool
+
+
+class SnapshotHeld(_Message, frozen=True):
+    """Answer to `SnapshotRequest`; a blob of all pieces' hashes follows if asked for, then the pieces, a blob each."""
+
+    held: Annotated[bytes, Meta(max_length=SNAPSHOT_PIECES_MAX // 8)]
+    """Bitmap, least significant bit first; empty: all."""
+
+
+class DataRequest(_Message, frozen=True):
+    """Asks for the run's corpus, packed, as one blob."""
+
+    run_id: Hash
+
+
+M = TypeVar("M", bound=_Message)
+_encoder = msgspec.msgpack.Encoder()
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Bytes on the wire, framing included."""
+
+    sent: int = 0
+    received: int = 0
+
+    def frame(self, data: bytes) -> BytesValue:
+        """A frame to be sent, counted."""
+        frame = BytesValue(value=data)
+        self.sent += frame.ByteSize() + _FRAME_OVERHEAD_BYTES
+        return frame
+
+    def message(self, message: _Message) -> BytesValue:
+        """A message as a frame to be sent, counted."""
+        return self.frame(_encoder.encode(message))
+
+    def blob(self, data: bytes, *, pieces: int = 1) -> Iterator[BytesValue]:
+        """A blob as frames to be sent: its header, then at least `pieces` pieces if it is long enough."""
+        yield self.message(BlobHeader(len(data), hashlib.sha256(data).digest()))
+        size = max(1, min(PIECE_BYTES, -(-len(data) // pieces)))
+        for start in range(0, len(data), size):
+            yield self.frame(data[start : start + size])
+
+
+def decode_message(data: bytes, kind: type[M]) -> M:
+    """Read one message. Raises CallError."""
+    try:
+        return msgspec.msgpack.decode(data, type=kind)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise CallError(f"not a {kind.__name__}: {error}") from error
+
+
+class FrameReader:
+    """Reads frames that somebody else sends.
+
+    Args:
+        frames: hivemind's iterator.
+        traffic: counts them.
+        timeout_seconds: silence that ends the call.
+    """
+
+    def __init__(self, frames: AsyncIterator[BytesValue], traffic: Traffic, timeout_seconds: float) -> None:
+        self._frames, self._traffic, self._timeout_seconds = frames, traffic, timeout_seconds
+
+    async def frame(self, timeout_seconds: float | None = None) -> bytes:
+        """The next frame. Raises CallError when none comes."""
+        try:
+            async with asyncio.timeout(timeout_seconds or self._timeout_seconds):
+                frame = await anext(self._frames)
+        except TimeoutError as error:
+            raise CallError("silence") from error
+        except StopAsyncIteration as error:
+            raise CallError("the stream ended early") from error
+        self._traffic.received += frame.ByteSize() + _FRAME_OVERHEAD_BYTES
+        return frame.value
+
+    async def message(self, kind: type[M], timeout_seconds: float | None = None) -> M:
+        """The next frame as a message. Raises CallError."""
+        return decode_message(await self.frame(timeout_seconds), kind)
+
+    async def accepted(self, timeout_seconds: float | None = None) -> None:
+        """The next frame as an answer. Raises RefusedError, CallError."""
+        answer = await self.message(Answer, timeout_seconds)
+        if answer.refusal:
+            raise RefusedError(answer.refusal)
+
+    async def blob(
+        self, max_bytes: int, timeout_seconds: float | None = None, progress: Callable[[int, int], None] | None = None
+    ) -> bytes:
+        """The next blob. `timeout_seconds` is for its header alone; `progress` hears (bytes so far, of). CallError."""
+        header = await self.message(BlobHeader, timeout_seconds)
+        if header.length > max_bytes:
+            raise CallError(f"{header.length} bytes announced, at most {max_bytes} are taken")
+        data = bytearray()
+        while len(data) < header.length:
+            piece = await self.frame()
+            if not piece or len(data) + len(piece) > header.length:
+                raise CallError("pieces do not add up to what was announced")
+            data += piece
+            if progress is not None:
+                progress(len(data), header.length)
+        if hashlib.sha256(data).digest() != header.sha256:
+            raise CallError("what came does not have the hash announced")
+        return bytes(data)

@@ -1,0 +1,227 @@
+"""The calls that this peer answers. Each checks who asks and how much, and hands the rest to the driver.
+
+One leaf class with all `rpc_*`, because hivemind caches handlers by class hierarchy. A stream handler that raises would
+leave the caller with a stream that ends as if all were well, so refusals are messages, and faults are logged here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable
+from typing import TYPE_CHECKING, AsyncIterator  # noqa: UP035 - hivemind knows a stream by this type alone
+
+from google.protobuf.wrappers_pb2 import BytesValue
+from hivemind.p2p import P2PContext, ServicerBase
+
+from p2ptrain.calls.messages import (
+    TOO_MANY_CALLS,
+    Answer,
+    CallError,
+    ContributionHeader,
+    DataRequest,
+    Follow,
+    FrameReader,
+    Hello,
+    JoinRequest,
+    Relay,
+    RoundsHeader,
+    RoundsRequest,
+    SnapshotHeld,
+    SnapshotRequest,
+    Traffic,
+    decode_message,
+)
+from p2ptrain.chain.sealed import Key
+from p2ptrain.state.failpoints import failpoint
+from p2ptrain.swarm.identity import format_peer_id
+
+if TYPE_CHECKING:
+    from p2ptrain.peer.driver import RoundDriver
+
+CALLS_PER_PEER = 32
+PIECES_A_CALL = 16
+PACED_BYTES = 64 * 1024
+FRAME_SECONDS = 15.0
+"""Silence inside a request after which it is dropped."""
+
+_logger = logging.getLogger(__name__)
+Frames = AsyncGenerator[BytesValue, None]
+
+
+class PeerServicer(ServicerBase):
+    """What others may call."""
+
+    def __init__(self, driver: RoundDriver, traffic: Traffic) -> None:
+        self._driver, self._traffic = driver, traffic
+        self._calls: Counter[bytes] = Counter()
+
+    async def rpc_hello(self, request: BytesValue, context: P2PContext) -> BytesValue:
+        """Which run this peer is in, and its manifest."""
+        decode_message(request.value, Hello)
+        return self._traffic.message(self._driver.welcome())
+
+    async def rpc_join(self, request: BytesValue, context: P2PContext) -> BytesValue:
+        """Ask to be admitted by the next seal."""
+        wanted = decode_message(request.value, JoinRequest)
+        return self._traffic.message(Answer(self._driver.take_join(wanted, context.remote_id.to_bytes())))
+
+    async def rpc_relay(self, request: BytesValue, context: P2PContext) -> BytesValue:
+        """Hear a seal, and pass it on."""
+        relay = decode_message(request.value, Relay)
+        refusal = self._driver.wrong_run(relay.run_id)
+        if refusal is None:
+            self._driver.feed.take_relayed(context.remote_id.to_bytes(), relay.tip, relay.seal)
+        return self._traffic.message(Answer(refusal or ""))
+
+    async def rpc_contribute(self, stream: AsyncIterator[BytesValue], context: P2PContext) -> AsyncIterator[BytesValue]:
+        """A contribution for one part, answered with that part's reply once it is frozen."""
+        async for frame in self._serve(context, lambda peer: self._contribute(stream, peer)):
+            yield frame
+
+    async def rpc_follow(self, request: BytesValue, context: P2PContext) -> AsyncIterator[BytesValue]:
+        """News of this peer's chain."""
+        async for frame in self._serve(context, lambda peer: self._follow(request.value, peer)):
+            yield frame
+
+    async def rpc_rounds(self, request: BytesValue, context: P2PContext) -> AsyncIterator[BytesValue]:
+        """Sealed rounds from the journal."""
+        async for frame in self._serve(context, lambda peer: self._rounds(request.value)):
+            yield frame
+
+    async def rpc_snapshot(self, request: BytesValue, context: P2PContext) -> AsyncIterator[BytesValue]:
+        """Pieces of a snapshot."""
+        async for frame in self._serve(context, lambda peer: self._snapshot(request.value, peer)):
+            yield frame
+
+    async def rpc_data(self, request: BytesValue, context: P2PContext) -> AsyncIterator[BytesValue]:
+        """The run's corpus."""
+        async for frame in self._serve(context, lambda peer: self._data(request.value)):
+            yield frame
+
+    # ---- what they do -----------------------------------------------------------------------------------------
+
+    async def _serve(self, context: P2PContext, work: Callable[[bytes], Frames]) -> Frames:
+        """Run one streaming call within this peer's share of calls."""
+        peer = context.remote_id.to_bytes()
+        if self._calls[peer] >= CALLS_PER_PEER:
+            yield self._traffic.message(Answer(TOO_MANY_CALLS))
+            return
+        self._calls[peer] += 1
+        try:
+            async for frame in work(peer):
+                yield frame
+        except (CallError, OSError) as error:
+            _logger.debug("a call by %s came to nothing: %s", format_peer_id(peer), error)
+        finally:
+            self._calls[peer] -= 1
+            if not self._calls[peer]:
+                del self._calls[peer]
+
+    async def _contribute(self, stream: AsyncIterator[BytesValue], peer: bytes) -> Frames:
+        reader = FrameReader(stream, self._traffic, FRAME_SECONDS)
+        header = await reader.message(ContributionHeader)
+        refusal = self._driver.refuse(header, peer)
+        if refusal is None and not header.row.weight:
+            refusal = self._driver.take_contribution(header, peer, b"")
+        # Who was late or came twice may still have the reply.
+        yield self._traffic.message(Answer(_unless_late(refusal)))
+        if header.row.weight and not _unless_late(refusal):
+            payload = await reader.blob(self._driver.contribution_max_bytes(header))
+            if refusal is None:
+                refusal = self._driver.take_contribution(header, peer, payload)
+            yield self._traffic.message(Answer(_unless_late(refusal)))
+        if _unless_late(refusal):
+            return
+        reply = await self._driver.frozen_reply(Key(header.round, header.base), header.part)
+        if reply is None:
+            return
+        done = asyncio.get_running_loop().create_future()
+        self._driver.handing_out.add(done)
+        try:
+            with self._driver.handout.urgent():
+                for number, frame in enumerate(self._traffic.blob(reply.data, pieces=2)):
+                    if number == 2:
+                        failpoint("reply_half_sent")
+                    yield frame
+        finally:
+            self._driver.handing_out.discard(done)
+            done.set_result(None)
+
+    async def _follow(self, request: bytes, peer: bytes) -> Frames:
+        wanted = decode_message(request, Follow)
+        refusal = self._driver.wrong_run(wanted.run_id)
+        if refusal is None:
+            refusal = self._driver.feed.refusal(peer)
+        yield self._traffic.message(Answer(refusal or ""))
+        if refusal is None:
+            self._driver.hear_tip(peer, wanted.tip)
+            async for news in self._driver.feed.serve(peer):
+                yield self._traffic.message(news)
+
+    async def _rounds(self, request: bytes) -> Frames:
+        wanted = decode_message(request, RoundsRequest)
+        refusal = self._driver.wrong_run(wanted.run_id)
+        yield self._traffic.message(Answer(refusal or ""))
+        if refusal is not None:
+            return
+        offer = self._driver.catching_up.offer_rounds
+        ancestor, rounds, snapshots = await asyncio.to_thread(offer, wanted.locator)
+        yield self._traffic.message(RoundsHeader(ancestor, len(rounds), self._driver.tip, snapshots))
+        for encoded in rounds:
+            for frame in self._traffic.blob(encoded):
+                yield frame
+
+    async def _snapshot(self, request: bytes, peer: bytes) -> Frames:
+        wanted = decode_message(request, SnapshotRequest)
+        refusal = self._driver.wrong_run(wanted.run_id)
+        found = None
+        if refusal is None:
+            found = await asyncio.to_thread(self._driver.catching_up.open_snapshot, wanted.id, wanted.root)
+        if found is None:
+            yield self._traffic.message(Answer(refusal or "no such snapshot here any more"))
+            return
+        numbers = range(wanted.first, min(wanted.end, wanted.first + PIECES_A_CALL))
+        if len(numbers) < wanted.end - wanted.first or not all(map(found.has, numbers)):
+            yield self._traffic.message(Answer("not all of these pieces are here"))
+            return
+        held = self._traffic.message(SnapshotHeld(found.held))
+        if not numbers and not wanted.hashes:
+            yield self._traffic.message(Answer(""))
+            yield held
+            return
+        with self._driver.handout.stream(peer) as going_on:
+            yield self._traffic.message(Answer("" if going_on else TOO_MANY_CALLS))
+            if going_on is None:
+                return
+            yield held
+            if wanted.hashes:
+                hashes = await self._driver.catching_up.hashes_of(found)
+                async for frame in self._paced(b"".join(hashes), going_on):
+                    yield frame
+            for number in numbers:
+                async for frame in self._paced(await asyncio.to_thread(found.read, number), going_on):
+                    yield frame
+
+    async def _paced(self, data: bytes, going_on: Callable[[], bool]) -> Frames:
+        """A blob at the pace of the handout, in frames small enough that none is long in coming."""
+        for frame in self._traffic.blob(data, pieces=max(1, -(-len(data) // PACED_BYTES))):
+            await self._driver.handout.pace(frame.ByteSize())
+            if not going_on():
+                raise CallError("it takes too long")
+            yield frame
+
+    async def _data(self, request: bytes) -> Frames:
+        wanted = decode_message(request, DataRequest)
+        refusal = self._driver.wrong_run(wanted.run_id)
+        packed = None if refusal else await asyncio.to_thread(self._driver.packed_corpus)
+        yield self._traffic.message(Answer(refusal or ("" if packed else "this peer has no copy to hand out yet")))
+        if packed:
+            for frame in self._traffic.blob(packed):
+                yield frame
+
+
+def _unless_late(refusal: str | None) -> str:
+    """The refusal as it is answered: who comes late, or twice, is heard out."""
+    return "" if refusal in (None, "late", "twice") else str(refusal)

@@ -1,0 +1,141 @@
+"""Seals: the signed record of what one round decided, its form, its id and its bitmaps.
+
+Each seal names its parent, so a tip names a whole history. What follows from a list of seals is in `state.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+SEAL_VERSION = 1
+HASH_BYTES = 32
+MEMBERS_MAX = 1024
+JOINS_MAX = 32  # newcomers one seal may admit
+SEAL_MAX_BYTES = 256 * 1024
+UPLINK_MAX_KBIT = 10_000_000
+THROUGHPUT_MAX_MILLI = 1_000_000_000
+
+Hash = Annotated[bytes, Meta(min_length=HASH_BYTES, max_length=HASH_BYTES)]
+OptionalHash = Annotated[bytes, Meta(max_length=HASH_BYTES)]
+PeerId = Annotated[bytes, Meta(min_length=34, max_length=64)]
+
+
+class SealError(ValueError):
+    """A seal that no honest peer would have made, or that does not continue the chain it was checked against."""
+
+
+class Row(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What a member said of itself with its last contribution."""
+
+    weight: Annotated[int, Meta(ge=0, le=1_000_000)]
+    """Sequences behind the contribution."""
+    throughput: Annotated[int, Meta(ge=0, le=THROUGHPUT_MAX_MILLI)]
+    """Sequences computed per 1000 seconds."""
+    uplink: Annotated[int, Meta(ge=0, le=UPLINK_MAX_KBIT)]
+    """Upload rate in kbit/s; 0: this peer cannot be dialled, so it reduces nothing."""
+
+
+class Join(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A newcomer that a seal admits; a member from two rounds later."""
+
+    peer_id: PeerId
+    row: Row
+
+
+class Seal(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The record of what one round decided. Its id is the hash of its encoding, its signature apart."""
+
+    version: int
+    run_id: Hash
+    round: Annotated[int, Meta(ge=1, le=2**48)]
+    parent: Hash
+    total: Annotated[int, Meta(ge=0, le=2**62)]
+    sealer: PeerId
+    solo: bool
+    included: Annotated[bytes, Meta(max_length=MEMBERS_MAX // 8)]
+    parts: Annotated[tuple[OptionalHash, ...], Meta(max_length=MEMBERS_MAX)]
+    rows: Annotated[tuple[Row, ...], Meta(max_length=MEMBERS_MAX)]
+    joins: Annotated[tuple[Join, ...], Meta(max_length=JOINS_MAX)]
+    root: OptionalHash
+
+
+class SignedSeal(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A seal as it travels: the encoded body that was hashed, and the sealer's signature over its id."""
+
+    body: Annotated[bytes, Meta(max_length=SEAL_MAX_BYTES)]
+    signature: Annotated[bytes, Meta(min_length=64, max_length=64)]
+
+
+Verify = Callable[[bytes, bytes, bytes], bool]
+"""(peer id, data, signature) -> whether that peer signed that data."""
+
+_seal_decoder = msgspec.msgpack.Decoder(Seal)
+_signed_decoder = msgspec.msgpack.Decoder(SignedSeal)
+
+
+def seal_id(body: bytes) -> bytes:
+    """Id of the seal encoded in `body`."""
+    return hashlib.sha256(b"p2ptrain seal 1\0" + body).digest()
+
+
+def encode_seal(seal: Seal, sign: Callable[[bytes], bytes]) -> SignedSeal:
+    """Encode and sign a seal."""
+    body = msgspec.msgpack.encode(seal)
+    return SignedSeal(body, sign(seal_id(body)))
+
+
+def open_seal(signed: SignedSeal, verify: Verify) -> tuple[bytes, Seal]:
+    """Check the form and the signature of a seal; returns its id and content.
+
+    Raises:
+        SealError: not canonical, not a seal, or not signed by the sealer that it names.
+    """
+    try:
+        seal = _seal_decoder.decode(signed.body)
+    except msgspec.MsgspecError as error:
+        raise SealError(f"not a seal: {error}") from error
+    if msgspec.msgpack.encode(seal) != signed.body:
+        raise SealError("seal is not in canonical form")
+    identifier = seal_id(signed.body)
+    if not verify(seal.sealer, identifier, signed.signature):
+        raise SealError("seal is not signed by its sealer")
+    return identifier, seal
+
+
+def decode_signed_seal(data: bytes) -> SignedSeal:
+    """Parse a signed seal from the wire.
+
+    Raises:
+        SealError: malformed.
+    """
+    try:
+        return _signed_decoder.decode(data)
+    except msgspec.MsgspecError as error:
+        raise SealError(f"not a signed seal: {error}") from error
+
+
+def bitmap(indices: Sequence[int] | set[int] | frozenset[int], size: int) -> bytes:
+    """Pack member indices into a bitmap of `size` bits, least significant bit first."""
+    packed = bytearray((size + 7) // 8)
+    for index in indices:
+        packed[index // 8] |= 1 << (index % 8)
+    return bytes(packed)
+
+
+def bits(packed: bytes, size: int) -> frozenset[int]:
+    """Unpack a bitmap of `size` bits.
+
+    Raises:
+        SealError: wrong length, or a bit set beyond `size`.
+    """
+    if len(packed) != (size + 7) // 8:
+        raise SealError(f"bitmap of {len(packed)} bytes for {size} members")
+    found = frozenset(i for i in range(len(packed) * 8) if packed[i // 8] >> (i % 8) & 1)
+    if any(i >= size for i in found):
+        raise SealError("bitmap names members that are not there")
+    return found

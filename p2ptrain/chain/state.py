@@ -1,0 +1,239 @@
+"""The state of the chain that follows from its seals.
+
+Everything here is a pure function of seals: two peers that applied the same seals hold the same `ChainState`, to the
+byte, and therefore agree on the members, the partition, the sealer order and the pace of the next two rounds without
+asking anybody. `shape(t)` comes from seal t-2, so that contributions of round t survive a fork of depth one at t-1.
+
+All arithmetic is in integers. The partition in particular is a largest-remainder apportionment rather than a linear
+program: it must come out the same on every machine, and floating-point solvers promise no such thing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from p2ptrain.chain.seal import (
+    HASH_BYTES,
+    MEMBERS_MAX,
+    SEAL_VERSION,
+    UPLINK_MAX_KBIT,
+    Hash,
+    PeerId,
+    Row,
+    Seal,
+    SealError,
+    bits,
+)
+
+ABSENCES_ALLOWED = 3  # consecutive seals without a member before it is no longer one
+PART_CHUNKS_MIN = 1024  # a reducer's range is not cut into smaller parts
+PARTS_PER_REDUCER_MAX = 8
+PARTS_MAX = 256  # cut no further beyond; a reducer has one part at least
+
+
+class Member(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One peer of the group, as the chain lists it."""
+
+    peer_id: PeerId
+    row: Row
+    absent: int
+    """Consecutive seals of its membership that left it out."""
+    included: bool
+    """Whether the last seal included it."""
+
+    @property
+    def dialable(self) -> bool:
+        return self.row.uplink > 0
+
+
+class ChainState(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Where a chain stands after a seal. Part of every snapshot, under its root."""
+
+    run_id: Hash
+    round: int
+    id: Hash
+    parent: Hash
+    total: int
+    now: tuple[Member, ...]
+    """Members of round `round + 1`."""
+    following: tuple[Member, ...]
+    """Members of round `round + 2`, as far as this seal knows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The contiguous chunks [start, end) that one reducer (an index into the round's members) reduces."""
+
+    reducer: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class RoundShape:
+    """Everything of a round that is fixed before it starts."""
+
+    round: int
+    base: bytes
+    """id(t-2): what a contribution to this round names."""
+    members: tuple[Member, ...]
+    parts: tuple[Part, ...]
+    sealer_order: tuple[int, ...]
+    """Indices into `members`, place 0 first."""
+
+    def index(self, peer_id: bytes) -> int | None:
+        """Position of `peer_id` among the members, or None."""
+        for position, member in enumerate(self.members):
+            if member.peer_id == peer_id:
+                return position
+        return None
+
+
+def genesis(run_id: bytes) -> ChainState:
+    """The chain before its first seal: nobody is a member, so the first seal is a solo seal by whoever bootstraps."""
+    return ChainState(run_id=run_id, round=0, id=run_id, parent=run_id, total=0, now=(), following=())
+
+
+def partition(chunks: int, uplinks: Sequence[int]) -> list[tuple[int, int]]:
+    """Contiguous chunk ranges [start, end) in proportion to `uplinks` (kbit/s), by largest remainder, in integers."""
+    shares = [min(max(uplink, 1), UPLINK_MAX_KBIT) for uplink in uplinks]
+    whole = sum(shares)
+    sizes = [chunks * share // whole for share in shares]
+    remainders = sorted(range(len(shares)), key=lambda i: (-(chunks * shares[i] % whole), i))
+    for i in remainders[: chunks - sum(sizes)]:
+        sizes[i] += 1
+    ranges, start = [], 0
+    for size in sizes:
+        ranges.append((start, start + size))
+        start += size
+    return ranges
+
+
+def cut(start: int, end: int, most: int) -> list[tuple[int, int]]:
+    """One reducer's range as at most `most` parts [start, end) of nearly equal size.
+
+    In pieces, because a part is reduced and its reply on its way while the next one is still coming; few and large
+    ones, because each costs every member a header and the seal a hash.
+    """
+    count = min(max(1, (end - start) // PART_CHUNKS_MIN), most)
+    edges = [start + (end - start) * n // count for n in range(count + 1)]
+    return [(a, b) for a, b in itertools.pairwise(edges) if b > a]
+
+
+def _rotated(indices: list[int], by: int) -> list[int]:
+    if not indices:
+        return []
+    by %= len(indices)
+    return indices[by:] + indices[:by]
+
+
+def shape_of(state: ChainState, chunks: int) -> RoundShape:
+    """The round that follows `state`, for a model of `chunks` chunks."""
+    return _shape(state.round + 1, state.parent, state.now, chunks)
+
+
+def coming_shape(state: ChainState, chunks: int) -> RoundShape:
+    """The round after that, unless the next seal is a solo seal."""
+    return _shape(state.round + 2, state.id, state.following, chunks)
+
+
+def _shape(number: int, base: bytes, members: tuple[Member, ...], chunks: int) -> RoundShape:
+    dialable = [i for i, m in enumerate(members) if m.dialable]
+    first = [i for i in dialable if members[i].included]
+    # A lone peer that cannot be dialled still reduces for itself.
+    reducers = first or dialable or list(range(min(1, len(members))))
+    ranges = partition(chunks, [members[i].row.uplink for i in reducers]) if reducers else []
+    most = min(PARTS_PER_REDUCER_MAX, max(1, PARTS_MAX // max(1, len(reducers))))
+    pieces = [(i, piece) for i, (start, end) in zip(reducers, ranges, strict=True) for piece in cut(start, end, most)]
+    parts = tuple(Part(i, start, end) for i, (start, end) in pieces)
+    rest = sorted(set(range(len(members))) - set(first))
+    return RoundShape(number, base, members, parts, tuple(_rotated(first, number) + _rotated(rest, number)))
+
+
+def length_seconds(shape: RoundShape, target_batch: int, min_seconds: float, max_seconds: float) -> float:
+    """How long every member computes in this round: the target batch over the group's throughput, within bounds."""
+    throughput = sum(m.row.throughput for m in shape.members) / 1000
+    if throughput <= 0:
+        return min_seconds
+    return min(max(target_batch / throughput, min_seconds), max_seconds)
+
+
+def extend(state: ChainState, identifier: bytes, seal: Seal, chunks: int) -> ChainState:
+    """The chain after one more seal.
+
+    Raises:
+        SealError: the seal does not continue this chain, or breaks a rule of design section 4.
+    """
+    shape = shape_of(state, chunks)
+    count = len(shape.members)
+    if seal.version != SEAL_VERSION or seal.run_id != state.run_id:
+        raise SealError("seal of another run or version")
+    if seal.round != state.round + 1 or seal.parent != state.id:
+        raise SealError("seal does not follow this chain")
+    if len(seal.parts) != len(shape.parts) or any(len(part) not in (0, HASH_BYTES) for part in seal.parts):
+        raise SealError("seal lists the wrong parts")
+    if len(seal.rows) != count or len(seal.root) not in (0, HASH_BYTES):
+        raise SealError("seal lists the wrong members")
+    included = bits(seal.included, count)
+    if seal.total != state.total + len(included):
+        raise SealError("seal's total is not its parent's plus the members included")
+    sealer = shape.index(seal.sealer)
+    if seal.solo:
+        if included - {sealer}:
+            raise SealError("a solo seal includes its sealer alone")
+    elif sealer is None:
+        raise SealError("sealed by a stranger")
+    elif count > 1 and included == {sealer}:
+        raise SealError("a seal of its sealer alone must be a solo seal")
+    if not included and any(seal.parts):
+        raise SealError("a seal that includes nobody has replies")
+    listed = {m.peer_id for m in state.following}
+    newcomers = [join.peer_id for join in seal.joins]
+    if len(set(newcomers)) != len(newcomers) or (not seal.solo and listed & set(newcomers)):
+        raise SealError("seal admits a peer that is a member already")
+
+    if seal.solo:
+        row = seal.rows[sealer] if sealer is not None else Row(0, 0, 1)
+        alone = Member(seal.sealer, row, absent=0, included=True)
+        now: tuple[Member, ...] = (alone,)
+        following: tuple[Member, ...] = (alone,)
+    else:
+        now = state.following
+        rows = {m.peer_id: row for m, row in zip(shape.members, seal.rows, strict=True)}
+        present = {shape.members[i].peer_id for i in included}
+        # A round of SKIPs alone, its reducers dead, says nothing about who is there. A reducer that owes a reply again
+        # and again does count as absent: else survivors that cannot be dialled would seal SKIPs for ever.
+        reducers = {shape.members[part.reducer] for part in shape.parts}
+        owing = {m.peer_id for m in reducers if not m.included and m.peer_id != seal.sealer}
+        missed = rows.keys() - present if included else owing
+
+        def absences(m: Member) -> int:
+            return 0 if m.peer_id in present else m.absent + (m.peer_id in missed)
+
+        listed_on = tuple(
+            Member(m.peer_id, rows.get(m.peer_id, m.row), absences(m), m.peer_id in present) for m in state.following
+        )
+        # Never to the last: a group of nobody could not seal any more.
+        following = tuple(m for m in listed_on if m.absent < ABSENCES_ALLOWED) or listed_on
+    following += tuple(Member(j.peer_id, j.row, 0, False) for j in seal.joins if j.peer_id != seal.sealer)
+    if len(following) > MEMBERS_MAX:
+        raise SealError("too many members")
+    return ChainState(state.run_id, seal.round, identifier, state.id, seal.total, now, following)
+
+
+def root_round(round: int, interval: int) -> int:
+    """The round that the root in the seal of `round` is of: the last multiple of `interval` at least two before it.
+
+    All whose messages are in a round agree on the chain up to two rounds before; the root of a round that may yet be
+    undone would be another one on another branch.
+    """
+    return max(0, (round - 2) // interval * interval)
+
+
+def better(total: int, identifier: bytes, than_total: int, than_identifier: bytes) -> bool:
+    """Fork choice: the larger total; at a tie the smaller id."""
+    return (-total, identifier) < (-than_total, than_identifier)

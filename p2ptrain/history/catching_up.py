@@ -1,0 +1,289 @@
+"""Getting the rounds that others have and we lack, and handing out ours.
+
+The same calls serve a peer one seal behind, a newcomer, and one that changes to another chain: rounds that continue an
+id both know, or a snapshot with the rounds since. Everything is checked before it counts: seals and replies one by one,
+pieces under the root, the root against a later seal. What is trusted is that the donor's chain is the swarm's; its
+`total` must be larger than ours, and only signed seals of its own members make one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+from p2ptrain import chain
+from p2ptrain.calls.client import Client
+from p2ptrain.calls.messages import (
+    LOCATOR_MAX,
+    ROUNDS_MAX,
+    SNAPSHOTS_MAX,
+    CallError,
+    SnapshotOffer,
+    Tip,
+)
+from p2ptrain.chain import ChainState
+from p2ptrain.chain.sealed import SealedRound, check_continues, decode_sealed
+from p2ptrain.compression import wire
+from p2ptrain.compression.layout import ChunkLayout
+from p2ptrain.history.download import Download
+from p2ptrain.rounds.events import RoundsFetched
+from p2ptrain.rounds.inbox import Restore
+from p2ptrain.state.journal import Journal
+from p2ptrain.state.pieces import Partials, PieceFile
+from p2ptrain.state.snapshot import SnapshotFile, SnapshotStore
+from p2ptrain.state.tensors import TensorFileError
+from p2ptrain.swarm.identity import verify
+
+ROUNDS_ANSWER_BYTES = 64 * 1024 * 1024
+"""Sealed rounds in one answer stop here, after at least one."""
+SYNC_BYTES = 1024 * 1024 * 1024
+"""Rounds held in memory while switching to another chain."""
+
+
+class CatchingUp:
+    """See the module docstring.
+
+    Args:
+        peers: who may have a snapshot too.
+        root_interval: rounds between snapshots.
+        snapshot_max_bytes: no snapshot of this run is longer.
+        snapshot_chain: where on the chain a snapshot's bytes stand; raises TensorFileError.
+        progress: hears (what, done, of).
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        layout: ChunkLayout,
+        journal: Journal,
+        snapshots: SnapshotStore,
+        partials: Partials,
+        peers: Callable[[], list[bytes]],
+        root_interval: int,
+        snapshot_max_bytes: int,
+        snapshot_chain: Callable[[bytes], ChainState],
+        progress: Callable[[str, int, int], None],
+    ) -> None:
+        self._client, self._layout, self._journal, self._snapshots = client, layout, journal, snapshots
+        self._partials, self._peers = partials, peers
+        self._root_interval, self._snapshot_max_bytes = root_interval, snapshot_max_bytes
+        self._snapshot_chain, self._progress = snapshot_chain, progress
+        #: what is being fetched, which others may have of us already
+        self._download: Download | None = None
+        #: whole snapshots handed out lately
+        self._whole: dict[Path, PieceFile] = {}
+        self._hashing = asyncio.Lock()
+        #: round -> root that a seal of our chain names
+        self._sealed_roots: dict[int, bytes] = {}
+        for number in range(journal.first, journal.last + 1):
+            self.note_root(journal.read(number))
+        self._round_max_bytes = chain.SEAL_MAX_BYTES + 2 * wire.reply_max_bytes(
+            layout.reply_topk, 0, layout.chunks, chain.MEMBERS_MAX
+        )
+
+    def note_root(self, sealed: SealedRound) -> None:
+        """A round of our chain: remember the root that it seals, if any."""
+        if sealed.seal.root:
+            self._sealed_roots[self._root_round(sealed)] = sealed.seal.root
+            for old in sorted(self._sealed_roots)[:-SNAPSHOTS_MAX]:
+                del self._sealed_roots[old]
+
+    def _root_round(self, sealed: SealedRound) -> int:
+        """The round that a seal's root is of."""
+        return chain.root_round(sealed.seal.round, self._root_interval)
+
+    def _sealed_snapshots(self) -> list[SnapshotFile]:
+        """Ours whose root is sealed, newest first: the others may be of a replica gone wrong."""
+        return [s for s in self._snapshots.all() if self._sealed_roots.get(s.round) == s.root]
+
+    # ---- handing out (any thread) -----------------------------------------------------------------------------
+
+    def offer_rounds(self, locator: tuple[bytes, ...]) -> tuple[bytes, list[bytes], tuple[SnapshotOffer, ...]]:
+        """(ancestor, encoded rounds after it, snapshots to start from instead)."""
+        offers = tuple(SnapshotOffer(s.round, s.id, s.root, s.path.stat().st_size) for s in self._sealed_snapshots())
+        for identifier in locator:
+            position = self._journal.position(identifier)
+            if position is None:
+                continue
+            rounds: list[bytes] = []
+            try:
+                for _, encoded in self._journal.after(position):
+                    rounds.append(encoded)
+                    if len(rounds) >= ROUNDS_MAX or sum(map(len, rounds)) > ROUNDS_ANSWER_BYTES:
+                        break
+            except FileNotFoundError:
+                break  # rolled back or pruned meanwhile
+            return identifier, rounds, offers
+        return b"", [], offers
+
+    def open_snapshot(self, identifier: bytes, root: bytes) -> PieceFile | None:
+        """One of our snapshots, or what there is of the one that we are fetching."""
+        download = self._download
+        if download is not None and (download.offer.id, download.offer.root) == (identifier, root):
+            return download.file
+        found = self._snapshots.find(identifier)
+        if found is None or found.root != root:
+            return None
+        if found.path not in self._whole:
+            try:
+                self._whole[found.path] = PieceFile(found.path, found.path.stat().st_size)
+            except FileNotFoundError:
+                return None
+            for old in list(self._whole)[:-SNAPSHOTS_MAX]:
+                self._whole.pop(old, None)
+        return self._whole[found.path]
+
+    async def hashes_of(self, file: PieceFile) -> list[bytes]:
+        """Of all pieces; one file is read at a time. Raises OSError when it is gone."""
+        async with self._hashing:
+            return await asyncio.to_thread(file.hashes)
+
+    def forget_partial(self) -> None:
+        """We came by the swarm's state in another way: remove what is left of a snapshot being fetched."""
+        if self._download is None:
+            self._partials.keep_only(None)
+
+    # ---- fetching ---------------------------------------------------------------------------------------------
+
+    async def fetch(
+        self,
+        donor: bytes,
+        locator: tuple[bytes, ...],
+        our_round: int,
+        known_state: Callable[[bytes], ChainState | None],
+    ) -> RoundsFetched:
+        """Rounds of `donor` that continue one of the ids in `locator`, of which `known_state` has the chain state.
+
+        Raises:
+            CallError: no answer.
+            SealedRoundError: nonsense.
+        """
+        header, encoded = await self._client.rounds(donor, locator, self._round_max_bytes)
+        newer = any(offer.round > our_round for offer in header.snapshots)
+        if not header.ancestor or (newer and our_round == 0 and self._is_far(header.tip, our_round)):
+            # For a newcomer a snapshot is less to fetch and to compute than all the rounds. Who has sent something
+            # needs the rounds: they say what became of it.
+            return RoundsFetched(donor, None, ())
+        rounds = await asyncio.to_thread(self._decode, encoded)
+        state = known_state(header.ancestor)
+        if state is not None:
+            await asyncio.to_thread(self._check, state, rounds)
+        return RoundsFetched(donor, header.ancestor, rounds)
+
+    async def change_chain(self, donor: bytes) -> tuple[Restore, ChainState]:
+        """What it takes to go over to the donor's chain, and where that stands.
+
+        Starts from what both have: the newest snapshot of ours that the donor's journal continues, or the run's
+        beginning; else, or as a newcomer to a long chain, from a snapshot of the donor's.
+
+        Raises:
+            CallError: the donor is gone, or has no way for us to its chain.
+            SealedRoundError, TensorFileError: nonsense.
+        """
+        # Those on our chain: what is left of a branch that was undone has nothing to say of what became of our work.
+        ours = {s.id: s for s in self._sealed_snapshots() if self._journal.position(s.id) is not None}
+        run_id = self._client.run_id
+        locator = (*list(ours)[: LOCATOR_MAX - 1], run_id)
+        header, encoded = await self._client.rounds(donor, locator, self._round_max_bytes)
+        snapshot = ours.get(header.ancestor)
+        base_round = snapshot.round if snapshot else 0
+        wanted = self._choose(header.snapshots, base_round)
+        downloaded = (
+            wanted is not None
+            and wanted.id not in ours
+            and (not header.ancestor or (self._journal.last == 0 and self._is_far(header.tip, base_round)))
+        )
+        if wanted is not None and downloaded:
+            snapshot = await self._fetch_snapshot(donor, wanted)
+            header, encoded = await self._client.rounds(donor, (snapshot.id,), self._round_max_bytes)
+        if not header.ancestor:
+            raise CallError("it has neither our history nor a snapshot to start from")
+        base, data = chain.genesis(run_id), None
+        if snapshot is not None:
+            data = await asyncio.to_thread(snapshot.read)
+            base = self._snapshot_chain(data)
+        rounds, state = await self._to_tip(donor, base, header.tip.round, encoded)
+        if snapshot is not None and downloaded and not self._root_is_sealed(snapshot, rounds):
+            snapshot.path.unlink(missing_ok=True)
+            raise CallError("the root of its snapshot is not sealed")
+        return Restore(data, base, rounds, not downloaded), state
+
+    def adopt(self, restore: Restore) -> None:
+        """Make the fetched chain ours on disk."""
+        if self._journal.position(restore.chain.id) is not None:
+            self._journal.truncate(restore.chain.round)
+        else:
+            self._journal.restart_at(restore.chain.id)
+        self._snapshots.drop_after(restore.chain.round)
+        for sealed in restore.rounds:
+            self._journal.append(sealed)
+            self.note_root(sealed)
+
+    def _root_is_sealed(self, snapshot: SnapshotFile, rounds: tuple[SealedRound, ...]) -> bool:
+        """Whether one of the rounds after a snapshot names its root."""
+        return any(s.seal.root == snapshot.root for s in rounds if self._root_round(s) == snapshot.round)
+
+    def _is_far(self, tip: Tip, round: int) -> bool:
+        return tip.round - round > 2 * self._root_interval
+
+    def _decode(self, encoded: list[bytes]) -> tuple[SealedRound, ...]:
+        return tuple(decode_sealed(one, verify) for one in encoded)
+
+    def _check(self, state: ChainState, rounds: tuple[SealedRound, ...]) -> ChainState:
+        """The chain after `rounds`. Raises SealedRoundError."""
+        for sealed in rounds:
+            state = check_continues(state, sealed, self._layout)
+        return state
+
+    def _choose(self, offers: tuple[SnapshotOffer, ...], after: int) -> SnapshotOffer | None:
+        """The one after that round which we have begun to fetch, else the newest."""
+        begun = [o for o in offers if o.round > after and self._partials.path(o.round, o.id, o.root).exists()]
+        return max(begun or offers, key=lambda offer: offer.round, default=None)
+
+    async def _fetch_snapshot(self, donor: bytes, offer: SnapshotOffer) -> SnapshotFile:
+        """From the donor, and whoever else has it, into our store; its root may yet turn out not to be sealed."""
+        before = await asyncio.to_thread(self._snapshots.find, offer.id)
+        if before is not None and before.root == offer.root:
+            return before  # its donor was gone before we had the rounds since
+        if not 0 < offer.length <= self._snapshot_max_bytes:
+            raise CallError(f"a snapshot of {offer.length} bytes, at most {self._snapshot_max_bytes} are possible")
+
+        def progress(done: int, total: int) -> None:
+            self._progress("snapshot", done, total)
+
+        download = Download(self._client, offer, self._partials, self._peers, progress)
+        self._download = download
+        try:
+            path = (await download.run(donor)).path
+            try:
+                state = await asyncio.to_thread(lambda: self._snapshot_chain(path.read_bytes()))
+                if (state.round, state.id) != (offer.round, offer.id):
+                    raise CallError("the snapshot stands elsewhere than announced")
+            except (CallError, TensorFileError):
+                self._partials.keep_only(None)
+                raise
+            taken = await asyncio.to_thread(self._snapshots.take, path, offer.round, offer.id, offer.root)
+            self._partials.keep_only(None)
+            return taken
+        finally:
+            self._download = None
+
+    async def _to_tip(
+        self, donor: bytes, base: ChainState, tip_round: int, encoded: list[bytes]
+    ) -> tuple[tuple[SealedRound, ...], ChainState]:
+        """All rounds from `base` on, checked, and the chain after them."""
+        rounds: list[SealedRound] = []
+        state, size = base, 0
+        while encoded:
+            batch = await asyncio.to_thread(self._decode, encoded)
+            state = await asyncio.to_thread(self._check, state, batch)
+            rounds += batch
+            size += sum(map(len, encoded))
+            self._progress("rounds", state.round, max(state.round, tip_round))
+            if size > SYNC_BYTES:
+                raise CallError("its rounds since the last snapshot are too long")
+            header, encoded = await self._client.rounds(donor, (state.id,), self._round_max_bytes)
+            if header.ancestor != state.id:
+                raise CallError("its chain changed meanwhile")
+        return tuple(rounds), state

@@ -1,0 +1,191 @@
+"""What a newcomer asks before it can follow the chain: which run, and where its text is."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+
+from p2ptrain.calls import client
+from p2ptrain.calls.client import Client
+from p2ptrain.calls.messages import CallError, Traffic
+from p2ptrain.config.home import Home
+from p2ptrain.config.manifest import DataConfig, Manifest, open_manifest
+from p2ptrain.data.corpus import Corpus, check, load_embedded, load_files, unpack
+from p2ptrain.errors import DataError, ManifestError, RunChoiceError, UnreachableError
+from p2ptrain.state.files import atomic_write
+from p2ptrain.swarm.addresses import parse_addresses
+from p2ptrain.swarm.identity import format_peer_id
+from p2ptrain.swarm.node import SwarmNode
+
+ATTEMPTS = 3
+RETRY_SECONDS = 1.0
+"""A peer that has just started, or a DHT that has just lost one, may need a moment."""
+PACKING_SLACK_BYTES = 1024 * 1024
+"""A packed corpus is never longer than the text and this."""
+
+_logger = logging.getLogger(__name__)
+
+
+async def find_run(node: SwarmNode, addresses: list[str], choice: str | None) -> bytes:
+    """The signed manifest of the run at `addresses`, or of the one in their DHT that `choice` (name or id) names.
+
+    Raises:
+        RunChoiceError: no run, several and no choice, or none of that name.
+        ManifestError: what peers hand out as the run's manifest is none.
+    """
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            await asyncio.sleep(RETRY_SECONDS)
+        manifests, records = await _ask(node, addresses), await node.read_runs()
+        if manifests or records:
+            break
+    names = {run_id: listed[0].name for run_id, listed in records.items()}
+    names |= {run_id: open_manifest(signed, run_id)[0].name for run_id, signed in manifests.items()}
+    chosen = _choose(names, choice)
+    if chosen in manifests:
+        return manifests[chosen]
+    signed = await node.get_manifest(chosen)
+    for record in records.get(chosen, []):
+        if signed is not None:
+            break
+        try:
+            await node.connect(record.peer_id)
+            signed = (await client.hello(node, record.peer_id)).manifest
+            open_manifest(signed, chosen)
+        except (CallError, UnreachableError, ManifestError) as error:
+            _logger.debug("no manifest from %s: %s", format_peer_id(record.peer_id), error)
+            signed = None
+    if signed is None:
+        raise RunChoiceError(
+            f"the manifest of run {names[chosen]!r} cannot be had from anyone", hint="give the address of a peer in it"
+        )
+    return signed
+
+
+async def _ask(node: SwarmNode, addresses: list[str]) -> dict[bytes, bytes]:
+    """{run id: signed manifest} of the peers at `addresses` that are in a run."""
+    manifests = {}
+    for peer in parse_addresses(addresses, own_peer_id=node.peer_id):
+        try:
+            await node.connect(peer, addresses)
+            welcome = await client.hello(node, peer)
+        except (CallError, UnreachableError) as error:
+            _logger.debug("%s is in no run: %s", format_peer_id(peer), error)
+            continue
+        open_manifest(welcome.manifest, welcome.run_id)
+        manifests[welcome.run_id] = welcome.manifest
+    return manifests
+
+
+def _choose(names: dict[bytes, str], choice: str | None) -> bytes:
+    if not names:
+        raise RunChoiceError(
+            "there is no run in this network", hint="start one: p2ptrain init run.toml; p2ptrain bootstrap run.toml"
+        )
+    listing = "".join(f"\n  {run_id.hex()[:16]}  {name}" for run_id, name in sorted(names.items(), key=lambda i: i[1]))
+    if choice is None:
+        if len(names) > 1:
+            raise RunChoiceError(f"there are several runs in this network:{listing}", hint="again with --run NAME|ID")
+        return next(iter(names))
+    wanted = choice.lower()
+    found = [r for r, name in names.items() if name == choice or (len(wanted) >= 4 and r.hex().startswith(wanted))]
+    if len(found) != 1:
+        problem = "no run" if not found else "several runs"
+        raise RunChoiceError(f"{problem} called {choice!r}; there are:{listing}", hint="again with --run ID")
+    return found[0]
+
+
+def obtain_corpus(home: Home, config: DataConfig, paths: list[Path] | None, from_swarm: Callable[[], bytes]) -> Corpus:
+    """The text that `config` names: from `paths`, this home, the package, or the swarm, in this order.
+
+    Where text is private, training text is what `paths` hold, or held when this home was given any last.
+
+    Raises:
+        DataError: nobody has it, or what was given is another text, or none was and it is private.
+    """
+    if config.private:
+        own = _own_text(home, config, paths)
+        return Corpus(config.name, config.license, own, _shared_corpus(home, config, from_swarm).heldout)
+    if paths:
+        return check(load_files(paths, config.name, config.license), config)
+    return _shared_corpus(home, config, from_swarm)
+
+
+def keep_own_text(home: Home, text: bytes) -> None:
+    """This home's training text, for runs with private text."""
+    atomic_write(home.own_text, lzma.compress(text, preset=6))
+
+
+def _own_text(home: Home, config: DataConfig, paths: list[Path] | None) -> bytes:
+    if paths:
+        files = load_files(paths, config.name, config.license)
+        keep_own_text(home, files.train + files.heldout)
+        return files.train + files.heldout
+    try:
+        return lzma.decompress(home.own_text.read_bytes())
+    except FileNotFoundError as error:
+        raise DataError(
+            f"each peer of this run trains on text of its own, and home {home.path} has none",
+            hint="again with --data PATH; it stays on this machine",
+        ) from error
+    except (OSError, lzma.LZMAError, EOFError) as error:
+        raise DataError(
+            f"{home.own_text} cannot be read: {error}", hint="give the text again with --data PATH"
+        ) from error
+
+
+def _shared_corpus(home: Home, config: DataConfig, from_swarm: Callable[[], bytes]) -> Corpus:
+    """What peers hand out; without training text where that is private."""
+    copy = home.corpus(shared_sha256(config))
+    if copy.exists():
+        try:
+            return unpack(copy.read_bytes(), config)
+        except DataError as error:
+            _logger.warning("%s is damaged and fetched anew: %s", copy, error)
+            copy.unlink(missing_ok=True)
+    embedded = load_embedded()
+    if shared_sha256(config) in ("", shared_sha256(embedded.config(private=config.private))):
+        return check(embedded, config)
+    packed = from_swarm()
+    corpus = unpack(packed, config)
+    atomic_write(copy, packed)
+    return corpus
+
+
+def shared_sha256(config: DataConfig) -> str:
+    """Names what peers hand out: the hash of the training text, or of the held-out text where that is private."""
+    return config.heldout_sha256 if config.private else config.sha256
+
+
+async def fetch_corpus(
+    node: SwarmNode, run_id: bytes, config: DataConfig, progress: Callable[[str, int, int], None]
+) -> bytes:
+    """The packed corpus from any peer of the run that hands it out. Raises DataError."""
+    calls = Client(node, Traffic(), run_id)
+    limit = config.bytes + config.heldout_bytes + PACKING_SLACK_BYTES
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            # A stream that breaks once is no reason to send a user away.
+            await asyncio.sleep(RETRY_SECONDS)
+        peers = [peer for peer in await node.read_peers(run_id) if peer != node.peer_id]
+        for peer in peers:
+            try:
+                await node.connect(peer)
+                return await calls.data(peer, limit, lambda done, total: progress("data", done, total))
+            except (CallError, UnreachableError) as error:
+                _logger.info("no data from %s: %s", format_peer_id(peer)[-8:], error)
+    raise DataError(
+        f"none of {len(peers)} peers hands out the run's text ({config.name})",
+        hint="get the text elsewhere and join with --data PATH, or try again later",
+    )
+
+
+def describe(manifest: Manifest, run_id: bytes) -> str:
+    """One line on a run, for people."""
+    return (
+        f"run {manifest.name} ({run_id.hex()[:16]}): {manifest.model.parameters:,} parameters, "
+        f"text {manifest.data.name} ({manifest.data.license})"
+    )

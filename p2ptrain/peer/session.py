@@ -1,0 +1,457 @@
+"""One peer from start to end: network, run, data, replica, training, and a clean leave.
+
+`bootstrap` and `join` differ in how they learn of the run; from there on all peers are alike. The order matters: what
+can fail for a reason of the user's (address, manifest, port, data) comes before anything that takes long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from p2ptrain.calls.messages import Traffic
+from p2ptrain.calls.uplink import UplinkMeter
+from p2ptrain.chain import Row
+from p2ptrain.config.home import Home
+from p2ptrain.config.manifest import DataConfig, Manifest, open_manifest, sign_manifest
+from p2ptrain.config.node import NodeSettings
+from p2ptrain.data.corpus import Corpus, pack
+from p2ptrain.data.tokenizer import cached_tokens
+from p2ptrain.errors import HomeError, UnreachableError
+from p2ptrain.observe.status import Status
+from p2ptrain.peer import joining
+from p2ptrain.peer.driver import DriverParts, RoundDriver
+from p2ptrain.peer.presence import Presence
+from p2ptrain.peer.progress import Display
+from p2ptrain.rounds.events import ContributionReady
+from p2ptrain.rounds.inbox import TrainerMessage
+from p2ptrain.rounds.machine import RoundMachine, RoundRules
+from p2ptrain.state.files import atomic_write
+from p2ptrain.state.journal import Journal
+from p2ptrain.state.own_log import OwnEntry, OwnLog
+from p2ptrain.state.snapshot import SnapshotStore
+from p2ptrain.swarm.identity import format_peer_id, verify
+from p2ptrain.swarm.node import SwarmNode
+from p2ptrain.swarm.thread import NetworkThread
+from p2ptrain.training.replica import Replica
+from p2ptrain.training.selftest import check as check_decoding
+from p2ptrain.training.trainer import Trainer
+from p2ptrain.training.warm_up import warm_up
+
+LEAVE_SECONDS = 15.0
+"""After the first Ctrl-C a round under way may take this long to end."""
+FINISH_SECONDS = 15.0
+"""After the run's last round a peer stays this long for those who lack it."""
+PEERS_SECONDS = 20.0
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The run that a peer takes part in."""
+
+    manifest: Manifest
+    run_id: bytes
+    signed: bytes
+    founder: bool
+    """Whether the first seal is this peer's to make."""
+
+
+class PeerSession:
+    """A peer's process; a context manager that leaves nothing behind.
+
+    Args:
+        rounds: stop after having had a part in this many rounds; None: no limit.
+    """
+
+    def __init__(self, settings: NodeSettings, display: Display, rounds: int | None) -> None:
+        self.settings, self.display = settings, display
+        self.home = Home(settings.home)
+        self._rounds = rounds
+        self._network: NetworkThread | None = None
+        self._node: SwarmNode | None = None
+        self._driver: RoundDriver | None = None
+        self._stopping = False
+        self._finished = False
+        self._inbox: queue.SimpleQueue[TrainerMessage | None] = queue.SimpleQueue()
+
+    def __enter__(self) -> PeerSession:
+        self.home.lock()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.display.close()
+        try:
+            if self._network is not None:
+                if self._driver is not None:
+                    with contextlib.suppress(TimeoutError):
+                        self._network.run(self._driver.stop(), 10.0)
+                if self._node is not None:
+                    self._remember_peers()
+                    with contextlib.suppress(TimeoutError):
+                        self._network.run(self._node.close(), 10.0)
+                self._network.stop()
+        finally:
+            self.home.unlock()
+
+    @property
+    def network(self) -> NetworkThread:
+        """Raises RuntimeError before `connect`."""
+        if self._network is None:
+            raise RuntimeError("not connected")
+        return self._network
+
+    @property
+    def node(self) -> SwarmNode:
+        """Raises RuntimeError before `connect`."""
+        if self._node is None:
+            raise RuntimeError("not connected")
+        return self._node
+
+    # ---- getting there ----------------------------------------------------------------------------------------
+
+    def connect(self, addresses: list[str]) -> None:
+        """Start the network and meet the DHT at `addresses`, or at those that this home remembers.
+
+        Raises:
+            AddressError, PortInUseError, UnreachableError, ClockSkewError, HomeError, DaemonError
+        """
+        settings = self.settings
+        self._network = NetworkThread()
+        remembered = self._remembered_peers()
+
+        def create(peers: list[str]) -> SwarmNode:
+            assert self._network is not None
+            making = SwarmNode.create(
+                self.home.identity,
+                peers,
+                host=settings.host,
+                port=settings.port,
+                announce=list(settings.announce),
+            )
+            return self._network.run(making, 60.0)
+
+        try:
+            self._node = create([*addresses, *remembered])
+        except UnreachableError:
+            if addresses:
+                raise
+            _logger.info("none of the %d peers once seen answers", len(remembered))
+            self._node = create([])
+        self.home.remember_port(self._node.port)
+
+    def own_run(self) -> Run | None:
+        """The run that this home is in."""
+        try:
+            signed = self.home.manifest.read_bytes()
+        except FileNotFoundError:
+            return None
+        manifest, run_id = open_manifest(signed)
+        return Run(manifest, run_id, signed, founder=False)
+
+    def enter_run(self, run: Run) -> None:
+        """Make this home one of that run.
+
+        Raises:
+            HomeError: it is one of another.
+        """
+        own = self.own_run()
+        if own is not None and own.run_id != run.run_id:
+            raise HomeError(
+                f"home {self.home.path} is in the run {own.manifest.name!r} ({own.run_id.hex()[:16]})",
+                hint="choose another home with --home DIR",
+            )
+        if own is None:
+            atomic_write(self.home.manifest, run.signed, durable=True)
+
+    def found_run(self, manifest: Manifest) -> Run:
+        """Sign a manifest with this home's owner key; if such a run lives in the DHT already, this peer joins it."""
+        signed = sign_manifest(manifest, self.home.load_or_create_owner_key())
+        opened, run_id = open_manifest(signed)
+        records = self.network.run(self.node.read_runs(), 15.0).get(run_id, [])
+        lives = any(record.peer_id != self.node.peer_id for record in records)
+        if lives:
+            _logger.info("this run lives already: joining it")
+        return Run(opened, run_id, signed, founder=not lives)
+
+    def find_run(self, addresses: list[str], choice: str | None) -> Run:
+        """Ask the peers at `addresses`, and the DHT, which run there is.
+
+        Raises:
+            RunChoiceError: none, or several and no choice made.
+        """
+        finding = joining.find_run(self.node, addresses, choice)
+        signed = self.network.run(finding, 60.0)
+        manifest, run_id = open_manifest(signed)
+        return Run(manifest, run_id, signed, founder=False)
+
+    def fetch_corpus(self, run: Run, data: list[Path] | None) -> Corpus:
+        """The run's text: from here, from `data`, or from the swarm by its hash. Raises DataError."""
+
+        def from_swarm() -> bytes:
+            fetching = joining.fetch_corpus(self.node, run.run_id, run.manifest.data, self.display.transfer)
+            return self.network.run(fetching, 3600.0)
+
+        return joining.obtain_corpus(self.home, run.manifest.data, data, from_swarm)
+
+    # ---- training ---------------------------------------------------------------------------------------------
+
+    def train(self, run: Run, corpus: Corpus) -> None:
+        """Take part in the run until its end, the round limit, or Ctrl-C.
+
+        Raises:
+            DivergenceError: this device does not compute the run's bits.
+            HomeError: the checkpoint cannot be used.
+        """
+        device = choose_device(self.settings.device)
+        threads = self.settings.threads or (os.cpu_count() or 1)
+        torch.set_num_threads(threads)
+        check_decoding(device)
+        warm_up()
+        tokens = cached_tokens(corpus.train, self.home.data)
+        status, uplink = Status(), UplinkMeter(dialable=self.node.dialable)
+        own_log = OwnLog(self.home.own)
+        journal = Journal(self.home.journal, run.run_id, verify)
+        replica = Replica(run.manifest, run.run_id, device)
+        trainer = Trainer(
+            replica,
+            self.node.peer_id,
+            tokens,
+            len(corpus.train) / len(tokens),
+            uplink,
+            self._inbox,
+            self.home.checkpoints,
+            own_log,
+            status,
+        )
+        trainer.restore(journal)
+        driver = self._start_driver(run, corpus, replica, journal, own_log, uplink)
+        addresses = self.network.run(self.node.join_addresses(), 10.0)
+        presence = Presence(
+            self.node,
+            driver,
+            status,
+            run_id=run.run_id,
+            run_name=run.manifest.name,
+            signed_manifest=run.signed,
+            name=self.settings.name or format_peer_id(self.node.peer_id)[-8:],
+            device=str(device),
+            addresses=addresses,
+            finished=lambda: self._finished,
+        )
+        announcing = self.network.spawn(presence.run())
+        self._print_join_line(addresses)
+        with self._signals():
+            if not self._reached_end(trainer):
+                self._run(trainer, driver, presence, status)
+            trainer.save()
+            self._say_end(trainer, status)
+            if self._finished:
+                self._linger(driver, trainer)
+        announcing.cancel()
+        driver.leaving = True
+        with contextlib.suppress(TimeoutError):
+            self.network.run(presence.publish(), 3.0)
+
+    def _start_driver(
+        self, run: Run, corpus: Corpus, replica: Replica, journal: Journal, own_log: OwnLog, uplink: UplinkMeter
+    ) -> RoundDriver:
+        machine = RoundMachine(
+            self.node.peer_id,
+            rules_of(run.manifest, replica.layout.chunks),
+            replica.chain,
+            self.node.identity.sign,
+            Row(0, 0, uplink.declared_kbit),
+            founder=run.founder,
+        )
+        packed = _PackedCorpus(self.home, run.manifest.data, corpus)
+        parts = DriverParts(
+            node=self.node,
+            manifest=run.manifest,
+            signed_manifest=run.signed,
+            run_id=run.run_id,
+            layout=replica.layout,
+            machine=machine,
+            journal=journal,
+            own_log=own_log,
+            snapshots=SnapshotStore(self.home.checkpoints),
+            inbox=self._inbox,
+            uplink=uplink,
+            traffic=Traffic(),
+            snapshot_max_bytes=replica.snapshot_max_bytes,
+            snapshot_chain=replica.snapshot_chain,
+            packed_corpus=packed.read,
+            sync_progress=self.display.transfer,
+        )
+
+        async def start() -> RoundDriver:
+            driver = RoundDriver(parts)
+            await driver.start()
+            return driver
+
+        self._driver = self.network.run(start(), 60.0)
+        return self._driver
+
+    def _run(self, trainer: Trainer, driver: RoundDriver, presence: Presence, status: Status) -> None:
+        swarm = _Link(self.network, driver)
+        saved_at = time.monotonic()
+
+        def after_round() -> bool:
+            nonlocal saved_at
+            ended = self._reached_end(trainer)
+            presence.refresh()
+            if trainer.replica.chain.round <= driver.machine.head.round:
+                self.display.round(status)
+            if time.monotonic() - saved_at > PEERS_SECONDS:
+                saved_at = time.monotonic()
+                self._remember_peers()
+            return not self._stopping and not ended
+
+        trainer.run(swarm, after_round)
+        if driver.failure is not None:
+            raise HomeError(
+                f"cannot write to home {self.home.path}: {driver.failure.strerror}", hint="make room, then start again"
+            )
+
+    def _reached_end(self, trainer: Trainer) -> bool:
+        last = trainer.replica.manifest.last_round
+        self._finished = bool(last) and trainer.replica.chain.round >= last
+        return self._finished or (self._rounds is not None and trainer.rounds_applied >= self._rounds)
+
+    def _linger(self, driver: RoundDriver, trainer: Trainer) -> None:
+        """Stay until those who are there have the last round too: they may lack a reply that we hold."""
+        deadline = time.monotonic() + FINISH_SECONDS
+        last = trainer.replica.chain.round
+        while time.monotonic() < deadline and not self._stopping:
+            if all(tip.round >= last for tip in list(driver.feed.tips.values())):
+                return
+            time.sleep(0.1)
+
+    def _say_end(self, trainer: Trainer, status: Status) -> None:
+        self.display.round(status, last=True)
+        self.display.close()
+        _logger.info(
+            "%s at round %d: state %s, parameters sha256 %s",
+            "the run is finished" if self._finished else "stopping",
+            trainer.replica.chain.round,
+            trainer.replica.chain.id.hex(),
+            trainer.replica.parameters_sha256(),
+        )
+
+    def _print_join_line(self, addresses: list[str]) -> None:
+        """The one line that others need; what scripts read is all of it."""
+        if addresses:
+            print(f"Join with:  p2ptrain join {addresses[0]}", flush=True)
+        else:
+            print("No other peer can dial this one: it takes part, and others join at other peers.", flush=True)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """First Ctrl-C or SIGTERM: end the round under way and leave. Second: leave now."""
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            if self._stopping:
+                raise KeyboardInterrupt
+            self._stopping = True
+            driver = self._driver
+            in_round = driver is not None and driver.machine.is_member
+            sys.stderr.write("\nleaving after this round; again to leave now\n" if in_round else "\nleaving\n")
+            timer = threading.Timer(LEAVE_SECONDS if in_round else 0.0, self._inbox.put, [None])
+            timer.daemon = True
+            timer.start()
+
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, old in before.items():
+                signal.signal(number, old)
+
+    # ---- peers once seen --------------------------------------------------------------------------------------
+
+    def _remembered_peers(self) -> list[str]:
+        try:
+            found = json.loads(self.home.peers.read_text())
+        except (OSError, ValueError):
+            return []
+        return [text for text in found if isinstance(text, str)][:32] if isinstance(found, list) else []
+
+    def _remember_peers(self) -> None:
+        known = self.node.known_addresses()[:64]
+        if known:
+            with contextlib.suppress(OSError):
+                atomic_write(self.home.peers, json.dumps(known).encode())
+
+
+@dataclass(frozen=True, slots=True)
+class _Link:
+    """From the trainer's thread to the driver's."""
+
+    network: NetworkThread
+    driver: RoundDriver
+
+    def contribute(self, ready: ContributionReady, entry: OwnEntry) -> None:
+        self.network.loop.call_soon_threadsafe(self.driver.contribute, ready, entry)
+
+    def root_computed(self, round: int, id: bytes, root: bytes) -> None:
+        self.network.loop.call_soon_threadsafe(self.driver.root_computed, round, id, root)
+
+
+class _PackedCorpus:
+    """The corpus as it is handed out, private text left out: packed when somebody first asks, and kept in the home."""
+
+    def __init__(self, home: Home, config: DataConfig, corpus: Corpus) -> None:
+        named = joining.shared_sha256(config) or joining.shared_sha256(corpus.config(private=config.private))
+        self._path = home.corpus(named)
+        self._corpus = replace(corpus, train=b"") if config.private else corpus
+        self._lock = threading.Lock()
+
+    def read(self) -> bytes | None:
+        with self._lock:
+            if not self._path.exists():
+                atomic_write(self._path, pack(self._corpus))
+            return self._path.read_bytes()
+
+
+def rules_of(manifest: Manifest, chunks: int) -> RoundRules:
+    """What the state machine needs of a manifest."""
+    config = manifest.round
+    return RoundRules(
+        chunks=chunks,
+        target_batch=config.target_batch,
+        min_seconds=config.min_seconds,
+        max_seconds=config.max_seconds,
+        fixed_pace=config.pace == "fixed",
+        overlap=config.overlap == 1,
+        round_max_seconds=config.round_max_seconds,
+        grace_seconds=config.grace_seconds,
+        reply_timeout_seconds=config.reply_timeout_seconds,
+        seal_timeout_seconds=config.seal_timeout_seconds,
+        alone_after_seconds=config.alone_after_seconds,
+        root_interval=config.root_interval,
+        last_round=manifest.last_round,
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """auto: cuda, else mps, else cpu. Raises HomeError where this machine lacks the device."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    if not available[name]:
+        raise HomeError(f"this machine has no {name} device", hint="again with --device cpu")
+    return torch.device(name)

@@ -1,0 +1,263 @@
+"""What the round's state machine hears (events) and what it asks for (effects).
+
+Both are plain values: the network shell and the simulator turn messages and timers into events, and effects into
+messages, disk writes and tensor work. Payloads and replies are opaque bytes here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from p2ptrain.chain import ChainState, RoundShape, Row, Seal, SignedSeal
+from p2ptrain.chain.sealed import Key, Reply, SealedRound
+
+# ---- events ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ContributionReady:
+    """The trainer's contribution for a round: one payload per part, already journaled; empty where weight is 0."""
+
+    key: Key
+    row: Row
+    payloads: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ContributionReceived:
+    """A peer's message for one part that we reduce. The shell has checked its length and hash."""
+
+    key: Key
+    part: int
+    peer_id: bytes
+    row: Row
+    root_round: int
+    root: bytes
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CameLate:
+    """A peer's message that was refused as late: it counts for deadlines alone."""
+
+    key: Key
+    part: int
+    peer_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyHeld:
+    """We now hold the reply for a part: frozen by us, or received whole from its reducer."""
+
+    key: Key
+    part: int
+    reply: Reply
+
+
+@dataclass(frozen=True, slots=True)
+class SealHeard:
+    """A seal that passed `open_seal`, from `source`."""
+
+    id: bytes
+    seal: Seal
+    signed: SignedSeal
+    source: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TipHeard:
+    """A peer says which tip it is on; also its sign of life."""
+
+    peer_id: bytes
+    round: int
+    id: bytes
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLeft:
+    """A peer said that it leaves: a hint not to wait for it, never a decision."""
+
+    peer_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class JoinReceived:
+    """A peer asks to be admitted by our next seal."""
+
+    peer_id: bytes
+    row: Row
+
+
+@dataclass(frozen=True, slots=True)
+class RoundsFetched:
+    """Answer to `FetchRounds`: sealed rounds that continue `ancestor`; empty when the donor had nothing newer."""
+
+    donor: bytes
+    ancestor: bytes | None
+    """The id in our locator that the rounds continue; None: the donor's journal does not reach back to any."""
+    rounds: tuple[SealedRound, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FetchFailed:
+    """The donor did not answer, or answered nonsense."""
+
+    donor: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Synced:
+    """A snapshot was loaded and checked: the chain stands here now."""
+
+    state: ChainState
+
+
+@dataclass(frozen=True, slots=True)
+class RootComputed:
+    """The trainer hashed its replica at a multiple of the root interval."""
+
+    round: int
+    root: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passed; `late`: the timer fired over a second late, as after a suspend."""
+
+    late: bool = False
+
+
+Event = (
+    ContributionReady
+    | ContributionReceived
+    | CameLate
+    | ReplyHeld
+    | SealHeard
+    | TipHeard
+    | PeerLeft
+    | JoinReceived
+    | RoundsFetched
+    | FetchFailed
+    | Synced
+    | RootComputed
+    | Tick
+)
+
+# ---- effects --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StartRound:
+    """We are a member of this round: compute for `seconds`, then say ContributionReady."""
+
+    key: Key
+    shape: RoundShape
+    index: int
+    seconds: float
+    length_seconds: float
+    """How long members compute for such a round; with overlap the trainer goes on for so long after handing over."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoodIn:
+    """A message of weight 0 is sent for this round: what the trainer has computed is for the next."""
+
+    key: Key
+
+
+@dataclass(frozen=True, slots=True)
+class SendContribution:
+    """Send this payload to the reducer of `part` until it answers or the round is over, and collect the reply."""
+
+    key: Key
+    part: int
+    reducer: bytes
+    row: Row
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Reduce:
+    """Freeze the reply of one part from these (member index, weight, payload); answer with ReplyHeld."""
+
+    key: Key
+    part: int
+    start: int
+    end: int
+    members: int
+    contributions: tuple[tuple[int, int, bytes], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PublishSeal:
+    """We sealed: journal it, then tell every follower."""
+
+    sealed: SealedRound
+
+
+@dataclass(frozen=True, slots=True)
+class Apply:
+    """Journal this sealed round and hand it to the trainer."""
+
+    sealed: SealedRound
+    state: ChainState
+    shape: RoundShape
+    index: int | None
+    """Our place among the members of that round, or None."""
+    contributed: bool
+    """Whether the payloads of our ContributionReady were sent (not a weight-0 message in their stead)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rollback:
+    """Undo the last applied seal: the chain stands at `state` again."""
+
+    state: ChainState
+
+
+@dataclass(frozen=True, slots=True)
+class FetchRounds:
+    """Ask `donor` for the sealed rounds after the newest id of `locator` that it knows."""
+
+    donor: bytes
+    locator: Sequence[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Resync:
+    """Load a snapshot from `donor`: its chain is better and forks off deeper than we can undo, or roots differ."""
+
+    donor: bytes
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class SendJoin:
+    """Ask this peer to admit us by the next seal."""
+
+    sealer: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something an owner should read: a takeover, a fork, a solo seal."""
+
+    kind: str
+    text: str
+
+
+Effect = (
+    StartRound
+    | StoodIn
+    | SendContribution
+    | Reduce
+    | PublishSeal
+    | Apply
+    | Rollback
+    | FetchRounds
+    | Resync
+    | SendJoin
+    | Note
+)

@@ -1,0 +1,939 @@
+"""The round and the chain as a state machine: events in, effects out, no sockets and no clock.
+
+`RoundMachine.handle(event, now)` is the only method that changes state; `now` is a monotonic time in seconds that the
+caller supplies, and `wake_at` says when it wants to hear `Tick` next. The network shell (`driver.py`) and tests feed
+it the same way, so a decision seen in a test is the decision taken over sockets. Design section 4 is the
+specification; section numbers in comments refer to it.
+
+Cost: memory is bounded by one round of contributions to our parts plus those for the round after it, and by
+`STRANGERS_MAX` in all else that others can make us remember; each event is O(members + parts). Every `FetchRounds` must
+be answered by `RoundsFetched` or `FetchFailed`, every `Resync` by `Synced` or `FetchFailed`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from p2ptrain import chain
+from p2ptrain.chain import ChainState, Join, RoundShape, Row, Seal, SealError, SignedSeal, relay
+from p2ptrain.chain.sealed import Key, Reply, SealedRound
+from p2ptrain.rounds.deadlines import Deadlines
+from p2ptrain.rounds.events import (
+    Apply,
+    CameLate,
+    ContributionReady,
+    ContributionReceived,
+    Effect,
+    Event,
+    FetchFailed,
+    FetchRounds,
+    JoinReceived,
+    Note,
+    PeerLeft,
+    PublishSeal,
+    Reduce,
+    ReplyHeld,
+    Resync,
+    Rollback,
+    RootComputed,
+    RoundsFetched,
+    SealHeard,
+    SendContribution,
+    SendJoin,
+    StartRound,
+    StoodIn,
+    Synced,
+    Tick,
+    TipHeard,
+)
+
+JOINS_PENDING_MAX = 256
+JOIN_ROUNDS = 3  # rounds after which a join that was not repeated is forgotten
+STRANGERS_MAX = 64  # peers outside the group whose tips or seals we remember
+FETCH_TIMEOUT_SECONDS = 20.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundRules:
+    """What the manifest fixes about rounds; durations in seconds."""
+
+    chunks: int
+    target_batch: int
+    min_seconds: float
+    max_seconds: float
+    fixed_pace: bool
+    overlap: bool
+    """Members compute for the next round while their messages and replies of this one are on their way."""
+    round_max_seconds: float
+    grace_seconds: float
+    reply_timeout_seconds: float
+    seal_timeout_seconds: float
+    alone_after_seconds: float
+    root_interval: int
+    last_round: int
+    """The run ends with it; 0: never."""
+
+
+class _Missed(NamedTuple):
+    """A part that we closed before all were heard."""
+
+    #: when its grace began
+    since: float
+    #: members not heard yet
+    members: set[bytes]
+
+
+class _Waiting(NamedTuple):
+    """A seal on our head that names a reply we lack."""
+
+    heard: SealHeard
+    at: float
+
+
+@dataclass(slots=True)
+class _Part:
+    """One part that we reduce this round."""
+
+    #: peer id -> its message; at most one each
+    received: dict[bytes, ContributionReceived] = field(default_factory=dict)
+    #: when half of the other members had arrived
+    half_at: float | None = None
+    #: the reduction was asked for; later messages are late
+    closed: bool = False
+
+
+@dataclass(slots=True)
+class _Exchange:
+    """The round now under way, as one member (or onlooker) sees it."""
+
+    shape: RoundShape
+    key: Key
+    #: our index among the members; None: we look on
+    index: int | None
+    started_at: float
+    #: when computing for it began: with it, or with overlap when our message of the round before was due
+    computing_since: float
+    #: parts we reduce, by part number
+    reducing: dict[int, _Part]
+    #: when the trainer was told to hand over
+    due_at: float | None = None
+    #: when we sent our contribution or a weight-0 message in its stead
+    sent_at: float | None = None
+    #: how long we left a late trainer, before we sent a message of weight 0 in its stead
+    stood_in_after: float | None = None
+    #: what we said of ourselves with it
+    row: Row | None = None
+    #: part number -> reply that we hold
+    replies: dict[int, Reply] = field(default_factory=dict)
+    first_reply_at: float | None = None
+    complete_at: float | None = None
+
+
+class RoundMachine:
+    """Decides for one peer; see the module docstring.
+
+    Args:
+        me: our peer id, in bytes.
+        rules: from the manifest.
+        state: where our chain stands.
+        sign: signs a seal id.
+        row: what we say of ourselves when we join (throughput, uplink).
+        founder: we bootstrap: the first seal is ours to make at once.
+    """
+
+    def __init__(
+        self,
+        me: bytes,
+        rules: RoundRules,
+        state: ChainState,
+        sign: Callable[[bytes], bytes],
+        row: Row,
+        *,
+        founder: bool = False,
+    ) -> None:
+        self.me = me
+        self.rules = rules
+        self.head = state
+        self.row = row
+        self._sign = sign
+        self._founder = founder
+        #: the chain before the head, where that can be gone back to
+        self._before: ChainState | None = None
+        self._exchange: _Exchange | None = None
+        #: the round after the one under way, unless a solo seal changes it, and the messages for it that came early
+        self._coming: RoundShape | None = None
+        self._early: dict[tuple[int, bytes], ContributionReceived] = {}
+        #: rounds that the trainer's payloads were sent for, and the shape they were cut for; a fork may come back to it
+        self._sent: dict[Key, RoundShape] = {}
+        #: sealer -> its seal on our head, while we lack a reply that it names
+        self._waiting: dict[bytes, _Waiting] = {}
+        #: peer id -> its row and our round when it asked to be admitted
+        self._joins: dict[bytes, tuple[Row, int]] = {}
+        #: members of the round under way and of the one after; what follows is kept for them alone
+        self._group: frozenset[bytes] = frozenset()
+        #: peer id -> when it last gave a sign of life
+        self._heard: dict[bytes, float] = {}
+        self._left: set[bytes] = set()
+        self._tips: dict[bytes, TipHeard] = {}
+        #: id of a tip that we want -> when we first did
+        self._wanted_since: dict[bytes, float] = {}
+        self._roots: dict[int, bytes] = {}
+        self._deadlines = Deadlines(rules.grace_seconds, rules.reply_timeout_seconds, learns=not rules.fixed_pace)
+        #: our last message in the trainer's stead came too late to be sealed
+        self._stood_in_late = False
+        #: who may yet come late, in the round under way and the one before
+        self._missed: dict[tuple[Key, int], _Missed] = {}
+        #: what members said their root is, for the seal
+        self._root_votes: dict[bytes, tuple[int, bytes]] = {}
+        self._fetching: tuple[bytes, float] | None = None
+        #: donors that failed us, until when to leave them alone
+        self._shunned: dict[bytes, float] = {}
+        #: the donor of the snapshot that is being fetched
+        self._resyncing: bytes | None = None
+        #: after a late timer: do not seal before this time
+        self._hold_seal_until = -math.inf
+        self._effects: list[Effect] = []
+        self.wake_at: float | None = None
+
+    # ---- what others may read ---------------------------------------------------------------------------------
+
+    @property
+    def is_member(self) -> bool:
+        """Whether we are a member of the round under way."""
+        return self._exchange is not None and self._exchange.index is not None
+
+    @property
+    def exchange_key(self) -> Key | None:
+        """Key of the round under way."""
+        return self._exchange.key if self._exchange else None
+
+    @property
+    def shape(self) -> RoundShape | None:
+        """Shape of the round under way."""
+        return self._exchange.shape if self._exchange else None
+
+    @property
+    def newest_root(self) -> tuple[int, bytes]:
+        """Round and hash of the newest root that our trainer computed; (0, b"") before the first."""
+        newest = max(self._roots, default=0)
+        return newest, self._roots.get(newest, b"")
+
+    def awaits(self, key: Key) -> bool:
+        """Whether our trainer's contribution to this round can still be sent."""
+        exchange = self._exchange
+        return exchange is not None and exchange.key == key and exchange.index is not None and exchange.sent_at is None
+
+    def known_state(self, identifier: bytes) -> ChainState | None:
+        """The chain state at our head, or at its parent where that can still be gone back to."""
+        if identifier == self.head.id:
+            return self.head
+        return self._before if self._before is not None and identifier == self._before.id else None
+
+    def held_reply(self, key: Key, part: int) -> Reply | None:
+        """The reply that we hold for a part of the round under way."""
+        if self._exchange is None or self._exchange.key != key:
+            return None
+        return self._exchange.replies.get(part)
+
+    def refusal(self, key: Key, part: int, peer_id: bytes) -> str | None:
+        """Why a message for `part` from `peer_id` would be refused, or None (design 4.5)."""
+        if key.round <= self.head.round:
+            return "late"
+        if key.round > self.head.round + 2:
+            return "too early"
+        if key.round == self.head.round + 2:
+            return self._refusal_early(key, part, peer_id)
+        exchange = self._exchange
+        if exchange is None or key != exchange.key:
+            return "foreign"
+        if exchange.shape.index(peer_id) is None:
+            return "not a member"
+        reducing = exchange.reducing.get(part)
+        if reducing is None:
+            return "not the reducer"
+        if peer_id in reducing.received:
+            return "twice"
+        return "late" if reducing.closed else None
+
+    def _refusal_early(self, key: Key, part: int, peer_id: bytes) -> str | None:
+        coming = self._coming
+        if coming is None or key.base != coming.base:
+            return "foreign"
+        if coming.index(peer_id) is None:
+            return "not a member"
+        if part >= len(coming.parts) or coming.members[coming.parts[part].reducer].peer_id != self.me:
+            return "not the reducer"
+        return "twice" if (part, peer_id) in self._early else None
+
+    # ---- the one way in ---------------------------------------------------------------------------------------
+
+    def start(self, now: float) -> list[Effect]:
+        """Begin at the chain state given to the constructor."""
+        self._begin_round(now)
+        return self._settle_effects(now)
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        """Take one event at monotonic time `now` (seconds); returns what to do, in order."""
+        match event:
+            case ContributionReady():
+                self._on_ready(event, now)
+            case ContributionReceived():
+                self._hear(event.peer_id, now)
+                self._on_contribution(event, now)
+            case CameLate():
+                self._hear(event.peer_id, now)
+                self._on_late(event, now)
+            case ReplyHeld():
+                self._on_reply(event, now)
+            case SealHeard():
+                self._hear(event.source, now)
+                self._on_seal(event, now)
+            case TipHeard():
+                self._hear(event.peer_id, now)
+                self._note_tip(event)
+            case PeerLeft():
+                if event.peer_id in self._group:
+                    self._left.add(event.peer_id)
+                self._tips.pop(event.peer_id, None)
+                self._joins.pop(event.peer_id, None)
+            case JoinReceived():
+                self._hear(event.peer_id, now)
+                if event.peer_id in self._joins or len(self._joins) < JOINS_PENDING_MAX:
+                    self._joins[event.peer_id] = (event.row, self.head.round)
+            case RoundsFetched():
+                self._hear(event.donor, now)
+                if self._fetching is not None and self._fetching[0] == event.donor:
+                    self._fetching = None
+                self._on_rounds(event, now)
+            case FetchFailed():
+                if self._fetching is not None and self._fetching[0] == event.donor:
+                    self._fetching = None
+                elif self._resyncing == event.donor:
+                    self._resyncing = None
+                self._shun(event.donor, now + self.rules.seal_timeout_seconds)
+            case Synced():
+                self._on_synced(event, now)
+            case RootComputed():
+                self._roots[event.round] = event.root
+                for old in sorted(self._roots)[:-4]:
+                    del self._roots[old]
+            case Tick():
+                if event.late:
+                    # 4.12: we may have slept through seals; ask before deciding anything.
+                    self._hold_seal_until = now + self.rules.seal_timeout_seconds
+                    best = min(self._tips.values(), key=_merit, default=None)
+                    if best is not None:
+                        self._ask(best.peer_id, now)
+        return self._settle_effects(now)
+
+    # ---- events -----------------------------------------------------------------------------------------------
+
+    def _hear(self, peer_id: bytes, now: float) -> None:
+        if peer_id != self.me and peer_id in self._group:
+            self._heard[peer_id] = now
+            self._left.discard(peer_id)
+
+    def _note_tip(self, tip: TipHeard) -> None:
+        self._tips.pop(tip.peer_id, None)
+        self._tips[tip.peer_id] = tip
+        if len(self._tips) > len(self._group) + STRANGERS_MAX:
+            # The one that has been silent for longest.
+            del self._tips[next(peer for peer in self._tips if peer not in self._group)]
+
+    def _shun(self, donor: bytes, until: float) -> None:
+        """Leave a donor alone for a while, and look for what it had elsewhere."""
+        self._shunned[donor] = until
+        self._tips.pop(donor, None)
+        self._waiting = {s: w for s, w in self._waiting.items() if w.heard.source != donor}
+
+    def _on_ready(self, event: ContributionReady, now: float) -> None:
+        self.row = event.row
+        exchange = self._exchange
+        if exchange is None or not self.awaits(event.key) or len(event.payloads) != len(exchange.shape.parts):
+            return
+        self._sent[exchange.key] = exchange.shape
+        self._send(exchange, event.row, event.payloads, now)
+
+    def _send(self, exchange: _Exchange, row: Row, payloads: tuple[bytes, ...], now: float) -> None:
+        """Give every reducer its message; ours to ourselves without a wire."""
+        exchange.sent_at, exchange.row = now, row
+        root_round, root = self.newest_root
+        for number, part in enumerate(exchange.shape.parts):
+            reducer = exchange.shape.members[part.reducer].peer_id
+            if reducer == self.me:
+                mine = ContributionReceived(exchange.key, number, self.me, row, root_round, root, payloads[number])
+                self._on_contribution(mine, now)
+            else:
+                self._effects.append(SendContribution(exchange.key, number, reducer, row, payloads[number]))
+        self._root_votes[self.me] = (root_round, root)
+
+    def _on_contribution(self, event: ContributionReceived, now: float) -> None:
+        if self.refusal(event.key, event.part, event.peer_id) is not None:
+            return
+        self._root_votes[event.peer_id] = (event.root_round, event.root)
+        exchange = self._exchange
+        if exchange is None or event.key != exchange.key:
+            self._early[(event.part, event.peer_id)] = event
+            return
+        part = exchange.reducing[event.part]
+        part.received[event.peer_id] = event
+        others = len(exchange.shape.members) - 1
+        arrived = len(part.received.keys() - {self.me})
+        if part.half_at is not None:
+            if event.peer_id != self.me:
+                self._deadlines.contributions.observe(event.peer_id, now - self._grace_from(exchange, part.half_at))
+        elif others and arrived >= math.ceil(others / 2):
+            part.half_at = now
+            self._deadlines.observe_round(self._grace_from(exchange, now) - exchange.computing_since)
+            for peer in part.received.keys() - {self.me}:
+                self._deadlines.contributions.observe(peer, 0.0)
+
+    def _on_late(self, event: CameLate, now: float) -> None:
+        """Who comes after the deadline still says how long the deadline should have been."""
+        missed = self._missed.get((event.key, event.part))
+        if missed is not None and event.peer_id in missed.members:
+            missed.members.remove(event.peer_id)
+            self._deadlines.contributions.observe(event.peer_id, now - missed.since)
+
+    def _on_reply(self, event: ReplyHeld, now: float) -> None:
+        exchange = self._exchange
+        if exchange is None or exchange.key != event.key or event.part in exchange.replies:
+            return
+        if not 0 <= event.part < len(exchange.shape.parts):
+            return
+        mine = exchange.reducing.get(event.part)
+        if exchange.sent_at is None or (mine is not None and not mine.closed):
+            # Not of this exchange: a fork gave the round another shape while the reply was on its way.
+            return
+        exchange.replies[event.part] = event.reply
+        if exchange.first_reply_at is None:
+            exchange.first_reply_at = now
+        if mine is None:
+            reducer = exchange.shape.members[exchange.shape.parts[event.part].reducer].peer_id
+            self._deadlines.replies.observe(reducer, now - exchange.first_reply_at)
+        if len(exchange.replies) == len(exchange.shape.parts):
+            exchange.complete_at = now
+
+    def _on_seal(self, event: SealHeard, now: float) -> None:
+        seal = event.seal
+        if seal.parent == self.head.id and self._idle_solo(seal):
+            return
+        self._note_tip(TipHeard(event.source, seal.round, event.id, seal.total))
+        if seal.parent != self.head.id:
+            return
+        try:
+            chain.extend(self.head, event.id, seal, self.rules.chunks)
+        except SealError as error:
+            self._effects.append(Note("refused", f"refused a seal of round {seal.round}: {error}"))
+            self._tips.pop(event.source, None)
+            return
+        known = self._waiting.get(seal.sealer)
+        if known is not None:
+            old = known.heard
+            if not chain.better(seal.total, event.id, old.seal.total, old.id):
+                return
+        elif seal.sealer not in self._group and len(self._waiting) >= len(self._group) + STRANGERS_MAX:
+            return
+        self._waiting[seal.sealer] = _Waiting(event, now)
+
+    def _idle_solo(self, first: Seal, total: int | None = None) -> bool:
+        """Whether this takes our group apart for a chain with no more work in it; a better one we follow (4.9)."""
+        total = first.total if total is None else total
+        return first.solo and self.is_member and first.sealer != self.me and total <= self.head.total
+
+    def _on_rounds(self, event: RoundsFetched, now: float) -> None:
+        if self._resyncing is not None:
+            return
+        tip = self._tips.get(event.donor)
+        if event.ancestor is None:
+            if tip is not None and self._wants(tip):
+                self._want_snapshot(event.donor, "we are far behind its chain, or off it")
+            return
+        if not event.rounds:
+            self._tips.pop(event.donor, None)
+            return
+        rounds, ancestor = event.rounds, event.ancestor
+        for number, sealed in enumerate(rounds):
+            if sealed.id == self.head.id:
+                rounds, ancestor = rounds[number + 1 :], sealed.id
+                break
+        base = self.known_state(ancestor)
+        if base is None or not rounds:
+            # Our chain moved on meanwhile; if the donor's is still the better one, its tip says so.
+            return
+        states: list[tuple[ChainState, RoundShape]] = []
+        state = base
+        for sealed in rounds:
+            shape = chain.shape_of(state, self.rules.chunks)
+            try:
+                state = chain.extend(state, sealed.id, sealed.seal, self.rules.chunks)
+            except SealError as error:
+                self._effects.append(Note("refused", f"refused a fetched seal of round {sealed.seal.round}: {error}"))
+                self._shun(event.donor, now + FETCH_TIMEOUT_SECONDS)
+                return
+            states.append((state, shape))
+        if base is self.head:
+            worth = not self._idle_solo(rounds[0].seal, state.total)
+        else:
+            worth = chain.better(state.total, state.id, self.head.total, self.head.id)
+        if not worth:
+            if tip is not None and tip.round > state.round and self._wants(tip):
+                # A long fork comes in pieces, and the first piece alone may be worth less than what we have.
+                self._want_snapshot(event.donor, "its better chain does not fit into one answer")
+            else:
+                self._shun(event.donor, now + self.rules.seal_timeout_seconds)
+            return
+        if base is not self.head:
+            text = f"fork at round {base.round + 1}: following the chain with total {state.total} instead of ours"
+            self._effects.append(Note("fork", text))
+            self._effects.append(Rollback(base))
+            self.head = base
+            self._roots = {round: root for round, root in self._roots.items() if round <= base.round}
+        for (state, shape), sealed in zip(states, rounds, strict=True):
+            self._adopt(sealed, state, shape)
+        self._begin_round(now)
+
+    def _on_synced(self, event: Synced, now: float) -> None:
+        self._resyncing = None
+        self.head = event.state
+        self._before = None
+        # They were of the replica that was given up; the trainer tells those of the new one.
+        self._roots.clear()
+        exchange = self._exchange
+        self._begin_round(now)
+        if exchange is self._exchange and exchange is not None and exchange.sent_at is None:
+            # The same round as before, but the trainer began anew.
+            self._start_training(exchange, now)
+
+    # ---- rounds -----------------------------------------------------------------------------------------------
+
+    def _begin_round(self, now: float) -> None:
+        """Open the round after the head, unless it is under way already with the same shape."""
+        chunks = self.rules.chunks
+        shape, self._coming = chain.shape_of(self.head, chunks), chain.coming_shape(self.head, chunks)
+        key = Key(shape.round, shape.base)
+        self._remember_only(frozenset(m.peer_id for m in self.head.now + self.head.following))
+        early, self._early = self._early, {}
+        if self._exchange is not None and self._exchange.key == key and self._exchange.shape == shape:
+            self._early = {k: m for k, m in early.items() if m.key.base == self._coming.base}
+            return
+        if self.rules.last_round and self.head.round >= self.rules.last_round:
+            self._exchange = None
+            return
+        index = shape.index(self.me)
+        mine = {n: _Part() for n, part in enumerate(shape.parts) if part.reducer == index}
+        self._exchange = _Exchange(shape, key, index, now, self._computing_since(shape, now), mine)
+        for message in early.values():
+            self._on_contribution(message, now)
+        if self.me not in {m.peer_id for m in self.head.following}:
+            self._join(shape)
+        if index is not None:
+            self._start_training(self._exchange, now)
+
+    def _computing_since(self, shape: RoundShape, now: float) -> float:
+        """When computing for the round that begins now began.
+
+        When our last message was due, not when it left: who was late once is in step again with the next. And who
+        computes less, since seals left it out, is so much earlier from then on.
+        """
+        before = self._exchange
+        if not self.rules.overlap or before is None or before.due_at is None or before.key.round != shape.round - 1:
+            return now
+        return min(before.due_at, now)
+
+    def _remember_only(self, group: frozenset[bytes]) -> None:
+        """Drop what was kept for peers and rounds that are of no more use."""
+        head = self.head
+        self._group = group
+        self._heard = {p: at for p, at in self._heard.items() if p in group}
+        self._left &= group
+        self._root_votes = {p: vote for p, vote in self._root_votes.items() if p in group}
+        self._waiting = {s: w for s, w in self._waiting.items() if w.heard.seal.parent == head.id}
+        self._joins = {p: j for p, j in self._joins.items() if head.round - j[1] < JOIN_ROUNDS and p != self.me}
+        self._sent = {key: shape for key, shape in self._sent.items() if key.round >= head.round}
+        self._missed = {of: missed for of, missed in self._missed.items() if of[0].round >= head.round}
+        self._deadlines.keep_only(group - {self.me})
+
+    def _start_training(self, exchange: _Exchange, now: float) -> None:
+        if exchange.index is not None:
+            length = self._computing_seconds(exchange)
+            seconds = self._deadlines.computing_seconds(length, last_chance=self._last_chance())
+            exchange.due_at = max(exchange.computing_since + seconds, now)
+            start = StartRound(exchange.key, exchange.shape, exchange.index, exchange.due_at - now, length)
+            self._effects.append(start)
+
+    def _computing_seconds(self, exchange: _Exchange) -> float:
+        rules = self.rules
+        return chain.length_seconds(exchange.shape, rules.target_batch, rules.min_seconds, rules.max_seconds)
+
+    def _join(self, shape: RoundShape) -> None:
+        """Ask the peers that may seal this round to admit us, again each round until one does."""
+        for place in shape.sealer_order[:2]:
+            sealer = shape.members[place].peer_id
+            if sealer != self.me:
+                self._effects.append(SendJoin(sealer))
+
+    def _adopt(self, sealed: SealedRound, state: ChainState, shape: RoundShape) -> None:
+        """Move the head over one sealed round that we hold whole."""
+        contributed = self._sent.get(Key(shape.round, shape.base)) == shape
+        self._before = self.head
+        self.head = state
+        for join in sealed.seal.joins:
+            self._joins.pop(join.peer_id, None)
+        self._effects.append(Apply(sealed, state, shape, shape.index(self.me), contributed))
+        self._check_root(sealed.seal)
+        exchange = self._exchange
+        if exchange is not None and exchange.sent_at is not None and exchange.shape == shape and not sealed.seal.solo:
+            self._learn_from(sealed.seal, exchange)
+
+    def _learn_from(self, seal: Seal, exchange: _Exchange) -> None:
+        """What a seal of the round under way says about our deadlines."""
+        members = exchange.shape.members
+        given_up = 2 * self._deadlines.reply_seconds
+        for number, part in enumerate(exchange.shape.parts):
+            if not seal.parts[number] and number not in exchange.replies and part.reducer != exchange.index:
+                # Given up by the sealer, and by us: it may have been a moment late, or dead.
+                self._deadlines.replies.observe(members[part.reducer].peer_id, given_up)
+        included = chain.bits(seal.included, len(members))
+        self._stood_in_late = False
+        if exchange.stood_in_after is not None:
+            self._deadlines.stand_in.observe(exchange.index in included, exchange.stood_in_after)
+            self._stood_in_late = exchange.index not in included
+        else:
+            self._deadlines.stand_in.observe_ready()
+            if included:
+                self._deadlines.head_start.observe(exchange.index in included)
+
+    def _check_root(self, seal: Seal) -> None:
+        """4.10: who differs from the sealed root resyncs and says so."""
+        interval = self.rules.root_interval
+        at = chain.root_round(seal.round, interval)
+        if not seal.root or self._roots.get(at, seal.root) == seal.root:
+            return
+        holders = sorted(p for p, vote in self._root_votes.items() if vote == (at, seal.root) and p != self.me)
+        donor = next(iter(holders), seal.sealer)
+        if donor != self.me:
+            self._want_snapshot(donor, "our replica differs from the sealed root")
+
+    # ---- what time and state make due -------------------------------------------------------------------------
+
+    def _settle_effects(self, now: float) -> list[Effect]:
+        """Do all that is due now, then say when to look again."""
+        sealed = True
+        while sealed:
+            self.wake_at = None
+            self._adopt_waiting(now)
+            self._follow_better(now)
+            self._close_parts(now)
+            self._stand_in(now)
+            sealed = self._seal_when_due(now)
+        effects, self._effects = self._effects, []
+        return effects
+
+    def _wake(self, at: float) -> None:
+        if self.wake_at is None or at < self.wake_at:
+            self.wake_at = at
+
+    def _adopt_waiting(self, now: float) -> None:
+        """Adopt the best seal on our head whose replies we all hold."""
+        exchange = self._exchange
+        held = exchange.replies if exchange is not None else {}
+        ready = []
+        for sealer, waiting in list(self._waiting.items()):
+            named = [(n, digest) for n, digest in enumerate(waiting.heard.seal.parts) if digest]
+            if not all(n in held and held[n].digest == digest for n, digest in named):
+                continue
+            included: frozenset[int] = frozenset().union(*(held[n].included for n, _ in named))
+            if chain.bitmap(included, len(waiting.heard.seal.rows)) == waiting.heard.seal.included:
+                ready.append(waiting.heard)
+            else:
+                self._effects.append(Note("refused", "refused a seal that includes others than its replies do"))
+                del self._waiting[sealer]
+        if not ready:
+            return
+        best = min(ready, key=lambda heard: (-heard.seal.total, heard.id))
+        shape = chain.shape_of(self.head, self.rules.chunks)
+        state = chain.extend(self.head, best.id, best.seal, self.rules.chunks)
+        replies = tuple(held[n].data if digest else None for n, digest in enumerate(best.seal.parts))
+        self._adopt(SealedRound(best.id, best.seal, best.signed, replies), state, shape)
+        self._begin_round(now)
+
+    def _wants(self, tip: TipHeard) -> bool:
+        """Whether what this tip names is better than our chain, or continues it (4.9)."""
+        if self.known_state(tip.id) is not None:
+            return False
+        ahead = tip.round > self.head.round and tip.total >= self.head.total
+        return ahead or chain.better(tip.total, tip.id, self.head.total, self.head.id)
+
+    def _follow_better(self, now: float) -> None:
+        """Ask for what a better tip has and we lack (4.9). Never adopts by itself."""
+        if self._resyncing is not None:
+            return
+        if self._fetching is not None:
+            donor, deadline = self._fetching
+            if now < deadline:
+                self._wake(deadline)
+                return
+            self._fetching = None
+            self._shun(donor, now + self.rules.seal_timeout_seconds)
+        self._shunned = {donor: until for donor, until in self._shunned.items() if until > now}
+        coming = {w.heard.id: self._replies_expected_until(w) for w in self._waiting.values()}
+        wanted = [tip for tip in sorted(self._tips.values(), key=_merit) if self._wants(tip)]
+        self._wanted_since = {tip.id: self._wanted_since.get(tip.id, now) for tip in wanted}
+        if self._exchange is not None and self._exchange.sent_at is not None:
+            # What others say of their tip often overtakes the seal, in a large group by all its way down the tree.
+            patience = self.rules.seal_timeout_seconds / (2 if relay.relayed(self._group) else 4)
+            for tip in wanted:
+                if tip.round == self.head.round + 1:
+                    coming.setdefault(tip.id, self._wanted_since[tip.id] + patience)
+        for tip in wanted:
+            due = max(self._shunned.get(tip.peer_id, now), coming.get(tip.id, now))
+            if due <= now:
+                self._ask(tip.peer_id, now)
+                return
+            self._wake(due)
+
+    def _replies_expected_until(self, waiting: _Waiting) -> float:
+        """A seal often overtakes the last reply that it names: until when to wait before asking for the whole round."""
+        exchange = self._exchange
+        if exchange is None or exchange.sent_at is None:
+            return -math.inf
+        held = exchange.replies
+        if any(n in held and digest and held[n].digest != digest for n, digest in enumerate(waiting.heard.seal.parts)):
+            return -math.inf
+        return waiting.at + self.rules.seal_timeout_seconds / 4
+
+    def _ask(self, peer: bytes, now: float) -> None:
+        if self._fetching is None and self._resyncing is None:
+            self._fetching = (peer, now + FETCH_TIMEOUT_SECONDS)
+            self._wake(self._fetching[1])
+            locator = [self.head.id] + ([self._before.id] if self._before is not None else [])
+            self._effects.append(FetchRounds(peer, locator))
+
+    def _want_snapshot(self, donor: bytes, why: str) -> None:
+        if self._resyncing is None:
+            self._resyncing = donor
+            self._effects.append(Resync(donor, why))
+
+    def _close_parts(self, now: float) -> None:
+        """Freeze the parts whose deadline has come (4.5)."""
+        exchange = self._exchange
+        if exchange is None or exchange.index is None or exchange.sent_at is None:
+            return
+        members = {m.peer_id for m in exchange.shape.members}
+        for number, part in exchange.reducing.items():
+            if part.closed:
+                continue
+            missing = members - part.received.keys() - self._left
+            latest = exchange.sent_at + self.rules.round_max_seconds
+            started = latest if part.half_at is None else min(self._grace_from(exchange, part.half_at), latest)
+            due = started + self._deadlines.grace_seconds
+            if self.rules.fixed_pace:
+                due = latest + self._deadlines.grace_seconds
+            if missing and now < due:
+                self._wake(due)
+            elif not missing or len(part.received) > 1:
+                self._close(exchange, number, part)
+            # A reply to ourselves alone is worth nothing before a solo seal is due; another may come until then.
+
+    def _close(self, exchange: _Exchange, number: int, part: _Part) -> None:
+        part.closed = True
+        place = {m.peer_id: i for i, m in enumerate(exchange.shape.members)}
+        messages = sorted((place[p], m.row.weight, m.payload) for p, m in part.received.items())
+        spec = exchange.shape.parts[number]
+        self._effects.append(Reduce(exchange.key, number, spec.start, spec.end, len(place), tuple(messages)))
+        missing = set(place) - part.received.keys()
+        if missing and part.half_at is not None:
+            self._missed[exchange.key, number] = _Missed(self._grace_from(exchange, part.half_at), missing)
+
+    def _grace_from(self, exchange: _Exchange, half_at: float) -> float:
+        """When the grace begins: half of the others were heard, and the time to compute is over.
+
+        Messages of weight 0 may come as soon as a round begins; they must not start the clock for those who compute.
+        """
+        return max(half_at, exchange.computing_since + self._computing_seconds(exchange))
+
+    def _stand_in(self, now: float) -> None:
+        """Send a weight-0 message when our trainer is slower than the group, so that we stay a member (4.3)."""
+        exchange = self._exchange
+        if exchange is None or exchange.index is None or exchange.sent_at is not None or not exchange.shape.parts:
+            return
+        halves = [p.half_at for p in exchange.reducing.values() if p.half_at is not None]
+        length = self._computing_seconds(exchange)
+        ends = exchange.computing_since + length
+        due = max(ends, exchange.started_at) + self.rules.round_max_seconds
+        wait = self._deadlines.stand_in_seconds
+        if not self.rules.fixed_pace:
+            # Who reduces sees the others arrive; who does not can but assume that they keep the pace.
+            seen = self._grace_from(exchange, min(halves, default=-math.inf))
+            if self._last_chance():
+                # Not at once: the trainer may have something in hand.
+                due, wait = exchange.started_at + length / 2, 0.0
+            elif self._stood_in_late:
+                # No waiting for a sign that the others see before we can answer it.
+                due, wait = max(ends, exchange.started_at + length / 2), 0.0
+            elif halves or not exchange.reducing:
+                due = min(due, seen + wait)
+        if len(exchange.shape.members) == 1 or now < due:
+            if len(exchange.shape.members) > 1:
+                self._wake(due)
+            return
+        exchange.stood_in_after = wait
+        self._effects.append(StoodIn(exchange.key))
+        empty = Row(0, self.row.throughput, self.row.uplink)
+        self._send(exchange, empty, tuple(b"" for _ in exchange.shape.parts), now)
+        self._close_parts(now)
+
+    def _last_chance(self) -> bool:
+        """Whether one more seal that leaves us out ends our membership."""
+        absent = next((m.absent for m in self.head.following if m.peer_id == self.me), 0)
+        return absent == chain.ABSENCES_ALLOWED - 1
+
+    # ---- sealing ----------------------------------------------------------------------------------------------
+
+    def _seal_when_due(self, now: float) -> bool:
+        """Seal what we hold when it is our place's turn (4.6); True when we sealed."""
+        exchange = self._exchange
+        if exchange is None or self._resyncing is not None:
+            return False
+        if now < self._hold_seal_until:
+            self._wake(self._hold_seal_until)
+            return False
+        if not exchange.shape.members:
+            if not self._founder or self.head.round:
+                return False
+            return self._seal(exchange, frozenset(), now, solo=True)
+        if exchange.index is None:
+            return self._solo_when_alone(exchange, frozenset(), now)
+        if exchange.sent_at is None:
+            return False
+        included = frozenset[int]().union(*(reply.included for reply in exchange.replies.values()))
+        if len(exchange.shape.members) > 1 and included <= {exchange.index}:
+            if self._solo_when_alone(exchange, included, now):
+                return True
+            if included:
+                return False
+        if self._known_seal(now):
+            return False
+        place = exchange.shape.sealer_order.index(exchange.index)
+        ahead = [exchange.shape.members[i].peer_id for i in exchange.shape.sealer_order[:place]]
+        due = self._seal_from(exchange)
+        due += self.rules.seal_timeout_seconds * sum(peer not in self._left for peer in ahead)
+        if now < due:
+            self._wake(due)
+            return False
+        if place:
+            self._effects.append(Note("takeover", f"sealing round {exchange.key.round} in place {place}"))
+        return self._seal(exchange, included, now, solo=False)
+
+    def _seal_from(self, exchange: _Exchange) -> float:
+        """When the first place would seal, by what we see: with every reply, or at the reply deadline."""
+        if exchange.complete_at is not None:
+            return exchange.complete_at
+        assert exchange.sent_at is not None
+        # By when any reducer has frozen its reply, whatever it has learned.
+        latest = exchange.sent_at + self.rules.round_max_seconds + self.rules.grace_seconds
+        latest += self.rules.reply_timeout_seconds
+        if not self.rules.fixed_pace and exchange.first_reply_at is not None:
+            latest = min(exchange.first_reply_at + self._deadlines.reply_seconds, latest)
+        return latest
+
+    def _known_seal(self, now: float) -> bool:
+        """Whether the group has sealed this round already and we lack but replies of it."""
+        known = [waiting.at for waiting in self._waiting.values() if not waiting.heard.seal.solo]
+        until = max(known, default=-math.inf) + self.rules.seal_timeout_seconds
+        if known and now < until:
+            self._wake(until)
+        return bool(known) and (now < until or self._fetching is not None)
+
+    def _solo_when_alone(self, exchange: _Exchange, included: frozenset[int], now: float) -> bool:
+        """A solo seal, once no member has been heard for `alone_after` (4.6)."""
+        if not self.head.round or self._fetching is not None:
+            # Whom we fetch from is not heard, but there.
+            return False
+        members = exchange.shape.members
+        if exchange.index is None:
+            # A learner leaves it to those who are members soon, too.
+            members += self.head.following
+        others = {m.peer_id for m in members} - {self.me}
+        # Silence is counted from when the round began, not from before.
+        silent_since = max([exchange.started_at, *(at for peer, at in self._heard.items() if peer in others)])
+        due = silent_since + self.rules.alone_after_seconds
+        if exchange.index is None:
+            # Members first: a learner waits for one more place.
+            due += self.rules.seal_timeout_seconds
+        elif others <= self._left:
+            due = now
+        else:
+            # Who is heard, but by every deadline has sent nothing, cannot hold the chain for ever.
+            due = min(due, self._seal_from(exchange) + self.rules.alone_after_seconds)
+        if now < due:
+            self._wake(due)
+            return False
+        unfinished = False
+        for number, part in exchange.reducing.items():
+            # Our own part closes first: sealing before would throw our own contribution away.
+            if not part.closed:
+                self._close(exchange, number, part)
+            unfinished |= number not in exchange.replies
+        return not unfinished and self._seal(exchange, included, now, solo=True)
+
+    def _seal(self, exchange: _Exchange, included: frozenset[int], now: float, *, solo: bool) -> bool:
+        shape = exchange.shape
+        rows = {m.peer_id: m.row for m in shape.members}
+        for part in exchange.reducing.values():
+            rows.update({peer: message.row for peer, message in part.received.items()})
+        if exchange.index is not None:
+            rows[self.me] = exchange.row if exchange.row is not None else self.row
+        replies: list[bytes | None] = []
+        digests: list[bytes] = []
+        for number in range(len(shape.parts)):
+            reply = exchange.replies.get(number)
+            replies.append(reply.data if reply else None)
+            digests.append(reply.digest if reply else b"")
+        listed = {m.peer_id for m in self.head.following} if not solo else {self.me}
+        room = min(chain.JOINS_MAX, chain.MEMBERS_MAX - len(listed))
+        joins = tuple(Join(p, row) for p, (row, _) in sorted(self._joins.items()) if p not in listed)[:room]
+        seal = Seal(
+            version=chain.SEAL_VERSION,
+            run_id=self.head.run_id,
+            round=shape.round,
+            parent=self.head.id,
+            total=self.head.total + len(included),
+            sealer=self.me,
+            solo=solo,
+            included=chain.bitmap(included, len(shape.members)),
+            parts=tuple(digests),
+            rows=tuple(rows[m.peer_id] for m in shape.members),
+            joins=joins,
+            root=self._majority_root(shape),
+        )
+        signed: SignedSeal = chain.encode_seal(seal, self._sign)
+        sealed = SealedRound(chain.seal_id(signed.body), seal, signed, tuple(replies))
+        state = chain.extend(self.head, sealed.id, seal, self.rules.chunks)
+        if solo and shape.members:
+            self._effects.append(Note("solo", f"nobody heard: sealing round {shape.round} alone"))
+        self._adopt(sealed, state, shape)
+        self._effects.append(PublishSeal(sealed))
+        self._begin_round(now)
+        return True
+
+    def _majority_root(self, shape: RoundShape) -> bytes:
+        """The root most members sent for `chain.root_round`; tie: the smaller (4.10)."""
+        wanted = chain.root_round(shape.round, self.rules.root_interval)
+        members = {m.peer_id for m in shape.members} | {self.me}
+        votes = Counter(
+            root for peer, (at, root) in self._root_votes.items() if peer in members and at == wanted and root
+        )
+        best = min(votes, key=lambda root: (-votes[root], root), default=b"")
+        # A root that few have computed yet is no verdict on the others.
+        return best if 2 * votes[best] >= len(shape.members) else b""
+
+
+def _merit(tip: TipHeard) -> tuple[int, bytes]:
+    """Orders tips, the best first."""
+    return -tip.total, tip.id

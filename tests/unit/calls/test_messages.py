@@ -1,0 +1,100 @@
+"""Frames, blobs and messages: what does not add up ends the call, in time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from typing import Any
+
+import pytest
+from google.protobuf.wrappers_pb2 import BytesValue
+from hypothesis import given
+from hypothesis import strategies as st
+
+from p2ptrain.calls import messages
+from p2ptrain.calls.messages import PIECE_BYTES, CallError, FrameReader, Hello, RefusedError, Tip, Traffic
+
+KINDS = [kind for kind in vars(messages).values() if isinstance(kind, type) and issubclass(kind, messages._Message)]
+
+
+async def stream(frames: Iterable[BytesValue], *, hangs: bool = False) -> AsyncIterator[BytesValue]:
+    for frame in frames:
+        yield frame
+    if hangs:
+        await asyncio.Event().wait()
+
+
+def read(frames: Iterable[BytesValue], what: str, *arguments: Any, hangs: bool = False) -> Any:
+    """Call one of the reader's methods on these frames."""
+
+    async def main() -> Any:
+        return await getattr(FrameReader(stream(frames, hangs=hangs), Traffic(), 0.05), what)(*arguments)
+
+    return asyncio.run(main())
+
+
+@given(st.integers(0, 3 * PIECE_BYTES), st.integers(1, 4))
+def test_a_blob_survives_in_at_least_as_many_pieces_as_asked(length: int, pieces: int) -> None:
+    data = bytes(length)
+    frames = list(Traffic().blob(data, pieces=pieces))
+    assert len(frames) > min(pieces, length)
+    assert read(frames, "blob", length) == data
+
+
+def test_a_blob_that_does_not_add_up_ends_the_call() -> None:
+    data = b"x" * (PIECE_BYTES + 5)
+    header, *pieces = Traffic().blob(data)
+    wrong = BytesValue(value=b"y" * len(pieces[-1].value))
+    for frames, why in (
+        ([header, pieces[0]], "ended early"),
+        ([header, pieces[0], wrong], "hash"),
+        ([header, pieces[0], BytesValue(value=b"")], "add up"),
+        ([header, pieces[0], pieces[0]], "add up"),
+        ([], "ended early"),
+    ):
+        with pytest.raises(CallError, match=why):
+            read(frames, "blob", len(data))
+
+
+def test_a_blob_longer_than_is_taken_is_refused_by_its_header() -> None:
+    with pytest.raises(CallError, match="at most 9"):
+        read(list(Traffic().blob(b"x" * 10))[:1], "blob", 9)
+
+
+def test_silence_ends_the_call() -> None:
+    header, *_ = Traffic().blob(b"x" * 10)
+    with pytest.raises(CallError, match="silence"):
+        read([header], "blob", 10, hangs=True)
+
+
+def test_a_refusal_names_its_reason() -> None:
+    with pytest.raises(RefusedError, match="too late"):
+        read([Traffic().message(messages.Answer("too late"))], "accepted")
+
+
+def test_what_is_sent_and_received_is_counted_alike() -> None:
+    sender, receiver = Traffic(), Traffic()
+    frames = [sender.message(Hello(1)), *sender.blob(b"x" * 1000)]
+
+    async def main() -> None:
+        reader = FrameReader(stream(frames), receiver, 1.0)
+        await reader.message(Hello)
+        await reader.blob(1000)
+
+    asyncio.run(main())
+    assert sender.sent == receiver.received > 1000
+
+
+@given(st.sampled_from(KINDS), st.binary(max_size=300))
+def test_noise_is_no_message(kind: type[Any], data: bytes) -> None:
+    try:
+        messages.decode_message(data, kind)
+    except CallError:
+        return
+    assert kind is messages._Message or len(data) > 0
+
+
+def test_out_of_bounds_is_no_message() -> None:
+    for bad in ([-1, bytes(32), 0], [0, bytes(31), 0], [0, bytes(32)], [0, bytes(32), 0, 0], {"round": 1}):
+        with pytest.raises(CallError):
+            messages.decode_message(messages._encoder.encode(bad), Tip)

@@ -1,0 +1,54 @@
+"""Claims: whoever hears a peer's news can count on being heard by it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import virtual
+
+from p2ptrain.calls.client import Client
+from p2ptrain.calls.messages import Tip, Traffic
+from p2ptrain.calls.news import ATTEMPTS, RETRY_SECONDS, NewsFeed
+from p2ptrain.calls.servicer import PeerServicer
+from p2ptrain.rounds.events import TipHeard
+
+RUN_ID = bytes(32)
+
+
+class Peer:
+    """A peer's share in news: the real servicer, client and feed, without rounds."""
+
+    def __init__(self, network: virtual.Network, number: int) -> None:
+        self.id, self.round = virtual.name_of(number), 0
+        self.heard: list[Any] = []
+        traffic, node = Traffic(), virtual.FakeNode(network, self.id)
+        client = Client(node, traffic, RUN_ID)  # type: ignore[arg-type]
+        self.feed = NewsFeed(client, lambda: Tip(self.round, RUN_ID, self.round), self.heard.append, lambda *_: ())
+        self.servicer = PeerServicer(self, traffic)  # type: ignore[arg-type]
+
+    def wrong_run(self, run_id: bytes) -> str | None:
+        return None
+
+    def hear_tip(self, peer: bytes, tip: Tip) -> None:
+        self.feed.follow(peer)
+        self.feed.hear_tip(peer, tip)
+
+
+def test_a_follower_that_could_not_be_reached_is_heard_once_it_can_be() -> None:
+    async def scenario() -> None:
+        network = virtual.Network()
+        hub, solitary = Peer(network, 1), Peer(network, 2)
+        network.servicers[hub.id] = hub.servicer
+        solitary.feed.follow(hub.id)
+        # Longer than what a peer tries to listen for.
+        await asyncio.sleep(2 * sum(RETRY_SECONDS) + ATTEMPTS)
+        assert TipHeard(hub.id, 0, RUN_ID, 0) in solitary.heard
+        # From now on it can be reached, has gone on alone, and calls nobody.
+        network.servicers[solitary.id] = solitary.servicer
+        solitary.round = 7
+        await asyncio.sleep(2 * sum(RETRY_SECONDS) + ATTEMPTS)
+        assert TipHeard(solitary.id, 7, RUN_ID, 7) in hub.heard
+        await asyncio.gather(hub.feed.close(), solitary.feed.close())
+
+    virtual.run(scenario())

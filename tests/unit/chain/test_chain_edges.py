@@ -1,0 +1,167 @@
+"""Corners of what a seal may say and of what follows from it."""
+
+from __future__ import annotations
+
+import hashlib
+
+import msgspec
+import pytest
+
+from p2ptrain import chain
+from p2ptrain.chain import ChainState, Join, Member, Row, Seal, SealError, SignedSeal
+from p2ptrain.swarm.identity import new_identity, verify
+
+RUN = hashlib.sha256(b"run").digest()
+CHUNKS = 30
+ADA, GRACE, LINUS, OUTSIDER = (new_identity() for _ in range(4))
+ROW = Row(4, 1000, 1000)
+PART = b"d" * 32
+
+
+def state_of(*members: Member, following: tuple[Member, ...] | None = None, round: int = 7) -> ChainState:
+    after = members if following is None else following
+    return ChainState(
+        RUN, round, hashlib.sha256(b"head").digest(), hashlib.sha256(b"parent").digest(), 9, members, after
+    )
+
+
+def member(peer_id: bytes, *, uplink: int = 1000, absent: int = 0, included: bool = True) -> Member:
+    return Member(peer_id, Row(4, 1000, uplink), absent, included)
+
+
+def trio(**first: int) -> ChainState:
+    return state_of(member(ADA.peer_id, **first), member(GRACE.peer_id), member(LINUS.peer_id))
+
+
+def seal_on(state: ChainState, *included: int, **changes: object) -> Seal:
+    """A valid seal by the first member; `changes` make it another."""
+    shape = chain.shape_of(state, CHUNKS)
+    seal = Seal(
+        version=chain.SEAL_VERSION,
+        run_id=state.run_id,
+        round=state.round + 1,
+        parent=state.id,
+        total=state.total + len(included),
+        sealer=ADA.peer_id,
+        solo=False,
+        included=chain.bitmap(included, len(shape.members)),
+        parts=tuple(PART if included else b"" for _ in shape.parts),
+        rows=tuple(m.row for m in shape.members),
+        joins=(),
+        root=b"",
+    )
+    return msgspec.structs.replace(seal, **changes)
+
+
+def extend(state: ChainState, seal: Seal) -> ChainState:
+    return chain.extend(state, chain.seal_id(msgspec.msgpack.encode(seal)), seal, CHUNKS)
+
+
+def test_one_seal_has_one_encoding() -> None:
+    signed = chain.encode_seal(seal_on(trio(), 0, 1), ADA.sign)
+    # The same array of twelve, in the longer form that msgpack has for it.
+    longer = b"\xdc\x00\x0c" + signed.body[1:]
+    assert msgspec.msgpack.decode(longer) == msgspec.msgpack.decode(signed.body)
+    with pytest.raises(SealError, match="canonical"):
+        chain.open_seal(SignedSeal(longer, ADA.sign(chain.seal_id(longer))), verify)
+
+
+def test_equal_remainders_go_to_the_first() -> None:
+    assert chain.partition(5, [1, 1, 1]) == [(0, 2), (2, 4), (4, 5)]
+
+
+def test_a_lone_peer_that_cannot_be_dialled_reduces_for_itself() -> None:
+    assert len(chain.shape_of(state_of(member(ADA.peer_id, uplink=0)), CHUNKS).parts) == 1
+
+
+def test_more_reducers_than_chunks_leave_some_without_a_part() -> None:
+    parts = chain.shape_of(trio(), 2).parts
+    assert len(parts) == 2 and all(part.end == part.start + 1 for part in parts)
+
+
+def test_the_sealer_order_rotates_with_the_round_and_puts_the_included_first() -> None:
+    members = [member(bytes([n]) * 38) for n in range(3)] + [
+        member(bytes([9]) * 38, included=False),
+        member(b"x" * 38, uplink=0),
+    ]
+    orders = [chain.shape_of(state_of(*members, round=number), CHUNKS).sealer_order for number in range(6)]
+    assert all(set(order[:3]) == {0, 1, 2} and set(order[3:]) == {3, 4} for order in orders)
+    assert [order[0] for order in orders] == [1, 2, 0, 1, 2, 0]
+    assert [order[3] for order in orders] == [4, 3, 4, 3, 4, 3]
+
+
+def test_the_coming_shape_is_the_shape_once_the_next_seal_is_there() -> None:
+    newcomer = member(OUTSIDER.peer_id, included=False)
+    state = state_of(*trio().now, following=(*trio().now, newcomer))
+    coming = chain.coming_shape(state, CHUNKS)
+    assert chain.shape_of(extend(state, seal_on(state, 0, 1, 2)), CHUNKS) == coming
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"version": 2}, "another run or version"),
+        ({"run_id": bytes(32)}, "another run or version"),
+        ({"round": 9}, "does not follow"),
+        ({"parent": bytes(32)}, "does not follow"),
+        ({"parts": (PART,)}, "wrong parts"),
+        ({"parts": (PART, b"short", PART)}, "wrong parts"),
+        ({"rows": (ROW,)}, "wrong members"),
+        ({"root": b"short"}, "wrong members"),
+        ({"included": b""}, "bitmap"),
+        ({"included": b"\x0b"}, "not there"),
+        ({"total": 12}, "total"),
+        ({"total": 10}, "total"),
+        ({"solo": True}, "alone"),
+        ({"sealer": OUTSIDER.peer_id}, "stranger"),
+        ({"included": b"\x01", "total": 10}, "must be a solo seal"),
+        ({"included": b"\x00", "total": 9}, "includes nobody has replies"),
+        ({"joins": (Join(GRACE.peer_id, ROW),)}, "already"),
+        ({"joins": (Join(OUTSIDER.peer_id, ROW), Join(OUTSIDER.peer_id, ROW))}, "already"),
+    ],
+)
+def test_what_breaks_a_rule_does_not_extend_the_chain(changes: dict[str, object], why: str) -> None:
+    state = trio()
+    extend(state, seal_on(state, 0, 1))
+    with pytest.raises(SealError, match=why):
+        extend(state, seal_on(state, 0, 1, **changes))
+
+
+def test_a_group_cannot_outgrow_a_seal() -> None:
+    crowd = tuple(member(n.to_bytes(38)) for n in range(chain.MEMBERS_MAX))
+    state = state_of(member(ADA.peer_id), following=crowd)
+    extend(state, seal_on(state, 0))
+    with pytest.raises(SealError, match="too many"):
+        extend(state, seal_on(state, 0, joins=(Join(OUTSIDER.peer_id, ROW),)))
+
+
+def test_a_row_that_a_seal_tells_is_the_members_from_then_on() -> None:
+    state, row = trio(), Row(9, 77, 5)
+    after = extend(state, seal_on(state, 0, 1, rows=(ROW, row, ROW)))
+    assert after.following[1].row == row
+
+
+def test_reducers_that_keep_owing_a_reply_are_absent_and_nobody_else_is() -> None:
+    state = state_of(member(ADA.peer_id, uplink=0), member(GRACE.peer_id, uplink=0), member(LINUS.peer_id))
+    # The first two rounds were shaped while its last work was in a seal.
+    for absences in (0, 0, 1, 2, None):
+        state = extend(state, seal_on(state))
+        assert state.total == 9
+        assert [m.absent for m in state.following[:2]] == [0, 0]
+        assert {m.absent for m in state.following if m.peer_id == LINUS.peer_id} == ({absences} - {None})
+
+
+def test_a_chain_never_loses_its_last_member() -> None:
+    gone = member(GRACE.peer_id, absent=2)
+    state = state_of(member(ADA.peer_id), member(GRACE.peer_id, absent=2, included=False), following=(gone,))
+    after = extend(state, seal_on(state))
+    assert after.following
+
+
+def test_the_first_seal_is_a_solo_seal_by_whoever_bootstraps() -> None:
+    start = chain.genesis(RUN)
+    assert start.id == RUN and chain.shape_of(start, CHUNKS).members == ()
+    first = extend(start, seal_on(start, solo=True))
+    assert [m.peer_id for m in first.now] == [ADA.peer_id]
+    with pytest.raises(SealError, match="stranger"):
+        extend(start, seal_on(start))

@@ -1,0 +1,305 @@
+"""The reducer's arithmetic against a dense sum in float64, and its bounds against hostile members."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from p2ptrain.compression import coding, decoded, wire
+from p2ptrain.compression.layout import CHUNK_SIZE
+from p2ptrain.compression.reduce import reduce_part, reply_to_one
+from p2ptrain.compression.wire import Coefficients, ReplyContent
+
+TOPK = (6, 6, 3, 10)
+START, END, MEMBERS = 1, 4, 7
+SMALLEST_SCALE, SCALE_RATIO = 2.0**-28, 2.0 ** (1 / 8)
+
+Sent = tuple[int, int, Coefficients]
+"""Member, weight, what it sent."""
+
+
+def coefficients(seed: int, value_bits: int = 32, size: float = 1.0) -> Coefficients:
+    """What a member might send for chunks [START, END), from few enough indices that members collide."""
+    rng = np.random.default_rng(seed)
+    counts = TOPK[START:END]
+    chunk = np.repeat(np.arange(START, END), counts)
+    index = np.concatenate([np.sort(rng.choice(np.arange(20, 4000, 199), count, replace=False)) for count in counts])
+    value = (rng.standard_normal(len(chunk)) * size).astype(np.float32)
+    return Coefficients(START, END, chunk, index, wire.quantise(chunk, value, value_bits))
+
+
+def reduced(
+    sent: list[Sent],
+    *,
+    value_bits: int = 32,
+    reply_topk: int = CHUNK_SIZE,
+    clip_ratio: float = 1000.0,
+    weight_cap_ratio: float = 1000.0,
+) -> ReplyContent:
+    limits = (reply_topk,) * END
+    data = reduce_part(
+        [
+            (member, weight, wire.encode_contribution(part, TOPK, value_bits) if weight else b"")
+            for member, weight, part in sent
+        ],
+        topk=TOPK,
+        reply_topk=limits,
+        start=START,
+        end=END,
+        members=MEMBERS,
+        value_bits=value_bits,
+        clip_ratio=clip_ratio,
+        weight_cap_ratio=weight_cap_ratio,
+    )
+    return wire.decode_reply(data, limits, START, END, MEMBERS)
+
+
+def assert_same(one: ReplyContent, other: ReplyContent) -> None:
+    assert (one.included, one.clips) == (other.included, other.clips)
+    assert (one.coefficients.start, one.coefficients.end) == (other.coefficients.start, other.coefficients.end)
+    for ours, theirs in (
+        (one.byte, other.byte),
+        (one.scale, other.scale),
+        (one.coefficients.chunk, other.coefficients.chunk),
+        (one.coefficients.index, other.coefficients.index),
+        (one.coefficients.value, other.coefficients.value),
+    ):
+        assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs)
+
+
+def dense(part: Coefficients) -> NDArray[np.float64]:
+    out = np.zeros((END - START, CHUNK_SIZE))
+    out[part.chunk - START, part.index] = part.value
+    return out
+
+
+def reference(
+    sent: list[Sent], clip_ratio: float = 1000.0, cap_ratio: float = 1000.0
+) -> tuple[NDArray[np.float64], dict[int, int]]:
+    """The weighted mean of clipped contributions [chunks, 4096], and the clip factors in 256ths."""
+    norms = {member: np.linalg.norm(dense(part)) for member, _, part in sent}
+    limit = clip_ratio * np.median(list(norms.values()))
+    clips = {member: int(256 * limit / norm) for member, norm in norms.items() if norm > limit}
+    cap = cap_ratio * np.median([weight for _, weight, _ in sent])
+    total = sum(min(weight, cap) * clips.get(member, 256) / 256 * dense(part) for member, weight, part in sent)
+    return total / sum(min(weight, cap) for _, weight, _ in sent), clips
+
+
+def dense_reply(
+    sent: list[Sent], value_bits: int, limits: tuple[int, ...], clip_ratio: float, cap_ratio: float
+) -> bytes:
+    """The same reply by way of every entry of the part: float32 sums in the order sent, one sort a chunk."""
+    work = [(member, weight, part) for member, weight, part in sent if weight]
+    norms = [float(np.sqrt(np.square(part.value, dtype=np.float64).sum())) for _, _, part in work]
+    weights = np.minimum([weight for _, weight, _ in work], cap_ratio * np.median([weight for _, weight, _ in work]))
+    total, clips = np.zeros((END - START, CHUNK_SIZE), np.float32), {}
+    for (member, _, part), norm, weight in zip(work, norms, weights, strict=True):
+        factor = 256
+        if norm > clip_ratio * float(np.median(norms)):
+            factor = clips[member] = int(256 * clip_ratio * float(np.median(norms)) / norm)
+        share = np.float32(float(weight) / sum(weights.tolist()) * factor / 256)
+        total[part.chunk - START, part.index] += part.value * share
+    counts, indices, values, codes = [], [], [], []
+    for row, one in enumerate(total):
+        code = coding.encode_scale(np.asarray([np.abs(one).max() / 127], np.float32))
+        scale = coding.scale_table()[code][0]
+        byte = np.clip(np.rint(one / scale if scale else one * 0), -127, 127).astype(np.int64)
+        order = np.argsort(-np.abs(one), kind="stable")
+        kept = np.sort([index for index in order if byte[index]][: limits[START + row]]).astype(np.int64)
+        counts.append(len(kept))
+        indices.append(kept)
+        values.append(byte[kept])
+        codes.append(code)
+    joined = [np.concatenate(arrays) for arrays in (indices, values, codes)]
+    included = frozenset(member for member, _, _ in sent)
+    return wire.encode_reply(START, END, MEMBERS, included, clips, limits, np.asarray(counts), *joined)
+
+
+def assert_quantises(content: ReplyContent, exact: NDArray[np.float64], reply_topk: int = CHUNK_SIZE) -> None:
+    """The reply holds the largest entries of `exact`, each within half a step of its chunk's scale."""
+    part = content.coefficients
+    for row in range(END - START):
+        here = part.chunk == START + row
+        magnitude, scale = np.abs(exact[row]), float(content.scale[row])
+        tolerance = 1e-6 * magnitude.max()
+        assert scale <= max(magnitude.max() / 127 * SCALE_RATIO, SMALLEST_SCALE) * (1 + 1e-6)
+        kept = part.index[here]
+        assert (np.abs(part.value[here] - exact[row, kept]) <= scale / 2 + tolerance).all()
+        left = np.delete(magnitude, kept)
+        assert len(kept) <= reply_topk
+        if len(kept) < reply_topk:
+            assert left.max() <= scale / 2 + tolerance
+        else:
+            assert left.max() <= magnitude[kept].min() + tolerance
+
+
+@pytest.mark.parametrize("value_bits", [1, 2, 32])
+def test_a_reply_is_the_weighted_mean(value_bits: int) -> None:
+    sent = [(member, weight, coefficients(member, value_bits)) for member, weight in ((0, 3), (2, 1), (5, 8))]
+    content = reduced(sent, value_bits=value_bits)
+    exact, clips = reference(sent)
+    assert not clips
+    assert content.included == {0, 2, 5}
+    assert_quantises(content, exact)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    weights=st.lists(st.integers(1, 1000), min_size=1, max_size=MEMBERS),
+    reply_topk=st.integers(1, 12),
+    clip_ratio=st.floats(1, 3),
+    cap_ratio=st.floats(1, 3),
+)
+@settings(max_examples=60)
+def test_a_reply_is_the_mean_of_clipped_and_capped_contributions(
+    seed: int, weights: list[int], reply_topk: int, clip_ratio: float, cap_ratio: float
+) -> None:
+    sizes = np.exp2(np.random.default_rng(seed).integers(-6, 3, len(weights)))
+    sent = [
+        (member, weight, coefficients(seed + member, size=size))
+        for member, (weight, size) in enumerate(zip(weights, sizes, strict=True))
+    ]
+    content = reduced(sent, reply_topk=reply_topk, clip_ratio=clip_ratio, weight_cap_ratio=cap_ratio)
+    exact, clips = reference(sent, clip_ratio, cap_ratio)
+    assert content.clips == clips
+    assert_quantises(content, exact, reply_topk)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    weights=st.lists(st.integers(1, 9), min_size=1, max_size=MEMBERS),
+    value_bits=st.sampled_from([1, 2, 32]),
+    reply_topk=st.integers(1, 12),
+    ratio=st.sampled_from([1.0, 1.5, 1000.0]),
+)
+@settings(max_examples=40)
+def test_a_reply_is_the_bytes_that_a_dense_sum_gives(
+    seed: int, weights: list[int], value_bits: int, reply_topk: int, ratio: float
+) -> None:
+    """Equal magnitudes, which 1 and 2 bits make many of, are kept from the first on."""
+    sent = [(member, weight, coefficients(seed + member, value_bits)) for member, weight in enumerate(weights)]
+    limits = (reply_topk,) * END
+    data = reduce_part(
+        [(member, weight, wire.encode_contribution(part, TOPK, value_bits)) for member, weight, part in sent],
+        topk=TOPK,
+        reply_topk=limits,
+        start=START,
+        end=END,
+        members=MEMBERS,
+        value_bits=value_bits,
+        clip_ratio=ratio,
+        weight_cap_ratio=ratio,
+    )
+    assert data == dense_reply(sent, value_bits, limits, ratio, ratio)
+    # Its reducer reads it without decoding it.
+    assert_same(decoded.reply(data, limits, START, END, MEMBERS), wire.decode_reply(data, limits, START, END, MEMBERS))
+
+
+@given(seed=st.integers(0, 2**32 - 1), value_bits=st.sampled_from([1, 2, 32]), reply_topk=st.integers(1, 12))
+@settings(max_examples=30)
+def test_a_group_of_one_gets_the_reply_that_bytes_would_carry(seed: int, value_bits: int, reply_topk: int) -> None:
+    part = coefficients(seed, value_bits)
+    direct, through = (
+        reply_to_one(part, TOPK, [reply_topk] * END),
+        reduced([(0, 1, part)], value_bits=value_bits, reply_topk=reply_topk),
+    )
+    assert_same(direct, through)
+
+
+def test_the_sum_is_divided_by_all_the_weight_not_by_who_picked_a_coefficient() -> None:
+    counts = TOPK[START:END]
+    chunk = np.repeat(np.arange(START, END), counts)
+    one = Coefficients(START, END, chunk, np.concatenate([np.arange(c) for c in counts]), np.ones(19, np.float32))
+    other = Coefficients(START, END, chunk, one.index + 100, np.ones(19, np.float32))
+    content = reduced([(0, 1, one), (1, 3, other)])
+    of_one = content.coefficients.value[content.coefficients.index < 100]
+    of_other = content.coefficients.value[content.coefficients.index >= 100]
+    np.testing.assert_allclose(of_one, 1 / 4, rtol=0.02)
+    np.testing.assert_allclose(of_other, 3 / 4, rtol=0.01)
+
+
+def test_a_member_without_work_is_included_and_changes_nothing() -> None:
+    working = (2, 5, coefficients(1))
+    alone, together = reduced([working]), reduced([(0, 0, coefficients(2)), working, (6, 0, coefficients(3))])
+    assert together.included == {0, 2, 6}
+    assert np.array_equal(alone.byte, together.byte)
+    assert np.array_equal(alone.scale, together.scale)
+    assert np.array_equal(alone.coefficients.index, together.coefficients.index)
+
+
+@pytest.mark.parametrize("silent", [[], [3], [0, 1, 6]])
+def test_without_any_work_the_reply_is_valid_and_empty(silent: list[int]) -> None:
+    content = reduced([(member, 0, coefficients(0)) for member in silent])
+    assert content.included == set(silent)
+    assert not content.clips
+    assert not len(content.byte)
+    assert not content.scale.any()
+
+
+def test_a_contribution_of_zeros_gives_an_empty_reply() -> None:
+    assert not len(reduced([(0, 1, coefficients(0, size=0.0)), (1, 1, coefficients(1, size=0.0))]).byte)
+
+
+def test_a_huge_sender_is_clipped_and_named() -> None:
+    sent = [(0, 1, coefficients(0)), (3, 1, coefficients(3, size=1e6)), (4, 1, coefficients(4))]
+    content = reduced(sent, clip_ratio=1.5)
+    assert content.clips.keys() == {3}
+    assert content.clips[3] == 0  # a millionth is less than one 256th
+    honest, _ = reference([(0, 1, sent[0][2]), (4, 1, sent[2][2])])
+    assert_quantises(content, honest * 2 / 3)
+
+
+def test_nobody_moves_the_mean_further_than_the_limit() -> None:
+    sent = [(0, 1, coefficients(0)), (3, 1, coefficients(3, size=4.0)), (4, 1, coefficients(4))]
+    content = reduced(sent, clip_ratio=1.0)
+    limit = np.median([np.linalg.norm(dense(part)) for _, _, part in sent])
+    clipped = np.linalg.norm(dense(sent[1][2])) * content.clips[3] / 256
+    assert 0.95 * limit < clipped <= limit
+
+
+@pytest.mark.parametrize("claimed", [1000, 10**6])
+def test_a_claimed_weight_counts_up_to_the_cap(claimed: int) -> None:
+    sent = [(0, 10, coefficients(0)), (1, 10, coefficients(1)), (2, claimed, coefficients(2))]
+    capped = [*sent[:2], (2, 40, sent[2][2])]
+    assert np.array_equal(reduced(sent, weight_cap_ratio=4.0).byte, reduced(capped, weight_cap_ratio=4.0).byte)
+
+
+def test_the_order_of_arrival_changes_no_more_than_rounding() -> None:
+    sent = [(member, member + 1, coefficients(member)) for member in range(5)]
+    one, other = reduced(sent), reduced(sent[::-1])
+    assert one.included == other.included
+    for content in (one, other):
+        assert_quantises(content, reference(sent)[0])
+
+
+def test_values_at_the_end_of_float32_give_a_reply_in_bounds() -> None:
+    huge = float(np.finfo(np.float32).max)
+    up, down = coefficients(0), coefficients(0)
+    up.value[:], down.value[:] = huge, -huge
+    for sent, sign in (
+        ([(0, 1000, up), (1, 1000, up)], 1),
+        ([(0, 999, up), (1, 1000, down)], -1),
+        ([(0, 1, down)], -1),
+    ):
+        content = reduced(sent)
+        assert content.byte.tolist() == [127 * sign] * 19
+        assert np.isfinite(content.coefficients.value).all()
+    assert not len(reduced([(0, 1000, up), (1, 1000, down)]).byte)
+
+
+def test_a_malformed_payload_is_not_summed() -> None:
+    with pytest.raises(wire.WireError):
+        reduce_part(
+            [(0, 1, b"nonsense")],
+            topk=TOPK,
+            reply_topk=TOPK,
+            start=START,
+            end=END,
+            members=MEMBERS,
+            value_bits=2,
+            clip_ratio=3.0,
+            weight_cap_ratio=4.0,
+        )

@@ -1,0 +1,64 @@
+"""What a person, or a program, sees of a peer at work."""
+
+from __future__ import annotations
+
+import io
+import json
+
+from p2ptrain.observe.status import Status
+from p2ptrain.peer.progress import Display, lines_of
+
+STATUS = Status(
+    state="training",
+    round=12_345,
+    members=16,
+    loss=5.12345,
+    bits_per_byte=1.7,
+    tokens_per_second=12_345.6,
+    bytes_sent_per_round=34_000,
+    bytes_received_per_round=12_345_678,
+    computing_seconds=61.5,
+    waiting_seconds=10.25,
+)
+
+
+def test_a_round_fits_a_terminal_of_80_columns() -> None:
+    assert all(len(line) < 80 for line in lines_of(STATUS))
+
+
+def test_off_a_terminal_a_round_is_one_plain_line() -> None:
+    out = io.StringIO()
+    Display(stream=out).round(STATUS)
+    assert out.getvalue() == "  ".join(lines_of(STATUS)) + "\n"
+    assert "loss 5.123  bits/byte 1.700" in out.getvalue()
+
+
+def test_rounds_of_one_second_are_one_line_but_the_last_is_always_said() -> None:
+    out = io.StringIO()
+    display = Display(stream=out)
+    for _ in range(3):
+        display.round(STATUS)
+    display.round(STATUS, last=True)
+    assert out.getvalue().count("\n") == 2
+
+
+def test_for_programs_each_line_is_an_object() -> None:
+    out = io.StringIO()
+    display = Display(log_format="json", stream=out)
+    display.round(STATUS)
+    display.say("hello")
+    display.transfer("snapshot", 10, 10)
+    first, second, third = map(json.loads, out.getvalue().splitlines())
+    assert (first["round"], first["loss"], first["members"]) == (12_345, 5.12345, 16)
+    assert second["message"] == "hello"
+    assert third["message"] == "fetching snapshot: 10 of 10 bytes"
+
+
+def test_quiet_is_quiet() -> None:
+    out = io.StringIO()
+    display = Display(quiet=True, stream=out)
+    display.round(STATUS, last=True)
+    display.transfer("data", 1, 1)
+    display.say("hello")
+    display.close()
+    assert out.getvalue() == ""

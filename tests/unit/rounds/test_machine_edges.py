@@ -1,0 +1,516 @@
+"""Claims about the corners of the round machine: answers that come late or never, liars, floods, forks under way."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from cluster import RULES, RUN_ID, Cluster, Peer, identity_of, roots
+
+from p2ptrain import chain
+from p2ptrain.chain import ChainState, Join, Member, Row, Seal, SignedSeal
+from p2ptrain.chain.sealed import Key, Reply, SealedRound
+from p2ptrain.rounds.events import (
+    Apply,
+    ContributionReady,
+    ContributionReceived,
+    Effect,
+    FetchFailed,
+    FetchRounds,
+    JoinReceived,
+    PublishSeal,
+    Reduce,
+    ReplyHeld,
+    Resync,
+    Rollback,
+    RoundsFetched,
+    SealHeard,
+    SendContribution,
+    SendJoin,
+    StartRound,
+    Synced,
+    Tick,
+    TipHeard,
+)
+from p2ptrain.rounds.machine import RoundMachine, RoundRules
+
+ROW = Row(4, 16_000, 1000)
+CHUNKS = RULES["chunks"]
+
+
+def member(name: str, row: Row = ROW) -> Member:
+    return Member(identity_of(name).peer_id, row, 0, True)
+
+
+def standing(*names: str, row: Row = ROW) -> ChainState:
+    """A chain at round 10 whose group is `names`."""
+    group = tuple(member(name, row) for name in names)
+    return ChainState(RUN_ID, 10, hashlib.sha256(b"10").digest(), hashlib.sha256(b"9").digest(), 20, group, group)
+
+
+def machine_of(name: str, state: ChainState, **rules: object) -> RoundMachine:
+    identity = identity_of(name)
+    settings = RoundRules(**(RULES | rules))  # type: ignore[arg-type]
+    machine = RoundMachine(identity.peer_id, settings, state, identity.sign, ROW)
+    machine.start(0.0)
+    return machine
+
+
+def reply_of(key: Key, part: int, *indices: int) -> Reply:
+    data = f"{key.round}/{part}/{indices}".encode()
+    return Reply(hashlib.sha256(data).digest(), frozenset(indices), data)
+
+
+def seal_after(
+    state: ChainState, sealer: str, replies: dict[int, Reply], *, solo: bool = False, joins: tuple[Join, ...] = ()
+) -> tuple[SealedRound, ChainState]:
+    """What `sealer` seals on `state`, and the chain after it."""
+    shape = chain.shape_of(state, CHUNKS)
+    included = frozenset[int]().union(*(reply.included for reply in replies.values()))
+    seal = Seal(
+        version=chain.SEAL_VERSION,
+        run_id=state.run_id,
+        round=shape.round,
+        parent=state.id,
+        total=state.total + len(included),
+        sealer=identity_of(sealer).peer_id,
+        solo=solo,
+        included=chain.bitmap(included, len(shape.members)),
+        parts=tuple(replies[n].digest if n in replies else b"" for n in range(len(shape.parts))),
+        rows=tuple(m.row for m in shape.members),
+        joins=joins,
+        root=b"",
+    )
+    signed: SignedSeal = chain.encode_seal(seal, identity_of(sealer).sign)
+    data = tuple(replies[n].data if n in replies else None for n in range(len(shape.parts)))
+    sealed = SealedRound(chain.seal_id(signed.body), seal, signed, data)
+    return sealed, chain.extend(state, sealed.id, seal, CHUNKS)
+
+
+def heard(sealed: SealedRound, source: str) -> SealHeard:
+    return SealHeard(sealed.id, sealed.seal, sealed.signed, identity_of(source).peer_id)
+
+
+def tip(name: str, state: ChainState) -> TipHeard:
+    return TipHeard(identity_of(name).peer_id, state.round, state.id, state.total)
+
+
+def of(kind: type, effects: list[Effect]) -> list[Effect]:
+    return [effect for effect in effects if isinstance(effect, kind)]
+
+
+def contribute(machine: RoundMachine, now: float) -> list[Effect]:
+    shape, key = machine.shape, machine.exchange_key
+    assert shape is not None and key is not None
+    return machine.handle(ContributionReady(key, ROW, tuple(b"mine" for _ in shape.parts)), now)
+
+
+# ---- who is waited for ----------------------------------------------------------------------------------------
+
+
+def test_a_member_that_talks_but_never_contributes_cannot_hold_the_chain() -> None:
+    cluster = Cluster()
+    ada, grace = cluster.group(2, dialable=False)
+    grace._deliver = lambda message: None  # type: ignore[method-assign]
+    cluster.run(5)
+    number = ada.head.round
+    cluster.run(90)
+    assert ada.head.round > number
+
+
+def test_a_member_back_after_the_deadline_finds_the_round_still_open_for_it() -> None:
+    cluster = Cluster(alone_after_seconds=60.0)
+    ada, grace = cluster.group(2)
+    cluster.split([ada], [grace])
+    cluster.run(25)
+    number = max(ada.head.round, grace.head.round)
+    cluster.heal()
+    cluster.run(20)
+    assert min(ada.head.round, grace.head.round) > number
+    assert cluster.one_chain(ada, grace)
+    assert not any(sealed.seal.solo for sealed in ada.rounds[number:])
+
+
+def test_members_that_cannot_reduce_go_on_when_all_reducers_died() -> None:
+    cluster = Cluster()
+    ada, grace, linus = cluster.group(3, dialable=False)
+    cluster.kill(ada)
+    cluster.run(240)
+    applied = [sealed for sealed in grace.rounds if sealed.seal.total > 0][-1]
+    assert any(applied.seal.parts), "only rounds without work are sealed"
+    assert cluster.one_chain(grace, linus)
+
+
+def test_a_seal_that_we_fetch_the_replies_of_is_not_taken_over() -> None:
+    state = standing("a", "b", "c")
+    shape = chain.shape_of(state, CHUNKS)
+    order = [m for m in shape.sealer_order]
+    names = {identity_of(n).peer_id: n for n in "abc"}
+    first, second = (names[shape.members[i].peer_id] for i in order[:2])
+    machine = machine_of(second, state)
+    contribute(machine, 1.0)
+    key = machine.exchange_key
+    assert key is not None
+    whole = {n: reply_of(key, n, 0, 1, 2) for n in range(3)}
+    machine.handle(ReplyHeld(key, 0, whole[0]), 1.5)
+    sealed, _ = seal_after(state, first, whole)
+    machine.handle(heard(sealed, first), 2.0)
+    effects: list[Effect] = []
+    now = 2.0
+    while machine.wake_at is not None and machine.wake_at < 2.0 + 1.5 + 2 * RULES["seal_timeout_seconds"]:
+        now = max(now, machine.wake_at)
+        effects += machine.handle(Tick(), now)
+        if of(FetchRounds, effects):
+            break
+    effects += machine.handle(Tick(), 10.0)
+    assert not of(PublishSeal, effects)
+    # The sealer died before it could hand the replies over: the second place does it.
+    effects = machine.handle(FetchFailed(identity_of(first).peer_id), 11.0)
+    while machine.wake_at is not None and not of(PublishSeal, effects):
+        effects += machine.handle(Tick(), machine.wake_at)
+    assert of(PublishSeal, effects)
+
+
+# ---- following others -----------------------------------------------------------------------------------------
+
+
+def test_a_fetch_without_an_answer_ends_by_itself() -> None:
+    state = standing("a", "b")
+    machine = machine_of("z", state)
+    ahead = ChainState(RUN_ID, 15, bytes(32), bytes(32), 30, (), ())
+    effects = machine.handle(tip("a", ahead), 1.0)
+    assert len(of(FetchRounds, effects)) == 1
+    machine.handle(tip("a", state), 2.0)
+    machine.handle(tip("b", ahead), 2.0)
+    asked: list[Effect] = []
+    for _ in range(20):
+        assert machine.wake_at is not None
+        if of(FetchRounds, asked):
+            break
+        asked = machine.handle(Tick(), machine.wake_at)
+    assert isinstance(asked[0], FetchRounds) and asked[0].donor == identity_of("b").peer_id
+
+
+def test_a_donor_that_failed_is_asked_again_without_a_new_event() -> None:
+    state = standing("a", "b")
+    machine = machine_of("z", state)
+    ahead = ChainState(RUN_ID, 15, bytes(32), bytes(32), 30, (), ())
+    machine.handle(tip("a", ahead), 1.0)
+    machine.handle(FetchFailed(identity_of("a").peer_id), 1.2)
+    assert not of(FetchRounds, machine.handle(tip("a", ahead), 1.3))
+    assert machine.wake_at is not None and machine.wake_at <= 1.2 + RULES["seal_timeout_seconds"]
+    assert of(FetchRounds, machine.handle(Tick(), machine.wake_at))
+
+
+def test_rounds_that_overlap_our_chain_are_no_fork() -> None:
+    state = standing("a", "b", "c")
+    machine = machine_of("z", state)
+    key = Key(11, state.parent)
+    first, one = seal_after(state, "a", {n: reply_of(key, n, 0, 1, 2) for n in range(3)})
+    second, two = seal_after(one, "b", {n: reply_of(Key(12, state.id), n, 0, 1, 2) for n in range(3)})
+    donor = identity_of("a").peer_id
+    machine.handle(RoundsFetched(donor, state.id, (first,)), 1.0)
+    effects = machine.handle(RoundsFetched(donor, state.id, (first, second)), 2.0)
+    assert not of(Rollback, effects) and len(of(Apply, effects)) == 1
+    assert machine.head == two
+
+
+def test_an_answer_from_before_the_last_two_seals_is_no_reason_to_start_anew() -> None:
+    state = standing("a", "b", "c")
+    machine = machine_of("z", state)
+    donor = identity_of("a").peer_id
+    first, one = seal_after(state, "a", {n: reply_of(Key(11, state.parent), n, 0, 1, 2) for n in range(3)})
+    second, two = seal_after(one, "b", {n: reply_of(Key(12, state.id), n, 0, 1, 2) for n in range(3)})
+    machine.handle(RoundsFetched(donor, state.id, (first, second)), 1.0)
+    late, _ = seal_after(state, "b", {0: reply_of(Key(11, state.parent), 0, 0, 1)})
+    assert not of(Resync, machine.handle(RoundsFetched(donor, state.id, (late,)), 2.0))
+    assert not of(Resync, machine.handle(RoundsFetched(donor, None, ()), 2.0)), "nobody claims a better chain"
+    assert machine.head == two
+
+
+def test_a_chain_that_is_not_better_is_not_fetched_over_and_over() -> None:
+    state = standing("a", "b")
+    machine = machine_of("z", state)
+    donor = identity_of("b").peer_id
+    first, _ = seal_after(state, "a", {0: reply_of(Key(11, state.parent), 0, 0, 1)})
+    machine.handle(RoundsFetched(donor, state.id, (first,)), 1.0)
+    # On a sibling of our head, a learner sealed a round of nobody's work: as many rounds more, as much work.
+    other, sibling = seal_after(state, "b", {1: reply_of(Key(11, state.parent), 1, 0, 1)})
+    more, beyond = seal_after(sibling, "y", {}, solo=True)
+    effects = machine.handle(tip("b", beyond), 2.0)
+    asked = 0
+    while of(FetchRounds, effects) and asked < 10:
+        asked += 1
+        effects = machine.handle(RoundsFetched(donor, state.id, (other, more)), 2.0)
+    assert asked <= 1
+
+
+def test_a_solo_seal_of_nobodys_work_does_not_take_the_group_apart() -> None:
+    state = standing("a", "b")
+    machine = machine_of("a", state)
+    stranger, after = seal_after(state, "z", {}, solo=True)
+    effects = machine.handle(heard(stranger, "z"), 0.5)
+    effects += machine.handle(tip("z", after), 0.6)
+    assert not of(Apply, effects) and machine.is_member
+    effects = machine.handle(RoundsFetched(identity_of("z").peer_id, state.id, (stranger,)), 0.7)
+    assert not of(Apply, effects) and not of(FetchRounds, effects) and machine.is_member
+    # Its next round has work in it: now it is the better chain.
+    following, _ = seal_after(after, "z", {0: reply_of(Key(12, state.id), 0, 0)})
+    effects = machine.handle(heard(following, "z"), 3.0)
+    assert of(FetchRounds, effects)
+    effects = machine.handle(RoundsFetched(identity_of("z").peer_id, state.id, (stranger, following)), 3.1)
+    assert len(of(Apply, effects)) == 2
+
+
+def test_a_learner_does_not_seal_alone_while_it_catches_up() -> None:
+    state = standing("a", "b")
+    machine = machine_of("z", state)
+    machine.handle(tip("y", ChainState(RUN_ID, 90, bytes(32), bytes(32), 200, (), ())), 0.5)
+    effects = machine.handle(Tick(), 0.5 + RULES["alone_after_seconds"] + RULES["seal_timeout_seconds"] + 1)
+    assert not of(PublishSeal, effects)
+
+
+def test_a_fetch_that_fails_does_not_end_a_resync() -> None:
+    cluster = Cluster(root_interval=4)
+    state = standing("a", "b")
+    machine = machine_of("z", state, root_interval=4)
+    cluster.add("q")
+    machine.handle(tip("a", ChainState(RUN_ID, 15, bytes(32), bytes(32), 30, (), ())), 1.0)
+    # It hears the tip of another whose journal does not reach back, and starts anew from that one.
+    machine.handle(tip("b", ChainState(RUN_ID, 16, b"x" * 32, bytes(32), 40, (), ())), 1.0)
+    assert of(Resync, machine.handle(RoundsFetched(identity_of("b").peer_id, None, ()), 1.1))
+    machine.handle(FetchFailed(identity_of("a").peer_id), 1.2)
+    assert machine._resyncing
+
+
+# ---- forks under way ------------------------------------------------------------------------------------------
+
+
+def test_what_was_sent_before_a_fork_is_settled_by_the_winning_seal_too() -> None:
+    state = standing("a", "b", "c")
+    machine = machine_of("b", state)
+    contribute(machine, 1.0)
+    key = machine.exchange_key
+    assert key is not None
+    worse, _ = seal_after(state, "a", {0: reply_of(key, 0, 0, 1)})
+    better, _ = seal_after(state, "c", {n: reply_of(key, n, 0, 1, 2) for n in range(3)})
+    machine.handle(RoundsFetched(identity_of("a").peer_id, state.id, (worse,)), 2.0)
+    assert machine.head.id == worse.id
+    assert of(FetchRounds, machine.handle(heard(better, "c"), 2.5))
+    effects = machine.handle(RoundsFetched(identity_of("c").peer_id, state.id, (better,)), 3.0)
+    kinds = [type(effect) for effect in effects]
+    assert kinds.index(Rollback) < kinds.index(Apply)
+    applied = of(Apply, effects)
+    assert len(applied) == 1 and isinstance(applied[0], Apply)
+    assert applied[0].sealed.id == better.id
+    assert applied[0].contributed
+
+
+def test_a_fork_at_the_last_round_leaves_the_round_under_way_as_it_is() -> None:
+    state = standing("a", "b", "c")
+    machine = machine_of("b", state)
+    key = machine.exchange_key
+    assert key is not None
+    worse, _ = seal_after(state, "a", {0: reply_of(key, 0, 0, 1)})
+    better, _ = seal_after(state, "c", {n: reply_of(key, n, 0, 1, 2) for n in range(3)})
+    machine.handle(RoundsFetched(identity_of("a").peer_id, state.id, (worse,)), 1.0)
+    sent = of(SendContribution, contribute(machine, 2.0))
+    assert len(sent) == 2
+    following = machine.exchange_key
+    effects = machine.handle(RoundsFetched(identity_of("c").peer_id, state.id, (better,)), 3.0)
+    assert machine.exchange_key == following == Key(12, state.id)
+    assert not of(StartRound, effects) and not of(SendContribution, effects), "the same bytes are on their way still"
+    last, _ = seal_after(machine.head, "a", {0: reply_of(Key(12, state.id), 0, 0, 1, 2)})
+    applied = of(Apply, machine.handle(RoundsFetched(identity_of("a").peer_id, better.id, (last,)), 4.0))
+    assert isinstance(applied[0], Apply) and applied[0].contributed
+
+
+def test_a_round_begins_anew_when_a_fork_changes_its_members() -> None:
+    state = standing("a", "b", "c")
+    machine = machine_of("b", state)
+    key = machine.exchange_key
+    assert key is not None
+    contribute(machine, 1.0)
+    alone, _ = seal_after(state, "b", {1: reply_of(key, 1, 1)}, solo=True)
+    effects = machine.handle(RoundsFetched(identity_of("b").peer_id, state.id, (alone,)), 2.0)
+    assert of(StartRound, effects) and machine.shape is not None and len(machine.shape.members) == 1
+    contribute(machine, 3.0)
+    together, _ = seal_after(state, "c", {n: reply_of(key, n, 0, 1, 2) for n in range(3)})
+    effects = machine.handle(RoundsFetched(identity_of("c").peer_id, state.id, (together,)), 4.0)
+    starts = of(StartRound, effects)
+    assert len(starts) == 1 and isinstance(starts[0], StartRound)
+    assert starts[0].key == Key(12, state.id) and len(starts[0].shape.members) == 3
+    # A reply to what was sent in the branch that was left is none of this round's.
+    machine.handle(ReplyHeld(Key(12, state.id), 0, reply_of(Key(12, state.id), 0, 0)), 4.1)
+    assert machine.held_reply(Key(12, state.id), 0) is None
+
+
+def test_payloads_cut_for_another_shape_of_the_round_are_not_sent() -> None:
+    state = standing("a", "b", "c")
+    machine = machine_of("b", state)
+    key = machine.exchange_key
+    assert key is not None
+    assert not machine.handle(ContributionReady(key, ROW, (b"whole",)), 1.0)
+    assert machine.awaits(key)
+
+
+# ---- starting anew --------------------------------------------------------------------------------------------
+
+
+def test_who_started_anew_at_its_own_head_trains_on() -> None:
+    state = standing("a", "b")
+    machine = machine_of("a", state)
+    assert of(StartRound, machine.handle(Synced(state), 1.0))
+
+
+def test_who_started_anew_does_not_judge_itself_by_its_old_root() -> None:
+    cluster = Cluster(root_interval=4)
+    ada, grace, linus = cluster.group(3)
+    base = (ada.head.round // 4 + 1) * 4
+    cluster.until(lambda: min(p.head.round for p in (ada, grace, linus)) >= base, 30)
+    for peer, root in ((ada, b"r" * 32), (grace, b"r" * 32), (linus, b"x" * 32)):
+        roots(peer, base, root)
+    cluster.until(lambda: bool(linus.resyncs), 20)
+    cluster.until(lambda: ada.head.round > base + 3, 30)
+    assert len(linus.resyncs) == 1
+
+
+@pytest.mark.parametrize("odd", [0, 1, 2])
+def test_a_sealer_whose_own_root_differs_starts_anew_as_well(odd: int) -> None:
+    cluster = Cluster(root_interval=8)
+    peers = cluster.group(3)
+    base = (peers[0].head.round // 8 + 1) * 8
+    cluster.until(lambda: min(p.head.round for p in peers) >= base, 60)
+    for number, peer in enumerate(peers):
+        roots(peer, base, b"x" * 32 if number == odd else b"r" * 32)
+    # Each of three is the first sealer in one of three rounds.
+    cluster.until(lambda: min(p.head.round for p in peers) >= base + 6, 60)
+    assert [len(peer.resyncs) > 0 for peer in peers] == [number == odd for number in range(3)]
+
+
+# ---- floods ---------------------------------------------------------------------------------------------------
+
+
+def sizes(machine: RoundMachine) -> int:
+    """Entries in everything that others can make a machine remember."""
+    return sum(
+        len(value)
+        for name in vars(machine)
+        if isinstance(value := getattr(machine, name), dict | set | list) and name != "rules"
+    )
+
+
+def test_what_strangers_say_fills_no_memory() -> None:
+    state = standing("a", "b")
+    machine = machine_of("a", state)
+    for number in range(3000):
+        stranger = b"\x00\x24\x08\x01\x12\x20" + number.to_bytes(32)
+        machine.handle(TipHeard(stranger, 5, hashlib.sha256(stranger).digest(), 3), 0.5)
+        machine.handle(JoinReceived(stranger, ROW), 0.5)
+    grace = identity_of("b").peer_id
+    for part in range(3000):
+        machine.handle(ContributionReceived(Key(12, state.id), part, grace, ROW, 0, b"", b"x" * 10), 0.5)
+    assert sizes(machine) < 1000
+
+
+def test_seals_of_strangers_fill_no_memory() -> None:
+    state = standing("a", "b")
+    machine = machine_of("a", state)
+    shape = chain.shape_of(state, CHUNKS)
+    for number in range(300):
+        stranger = b"\x00\x24\x08\x01\x12\x20" + number.to_bytes(32)
+        body = Seal(1, RUN_ID, 11, state.id, 20, stranger, True, bytes(1), (b"d" * 32, b"d" * 32),
+                    tuple(m.row for m in shape.members), (), b"")  # fmt: skip
+        signed = SignedSeal(msgspec.msgpack.encode(body), bytes(64))
+        machine.handle(SealHeard(chain.seal_id(signed.body), body, signed, stranger), 0.5)
+    assert sizes(machine) < 400
+
+
+def test_joins_never_make_a_group_larger_than_a_seal_can_hold() -> None:
+    group = tuple(Member(n.to_bytes(38), Row(1, 1, 0), 0, True) for n in range(chain.MEMBERS_MAX - 3))
+    me = member("a")
+    lone = standing("a")
+    state = ChainState(lone.run_id, 10, lone.id, lone.parent, 20, (me,), (me, *group))
+    machine = machine_of("a", state)
+    for number in range(40):
+        machine.handle(JoinReceived(b"\x01" + number.to_bytes(37), ROW), 0.1)
+    effects = contribute(machine, 1.0)
+    reduce = of(Reduce, effects)[0]
+    assert isinstance(reduce, Reduce)
+    effects = machine.handle(ReplyHeld(reduce.key, 0, reply_of(reduce.key, 0, 0)), 1.1)
+    assert of(PublishSeal, effects) and len(machine.head.following) == chain.MEMBERS_MAX
+
+
+def test_who_asked_to_join_long_ago_and_went_away_is_not_admitted() -> None:
+    state = standing("a", "b")
+    machine = machine_of("b", state)
+    machine.handle(JoinReceived(identity_of("z").peer_id, ROW), 0.1)
+    head = state
+    for number in range(6):
+        sealed, head = seal_after(head, "a", {0: reply_of(Key(11 + number, head.parent), 0, 0, 1)})
+        machine.handle(RoundsFetched(identity_of("a").peer_id, sealed.seal.parent, (sealed,)), 1.0 + number)
+    assert identity_of("z").peer_id not in machine._joins
+
+
+def test_a_member_that_was_dropped_asks_to_join_while_its_last_round_is_under_way() -> None:
+    here, gone = member("a"), member("b")
+    base = standing("a", "b")
+    state = ChainState(base.run_id, 10, base.id, base.parent, 20, (here, gone), (here,))
+    identity = identity_of("b")
+    machine = RoundMachine(identity.peer_id, RoundRules(**RULES), state, identity.sign, ROW)
+    effects = machine.start(0.0)
+    assert of(StartRound, effects) and [e.sealer for e in of(SendJoin, effects)] == [here.peer_id]  # type: ignore[attr-defined]
+
+
+def test_a_member_that_restarts_from_where_it_stood_goes_on_with_the_group() -> None:
+    cluster = Cluster()
+    ada, _, linus = cluster.group(3)
+    states, rounds = list(linus.states), list(linus.rounds)
+    cluster.kill(linus)
+    cluster.run(4)
+    reborn = Peer(cluster, linus.name, states[-1], founder=False, dialable=True)
+    reborn.states, reborn.rounds, reborn.sent = states, rounds, linus.sent
+    cluster.peers[cluster.peers.index(linus)] = cluster.by_id[reborn.id] = reborn
+    cluster.run(60)
+    assert cluster.one_chain(ada, reborn)
+    assert reborn.contributed[-1][1], "its work counts"
+    assert reborn.id in {m.peer_id for m in ada.head.now}
+    cluster.check()
+
+
+def test_a_seal_that_includes_others_than_its_replies_is_refused() -> None:
+    cluster = Cluster()
+    peers = cluster.group(3)
+    shape = peers[0].machine.shape
+    assert shape is not None
+    sealer, honest = (cluster.by_id[shape.members[place].peer_id] for place in shape.sealer_order[:2])
+    key = Key(shape.round, shape.base)
+    cluster.until(lambda: not honest.machine.awaits(key), 10)
+    cluster.kill(sealer)
+    number = next(n for n, part in enumerate(shape.parts) if shape.members[part.reducer].peer_id == sealer.id)
+    reply = Reply(hashlib.sha256(b"reply").digest(), frozenset({0, 1}), b"reply")
+    honest.hears(ReplyHeld(key, number, reply))
+    seal = Seal(
+        version=chain.SEAL_VERSION,
+        run_id=RUN_ID,
+        round=shape.round,
+        parent=honest.head.id,
+        total=honest.head.total + 3,
+        sealer=sealer.id,
+        solo=False,
+        included=chain.bitmap({0, 1, 2}, 3),
+        parts=tuple(reply.digest if n == number else b"" for n in range(3)),
+        rows=tuple(m.row for m in shape.members),
+        joins=(),
+        root=b"",
+    )
+    signed = chain.encode_seal(seal, sealer.identity.sign)
+    honest.hears(SealHeard(chain.seal_id(signed.body), seal, signed, sealer.id))
+    assert honest.head.round == shape.round - 1
+    assert honest.notes[-1].kind == "refused"
