@@ -10,11 +10,12 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable
-from typing import TYPE_CHECKING, AsyncIterator  # noqa: UP035 - hivemind knows a stream by this type alone
+from typing import AsyncIterator, Protocol  # noqa: UP035 - hivemind knows a stream by this type alone
 
 from google.protobuf.wrappers_pb2 import BytesValue
 from hivemind.p2p import P2PContext, ServicerBase
 
+from p2ptrain.calls.handout import Handout
 from p2ptrain.calls.messages import (
     TOO_MANY_CALLS,
     Answer,
@@ -25,20 +26,23 @@ from p2ptrain.calls.messages import (
     FrameReader,
     Hello,
     JoinRequest,
+    News,
     Relay,
     RoundsHeader,
     RoundsRequest,
     SnapshotHeld,
+    SnapshotOffer,
     SnapshotRequest,
+    Tip,
     Traffic,
+    Welcome,
     decode_message,
 )
-from p2ptrain.chain.sealed import Key
+from p2ptrain.chain import SignedSeal
+from p2ptrain.chain.sealed import Key, Reply
 from p2ptrain.state.failpoints import failpoint
+from p2ptrain.state.pieces import PieceFile
 from p2ptrain.swarm.identity import format_peer_id
-
-if TYPE_CHECKING:
-    from p2ptrain.peer.driver import RoundDriver
 
 CALLS_PER_PEER = 32
 PIECES_A_CALL = 16
@@ -50,10 +54,81 @@ _logger = logging.getLogger(__name__)
 Frames = AsyncGenerator[BytesValue, None]
 
 
+class History(Protocol):
+    """Where rounds and snapshots to hand out come from."""
+
+    def offer_rounds(self, locator: tuple[bytes, ...]) -> tuple[bytes, list[bytes], tuple[SnapshotOffer, ...]]:
+        """Return (ancestor, encoded rounds after it, snapshots to start from instead). Any thread."""
+
+    def open_snapshot(self, identifier: bytes, root: bytes) -> PieceFile | None:
+        """Open a snapshot, whole or as far as it was fetched; None where there is none. Any thread."""
+
+    async def hashes_of(self, file: PieceFile) -> list[bytes]:
+        """Return the SHA-256 of each piece."""
+
+
+class Feed(Protocol):
+    """The news that followers of this peer hear."""
+
+    def take_relayed(self, peer: bytes, tip: Tip, signed: SignedSeal) -> None:
+        """Hear a seal that `peer` passes on."""
+
+    def refusal(self, peer: bytes) -> str | None:
+        """Return why `peer` may not follow now, or None."""
+
+    def serve(self, peer: bytes) -> AsyncIterator[News]:
+        """Yield news until the caller closes the stream."""
+
+
+class Answering(Protocol):
+    """The peer behind the calls: what it says, takes and hands out. All of it is for the network thread."""
+
+    handout: Handout
+    handing_out: set[asyncio.Future[None]]
+    """Replies that are being handed out, for which a peer that leaves waits."""
+
+    @property
+    def feed(self) -> Feed: ...
+
+    @property
+    def catching_up(self) -> History: ...
+
+    @property
+    def tip(self) -> Tip:
+        """Where this peer's chain stands."""
+
+    def welcome(self) -> Welcome:
+        """Answer to hello."""
+
+    def wrong_run(self, run_id: bytes) -> str | None:
+        """Return why a request for this run is refused, or None."""
+
+    def take_join(self, wanted: JoinRequest, peer: bytes) -> str:
+        """Hear that a peer asks to be admitted; returns a refusal or ""."""
+
+    def refuse(self, header: ContributionHeader, peer: bytes) -> str | None:
+        """Return why a contribution is refused before its payload is read, or None."""
+
+    def contribution_max_bytes(self, header: ContributionHeader) -> int:
+        """Return the length that no payload for that part exceeds."""
+
+    def take_contribution(self, header: ContributionHeader, peer: bytes, payload: bytes) -> str | None:
+        """Take a contribution that arrived whole; returns a refusal or None."""
+
+    async def frozen_reply(self, key: Key, part: int) -> Reply | None:
+        """Return the reply of a part reduced here, once it is frozen; None when the round ended without."""
+
+    def hear_tip(self, peer: bytes, tip: Tip) -> None:
+        """Hear where a peer stands."""
+
+    def packed_corpus(self) -> bytes | None:
+        """Return the corpus to hand out, if there is one. Any thread."""
+
+
 class PeerServicer(ServicerBase):
     """What others may call."""
 
-    def __init__(self, driver: RoundDriver, traffic: Traffic) -> None:
+    def __init__(self, driver: Answering, traffic: Traffic) -> None:
         self._driver, self._traffic = driver, traffic
         self._calls: Counter[bytes] = Counter()
 

@@ -26,8 +26,8 @@ def evaluate(
 ) -> None:
     """Bits per byte on held-out text, beside what gzip, xz and zstd need for it."""
     set_up_logging(verbose, quiet)
+    from p2ptrain.data.obtaining import obtain_corpus
     from p2ptrain.data.tokenizer import cached_tokens
-    from p2ptrain.peer.joining import obtain_corpus
     from p2ptrain.training import evaluation
     from p2ptrain.training.reading import load_trained
 

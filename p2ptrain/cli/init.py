@@ -128,7 +128,7 @@ def _name_of(path: Path) -> str:
 
 def _keep(corpus: Corpus, config: DataConfig, home: Home) -> None:
     from p2ptrain.data.corpus import pack
-    from p2ptrain.peer.joining import keep_own_text, shared_sha256
+    from p2ptrain.data.obtaining import keep_own_text, shared_sha256
 
     home.create()
     if config.private:

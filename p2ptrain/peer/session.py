@@ -29,6 +29,7 @@ from p2ptrain.config.home import Home
 from p2ptrain.config.manifest import DataConfig, Manifest, open_manifest, sign_manifest
 from p2ptrain.config.node import NodeSettings
 from p2ptrain.data.corpus import Corpus, pack
+from p2ptrain.data.obtaining import obtain_corpus, shared_sha256
 from p2ptrain.data.tokenizer import cached_tokens
 from p2ptrain.errors import HomeError, UnreachableError
 from p2ptrain.observe.status import Status
@@ -46,6 +47,7 @@ from p2ptrain.state.snapshot import SnapshotStore
 from p2ptrain.swarm.identity import format_peer_id, verify
 from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.swarm.thread import NetworkThread
+from p2ptrain.training.device import choose_device
 from p2ptrain.training.replica import Replica
 from p2ptrain.training.selftest import check as check_decoding
 from p2ptrain.training.trainer import Trainer
@@ -206,7 +208,7 @@ class PeerSession:
             fetching = joining.fetch_corpus(self.node, run.run_id, run.manifest.data, self.display.transfer)
             return self.network.run(fetching, 3600.0)
 
-        return joining.obtain_corpus(self.home, run.manifest.data, data, from_swarm)
+        return obtain_corpus(self.home, run.manifest.data, data, from_swarm)
 
     # ---- training ---------------------------------------------------------------------------------------------
 
@@ -415,7 +417,7 @@ class _PackedCorpus:
     """The corpus as it is handed out, private text left out: packed when somebody first asks, and kept in the home."""
 
     def __init__(self, home: Home, config: DataConfig, corpus: Corpus) -> None:
-        named = joining.shared_sha256(config) or joining.shared_sha256(corpus.config(private=config.private))
+        named = shared_sha256(config) or shared_sha256(corpus.config(private=config.private))
         self._path = home.corpus(named)
         self._corpus = replace(corpus, train=b"") if config.private else corpus
         self._lock = threading.Lock()
@@ -445,13 +447,3 @@ def rules_of(manifest: Manifest, chunks: int) -> RoundRules:
         root_interval=config.root_interval,
         last_round=manifest.last_round,
     )
-
-
-def choose_device(name: str) -> torch.device:
-    """auto: cuda, else mps, else cpu. Raises HomeError where this machine lacks the device."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(device for device, there in available.items() if there)
-    if not available[name]:
-        raise HomeError(f"this machine has no {name} device", hint="again with --device cpu")
-    return torch.device(name)

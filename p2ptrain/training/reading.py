@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from p2ptrain.config.home import Home
 from p2ptrain.config.manifest import Manifest, open_manifest
 from p2ptrain.errors import HomeError
-from p2ptrain.peer.session import choose_device
 from p2ptrain.state.checkpoint import load_checkpoint
+from p2ptrain.training.device import choose_device
 from p2ptrain.training.replica import Replica
 from p2ptrain.training.trainer import checkpoint_shapes
 

@@ -9,8 +9,8 @@ import pytest
 from p2ptrain.config.home import Home
 from p2ptrain.config.loading import parse_manifest
 from p2ptrain.data.corpus import Corpus, load_embedded, pack, unpack
+from p2ptrain.data.obtaining import keep_own_text, obtain_corpus
 from p2ptrain.errors import DataError, ManifestError
-from p2ptrain.peer.joining import keep_own_text, obtain_corpus
 from p2ptrain.peer.session import _PackedCorpus
 
 SECRET = b"what nobody else may read. " * 1000
