@@ -45,7 +45,7 @@ from p2ptrain.rounds.inbox import Dropped
 from p2ptrain.rounds.machine import RoundMachine
 from p2ptrain.simulation.loop import Actor, VirtualLoop
 from p2ptrain.simulation.network import Line, Network, SimNode
-from p2ptrain.simulation.peer import identity_of
+from p2ptrain.simulation.toy import identity_of
 from p2ptrain.state.files import atomic_write
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import OwnEntry, OwnLog

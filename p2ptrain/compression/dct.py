@@ -56,7 +56,7 @@ def kernels_for(device: str) -> ModuleType | None:
     if device not in ("cpu", "cuda"):
         return None
     try:
-        return import_module(f"p2ptrain.compression.kernels_{device}")
+        return import_module(f"p2ptrain.compression.kernels.{device}")
     except ImportError:
         return None
 

@@ -19,7 +19,7 @@ from p2ptrain.compression.layout import ChunkLayout
 from p2ptrain.config.manifest import Manifest
 from p2ptrain.optim.schedule import learning_rate
 from p2ptrain.rounds.events import ContributionReady
-from p2ptrain.simulation.peer import ENTRIES, Rows, ViolationError, dense
+from p2ptrain.simulation.toy import ENTRIES, Rows, ViolationError, dense
 
 
 @dataclass(frozen=True, slots=True)

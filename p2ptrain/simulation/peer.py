@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
 from p2ptrain.calls.messages import Traffic
@@ -32,13 +31,14 @@ from p2ptrain.rounds.inbox import Restore, TrainerMessage
 from p2ptrain.rounds.machine import RoundMachine
 from p2ptrain.simulation.loop import Actor
 from p2ptrain.simulation.network import Line, SimNode
+from p2ptrain.simulation.toy import ENTRIES, PeerCrashed, Rows, ToyModel, ViolationError, dense, identity_of
 from p2ptrain.state.checkpoint import SentUnsettled
 from p2ptrain.state.failpoints import watcher
 from p2ptrain.state.files import remove_unfinished
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import Outcome, OwnEntry, OwnLog
 from p2ptrain.state.snapshot import SnapshotStore, piece_hashes, root_of
-from p2ptrain.swarm.identity import Identity, verify
+from p2ptrain.swarm.identity import verify
 from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.training.replica import Replica
 from p2ptrain.training.trainer import Trainer
@@ -46,33 +46,8 @@ from p2ptrain.training.trainer import Trainer
 if TYPE_CHECKING:
     from p2ptrain.simulation.world import World
 
-Rows = NDArray[np.float64]
-ENTRIES = 8
-"""In each vector of the toy; each vector is one chunk."""
 RECORD_SECONDS = 2.0
 RECORD_FRESH_SECONDS = 8.0
-
-
-class ViolationError(AssertionError):
-    """An invariant does not hold."""
-
-
-class PeerCrashed(BaseException):
-    """Raised at the place where a peer dies; nothing of it runs afterwards."""
-
-
-def identity_of(name: str, seed: int) -> Identity:
-    """The same for the same name and seed."""
-    key = Ed25519PrivateKey.from_private_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest())
-    return Identity(bytes.fromhex("002408011220") + key.public_key().public_bytes_raw(), key)
-
-
-class ToyModel(torch.nn.Module):
-    """As many vectors as there are chunks."""
-
-    def __init__(self, chunks: int) -> None:
-        super().__init__()
-        self.vectors = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(ENTRIES)) for _ in range(chunks)])
 
 
 class SimReplica(Replica):
@@ -217,18 +192,6 @@ class SimTrainer(Trainer):
         for pending in self.ledger.pending.values():
             total += dense(pending.sent.chunk, pending.sent.index, pending.sent.value, len(total))
         return total
-
-
-def dense(
-    chunk: NDArray[np.int64], index: NDArray[np.int64], value: NDArray[np.float32], chunks: int
-) -> NDArray[np.float64]:
-    """Coefficients as [chunks, ENTRIES]; what lies in the padding must be zero."""
-    inside = index < ENTRIES
-    if value[~inside].any():
-        raise AssertionError("a coefficient of the padding is not zero")
-    rows = np.zeros((chunks, ENTRIES))
-    rows[chunk[inside], index[inside]] = value[inside]
-    return rows
 
 
 class SimInbox:

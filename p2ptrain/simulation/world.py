@@ -33,7 +33,8 @@ from p2ptrain.simulation.faults import FAULTS, Faults
 from p2ptrain.simulation.loop import VirtualLoop
 from p2ptrain.simulation.network import Line, Network
 from p2ptrain.simulation.oracle import Oracle
-from p2ptrain.simulation.peer import RECORD_FRESH_SECONDS, PeerCrashed, SimPeer, ViolationError
+from p2ptrain.simulation.peer import RECORD_FRESH_SECONDS, SimPeer
+from p2ptrain.simulation.toy import PeerCrashed, ViolationError, toy_beginning
 from p2ptrain.state.journal import Journal
 
 CONVERGENCE_SECONDS = 90.0
@@ -116,8 +117,7 @@ class World:
         #: in calm: member -> rounds of its contributions since one was last included
         self._missed: dict[bytes, set[int]] = {}
         self._waiting_since: dict[bytes, int] = {}
-        reference = SimReplicaShape(self)
-        self.oracle = Oracle(self.manifest, self.run_id, reference.layout, reference.parameters)
+        self.oracle = Oracle(self.manifest, self.run_id, *toy_beginning(self.manifest, self.chunks))
 
     # ---- running ----------------------------------------------------------------------------------------------
 
@@ -442,23 +442,6 @@ class World:
         for what, (size, most) in sizes.items():
             if size > most:
                 self.violate(f"{peer.name}: {size} {what}, at most {most} are expected")
-
-
-class SimReplicaShape:
-    """The toy's layout and first parameters, before there is an oracle to watch a replica."""
-
-    def __init__(self, world: World) -> None:
-        import torch
-
-        from p2ptrain.models.init import initialise
-        from p2ptrain.simulation.peer import ToyModel
-        from p2ptrain.training.replica import build_optimizer
-
-        model: Any = ToyModel(world.chunks)
-        initialise(model, bytes.fromhex(world.manifest.nonce))
-        self.layout = build_optimizer(model, world.manifest).layout
-        with torch.no_grad():
-            self.parameters = np.stack([p.numpy().copy() for p in model.parameters()])
 
 
 class _Errors(logging.Handler):
