@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from google.protobuf.wrappers_pb2 import BytesValue
-from hivemind.p2p import P2PHandlerError
-from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 
 from p2ptrain.calls.handout import Handout
 from p2ptrain.calls.messages import (
     NAMESPACE,
+    TRANSPORT_FAILURES,
     Answer,
     CallError,
     ContributionHeader,
@@ -50,8 +49,8 @@ NEWS_SECONDS = 4.0
 """Silence of a peer we follow after which we hang up; it says something every second."""
 _SEALED_ROUND_SLACK_BYTES = 512 * 1024
 
-#: what hivemind and its daemon raise when a call fails
-_FAILURES = (P2PHandlerError, P2PDaemonError, OSError, EOFError, TimeoutError, P2PTrainError, ValueError)
+_FAILURES = (*TRANSPORT_FAILURES, P2PTrainError)
+"""What opening a stream, or a call of one answer, may raise: the node's own refusals too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,19 +186,24 @@ class Client:
     async def _stream(
         self, peer: bytes, name: str, request: BytesValue | AsyncIterator[BytesValue]
     ) -> AsyncIterator[FrameReader]:
-        """Open a stream to `peer`, and close it whatever happens. Raises CallError for all that hivemind may raise."""
-        frames: Any = None
+        """Open a stream to `peer`, and close it whatever happens.
+
+        Raises:
+            CallError: the call failed, or took too long. What else the caller's own block raises passes as it is.
+        """
         try:
             async with asyncio.timeout(SECONDS):
                 stub = self.node.stub(PeerServicer, peer, NAMESPACE)
-                frames = await getattr(stub, name)(request)
-            yield FrameReader(frames, self.traffic, SECONDS)
+                frames: Any = await getattr(stub, name)(request)
         except _FAILURES as error:
             raise CallError(str(error) or type(error).__name__) from error
+        try:
+            yield FrameReader(frames, self.traffic, SECONDS)
+        except TimeoutError as error:
+            raise CallError("it takes too long") from error
         finally:
-            if frames is not None:
-                with contextlib.suppress(*_FAILURES, RuntimeError):
-                    await frames.aclose()
+            with contextlib.suppress(*_FAILURES, RuntimeError):
+                await frames.aclose()
 
 
 async def unary(node: SwarmNode, peer: bytes, name: str, request: BytesValue, kind: type[Any], traffic: Traffic) -> Any:

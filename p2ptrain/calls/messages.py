@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from typing import Annotated, TypeVar
 
 import msgspec
+from google.protobuf.message import DecodeError
 from google.protobuf.wrappers_pb2 import BytesValue
+from hivemind.p2p import P2PHandlerError
+from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 from msgspec import Meta
 
 from p2ptrain.chain import Hash, OptionalHash, Row, SignedSeal
@@ -29,6 +32,20 @@ SNAPSHOT_PIECES_MAX = 2**20
 TOO_MANY_CALLS = "too many calls at once"
 """The refusal that means: later."""
 _FRAME_OVERHEAD_BYTES = 9  # length and marker that hivemind puts before each message
+
+TRANSPORT_FAILURES = (
+    P2PHandlerError,
+    P2PDaemonError,
+    OSError,
+    EOFError,
+    TimeoutError,
+    ValueError,
+    TypeError,
+    DecodeError,
+)
+"""What hivemind, its daemon and our limits raise when a call fails, or when what comes is no frame.
+
+Caught around hivemind's own operations alone, so that a fault of our own is never taken for a bad peer."""
 
 Round = Annotated[int, Meta(ge=0, le=2**48)]
 Total = Annotated[int, Meta(ge=0, le=2**62)]
@@ -233,6 +250,8 @@ class FrameReader:
             raise CallError("silence") from error
         except StopAsyncIteration as error:
             raise CallError("the stream ended early") from error
+        except TRANSPORT_FAILURES as error:
+            raise CallError(str(error) or type(error).__name__) from error
         self._traffic.received += frame.ByteSize() + _FRAME_OVERHEAD_BYTES
         return frame.value
 

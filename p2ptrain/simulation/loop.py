@@ -18,8 +18,6 @@ from collections.abc import Callable, Coroutine
 from contextvars import Context, ContextVar
 from typing import Any, cast
 
-_FOREVER = 10.0**9
-
 
 class Actor:
     """What crashes, freezes and thaws as one: the simulator's process."""

@@ -165,7 +165,6 @@ class SimNode:
         self.servicer: Any = None
         #: streams that end with this node: (pipe, who reads it)
         self.open: dict[Pipe, None] = {}
-        self.payload_bytes = 0
 
     @property
     def reachable(self) -> bool:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from google.protobuf.message import DecodeError
 from google.protobuf.wrappers_pb2 import BytesValue
 from hypothesis import given
 from hypothesis import strategies as st
 
 from p2ptrain.calls import messages
+from p2ptrain.calls.client import Client
 from p2ptrain.calls.messages import PIECE_BYTES, CallError, FrameReader, Hello, RefusedError, Tip, Traffic
+from p2ptrain.swarm.node import SwarmNode
 
 KINDS = [kind for kind in vars(messages).values() if isinstance(kind, type) and issubclass(kind, messages._Message)]
 
@@ -98,3 +102,52 @@ def test_out_of_bounds_is_no_message() -> None:
     for bad in ([-1, bytes(32), 0], [0, bytes(31), 0], [0, bytes(32)], [0, bytes(32), 0, 0], {"round": 1}):
         with pytest.raises(CallError):
             messages.decode_message(messages._encoder.encode(bad), Tip)
+
+
+class _Node:
+    """A node whose only call is answered by `frames`."""
+
+    def __init__(self, frames: AsyncIterator[BytesValue]) -> None:
+        self._frames = frames
+
+    def stub(self, *_: object) -> Any:
+        async def rpc_rounds(request: BytesValue) -> AsyncIterator[BytesValue]:
+            return self._frames
+
+        return SimpleNamespace(rpc_rounds=rpc_rounds)
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [ValueError("a frame too long"), TypeError("Invalid Protobuf message type"), DecodeError("no frame"), EOFError()],
+)
+def test_whatever_a_stranger_sends_in_place_of_a_frame_is_a_failed_call(failure: Exception) -> None:
+    async def frames() -> AsyncIterator[BytesValue]:
+        raise failure
+        yield BytesValue()
+
+    async def main() -> None:
+        await FrameReader(frames(), Traffic(), 1.0).frame()
+
+    with pytest.raises(CallError):
+        asyncio.run(main())
+
+
+def test_a_fault_of_our_own_is_not_taken_for_a_bad_peer() -> None:
+    async def main() -> None:
+        calls = Client(cast(SwarmNode, _Node(stream([]))), Traffic(), bytes(32))
+        async with calls._stream(b"", "rpc_rounds", BytesValue()):
+            raise ValueError("a fault of our own")
+
+    with pytest.raises(ValueError, match="of our own"):
+        asyncio.run(main())
+
+
+def test_a_call_that_takes_too_long_as_a_whole_is_a_failed_call() -> None:
+    async def main() -> None:
+        calls = Client(cast(SwarmNode, _Node(stream([], hangs=True))), Traffic(), bytes(32))
+        async with calls._stream(b"", "rpc_rounds", BytesValue()) as reader, asyncio.timeout(0.01):
+            await reader.frame()
+
+    with pytest.raises(CallError):
+        asyncio.run(main())

@@ -13,7 +13,6 @@ import msgspec
 import pytest
 from google.protobuf.wrappers_pb2 import BytesValue
 
-sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lone import RUN_ID, Lone, seal
