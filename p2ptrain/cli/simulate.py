@@ -55,8 +55,6 @@ def simulate(
         uplink_bytes_per_second=_bits_per_second(uplink) / 8,
         delay_seconds=_seconds(delay),
     )
-    # What a history leaves half done is collected at some time, and must not be the last word on stderr.
-    sys.unraisablehook = lambda _: None
     report = play(scenario)
     shown: dict[str, Any] = {
         "seed": seed,

@@ -13,6 +13,7 @@ import hashlib
 import logging
 import random
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -493,4 +494,14 @@ def simulate(scenario: Scenario) -> Report:
     try:
         return World(scenario, folder).run()
     finally:
+        _forget_what_is_half_done()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _forget_what_is_half_done() -> None:
+    """Collect the streams and tasks that the history left waiting; each would say so on stderr, later and elsewhere."""
+    before, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = before
