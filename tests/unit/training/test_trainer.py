@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from lone import MANIFEST, ROW, RUN_ID, Lone, replica, seal
 
 from p2ptrain import chain
-from p2ptrain.calls.uplink import UplinkMeter
 from p2ptrain.chain.sealed import SealedRound
 from p2ptrain.observe.status import Status
 from p2ptrain.rounds.events import Apply, ContributionReady, Rollback, StartRound, StoodIn
@@ -45,6 +44,9 @@ class Swarm:
     def root_computed(self, round: int, id: bytes, root: bytes) -> None:
         self.roots.append((round, root))
 
+    def prune_own_log(self, before: int) -> None:
+        self.log.prune(before)
+
 
 class Home:
     """One peer's disk, and a trainer over it."""
@@ -65,7 +67,6 @@ class Home:
             lone.identity.peer_id,
             TOKENS,
             3.5,
-            UplinkMeter(dialable=True),
             self.inbox,
             folder / "checkpoints",
             self.log,
