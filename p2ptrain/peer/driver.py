@@ -441,7 +441,7 @@ class RoundDriver:
         return self._burst[1]
 
     async def _reduce(self, effect: Reduce) -> None:
-        config, shape = self._p.manifest, self.machine.shape
+        config, layout, shape = self._p.manifest, self._p.layout, self.machine.shape
         spec = shape.parts[effect.part] if shape is not None and effect.part < len(shape.parts) else None
         if spec is None or (spec.start, spec.end) != (effect.start, effect.end):
             return  # the round is over, or a fork has cut it otherwise
@@ -449,8 +449,8 @@ class RoundDriver:
         def reduced(contributions: Sequence[tuple[int, int, bytes]]) -> bytes:
             return reduce_part(
                 contributions,
-                topk=self._p.layout.topk,
-                reply_topk=self._p.layout.reply_topk,
+                topk=layout.topk,
+                reply_topk=layout.reply_topk,
                 start=effect.start,
                 end=effect.end,
                 members=effect.members,
