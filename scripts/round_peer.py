@@ -149,6 +149,10 @@ class Gate:
         """Passed on."""
         self._swarm.root_computed(round, id, root)
 
+    def prune_own_log(self, before: int) -> None:
+        """Passed on."""
+        self._swarm.prune_own_log(before)
+
     def contribute(self, ready: ContributionReady, entry: OwnEntry) -> None:
         """Passed on at the moment that stdin says."""
         shape = self._driver.machine.shape
@@ -215,7 +219,7 @@ class Gate:
                 held=self._inbox.held[sealed.seal.round],
                 marks=self._marks,
                 stages=self._stages,
-                traffic=self._driver.last_round_bytes,
+                traffic=(self._driver.standing.bytes_sent_per_round, self._driver.standing.bytes_received_per_round),
                 **self._round,
             )
         self._round, self._stages = {}, {}

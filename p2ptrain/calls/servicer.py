@@ -57,11 +57,11 @@ Frames = AsyncGenerator[BytesValue, None]
 class History(Protocol):
     """Where rounds and snapshots to hand out come from."""
 
-    def offer_rounds(self, locator: tuple[bytes, ...]) -> tuple[bytes, list[bytes], tuple[SnapshotOffer, ...]]:
-        """Return (ancestor, encoded rounds after it, snapshots to start from instead). Any thread."""
+    async def offer_rounds(self, locator: tuple[bytes, ...]) -> tuple[bytes, list[bytes], tuple[SnapshotOffer, ...]]:
+        """Return (ancestor, encoded rounds after it, snapshots to start from instead)."""
 
-    def open_snapshot(self, identifier: bytes, root: bytes) -> PieceFile | None:
-        """Open a snapshot, whole or as far as it was fetched; None where there is none. Any thread."""
+    async def open_snapshot(self, identifier: bytes, root: bytes) -> PieceFile | None:
+        """Open a snapshot, whole or as far as it was fetched; None where there is none."""
 
     async def hashes_of(self, file: PieceFile) -> list[bytes]:
         """Return the SHA-256 of each piece."""
@@ -241,8 +241,7 @@ class PeerServicer(ServicerBase):
         yield self._traffic.message(Answer(refusal or ""))
         if refusal is not None:
             return
-        offer = self._driver.catching_up.offer_rounds
-        ancestor, rounds, snapshots = await asyncio.to_thread(offer, wanted.locator)
+        ancestor, rounds, snapshots = await self._driver.catching_up.offer_rounds(wanted.locator)
         yield self._traffic.message(RoundsHeader(ancestor, len(rounds), self._driver.tip, snapshots))
         for encoded in rounds:
             for frame in self._traffic.blob(encoded):
@@ -253,7 +252,7 @@ class PeerServicer(ServicerBase):
         refusal = self._driver.wrong_run(wanted.run_id)
         found = None
         if refusal is None:
-            found = await asyncio.to_thread(self._driver.catching_up.open_snapshot, wanted.id, wanted.root)
+            found = await self._driver.catching_up.open_snapshot(wanted.id, wanted.root)
         if found is None:
             yield self._traffic.message(Answer(refusal or "no such snapshot here any more"))
             return

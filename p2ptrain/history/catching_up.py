@@ -4,11 +4,15 @@ The same calls serve a peer one seal behind, a newcomer, and one that changes to
 id both know, or a snapshot with the rounds since. Everything is checked before it counts: seals and replies one by one,
 pieces under the root, the root against a later seal. What is trusted is that the donor's chain is the swarm's; its
 `total` must be larger than ours, and only signed seals of its own members make one.
+
+Lives on the network thread. Worker threads read and hash for it: what they need is given to them whole, and what they
+find is returned.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +33,7 @@ from p2ptrain.compression.layout import ChunkLayout
 from p2ptrain.history.download import Download
 from p2ptrain.rounds.events import RoundsFetched
 from p2ptrain.rounds.inbox import Restore
-from p2ptrain.state.journal import Journal
+from p2ptrain.state.journal import Journal, JournalFile
 from p2ptrain.state.pieces import Partials, PieceFile
 from p2ptrain.state.snapshot import SnapshotFile, SnapshotStore
 from p2ptrain.state.tensors import TensorFileError
@@ -97,42 +101,30 @@ class CatchingUp:
         """Ours whose root is sealed, newest first: the others may be of a replica gone wrong."""
         return [s for s in self._snapshots.all() if self._sealed_roots.get(s.round) == s.root]
 
-    # ---- handing out (any thread) -----------------------------------------------------------------------------
+    # ---- handing out ------------------------------------------------------------------------------------------
 
-    def offer_rounds(self, locator: tuple[bytes, ...]) -> tuple[bytes, list[bytes], tuple[SnapshotOffer, ...]]:
+    async def offer_rounds(self, locator: tuple[bytes, ...]) -> tuple[bytes, list[bytes], tuple[SnapshotOffer, ...]]:
         """(ancestor, encoded rounds after it, snapshots to start from instead)."""
-        offers = tuple(SnapshotOffer(s.round, s.id, s.root, s.path.stat().st_size) for s in self._sealed_snapshots())
-        for identifier in locator:
-            position = self._journal.position(identifier)
-            if position is None:
-                continue
-            rounds: list[bytes] = []
-            try:
-                for _, encoded in self._journal.after(position):
-                    rounds.append(encoded)
-                    if len(rounds) >= ROUNDS_MAX or sum(map(len, rounds)) > ROUNDS_ANSWER_BYTES:
-                        break
-            except FileNotFoundError:
-                break  # rolled back or pruned meanwhile
-            return identifier, rounds, offers
-        return b"", [], offers
+        positions = ((identifier, self._journal.position(identifier)) for identifier in locator)
+        ancestor, position = next(((i, p) for i, p in positions if p is not None), (b"", None))
+        files = [] if position is None else self._journal.files_after(position, ROUNDS_MAX)
+        rounds, offers = await asyncio.to_thread(_read_offer, files, self._snapshots, dict(self._sealed_roots))
+        if len(rounds) < min(1, len(files)) or not self._journal.keeps(files[: len(rounds)]):
+            return b"", [], offers  # rolled back or pruned meanwhile
+        return ancestor, rounds, offers
 
-    def open_snapshot(self, identifier: bytes, root: bytes) -> PieceFile | None:
+    async def open_snapshot(self, identifier: bytes, root: bytes) -> PieceFile | None:
         """One of our snapshots, or what there is of the one that we are fetching."""
+        found = await asyncio.to_thread(_find_whole, self._snapshots, identifier, root)
         download = self._download
         if download is not None and (download.offer.id, download.offer.root) == (identifier, root):
             return download.file
-        found = self._snapshots.find(identifier)
-        if found is None or found.root != root:
+        if found is None:
             return None
-        if found.path not in self._whole:
-            try:
-                self._whole[found.path] = PieceFile(found.path, found.path.stat().st_size)
-            except FileNotFoundError:
-                return None
-            for old in list(self._whole)[:-SNAPSHOTS_MAX]:
-                self._whole.pop(old, None)
-        return self._whole[found.path]
+        whole = self._whole.setdefault(found.path, found)
+        for old in list(self._whole)[:-SNAPSHOTS_MAX]:
+            del self._whole[old]
+        return whole
 
     async def hashes_of(self, file: PieceFile) -> list[bytes]:
         """Of all pieces; one file is read at a time. Raises OSError when it is gone."""
@@ -287,3 +279,37 @@ class CatchingUp:
             if header.ancestor != state.id:
                 raise CallError("its chain changed meanwhile")
         return tuple(rounds), state
+
+
+def _read_offer(
+    files: list[JournalFile], snapshots: SnapshotStore, sealed_roots: dict[int, bytes]
+) -> tuple[list[bytes], tuple[SnapshotOffer, ...]]:
+    """What these files hold, as far as they are there and fit an answer, and the snapshots whose root is sealed."""
+    offers, rounds = [], []
+    for snapshot in snapshots.all():
+        if sealed_roots.get(snapshot.round) == snapshot.root:
+            # The trainer removes old ones meanwhile.
+            with contextlib.suppress(FileNotFoundError):
+                length = snapshot.path.stat().st_size
+                offers.append(SnapshotOffer(snapshot.round, snapshot.id, snapshot.root, length))
+    size = 0
+    for file in files:
+        try:
+            rounds.append(file.path.read_bytes())
+        except FileNotFoundError:
+            return [], tuple(offers)
+        size += len(rounds[-1])
+        if size > ROUNDS_ANSWER_BYTES:
+            break
+    return rounds, tuple(offers)
+
+
+def _find_whole(snapshots: SnapshotStore, identifier: bytes, root: bytes) -> PieceFile | None:
+    """A snapshot that is there whole."""
+    found = snapshots.find(identifier)
+    if found is None or found.root != root:
+        return None
+    try:
+        return PieceFile(found.path, found.path.stat().st_size)
+    except FileNotFoundError:
+        return None

@@ -1,6 +1,7 @@
 """What a peer says of itself: to its owner's terminal and, in records, to everyone.
 
-Written by the trainer and the network thread, a field at a time; read by whoever shows it.
+Each of a peer's two threads has a `Status` of its own. What one thread knows and the other shows is handed over whole:
+`Standing` by the network thread, a copy of its `Status` by the trainer's.
 """
 
 from __future__ import annotations
@@ -10,9 +11,28 @@ from dataclasses import dataclass
 from p2ptrain.swarm.records import PeerState
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What the network thread knows of this peer; never changed once made."""
+
+    #: where its machine's chain stands
+    head_round: int = 0
+    #: a member of the round under way, and of how many
+    member: bool = False
+    members: int = 0
+    #: others are further, or their state is being fetched
+    syncing: bool = False
+    leaving: bool = False
+    #: in the last round, framing included, to itself excluded
+    bytes_sent_per_round: int = 0
+    bytes_received_per_round: int = 0
+    #: why this peer cannot go on
+    failure: str | None = None
+
+
 @dataclass(slots=True)
 class Status:
-    """One peer at this moment."""
+    """One peer at this moment, as the thread that holds this knows it."""
 
     state: PeerState = "joining"
     role: str = "learner"
@@ -38,3 +58,22 @@ class Status:
     sequences_given_up: int = 0
     #: since this process began
     snapshots_fetched: int = 0
+    #: the run is over, and this peer has all of it
+    finished: bool = False
+
+    def take(self, standing: Standing) -> None:
+        """Fill in what the network thread knows."""
+        if not self.finished:
+            # After the last round there is no group; the last one stays on show.
+            self.members = standing.members
+            self.role = "member" if standing.member else "learner"
+        self.bytes_sent_per_round = standing.bytes_sent_per_round
+        self.bytes_received_per_round = standing.bytes_received_per_round
+        if standing.leaving:
+            self.state = "leaving"
+        elif self.finished:
+            self.state = "finished"
+        elif standing.member:
+            self.state = "solo" if standing.members == 1 else "training"
+        else:
+            self.state = "syncing" if standing.syncing else "joining"

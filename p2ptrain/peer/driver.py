@@ -1,9 +1,10 @@
 """Runs the round's state machine over the network: messages and timers in, its effects out.
 
-Lives on the network thread. The machine decides; the driver journals, sends, receives, checks form and size, and passes
-to the trainer, through a queue, what it has to know: `StartRound`, `StoodIn`, `Dropped`, `Apply`, `Rollback`,
-`Restore`. A round is in the journal before the trainer hears of it, and a contribution in the own log before its first
-byte leaves.
+Lives on the network thread, and so does all that it holds. The machine decides; the driver journals, sends, receives,
+checks form and size, and passes to the trainer, through a queue, what it has to know: `StartRound`, `StoodIn`,
+`Dropped`, `Apply`, `Rollback`, `Restore`. A round is in the journal before the trainer hears of it, and a contribution
+in the own log before its first byte leaves. Where it stands it publishes as a whole, `standing`, which any thread may
+read.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -46,6 +47,7 @@ from p2ptrain.compression.layout import ChunkLayout
 from p2ptrain.compression.reduce import reduce_part
 from p2ptrain.config.manifest import PROTOCOL_VERSION, Manifest
 from p2ptrain.history.catching_up import CatchingUp
+from p2ptrain.observe.status import Standing
 from p2ptrain.rounds.events import (
     Apply,
     CameLate,
@@ -81,6 +83,8 @@ from p2ptrain.state.tensors import TensorFileError
 from p2ptrain.swarm.identity import format_peer_id
 from p2ptrain.swarm.node import SwarmNode
 
+LOOK_SECONDS = 0.1
+"""Between two looks at what others say, while the run's end is waited for."""
 _GOODBYE_SECONDS = 3.0
 _TRANSIENT = ("foreign", "too early", TOO_MANY_CALLS)
 """Reasons of a reducer that may pass: it has not seen the last seal yet."""
@@ -111,7 +115,7 @@ class DriverParts:
 
 
 class RoundDriver:
-    """See the module docstring. All methods are for the network thread, except those that say otherwise."""
+    """See the module docstring. All is for the network thread, but `standing` and the methods that say otherwise."""
 
     def __init__(self, parts: DriverParts) -> None:
         self._p = parts
@@ -157,6 +161,8 @@ class RoundDriver:
         self.last_round_bytes = (0, 0)
         self.syncing = False
         self.leaving = False
+        #: how it is with this peer: replaced whole, never changed. Any thread may read it
+        self.standing = Standing(head_round=self.machine.head.round)
 
     async def start(self) -> None:
         """Answer calls, and begin at the chain state that the machine was given."""
@@ -165,7 +171,7 @@ class RoundDriver:
 
     async def stop(self) -> None:
         """Say goodbye to all who follow us, and end everything."""
-        self.leaving = True
+        self.leave()
         if self._timer is not None:
             self._timer.cancel()
         if self.handing_out:
@@ -175,6 +181,32 @@ class RoundDriver:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    def leave(self) -> None:
+        """Take no part any more; `stop` ends what is under way."""
+        self.leaving = True
+        self.publish_standing()
+
+    def publish_standing(self) -> None:
+        """Bring `standing` up to date."""
+        machine, shape = self.machine, self.machine.shape
+        behind = max((tip.round for tip in self.feed.tips.values()), default=0) > machine.head.round + 1
+        sent, received = self.last_round_bytes
+        self.standing = Standing(
+            head_round=machine.head.round,
+            member=machine.is_member,
+            members=len(shape.members) if shape else 0,
+            syncing=self.syncing or behind,
+            leaving=self.leaving,
+            bytes_sent_per_round=sent,
+            bytes_received_per_round=received,
+            failure=None if self.failure is None else self.failure.strerror or str(self.failure),
+        )
+
+    async def others_reach(self, round: int) -> None:
+        """Return once all who say where they stand have this round."""
+        while any(tip.round < round for tip in self.feed.tips.values()):
+            await asyncio.sleep(LOOK_SECONDS)
 
     @property
     def tip(self) -> Tip:
@@ -193,6 +225,8 @@ class RoundDriver:
             if sent is None or sent.decays != entry.decays:
                 self._p.inbox.put(Dropped(entry.key, entry.decays, entry.row.weight))
             return
+        row = msgspec.structs.replace(ready.row, uplink=self._p.uplink.declared_kbit)
+        ready, entry = replace(ready, row=row), msgspec.structs.replace(entry, row=row)
         try:
             if self._p.own_log.find(ready.key) != entry:
                 self._p.own_log.write(entry)
@@ -209,6 +243,11 @@ class RoundDriver:
         if len(self._p.snapshots.all()) >= 3:
             self._p.journal.prune(keep_from + 1)
 
+    def prune_own_log(self, before: int) -> None:
+        """No restart of the trainer needs the entries of rounds before this one."""
+        # It may be on a branch that was left for a shorter one: what goes out now is needed for longer.
+        self._p.own_log.prune(min(before, self.machine.head.round))
+
     # ---- events and effects -----------------------------------------------------------------------------------
 
     def dispatch(self, event: Event) -> None:
@@ -217,6 +256,8 @@ class RoundDriver:
             self._do(self.machine.handle(event, self._now()))
 
     def _do(self, effects: list[Effect]) -> None:
+        # Before the trainer hears of anything, so that it never shows what was before.
+        self.publish_standing()
         # Performing one may have the machine hear of something, and ask for more: in order, after these.
         self._effects += effects
         if self._performing:
@@ -234,7 +275,7 @@ class RoundDriver:
     def _fail(self, error: OSError) -> None:
         """Without its journal a peer must not go on: what it says would not outlive it."""
         self.failure = error
-        self.leaving = True
+        self.leave()
         self._p.inbox.put(None)
 
     def _perform(self, effect: Effect) -> None:
@@ -281,6 +322,7 @@ class RoundDriver:
         sent, received = self._p.traffic.sent, self._p.traffic.received
         self.last_round_bytes = (sent - self._traffic_mark[0], received - self._traffic_mark[1])
         self._traffic_mark = (sent, received)
+        self.publish_standing()
         self._p.inbox.put(effect)
         if effect.sealed.seal.sealer != self._me:
             self.feed.tell(None)
@@ -399,7 +441,7 @@ class RoundDriver:
         return self._burst[1]
 
     async def _reduce(self, effect: Reduce) -> None:
-        config, shape = self._p.manifest, self.machine.shape
+        config, layout, shape = self._p.manifest, self._p.layout, self.machine.shape
         spec = shape.parts[effect.part] if shape is not None and effect.part < len(shape.parts) else None
         if spec is None or (spec.start, spec.end) != (effect.start, effect.end):
             return  # the round is over, or a fork has cut it otherwise
@@ -407,8 +449,8 @@ class RoundDriver:
         def reduced(contributions: Sequence[tuple[int, int, bytes]]) -> bytes:
             return reduce_part(
                 contributions,
-                topk=self._p.layout.topk,
-                reply_topk=self._p.layout.reply_topk,
+                topk=layout.topk,
+                reply_topk=layout.reply_topk,
                 start=effect.start,
                 end=effect.end,
                 members=effect.members,

@@ -2,6 +2,8 @@
 
 Every `PUBLISH_SECONDS` a peer says how it is, so that one who was killed is missed within seconds. Others of the run
 are followed as soon as their record is seen: two parts of a run that know nothing of each other meet here.
+
+Lives on the network thread. What the trainer's thread knows comes in `hear`, as a copy that is nobody else's.
 """
 
 from __future__ import annotations
@@ -9,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
 
 from p2ptrain import __version__
 from p2ptrain.config.manifest import PROTOCOL_VERSION
@@ -31,6 +32,7 @@ class Presence:
     """One peer's records.
 
     Args:
+        status: for this object alone.
         run_name: for the index of runs.
         name, device: what this peer calls itself and computes on.
     """
@@ -47,11 +49,14 @@ class Presence:
         name: str,
         device: str,
         addresses: list[str],
-        finished: Callable[[], bool],
     ) -> None:
         self._node, self._driver, self._status = node, driver, status
         self._run_id, self._run_name, self._signed_manifest = run_id, run_name, signed_manifest
-        self._name, self._device, self._addresses, self._finished = name, device, addresses, finished
+        self._name, self._device, self._addresses = name, device, addresses
+
+    def hear(self, status: Status) -> None:
+        """The trainer's thread says how it is, in a copy for this object alone."""
+        self._status = status
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -70,8 +75,9 @@ class Presence:
 
     async def publish(self) -> None:
         """Say how this peer is, once."""
-        self.refresh()
         status = self._status
+        self._driver.publish_standing()
+        status.take(self._driver.standing)
         record = PeerRecord(
             peer_id=self._node.peer_id,
             run_id=self._run_id,
@@ -92,24 +98,10 @@ class Presence:
         )
         await self._node.publish_peer(record)
 
-    def refresh(self) -> None:
-        """Bring the status up to date with the machine."""
-        machine, status = self._driver.machine, self._status
-        members = machine.shape.members if machine.shape else ()
-        if not self._finished():
-            # After the last round there is no group; the last one stays on show.
-            status.members = len(members)
-            status.role = "member" if machine.is_member else "learner"
-        status.bytes_sent_per_round, status.bytes_received_per_round = self._driver.last_round_bytes
-        behind = max((tip.round for tip in self._driver.feed.tips.values()), default=0) > machine.head.round + 1
-        if self._driver.leaving:
-            status.state = "leaving"
-        elif self._finished():
-            status.state = "finished"
-        elif machine.is_member:
-            status.state = "solo" if len(members) == 1 else "training"
-        else:
-            status.state = "syncing" if self._driver.syncing or behind else "joining"
+    async def say_leaving(self) -> None:
+        """Take no part any more, and have others know."""
+        self._driver.leave()
+        await self.publish()
 
     def _run_record(self) -> RunRecord:
         return RunRecord(

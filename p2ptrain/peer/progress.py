@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 from typing import TextIO
 
@@ -26,7 +27,7 @@ PLAIN_EVERY_SECONDS = 1.0
 
 
 class Display:
-    """See the module docstring.
+    """See the module docstring. Any thread, one at a time: the network thread shows transfers, the trainer's rounds.
 
     Args:
         log_format: "json" makes each line one JSON object.
@@ -42,47 +43,52 @@ class Display:
         self._tasks: dict[str, TaskID] = {}
         self._printed_at = 0.0
         self._said: dict[str, float] = {}
+        self._drawing = threading.RLock()
 
     def round(self, status: Status, *, last: bool = False) -> None:
         """A round was applied; `last`: say so whatever was said a moment ago."""
-        self._end_bars()
-        if self._quiet:
-            return
-        if self._live:
-            if self._spinner is None:
-                self._spinner = self._console.status("")
-                self._spinner.start()
-            self._spinner.update("\n".join(lines_of(status)))
-            return
-        now = time.monotonic()
-        if last or now - self._printed_at >= PLAIN_EVERY_SECONDS:
-            self._printed_at = now
-            self._say("  ".join(lines_of(status)), status)
+        with self._drawing:
+            self._end_bars()
+            if self._quiet:
+                return
+            if self._live:
+                if self._spinner is None:
+                    self._spinner = self._console.status("")
+                    self._spinner.start()
+                self._spinner.update("\n".join(lines_of(status)))
+                return
+            now = time.monotonic()
+            if last or now - self._printed_at >= PLAIN_EVERY_SECONDS:
+                self._printed_at = now
+                self._say("  ".join(lines_of(status)), status)
 
     def transfer(self, what: str, done: int, total: int) -> None:
         """Progress of a download or a sync: bytes, or rounds where `what` is "rounds"."""
-        if self._quiet:
-            return
-        if self._live:
-            self._bar(what, done, total)
-            return
-        now = time.monotonic()
-        if done >= total or now - self._said.get(what, 0.0) >= PLAIN_EVERY_SECONDS:
-            self._said[what] = now
-            unit = "" if what == "rounds" else " bytes"
-            self._say(f"fetching {what}: {done:,} of {total:,}{unit}")
+        with self._drawing:
+            if self._quiet:
+                return
+            if self._live:
+                self._bar(what, done, total)
+                return
+            now = time.monotonic()
+            if done >= total or now - self._said.get(what, 0.0) >= PLAIN_EVERY_SECONDS:
+                self._said[what] = now
+                unit = "" if what == "rounds" else " bytes"
+                self._say(f"fetching {what}: {done:,} of {total:,}{unit}")
 
     def say(self, text: str) -> None:
         """A line for people."""
-        if not self._quiet:
-            self._say(text)
+        with self._drawing:
+            if not self._quiet:
+                self._say(text)
 
     def close(self) -> None:
         """Leave the terminal as it was."""
-        self._end_bars()
-        if self._spinner is not None:
-            self._spinner.stop()
-            self._spinner = None
+        with self._drawing:
+            self._end_bars()
+            if self._spinner is not None:
+                self._spinner.stop()
+                self._spinner = None
 
     def _say(self, text: str, status: Status | None = None) -> None:
         if self._json:

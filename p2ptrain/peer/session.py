@@ -32,7 +32,7 @@ from p2ptrain.data.corpus import Corpus, pack
 from p2ptrain.data.obtaining import obtain_corpus, shared_sha256
 from p2ptrain.data.tokenizer import cached_tokens
 from p2ptrain.errors import HomeError, UnreachableError
-from p2ptrain.observe.status import Status
+from p2ptrain.observe.status import Standing, Status
 from p2ptrain.peer import joining
 from p2ptrain.peer.driver import DriverParts, RoundDriver
 from p2ptrain.peer.presence import Presence
@@ -58,6 +58,25 @@ LEAVE_SECONDS = 15.0
 FINISH_SECONDS = 15.0
 """After the run's last round a peer stays this long for those who lack it."""
 PEERS_SECONDS = 20.0
+"""Between two times that the peers once seen are written down: who is killed forgets no more than this."""
+CONNECT_SECONDS = 60.0
+"""To start the daemon and meet the DHT: some attempts of seconds each, on a machine that may be busy."""
+FIND_RUN_SECONDS = 60.0
+"""To ask which run there is: a few peers and the DHT, up to three times."""
+READ_RUNS_SECONDS = 15.0
+"""To look in the DHT whether a run lives: one look-up, which answers within 10."""
+CORPUS_SECONDS = 3600.0
+"""For the whole text over a slow line; a peer that falls silent is given up much sooner."""
+START_SECONDS = 60.0
+"""To take up the journal and begin to answer calls: some thousand rounds may have to be read."""
+ASK_SECONDS = 10.0
+"""For what the network thread knows without asking anybody: more than it is ever late."""
+FAREWELL_SECONDS = 3.0
+"""To publish that this peer leaves: worth one short attempt."""
+STOP_SECONDS = 10.0
+"""For each of the driver and the node to end: goodbyes and replies under way take 3 of them."""
+STOPPING_LOOK_SECONDS = 0.1
+"""Between two looks at whether Ctrl-C ends the wait for others."""
 
 _logger = logging.getLogger(__name__)
 
@@ -101,11 +120,11 @@ class PeerSession:
             if self._network is not None:
                 if self._driver is not None:
                     with contextlib.suppress(TimeoutError):
-                        self._network.run(self._driver.stop(), 10.0)
+                        self._network.run(self._driver.stop(), STOP_SECONDS)
                 if self._node is not None:
                     self._remember_peers()
                     with contextlib.suppress(TimeoutError):
-                        self._network.run(self._node.close(), 10.0)
+                        self._network.run(self._node.close(), STOP_SECONDS)
                 self._network.stop()
         finally:
             self.home.unlock()
@@ -145,7 +164,7 @@ class PeerSession:
                 port=settings.port,
                 announce=list(settings.announce),
             )
-            return self._network.run(making, 60.0)
+            return self._network.run(making, CONNECT_SECONDS)
 
         try:
             self._node = create([*addresses, *remembered])
@@ -184,7 +203,7 @@ class PeerSession:
         """Sign a manifest with this home's owner key; if such a run lives in the DHT already, this peer joins it."""
         signed = sign_manifest(manifest, self.home.load_or_create_owner_key())
         opened, run_id = open_manifest(signed)
-        records = self.network.run(self.node.read_runs(), 15.0).get(run_id, [])
+        records = self.network.run(self.node.read_runs(), READ_RUNS_SECONDS).get(run_id, [])
         lives = any(record.peer_id != self.node.peer_id for record in records)
         if lives:
             _logger.info("this run lives already: joining it")
@@ -197,7 +216,7 @@ class PeerSession:
             RunChoiceError: none, or several and no choice made.
         """
         finding = joining.find_run(self.node, addresses, choice)
-        signed = self.network.run(finding, 60.0)
+        signed = self.network.run(finding, FIND_RUN_SECONDS)
         manifest, run_id = open_manifest(signed)
         return Run(manifest, run_id, signed, founder=False)
 
@@ -206,7 +225,7 @@ class PeerSession:
 
         def from_swarm() -> bytes:
             fetching = joining.fetch_corpus(self.node, run.run_id, run.manifest.data, self.display.transfer)
-            return self.network.run(fetching, 3600.0)
+            return self.network.run(fetching, CORPUS_SECONDS)
 
         return obtain_corpus(self.home, run.manifest.data, data, from_swarm)
 
@@ -234,7 +253,6 @@ class PeerSession:
             self.node.peer_id,
             tokens,
             len(corpus.train) / len(tokens),
-            uplink,
             self._inbox,
             self.home.checkpoints,
             own_log,
@@ -242,18 +260,17 @@ class PeerSession:
         )
         trainer.restore(journal)
         driver = self._start_driver(run, corpus, replica, journal, own_log, uplink)
-        addresses = self.network.run(self.node.join_addresses(), 10.0)
+        addresses = self.network.run(self.node.join_addresses(), ASK_SECONDS)
         presence = Presence(
             self.node,
             driver,
-            status,
+            replace(status),
             run_id=run.run_id,
             run_name=run.manifest.name,
             signed_manifest=run.signed,
             name=self.settings.name or format_peer_id(self.node.peer_id)[-8:],
             device=str(device),
             addresses=addresses,
-            finished=lambda: self._finished,
         )
         announcing = self.network.spawn(presence.run())
         self._print_join_line(addresses)
@@ -261,13 +278,13 @@ class PeerSession:
             if not self._reached_end(trainer):
                 self._run(trainer, driver, presence, status)
             trainer.save()
+            self._tell(driver, presence, status)
             self._say_end(trainer, status)
             if self._finished:
                 self._linger(driver, trainer)
         announcing.cancel()
-        driver.leaving = True
         with contextlib.suppress(TimeoutError):
-            self.network.run(presence.publish(), 3.0)
+            self.network.run(presence.say_leaving(), FAREWELL_SECONDS)
 
     def _start_driver(
         self, run: Run, corpus: Corpus, replica: Replica, journal: Journal, own_log: OwnLog, uplink: UplinkMeter
@@ -305,7 +322,7 @@ class PeerSession:
             await driver.start()
             return driver
 
-        self._driver = self.network.run(start(), 60.0)
+        self._driver = self.network.run(start(), START_SECONDS)
         return self._driver
 
     def _run(self, trainer: Trainer, driver: RoundDriver, presence: Presence, status: Status) -> None:
@@ -315,8 +332,8 @@ class PeerSession:
         def after_round() -> bool:
             nonlocal saved_at
             ended = self._reached_end(trainer)
-            presence.refresh()
-            if trainer.replica.chain.round <= driver.machine.head.round:
+            standing = self._tell(driver, presence, status)
+            if trainer.replica.chain.round <= standing.head_round:
                 self.display.round(status)
             if time.monotonic() - saved_at > PEERS_SECONDS:
                 saved_at = time.monotonic()
@@ -324,10 +341,17 @@ class PeerSession:
             return not self._stopping and not ended
 
         trainer.run(swarm, after_round)
-        if driver.failure is not None:
-            raise HomeError(
-                f"cannot write to home {self.home.path}: {driver.failure.strerror}", hint="make room, then start again"
-            )
+        failure = driver.standing.failure
+        if failure is not None:
+            raise HomeError(f"cannot write to home {self.home.path}: {failure}", hint="make room, then start again")
+
+    def _tell(self, driver: RoundDriver, presence: Presence, status: Status) -> Standing:
+        """Each thread hears, in a value that is its own, what the other knows."""
+        standing = driver.standing
+        status.finished = self._finished
+        status.take(standing)
+        self.network.loop.call_soon_threadsafe(presence.hear, replace(status))
+        return standing
 
     def _reached_end(self, trainer: Trainer) -> bool:
         last = trainer.replica.manifest.last_round
@@ -337,11 +361,12 @@ class PeerSession:
     def _linger(self, driver: RoundDriver, trainer: Trainer) -> None:
         """Stay until those who are there have the last round too: they may lack a reply that we hold."""
         deadline = time.monotonic() + FINISH_SECONDS
-        last = trainer.replica.chain.round
+        waiting = self.network.spawn(driver.others_reach(trainer.replica.chain.round))
         while time.monotonic() < deadline and not self._stopping:
-            if all(tip.round >= last for tip in list(driver.feed.tips.values())):
+            with contextlib.suppress(TimeoutError):
+                waiting.result(STOPPING_LOOK_SECONDS)
                 return
-            time.sleep(0.1)
+        waiting.cancel()
 
     def _say_end(self, trainer: Trainer, status: Status) -> None:
         self.display.round(status, last=True)
@@ -370,7 +395,7 @@ class PeerSession:
                 raise KeyboardInterrupt
             self._stopping = True
             driver = self._driver
-            in_round = driver is not None and driver.machine.is_member
+            in_round = driver is not None and driver.standing.member
             sys.stderr.write("\nleaving after this round; again to leave now\n" if in_round else "\nleaving\n")
             timer = threading.Timer(LEAVE_SECONDS if in_round else 0.0, self._inbox.put, [None])
             timer.daemon = True
@@ -393,7 +418,13 @@ class PeerSession:
         return [text for text in found if isinstance(text, str)][:32] if isinstance(found, list) else []
 
     def _remember_peers(self) -> None:
-        known = self.node.known_addresses()[:64]
+        async def known_addresses() -> list[str]:
+            return self.node.known_addresses()
+
+        try:
+            known = self.network.run(known_addresses(), ASK_SECONDS)[:64]
+        except TimeoutError:
+            return
         if known:
             with contextlib.suppress(OSError):
                 atomic_write(self.home.peers, json.dumps(known).encode())
@@ -401,7 +432,7 @@ class PeerSession:
 
 @dataclass(frozen=True, slots=True)
 class _Link:
-    """From the trainer's thread to the driver's."""
+    """From the trainer's thread to the driver's: each call becomes one on the network thread."""
 
     network: NetworkThread
     driver: RoundDriver
@@ -411,6 +442,9 @@ class _Link:
 
     def root_computed(self, round: int, id: bytes, root: bytes) -> None:
         self.network.loop.call_soon_threadsafe(self.driver.root_computed, round, id, root)
+
+    def prune_own_log(self, before: int) -> None:
+        self.network.loop.call_soon_threadsafe(self.driver.prune_own_log, before)
 
 
 class _PackedCorpus:

@@ -257,6 +257,9 @@ class _Link:
     def root_computed(self, round: int, id: bytes, root: bytes) -> None:
         asyncio.get_running_loop().call_soon(self._driver.root_computed, round, id, root)
 
+    def prune_own_log(self, before: int) -> None:
+        asyncio.get_running_loop().call_soon(self._driver.prune_own_log, before)
+
 
 class SimPeer:
     """One peer through all its lives.
@@ -381,7 +384,6 @@ class SimPeer:
             self.id,
             np.zeros(1, np.uint16),
             1.0,
-            uplink,
             inbox,  # type: ignore[arg-type]
             self.home / "checkpoints",
             own_log,

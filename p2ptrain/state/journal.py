@@ -3,20 +3,31 @@
 A round is on disk before it is applied, so a peer that was killed stands, after a restart, where its last seal left it.
 Files are replaced whole; a round that was rolled back is overwritten or removed, the newest first.
 
+One thread uses a journal. Another may read the files that `files_after` names; whether they still were those rounds
+then, `keeps` tells afterwards.
+
 Cost: one small write a round, and a read of all at start.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from p2ptrain.chain import Verify
 from p2ptrain.chain.sealed import SealedRound, SealedRoundError, decode_sealed, encode_sealed
 from p2ptrain.state.files import atomic_write
 
 _logger = logging.getLogger(__name__)
+
+
+class JournalFile(NamedTuple):
+    """Where a sealed round lies, encoded."""
+
+    round: int
+    id: bytes
+    path: Path
 
 
 class Journal:
@@ -56,10 +67,14 @@ class Journal:
         """Round -> its id, of the one before the first, too."""
         return {self.first - 1: self._parent_of_first} | self._ids
 
-    def after(self, round: int) -> Iterator[tuple[int, bytes]]:
-        """(round, encoded sealed round) of all rounds after this one, in order."""
-        for number in range(round + 1, self.last + 1):
-            yield number, self._path(number).read_bytes()
+    def files_after(self, round: int, most: int) -> list[JournalFile]:
+        """The next rounds after this one, in order, `most` at most."""
+        end = min(self.last, round + most) + 1
+        return [JournalFile(number, self._ids[number], self._path(number)) for number in range(round + 1, end)]
+
+    def keeps(self, files: list[JournalFile]) -> bool:
+        """Whether all of these are still the rounds they were."""
+        return all(self._ids.get(file.round) == file.id for file in files)
 
     def read(self, round: int) -> SealedRound:
         """One round that is kept."""

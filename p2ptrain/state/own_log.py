@@ -3,6 +3,9 @@
 Written before the first byte leaves, so that after a crash the same bytes are sent again and nothing is counted twice.
 Read in order over a checkpoint's momentum, sends and outcomes give the momentum as it was after the last send. A
 message of weight 0, sent in the stead of a late trainer, is kept too: it says that nothing of that round was used.
+
+One thread writes and prunes, the network's; any may read meanwhile. An entry is one file, replaced whole, so a reader
+finds the entry before, the entry after, or none.
 """
 
 from __future__ import annotations
@@ -72,19 +75,18 @@ _decoder = msgspec.msgpack.Decoder(OwnEntry)
 
 
 class OwnLog:
-    """The entries in a folder."""
+    """The entries in a folder; see the module docstring for who may do what."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def write(self, entry: OwnEntry) -> None:
-        """Keep an entry."""
+        """Keep an entry. For the thread that writes."""
         atomic_write(self._path(entry.key), msgspec.msgpack.encode(entry))
 
     def find(self, key: Key) -> OwnEntry | None:
         """The entry of a round."""
-        path = self._path(key)
-        return self._read(path) if path.exists() else None
+        return self._read(self._path(key))
 
     def all(self) -> list[OwnEntry]:
         """In the order of sending."""
@@ -92,7 +94,7 @@ class OwnLog:
         return sorted((e for e in entries if e is not None), key=lambda e: (e.decays, e.round))
 
     def prune(self, before: int) -> None:
-        """Forget the rounds before this one."""
+        """Forget the rounds before this one. For the thread that writes."""
         for path in self._folder.glob("sent-*"):
             if int(path.name.split("-")[1]) < before:
                 path.unlink(missing_ok=True)
@@ -103,6 +105,8 @@ class OwnLog:
     def _read(self, path: Path) -> OwnEntry | None:
         try:
             return _decoder.decode(path.read_bytes())
+        except FileNotFoundError:
+            return None
         except msgspec.MsgspecError as error:
             _logger.warning("%s is damaged and left out: %s", path, error)
             return None

@@ -21,7 +21,6 @@ import torch
 from numpy.typing import NDArray
 
 from p2ptrain import chain
-from p2ptrain.calls.uplink import UplinkMeter
 from p2ptrain.chain import THROUGHPUT_MAX_MILLI, RoundShape, Row
 from p2ptrain.chain.sealed import Key, SealedRound
 from p2ptrain.compression import decoded, wire
@@ -48,11 +47,16 @@ _logger = logging.getLogger(__name__)
 
 
 class Swarm(Protocol):
-    """What the trainer tells the network thread; both return at once."""
+    """What the trainer tells the network thread, in values that nobody changes any more; all return at once."""
 
-    def contribute(self, ready: ContributionReady, entry: OwnEntry) -> None: ...
+    def contribute(self, ready: ContributionReady, entry: OwnEntry) -> None:
+        """Hand over a round's contribution; the network thread fills in the uplink of its row."""
 
-    def root_computed(self, round: int, id: bytes, root: bytes) -> None: ...
+    def root_computed(self, round: int, id: bytes, root: bytes) -> None:
+        """Say that the snapshot of a round is on disk."""
+
+    def prune_own_log(self, before: int) -> None:
+        """Say that no restart needs the own log's entries of rounds before this one."""
 
 
 class Trainer:
@@ -63,8 +67,9 @@ class Trainer:
         peer_id: ours, which decides what we read.
         tokens: the training text [tokens].
         bytes_per_token: of that text.
-        uplink: says how fast our line is.
         checkpoints: folder of the checkpoint and the snapshots.
+        own_log: to read; the network thread writes it.
+        status: the trainer's thread's own.
         clock: seconds, monotonic.
     """
 
@@ -74,7 +79,6 @@ class Trainer:
         peer_id: bytes,
         tokens: NDArray[np.uint16],
         bytes_per_token: float,
-        uplink: UplinkMeter,
         inbox: queue.SimpleQueue[TrainerMessage | None],
         checkpoints: Path,
         own_log: OwnLog,
@@ -88,7 +92,6 @@ class Trainer:
         #: rounds applied in which this peer had a part; those caught up on do not count
         self.rounds_applied = 0
         self._peer_id, self._tokens, self._bytes_per_token = peer_id, tokens, bytes_per_token
-        self._uplink = uplink
         self._inbox, self._own_log, self._clock = inbox, own_log, clock
         self._checkpoints, self._snapshots = checkpoints, SnapshotStore(checkpoints)
         self._device = next(replica.model.parameters()).device
@@ -238,8 +241,11 @@ class Trainer:
         )
         momentum = optimizer.momentum.cpu().numpy()
         save_checkpoint(self._checkpoints, Checkpoint(meta, self.replica.arrays() | {"momentum": momentum}))
-        self._own_log.prune(self.replica.chain.round - WINDOW)
         self._saved_at, self._saved = self._clock(), True
+
+    def _save(self, swarm: Swarm) -> None:
+        self.save()
+        swarm.prune_own_log(self.replica.chain.round - WINDOW)
 
     # ---- the loop ---------------------------------------------------------------------------------------------
 
@@ -334,7 +340,7 @@ class Trainer:
             snapshot = self._snapshots.save(sealed.seal.round, sealed.id, self.replica.snapshot())
             swarm.root_computed(snapshot.round, snapshot.id, snapshot.root)
         if now - self._saved_at > CHECKPOINT_SECONDS or not self._saved:
-            self.save()
+            self._save(swarm)
 
     def _on_restore(self, message: Restore, swarm: Swarm) -> None:
         self.ledger.undo_after(message.chain.round)
@@ -355,7 +361,7 @@ class Trainer:
                 snapshot = self._snapshots.save(sealed.seal.round, sealed.id, self.replica.snapshot())
                 swarm.root_computed(snapshot.round, snapshot.id, snapshot.root)
         # What this has undone must be known after a crash, when the journal may no longer reach back to the fork.
-        self.save()
+        self._save(swarm)
         self._show()
 
     def _apply(self, sealed: SealedRound) -> None:
@@ -457,10 +463,11 @@ class Trainer:
             rate = self._sequences / max(seconds, 1e-6)
             before = self._sequences_per_second or rate
             self._sequences_per_second = 0.7 * before + 0.3 * rate
+        # How fast the line is, the network thread knows, and says.
         row = Row(
             weight=min(self._sequences + self._overdue, _WEIGHT_MAX),
             throughput=min(int(1000 * self._sequences_per_second), THROUGHPUT_MAX_MILLI),
-            uplink=self._uplink.declared_kbit,
+            uplink=0,
         )
         self.ledger.send(start.key, pending)
         outcomes, self.ledger.outcomes = tuple(self.ledger.outcomes), []

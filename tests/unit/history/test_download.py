@@ -242,7 +242,7 @@ def test_a_learner_hands_out_the_pieces_it_has_while_it_waits_for_the_rest(world
         joining = asyncio.create_task(download.run(donor.id))
         while len(heard) < len([entry for entry in first.progress if entry[0] == "snapshot"]):
             await asyncio.sleep(0.1)
-        assert first.catching_up.open_snapshot(world.offer.id, ROOT) is not None and not fetching.done()
+        assert await first.catching_up.open_snapshot(world.offer.id, ROOT) is not None and not fetching.done()
         with pytest.raises(RefusedError, match="not all"):
             await second.client.snapshot(first.id, world.offer, 0, PIECES)
         released.set()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import sys
+import threading
 
-from p2ptrain.observe.status import Status
+from p2ptrain.observe.status import Standing, Status
 from p2ptrain.peer.progress import Display, lines_of
 
 STATUS = Status(
@@ -62,3 +64,55 @@ def test_quiet_is_quiet() -> None:
     display.say("hello")
     display.close()
     assert out.getvalue() == ""
+
+
+class Terminal(io.StringIO):
+    """A terminal, as far as a display can tell."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_network_thread_may_show_transfers_while_the_trainers_shows_rounds() -> None:
+    display, faults = Display(stream=Terminal()), []
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+
+    def transfer() -> None:
+        try:
+            for done in range(60):
+                display.transfer("snapshot", done, 100)
+        except Exception as error:
+            faults.append(error)
+
+    network = threading.Thread(target=transfer)
+    network.start()
+    try:
+        while network.is_alive():
+            display.round(STATUS)
+    finally:
+        network.join()
+        display.close()
+        sys.setswitchinterval(before)
+    assert faults == []
+
+
+def test_a_status_says_what_the_network_thread_knows_and_keeps_the_last_group_when_the_run_is_over() -> None:
+    status = Status()
+    states = []
+    for standing in (
+        Standing(),
+        Standing(syncing=True),
+        Standing(member=True, members=1),
+        Standing(member=True, members=3, bytes_sent_per_round=7, bytes_received_per_round=8),
+    ):
+        status.take(standing)
+        states.append(status.state)
+    assert states == ["joining", "syncing", "solo", "training"]
+    assert (status.role, status.members) == ("member", 3)
+    assert (status.bytes_sent_per_round, status.bytes_received_per_round) == (7, 8)
+    status.finished = True
+    status.take(Standing())
+    assert (status.state, status.role, status.members) == ("finished", "member", 3)
+    status.take(Standing(leaving=True))
+    assert status.state == "leaving"

@@ -36,7 +36,10 @@ def test_what_was_appended_is_read_back_also_by_the_next_process(tmp_path: Path,
     journal = Journal(tmp_path, RUN_ID, verify)
     assert (journal.first, journal.last) == (1, 6)
     assert [journal.read(number) for number in range(1, 7)] == lone.rounds
-    assert [decode_sealed(data, verify) for _, data in journal.after(2)] == lone.rounds[2:]
+    files = journal.files_after(2, 100)
+    assert [decode_sealed(file.path.read_bytes(), verify) for file in files] == lone.rounds[2:]
+    assert [file.id for file in files] == [sealed.id for sealed in lone.rounds[2:]]
+    assert journal.files_after(2, 1) == files[:1] and journal.keeps(files)
 
 
 def test_a_position_is_that_of_every_id_that_later_rounds_continue(tmp_path: Path, lone: Lone) -> None:

@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from lone import MANIFEST, ROW, RUN_ID, Lone, replica, seal
 
 from p2ptrain import chain
-from p2ptrain.calls.uplink import UplinkMeter
 from p2ptrain.chain.sealed import SealedRound
 from p2ptrain.observe.status import Status
 from p2ptrain.rounds.events import Apply, ContributionReady, Rollback, StartRound, StoodIn
@@ -45,6 +44,9 @@ class Swarm:
     def root_computed(self, round: int, id: bytes, root: bytes) -> None:
         self.roots.append((round, root))
 
+    def prune_own_log(self, before: int) -> None:
+        self.log.prune(before)
+
 
 class Home:
     """One peer's disk, and a trainer over it."""
@@ -65,7 +67,6 @@ class Home:
             lone.identity.peer_id,
             TOKENS,
             3.5,
-            UplinkMeter(dialable=True),
             self.inbox,
             folder / "checkpoints",
             self.log,
@@ -132,6 +133,7 @@ def test_a_round_is_computed_handed_over_applied_and_settled(home: Home) -> None
     home.hand(home.start())
     (ready,) = home.swarm.handed
     assert ready.key == home.lone.key and ready.row.weight == 4 and ready.row.throughput > 0
+    assert ready.row.uplink == 0, "the network thread knows the line"
     home.hand(home.apply(home.sealed(), contributed=True))
     assert not home.trainer.ledger.pending
     assert home.trainer.replica.snapshot() == home.lone.replica.snapshot()

@@ -1,0 +1,122 @@
+"""Rounds are handed out as one chain, though a worker reads them while the chain changes."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "rounds"))
+
+from lone import RUN_ID, Lone, seal
+from virtual import FakeNode, Network, name_of
+
+from p2ptrain import chain
+from p2ptrain.calls.client import Client
+from p2ptrain.calls.messages import Traffic
+from p2ptrain.chain.sealed import decode_sealed
+from p2ptrain.history import catching_up
+from p2ptrain.history.catching_up import CatchingUp
+from p2ptrain.state.journal import Journal
+from p2ptrain.state.pieces import Partials
+from p2ptrain.state.snapshot import SnapshotStore, piece_hashes, root_of
+from p2ptrain.swarm.identity import verify
+
+DATA = b"a snapshot" * 100
+
+
+@pytest.fixture(scope="module")
+def lone() -> Lone:
+    made = Lone()
+    made.train(4)
+    return made
+
+
+def offering(folder: Path, lone: Lone) -> tuple[CatchingUp, Journal, SnapshotStore]:
+    (folder / "journal").mkdir()
+    (folder / "checkpoints").mkdir()
+    journal, snapshots = Journal(folder / "journal", RUN_ID, verify), SnapshotStore(folder / "checkpoints")
+    for sealed in lone.rounds:
+        journal.append(sealed)
+    made = CatchingUp(
+        Client(FakeNode(Network(), name_of(1)), Traffic(), RUN_ID),  # type: ignore[arg-type]
+        lone.replica.layout,
+        journal,
+        snapshots,
+        Partials(snapshots.folder),
+        list,
+        4,
+        1_000_000,
+        lambda data: lone.states[4],
+        lambda what, done, of: None,
+    )
+    return made, journal, snapshots
+
+
+def test_rounds_after_the_newest_id_known_are_offered(tmp_path: Path, lone: Lone) -> None:
+    made, _, _ = offering(tmp_path, lone)
+    ancestor, rounds, _ = asyncio.run(made.offer_rounds((bytes(32), lone.states[2].id, RUN_ID)))
+    assert ancestor == lone.states[2].id
+    assert [decode_sealed(one, verify) for one in rounds] == lone.rounds[2:]
+
+
+def test_rounds_that_are_rolled_back_while_a_worker_reads_them_are_not_offered(
+    tmp_path: Path, lone: Lone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, journal, _ = offering(tmp_path, lone)
+    skip = seal(lone.states[3], lone.identity, lone.chunks, (None,))
+    # The same number of rounds on another branch: no file is missing.
+    after = chain.extend(lone.states[3], skip.id, skip.seal, lone.chunks)
+    others = [skip, seal(after, lone.identity, lone.chunks, (None,))]
+    read = catching_up._read_offer
+
+    async def scenario() -> None:
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+        def change() -> None:
+            for sealed in others:
+                journal.append(sealed)
+            changed.set()
+
+        def slow(*arguments: object) -> object:
+            found = read(*arguments)  # type: ignore[arg-type]
+            asyncio.run_coroutine_threadsafe(changed_on_the_loop(), loop).result(10)
+            return found
+
+        async def changed_on_the_loop() -> None:
+            change()
+
+        monkeypatch.setattr(catching_up, "_read_offer", slow)
+        assert (await made.offer_rounds((RUN_ID,)))[:2] == (b"", [])
+        assert changed.is_set()
+        monkeypatch.setattr(catching_up, "_read_offer", read)
+        ancestor, rounds, _ = await made.offer_rounds((RUN_ID,))
+        assert ancestor == RUN_ID
+        assert [decode_sealed(one, verify) for one in rounds] == lone.rounds[:3] + others
+
+    asyncio.run(scenario())
+
+
+def test_a_snapshot_that_the_trainer_removes_meanwhile_is_left_out(
+    tmp_path: Path, lone: Lone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, _, snapshots = offering(tmp_path, lone)
+    root = root_of(len(DATA), piece_hashes(DATA))
+    saved = snapshots.save(4, lone.states[4].id, DATA)
+    made._sealed_roots[4] = root
+    _, _, offers = asyncio.run(made.offer_rounds((RUN_ID,)))
+    assert [offer.root for offer in offers] == [root]
+    everything = snapshots.all
+
+    def gone_after() -> list[object]:
+        found = everything()
+        saved.path.unlink(missing_ok=True)
+        return list(found)
+
+    monkeypatch.setattr(snapshots, "all", gone_after)
+    ancestor, rounds, offers = asyncio.run(made.offer_rounds((RUN_ID,)))
+    assert (ancestor, len(rounds), offers) == (RUN_ID, 5, ())
+    assert asyncio.run(made.open_snapshot(saved.id, root)) is None
