@@ -13,7 +13,6 @@ A round is `accumulate`, `select`, `shares`, `reduce`, `step`, `settle`. `m` is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -38,15 +37,11 @@ with resources.files("p2ptrain.compression").joinpath("basis.npz").open("rb") as
 
 @dataclass(frozen=True)
 class Chunks:
-    """How a parameter of this shape lies in chunks of 64 by 64, and how these are transformed."""
+    """How a parameter of this shape lies in chunks of 64 by 64, which are transformed in `both` dimensions, in `rows`
+    of 64 (a vector), or not at all (`none`)."""
 
     shape: tuple[int, ...]
-    transform: str
-
-    @property
-    def form(self) -> str:
-        """In `both` dimensions, in `rows` of 64 (a vector), or not at all (`none`)."""
-        return "none" if self.transform == "none" else ("rows" if len(self.shape) < 2 else "both")
+    form: str
 
     def cut(self, tensor: Array) -> Array:
         """[chunks, 4096], with zeros around the tensor. Rows that are not transformed are dealt out among bands."""
@@ -55,25 +50,22 @@ class Chunks:
         matrix = tensor.reshape(self.shape[0], -1)
         padded = np.pad(matrix, [(0, -size % SIDE) for size in matrix.shape])
         bands, wide = (size // SIDE for size in padded.shape)
-        if self.transform == "none":
+        if self.form == "none":
             return padded.reshape(SIDE, bands, wide, SIDE).transpose(1, 2, 0, 3).reshape(-1, ENTRIES)
         return padded.reshape(bands, SIDE, wide, SIDE).transpose(0, 2, 1, 3).reshape(-1, ENTRIES)
 
     def joined(self, chunks: Array) -> Array:
         """The inverse of `cut`: says of each entry of the tensor which of the chunks' entries it is."""
-        places = self.cut(np.arange(1, 1 + math.prod(self.shape)).reshape(self.shape)).reshape(-1)
-        flat = np.empty(math.prod(self.shape), chunks.dtype)
-        flat[places[places > 0] - 1] = chunks.reshape(-1)[places > 0]
-        return flat.reshape(self.shape)
+        places = self.cut(np.arange(1, 1 + math.prod(self.shape)).reshape(self.shape))
+        order = np.argsort(places[places > 0])
+        return chunks[places > 0][order].reshape(self.shape)
 
 
 def accumulate(of: Chunks, m: Array, gradient: Array, beta: float) -> Array:
-    """The momentum after a decay and the transformed gradient (lines 3 and 4 of the paper's Algorithm 1)."""
+    """The momentum after a decay and the transformed gradient."""
     blocks = of.cut(gradient.astype(np.float64)).reshape(-1, SIDE, SIDE)
-    if of.form != "none":
-        blocks = blocks @ COSINES.T
-    if of.form == "both":
-        blocks = COSINES @ blocks
+    blocks = blocks if of.form == "none" else blocks @ COSINES.T
+    blocks = COSINES @ blocks if of.form == "both" else blocks
     return beta * m.astype(np.float64) + blocks.reshape(-1, ENTRIES)
 
 
@@ -104,8 +96,7 @@ def select(m: Array, topk: int, bits: int) -> tuple[Array, Array, Array]:
     index = np.sort(np.argsort(-np.abs(m), axis=1, kind="stable")[:, :topk], axis=1)
     value = np.array([quantise(chunk[place].astype(f32), bits) for chunk, place in zip(m, index, strict=True)])
     left = m.copy()
-    for chunk, place, sent in zip(left, index, value, strict=True):
-        chunk[place] -= sent
+    np.put_along_axis(left, index, np.take_along_axis(m, index, 1) - value, 1)
     return left, index, value
 
 
@@ -169,8 +160,7 @@ def orthogonal(block: Array) -> Array:
 def directed(way: str, u: Array, state: dict[str, Array], constants: tuple[float, float, float]) -> Array:
     """The step [chunks, 4096] that a direction makes of an update, all in float32; `state` goes on to the next step.
 
-    A mean begins at zero, for which its divisor makes up. `constants`: decay of squares, epsilon, decay of updates.
-    """
+    A mean begins at zero, for which its divisor makes up. `constants`: decay of squares, epsilon, decay of updates."""
     beta, epsilon, momentum = constants
 
     def mean(name: str, decay: float, of: Array) -> tuple[Array, Array]:
@@ -182,9 +172,9 @@ def directed(way: str, u: Array, state: dict[str, Array], constants: tuple[float
         return np.sign(u) if way == "sign" else u
     if way in ("nesterov", "muon"):
         ahead = u + mean("first", momentum, u)[0] * f32(momentum)
-        if way == "nesterov":
-            return ahead
-        return np.array([orthogonal(b) * f32(8 / 256) for b in ahead.reshape(-1, SIDE, SIDE)], f32).reshape(u.shape)
+        if way == "muon":
+            ahead = np.array([orthogonal(block) * f32(8 / 256) for block in ahead.reshape(-1, SIDE, SIDE)], f32)
+        return ahead.reshape(u.shape)
     second, second_by = mean("second", beta, u * u * f32(1 - beta))
     root = np.sqrt(second / second_by) + f32(epsilon)
     if way == "rms":
@@ -193,13 +183,10 @@ def directed(way: str, u: Array, state: dict[str, Array], constants: tuple[float
     return first / first_by / root
 
 
-def step(
-    of: Chunks, parameter: Array, reply: Reply, direct: Callable[[Array], Array], rate: float, decay: float
-) -> Array:
+def step(of: Chunks, parameter: Array, reply: Reply, direct: Any, rate: float, decay: float) -> Array:
     """The parameter after the step that `direct` makes of a reply's update, with weight decay: `rate` times `decay`."""
-    places, bytes_, codes = reply
-    byte = np.zeros((len(codes), ENTRIES), np.int64)
-    for chunk, (place, number) in enumerate(zip(places, bytes_, strict=True)):
+    byte, codes = np.zeros((len(reply[2]), ENTRIES), np.int64), reply[2]
+    for chunk, (place, number) in enumerate(zip(reply[0], reply[1], strict=True)):
         byte[chunk, place] = number
     integers, unit = decode(of.form, byte)
     update = integers.astype(f32) * (unit * SCALES[codes])[:, None]

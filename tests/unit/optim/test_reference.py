@@ -42,6 +42,12 @@ class Case:
     sizes: tuple[float, float]
     seed: int
 
+    @property
+    def form(self) -> str:
+        if self.transform == "none":
+            return "none"
+        return "rows" if len(self.shape) < 2 else "both"
+
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
@@ -86,7 +92,7 @@ def parameter_of(optimizer: DeMo) -> torch.Tensor:
 
 def gathered(case: Case, optimizer: DeMo, seed: list[int], size: float) -> Pending:
     """What a member selects of a gradient, having been held to the reference on the way."""
-    of, parameter = Chunks(case.shape, case.transform), parameter_of(optimizer)
+    of, parameter = Chunks(case.shape, case.form), parameter_of(optimizer)
     gradient = np.asarray(np.random.default_rng(seed).standard_normal(case.shape) * size, np.float32)
     parameter.grad = torch.from_numpy(gradient)
     before = optimizer.momentum.numpy().copy()
@@ -113,7 +119,7 @@ def gathered(case: Case, optimizer: DeMo, seed: list[int], size: float) -> Pendi
 @settings(max_examples=60, deadline=None)
 @given(case=cases())
 def test_a_round_of_two_is_that_of_the_reference(case: Case) -> None:
-    of, group, state = Chunks(case.shape, case.transform), [made(case), made(case)], {}
+    of, group, state = Chunks(case.shape, case.form), [made(case), made(case)], {}
     direct = partial(reference.directed, case.direction, state=state, constants=CONSTANTS)
     chunks, limit = group[0].layout.chunks, case.reply_topk
     expected = parameter_of(group[0]).detach().numpy().copy()
@@ -164,7 +170,7 @@ def test_a_lone_step_is_that_of_the_reference(case: Case) -> None:
     """The passes made one, and the bytes left out, step as the phases do, which the test above holds to the
     reference."""
     lone, apart = made(case), made(case)
-    of, state = Chunks(case.shape, case.transform), {}
+    of, state = Chunks(case.shape, case.form), {}
     direct = partial(reference.directed, case.direction, state=state, constants=CONSTANTS)
     expected = parameter_of(lone).detach().numpy().copy()
     chunks, share = lone.layout.chunks, np.ones(1, np.float32)
