@@ -8,6 +8,15 @@ In a swarm a round is `accumulate` (once or more), `select`, exchange, `apply`, 
 with a group of one. With `value_bits=32, exact=False, reply_topk=None` a lone step is the paper's rule; the learning
 rate multiplies the step, not the gradient, which is the same under a constant rate, because the sign drops scale.
 
+As an optimizer of torch it keeps torch's conventions: closures, hooks, schedulers, named parameters, copies, and a
+state that goes through `torch.save`. Two things are its own.
+
+- A frozen parameter stays exactly as it is: no step, no decay. Frozen is one that does not require a gradient, and in a
+  lone step also one without a gradient. What its momentum holds decays and waits. In a swarm a peer without a gradient
+  follows what the others found, so there only `requires_grad` counts, and all peers hold it alike.
+- Groups are those that the optimizer is made with: chunks are numbered through all parameters, and every peer, every
+  contribution under way and every saved state counts on these numbers.
+
 Cost: one momentum plus a few batches of chunks beyond the gradient. Whatever is as large as the model (gradient,
 momentum, parameters) is passed through once a phase, in batches of chunks that a cache holds from the gradient to the
 momentum, and from the reply to the parameters; threads take whole batches (`threads.py`).
@@ -31,10 +40,32 @@ from p2ptrain.compression.kernels.compiled import compiled
 from p2ptrain.compression.layout import CHUNK_SIZE, SIDE, Batch, ChunkLayout, ParameterSpec, Piece, Treatment
 from p2ptrain.compression.reduce import reply_to_one
 from p2ptrain.compression.wire import Coefficients, ReplyContent
-from p2ptrain.optim import threads
+from p2ptrain.optim import groups, threads
 from p2ptrain.optim.directions import DIRECTIONS, MOMENTUM, Direction, Rms
 
 T = TypeVar("T")
+_COPIED = frozenset(
+    {
+        "_settings",
+        "beta",
+        "value_bits",
+        "exact",
+        "_params",
+        "_group_of",
+        "_names",
+        "layout",
+        "momentum",
+        "_batch_chunks",
+        "_batches",
+        "_scratch_shape",
+        "_masters",
+        "_chunk",
+        "_chunk_there",
+        "_directions",
+        "_decays",
+    }
+)
+"""Attributes that copies of an optimizer take along, beside torch's."""
 _CPU_BATCH_CHUNKS, _DEVICE_BATCH_CHUNKS = 256, 8192
 """On a CPU 4 MiB, of which a thread holds two. Smaller ones lie in nearer caches, but threads then spend more on
 Python's lock than that gains: with two, a step took 113, 108, 95 and 93 ms at 64, 128, 256 and 512 chunks."""
@@ -90,9 +121,10 @@ class DeMo(torch.optim.Optimizer):
     """See the module docstring.
 
     Args:
-        params: parameters or groups; a group may override `lr`, `weight_decay`, `transform`, `direction`, `topk` and
-            `reply_topk`, and set a `learning_rate_scale` (default 1).
-        lr: size of a step of direction `sign`.
+        params: parameters of float32, bfloat16 or float16 (of the last two a float32 master is what is stepped), pairs
+            of name and parameter, or groups of either. A group may override `lr`, `weight_decay`, `transform`,
+            `direction`, `topk` and `reply_topk`, and set a `learning_rate_scale` (default 1).
+        lr: size of a step of direction `sign`; a number, or a tensor of one.
         beta: momentum decay a round. One value for all groups: the momentum is one tensor.
         weight_decay: decoupled, times lr.
         transform: "dct" or "none".
@@ -101,12 +133,15 @@ class DeMo(torch.optim.Optimizer):
         reply_topk: coefficients kept per chunk of a reply; None: all. A lone step that is not exact keeps all.
         value_bits: 1, 2, 8, or 32 for unquantised values.
         exact: integer decode (the same bits on every device), else float.
+
+    Raises:
+        ValueError: a parameter, an option or a setting that there is not, or that is out of range, by its name.
     """
 
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         *,
         beta: float = 0.99,
         weight_decay: float = 0.0,
@@ -120,8 +155,15 @@ class DeMo(torch.optim.Optimizer):
         rms_epsilon: float = 1e-8,
         direction_momentum: float = MOMENTUM,
     ) -> None:
-        if not 0 <= beta <= 1 or lr < 0 or not 0 < topk <= CHUNK_SIZE or value_bits not in (1, 2, 8, 32):
-            raise ValueError(f"lr={lr}, beta={beta}, topk={topk} or value_bits={value_bits} is out of range")
+        self._settings: dict[str, Any] = {
+            "beta": beta,
+            "value_bits": value_bits,
+            "exact": exact,
+            "rms_beta": rms_beta,
+            "rms_epsilon": rms_epsilon,
+            "direction_momentum": direction_momentum,
+        }
+        groups.check_settings(self._settings)
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -133,24 +175,27 @@ class DeMo(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
         self.beta, self.value_bits, self.exact = beta, value_bits, exact
-        specs: list[ParameterSpec] = []
-        treatments: dict[str, Treatment] = {}
-        self._params: list[Tensor] = []
+        self._params: list[Tensor] = [parameter for group in self.param_groups for parameter in group["params"]]
         #: by parameter: the number of its group; the groups themselves are replaced by `load_state_dict`
-        self._group_of: list[int] = []
-        for number, group in enumerate(self.param_groups):
-            treatments[f"group{number}"] = Treatment(
+        self._group_of = [number for number, group in enumerate(self.param_groups) for _ in group["params"]]
+        #: what each parameter is called in errors
+        self._names = groups.names_of(self.param_groups)
+        directions = [self.param_groups[number]["direction"] for number in self._group_of]
+        groups.check_parameters(self._names, self._params, directions)
+        treatments = {
+            f"group{number}": Treatment(
                 transform=group["transform"],
                 direction=group["direction"],
-                learning_rate_scale=group["learning_rate_scale"],
-                topk=group["topk"],
-                reply_topk=group["reply_topk"] or CHUNK_SIZE,
+                learning_rate_scale=float(group["learning_rate_scale"]),
+                topk=int(group["topk"]),
+                reply_topk=int(group["reply_topk"] or CHUNK_SIZE),
             )
-            for parameter in group["params"]:
-                name = f"{len(specs)}"
-                specs.append(ParameterSpec(name, tuple(parameter.shape), f"group{number}"))  # type: ignore[arg-type]
-                self._params.append(parameter)
-                self._group_of.append(number)
+            for number, group in enumerate(self.param_groups)
+        }
+        specs = [
+            ParameterSpec(name, tuple(parameter.shape), f"group{number}")  # type: ignore[arg-type]
+            for name, parameter, number in zip(self._names, self._params, self._group_of, strict=True)
+        ]
         self.layout = ChunkLayout(specs, treatments)
         device = self._params[0].device
         self.momentum = torch.zeros(self.layout.chunks, CHUNK_SIZE, device=device)
@@ -158,7 +203,13 @@ class DeMo(torch.optim.Optimizer):
         self._batches = self.layout.batches(self._batch_chunks)
         most = max(batch.end - batch.start for batch in self._batches)
         self._scratch_shape = (2, most, CHUNK_SIZE)
-        #: the parameters, or contiguous copies of them for the time of a step
+        #: by number: in float32, what is stepped in place of a parameter of fewer bits
+        self._masters = {
+            number: parameter.detach().float().contiguous()
+            for number, parameter in enumerate(self._params)
+            if parameter.dtype in groups.NARROW
+        }
+        #: the parameters, their masters, or contiguous copies of them for the time of a step
         self._targets: list[Tensor] = []
         #: for each thread, values of a batch and what is made of them
         self._scratch: list[Tensor] = []
@@ -173,11 +224,27 @@ class DeMo(torch.optim.Optimizer):
         ]
         self._decays = 0
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as the constructor does for each that it is given.
+
+        Raises:
+            RuntimeError: the optimizer is made already.
+        """
+        if "layout" in self.__dict__:
+            raise RuntimeError(
+                "DeMo takes no group after it is made: chunks are numbered through all parameters, and peers, "
+                "contributions under way and saved states count on these numbers. Make a new DeMo of all groups, or "
+                "hold the parameters from the beginning and freeze them (requires_grad=False) until their time."
+            )
+        super().add_param_group(param_group)
+        groups.check_group(len(self.param_groups) - 1, self.param_groups[-1], self.defaults)
+
     # ---- a round, in order ------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def accumulate(self) -> None:
         """Add the gradients (means over the sequences computed) to the momentum, after one decay of it."""
+        groups.check_gradients(self._names, self._params)
         self._for_each(self._batches, self._accumulate_batch)
         self._decays += 1
 
@@ -192,9 +259,13 @@ class DeMo(torch.optim.Optimizer):
             self._read(piece, blocks[piece.start - batch.start : piece.end - batch.start])
         dct.accumulate(batch.form, blocks, self.momentum[batch.start : batch.end], self.beta, scratch)
 
+    def _gradient_of(self, number: int) -> Tensor | None:
+        parameter = self._params[number]
+        return parameter.grad if parameter.requires_grad else None
+
     def _read(self, piece: Piece, chunks: Tensor) -> None:
         """Copy a piece's gradient to `chunks` [piece.end - piece.start, 64 * 64]."""
-        gradient = self._params[piece.number].grad
+        gradient = self._gradient_of(piece.number)
         if gradient is None:
             chunks.zero_()
         else:
@@ -202,7 +273,7 @@ class DeMo(torch.optim.Optimizer):
 
     def _gradient(self, thread: int, piece: Piece) -> Tensor:
         """A piece's gradient [tall, wide, 64, 64] where it lies, or a copy in the thread's scratch."""
-        gradient = self._params[piece.number].grad
+        gradient = self._gradient_of(piece.number)
         blocks = None if gradient is None else piece.blocks(gradient)
         if blocks is not None and blocks.dtype == torch.float32:
             return blocks
@@ -218,6 +289,7 @@ class DeMo(torch.optim.Optimizer):
     @torch.no_grad()
     def accumulate_and_select(self) -> Pending:
         """One after the other, in a single pass over the momentum."""
+        groups.check_gradients(self._names, self._params)
         self._decays += 1
         return self._selected(self._accumulate_batch, fused=True)
 
@@ -308,6 +380,9 @@ class DeMo(torch.optim.Optimizer):
         place, value = self._host_entries(int(edges[-1]))
         for start, end, content in held:
             scale[start:end], live[start:end] = content.scale, True
+        for segment, parameter in zip(self.layout.segments, self._params, strict=True):
+            if not parameter.requires_grad:
+                scale[segment.start : segment.end], live[segment.start : segment.end] = 0, False
 
         def fill(_: int, number: int) -> None:
             _, _, content = held[number]
@@ -342,7 +417,7 @@ class DeMo(torch.optim.Optimizer):
         for direction in self._directions:
             direction.begin()
         # Views of pieces are what is written to.
-        self._targets = [parameter.contiguous() for parameter in self._params]
+        self._targets = [self._target(number) for number in range(len(self._params))]
 
         def take(thread: int, task: tuple[Batch, int, int]) -> None:
             batch, low, high = task
@@ -360,6 +435,15 @@ class DeMo(torch.optim.Optimizer):
         for parameter, target in zip(self._params, self._targets, strict=True):
             if target is not parameter:
                 parameter.copy_(target)
+
+    def _target(self, number: int) -> Tensor:
+        """What is stepped for a parameter, contiguous and of float32."""
+        parameter, master = self._params[number], self._masters.get(number)
+        if master is None:
+            return parameter.contiguous()
+        if not torch.equal(master.to(parameter.dtype), parameter):  # written to from elsewhere
+            master.copy_(parameter)
+        return master
 
     def _step_batch(
         self,
@@ -439,9 +523,8 @@ class DeMo(torch.optim.Optimizer):
     def _decay(self, piece: Piece, live: _Live, here: slice, learning_rate: float | None) -> float:
         """Take the weight decay off a piece's parameters; returns the rate."""
         group, parameter = self.param_groups[self._group_of[piece.number]], self._targets[piece.number]
-        rate: float = group["lr"] if learning_rate is None else learning_rate
-        rate *= group["learning_rate_scale"]
-        decay = 1 - rate * group["weight_decay"]
+        rate = float(group["lr"] if learning_rate is None else learning_rate) * float(group["learning_rate_scale"])
+        decay = 1 - rate * float(group["weight_decay"])
         if decay != 1 and live.all:
             for view in piece.views(parameter):
                 view.mul_(decay)
@@ -541,16 +624,38 @@ class DeMo(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         pending = self.accumulate_and_select()
-        if not self.exact:
-            sent, ones = pending.sent, np.ones(self.layout.chunks, np.float32)
-            place, value = self._host_entries(len(sent.value))
-            _entries(sent.chunk, sent.index, sent.value, ones, place.numpy(), value.numpy())
-            self._step(place, value, ones, ones > 0, None)
+        moving = self._moving()
+        if self.exact:
+            replies: list[PartReply] = [(start, end, self._reply_to_one(pending, start, end)) for start, end in moving]
+            self.apply(replies)
+            self.settle(pending, replies, 0)
             return loss
-        replies = [(0, self.layout.chunks, reply_to_one(pending.sent, self.layout.topk, self.layout.reply_topk))]
-        self.apply(replies)
-        self.settle(pending, replies, 0)
+        sent, live = pending.sent, np.zeros(self.layout.chunks, bool)
+        for start, end in moving:
+            live[start:end] = True
+        place, value = self._host_entries(len(sent.value))
+        scale = live.astype(np.float32)
+        _entries(sent.chunk, sent.index, sent.value, scale, place.numpy(), value.numpy())
+        self._step(place, value, scale, live, None)
+        if not live.all():
+            self.settle_again(Settled(pending, live[sent.chunk], ()))
         return loss
+
+    def _moving(self) -> list[tuple[int, int]]:
+        """Ranges of chunks that take a lone step: those of parameters that are not frozen."""
+        ranges: list[tuple[int, int]] = []
+        for number, segment in enumerate(self.layout.segments):
+            if self._gradient_of(number) is None:
+                continue
+            if ranges and ranges[-1][1] == segment.start:
+                ranges[-1] = ranges[-1][0], segment.end
+            else:
+                ranges.append((segment.start, segment.end))
+        return ranges
+
+    def _reply_to_one(self, pending: Pending, start: int, end: int) -> ReplyContent:
+        sent = pending.sent if end - start == self.layout.chunks else pending.sent.cut(start, end)
+        return reply_to_one(sent, self.layout.topk, self.layout.reply_topk)
 
     # ---- state ------------------------------------------------------------------------------------------------
 
@@ -567,18 +672,66 @@ class DeMo(torch.optim.Optimizer):
         for number, direction in enumerate(self._directions):
             direction.load_state({key: state[f"{number}.{key}"] for key in direction.state()})
 
+    def _shape_of_state(self) -> dict[str, Any]:
+        """What must be alike where a state is saved and where it is loaded, in plain types."""
+        treated = ("transform", "direction", "topk", "reply_topk")
+        return {
+            "parameters": [
+                [list(segment.spec.shape), *(getattr(segment.treatment, key) for key in treated)]
+                for segment in self.layout.segments
+            ],
+            **self._settings,
+        }
+
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, with the momentum (own) and the directions' state (replicated)."""
-        own = {"momentum": self.momentum, "decays": self._decays, "replicated": self.replicated_state()}
+        """As torch's, with the momentum (own), the directions' state (replicated) and the masters, in plain types."""
+        own = {
+            "of": self._shape_of_state(),
+            "momentum": self.momentum,
+            "decays": self._decays,
+            "replicated": self.replicated_state(),
+            "masters": {str(number): master for number, master in self._masters.items()},
+        }
         return {**super().state_dict(), "demo": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Inverse of `state_dict`."""
-        own = state_dict["demo"]
+        """Inverse of `state_dict`. Nothing is loaded of a state that is refused.
+
+        Raises:
+            ValueError: the state of another optimizer, or of other parameters, treatments or settings.
+        """
+        own = state_dict.get("demo")
+        if own is None or "of" not in own:
+            raise ValueError("this is no state of DeMo")
+        self._check_loaded(own, state_dict["param_groups"])
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "demo"})
         self.momentum.copy_(own["momentum"])
         self._decays = own["decays"]
         self.load_replicated_state(own["replicated"])
+        for number, master in self._masters.items():
+            # Of a parameter of float32 the value itself is its master.
+            master.copy_(own["masters"].get(str(number), self._params[number].detach()))
+
+    def _check_loaded(self, own: dict[str, Any], param_groups: list[dict[str, Any]]) -> None:
+        ours, theirs = self._shape_of_state(), own["of"]
+        if len(ours["parameters"]) != len(theirs["parameters"]):
+            raise ValueError(f"the state is of {len(theirs['parameters'])} parameters, not {len(ours['parameters'])}")
+        what = "shape, transform, direction, topk, reply_topk"
+        for name, one, other in zip(self._names, ours["parameters"], theirs["parameters"], strict=True):
+            if one != other:
+                raise ValueError(f"the state has for {name} {what} = {other}; here they are {one}")
+        for key in self._settings:
+            if ours[key] != theirs[key]:
+                raise ValueError(f"the state is of {key}={theirs[key]!r}; here it is {ours[key]!r}")
+        if own["momentum"].shape != self.momentum.shape:
+            raise ValueError(f"the state's momentum is {list(own['momentum'].shape)}, not {list(self.momentum.shape)}")
+        for number, group in enumerate(param_groups):
+            groups.check_group(number, group, self.defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All that a copy needs; like torch's own, without hooks and what schedulers put around `step`."""
+        held = {key: value for key, value in self.__dict__.items() if key in _COPIED}
+        return {**super().__getstate__(), **held, "_scratch": [], "_targets": []}
 
 
 @compiled
