@@ -49,7 +49,7 @@ from p2ptrain.config.manifest import Manifest, ModelConfig, OptimizerConfig
 from p2ptrain.models.gpt import GPT
 from p2ptrain.optim.demo import DeMo, PartReply, Pending
 from p2ptrain.training.replica import build_optimizer
-from p2ptrain.training.warm_up import warm_up
+from p2ptrain.training.selftest import make_ready
 
 STEP_MODEL = ModelConfig(layers=7, heads=6, embedding=384)
 CODEC_MODEL = ModelConfig(layers=4, heads=6, embedding=384)
@@ -231,7 +231,7 @@ def memory_figures() -> dict[str, int]:
     """What an optimizer's first step takes beyond parameters, gradients, momentum and the directions' state; before
     anything else, as memory that something has given up is not asked for again."""
     note("memory of a step")
-    warm_up()
+    make_ready(torch.device("cpu"))
     model = gpt(STEP_MODEL)
     optimizer = build_optimizer(model, manifest(STEP_MODEL))
     for parameter in model.parameters():

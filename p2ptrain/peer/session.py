@@ -49,9 +49,8 @@ from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.swarm.thread import NetworkThread
 from p2ptrain.training.device import choose_device
 from p2ptrain.training.replica import Replica
-from p2ptrain.training.selftest import check as check_decoding
+from p2ptrain.training.selftest import make_ready
 from p2ptrain.training.trainer import Trainer
-from p2ptrain.training.warm_up import warm_up
 
 LEAVE_SECONDS = 15.0
 """After the first Ctrl-C a round under way may take this long to end."""
@@ -241,8 +240,7 @@ class PeerSession:
         device = choose_device(self.settings.device)
         threads = self.settings.threads or (os.cpu_count() or 1)
         torch.set_num_threads(threads)
-        check_decoding(device)
-        warm_up()
+        make_ready(device)
         tokens = cached_tokens(corpus.train, self.home.data)
         status, uplink = Status(), UplinkMeter(dialable=self.node.dialable)
         own_log = OwnLog(self.home.own)

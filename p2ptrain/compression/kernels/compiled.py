@@ -4,7 +4,7 @@ in many passes over arrays, and torch in more.
 Python's lock is free while they run. A division by zero is infinite, as in numpy. Nothing is reordered, and but for
 `vectorised` nothing contracted: floats round as IEEE 754 says, operation by operation. Each is compiled at its first
 call with arguments of some types, in a second or so, and kept on disk beside the source, or in the user's cache where
-that is read-only; `training/warm_up.py` calls all of them before a peer's first round. What is kept is made anew when
+that is read-only; `training/selftest.py` calls all of them before a peer's first round. What is kept is made anew when
 its own file changes, not when another does whose loops it calls: `make clean` after that.
 """
 
