@@ -147,8 +147,11 @@ class VirtualLoop(asyncio.BaseEventLoop):
             handle._run()
 
 
-def _make_task(loop: VirtualLoop, work: Coroutine[Any, Any, Any], context: Context | None = None) -> asyncio.Task[Any]:
-    task = asyncio.Task(work, loop=loop, context=context)
+def _make_task(
+    loop: VirtualLoop, work: Coroutine[Any, Any, Any], context: Context | None = None, **options: Any
+) -> asyncio.Task[Any]:
+    # `options`: Python 3.13.3 hands on the task's name too.
+    task = asyncio.Task(work, loop=loop, context=context, **options)
     task._log_destroy_pending = False  # type: ignore[attr-defined]
     actor = context.get(current_actor) if context is not None else current_actor.get()
     if actor is not None:
