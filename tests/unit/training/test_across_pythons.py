@@ -51,7 +51,7 @@ def test_a_replay_gives_the_same_bits_under_every_python(python: str, lone: Lone
     project = tomllib.loads((TREE / "pyproject.toml").read_text())["project"]
     probe = run(python, "-c", PROBE, *(named.split("==")[0] for named in project["dependencies"]))
     if probe.returncode:
-        pytest.skip(f"{python} of P2PTRAIN_PYTHONS has not all of p2ptrain's dependencies: {probe.stderr[-200:]}")
+        pytest.skip(f"{python} of P2PTRAIN_PYTHONS has not all of p2ptrain's dependencies: {probe.stderr.splitlines()[-1]}")
     done = run(python, str(REPLAY), str(journal))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["parameters_sha256"] == lone.replica.parameters_sha256()
