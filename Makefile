@@ -1,4 +1,7 @@
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+ALLOWED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+# the first that runs and is of a version that pyproject.toml allows; nothing when there is none
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c '$(ALLOWED)' 2>/dev/null && echo $$python && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -10,7 +13,12 @@ help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*##/make \1\t/p' $(MAKEFILE_LIST)
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] == (3, 11) else "p2ptrain needs Python 3.11, found %d.%d; try: make PYTHON=/path/to/python3.11" % sys.version_info[:2])'
+	@test -n "$(PYTHON)" || { echo "p2ptrain needs Python 3.11, 3.12 or 3.13, and finds none;" \
+		"with one elsewhere: make PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c '$(ALLOWED)' || { echo "p2ptrain needs Python 3.11, 3.12 or 3.13," \
+		"and $(PYTHON) is not one: make PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) makes no virtual environments;" \
+		"Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python

@@ -5,7 +5,7 @@ timer. Work for other threads is done at once, on this one. Every callback belon
 of an actor that is frozen are kept until it is thawed, as a stopped process finds its late timers when it goes on, and
 those of a dead one are dropped.
 
-Cost: some microseconds a callback. Rests on CPython 3.11's BaseEventLoop: its heap of timers and its queue.
+Cost: some microseconds a callback. Rests on BaseEventLoop of CPython 3.11 to 3.13: its heap of timers and its queue.
 """
 
 from __future__ import annotations
@@ -147,8 +147,11 @@ class VirtualLoop(asyncio.BaseEventLoop):
             handle._run()
 
 
-def _make_task(loop: VirtualLoop, work: Coroutine[Any, Any, Any], context: Context | None = None) -> asyncio.Task[Any]:
-    task = asyncio.Task(work, loop=loop, context=context)
+def _make_task(
+    loop: VirtualLoop, work: Coroutine[Any, Any, Any], context: Context | None = None, **options: Any
+) -> asyncio.Task[Any]:
+    # `options`: Python 3.13.3 hands on the task's name too.
+    task = asyncio.Task(work, loop=loop, context=context, **options)
     task._log_destroy_pending = False  # type: ignore[attr-defined]
     actor = context.get(current_actor) if context is not None else current_actor.get()
     if actor is not None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
-import torch
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from p2ptrain import chain
+from replay import replay
+
 from p2ptrain.config.manifest import open_manifest
-from p2ptrain.state.journal import Journal
-from p2ptrain.swarm.identity import verify
-from p2ptrain.training.replica import Replica
 
 RECORDED = Path(__file__).parents[2] / "recorded"
 LAST_ROUND = 48
@@ -21,12 +20,7 @@ PARAMETERS_SHA256 = "c76573f61d06672894bd0ee53a867057432dfa78285b19f910079f119e5
 
 def test_a_recorded_history_replays_to_the_parameters_that_its_peers_had() -> None:
     manifest, run_id = open_manifest((RECORDED / "manifest.signed").read_bytes())
-    replica = Replica(manifest, run_id, torch.device("cpu"))
-    journal = Journal(RECORDED / "journal", run_id, verify)
+    replica, journal = replay(RECORDED / "journal", manifest, run_id)
     assert (journal.first, journal.last) == (1, LAST_ROUND)
-    for number in range(1, LAST_ROUND + 1):
-        sealed = journal.read(number)
-        shape = chain.shape_of(replica.chain, replica.layout.chunks)
-        replica.apply(sealed, shape, chain.extend(replica.chain, sealed.id, sealed.seal, replica.layout.chunks))
     assert replica.chain.id.hex() == STATE_ID
     assert replica.parameters_sha256() == PARAMETERS_SHA256

@@ -1,11 +1,10 @@
 """One journal gives one replica to the bit: however many threads, whichever instructions, eager or compiled.
 
-Each replay is a process of its own: this file, run as a program.
+Each replay is a process of its own: `replay.py`.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -18,28 +17,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lone import MANIFEST, RUN_ID, Lone
+from lone import RUN_ID, Lone
 
-from p2ptrain import chain
 from p2ptrain.state.journal import Journal
 from p2ptrain.swarm.identity import verify
-from p2ptrain.training.replica import Replica
 
+REPLAY = Path(__file__).parents[1] / "replay.py"
 ROUNDS = 8
-
-
-def replay(folder: Path, device: str, *, compiled: bool) -> str:
-    """The hash of the parameters after all rounds in a journal."""
-    replica = Replica(MANIFEST, RUN_ID, torch.device(device))
-    if compiled:
-        # The whole step, batch by batch: inverse transform, direction, decay, update.
-        replica.optimizer._step_batch = torch.compile(replica.optimizer._step_batch)  # type: ignore[method-assign]
-    journal = Journal(folder, RUN_ID, verify)
-    for number in range(journal.first, journal.last + 1):
-        sealed = journal.read(number)
-        shape = chain.shape_of(replica.chain, replica.layout.chunks)
-        replica.apply(sealed, shape, chain.extend(replica.chain, sealed.id, sealed.seal, replica.layout.chunks))
-    return replica.parameters_sha256()
 
 
 @pytest.fixture(scope="module")
@@ -96,24 +80,9 @@ def replayed(journal: Path, *flags: str, cache: Path, capability: str = "") -> s
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
     if capability:
         environment["ATEN_CPU_CAPABILITY"] = capability
-    command = [sys.executable, __file__, str(journal), *flags]
+    command = [sys.executable, str(REPLAY), str(journal), *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     sha256 = json.loads(done.stdout)["parameters_sha256"]
     assert isinstance(sha256, str)
     return sha256
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("journal", type=Path)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--compiled", action="store_true")
-    parser.add_argument("--device", default="cpu")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    print(json.dumps({"parameters_sha256": replay(options.journal, options.device, compiled=options.compiled)}))
-
-
-if __name__ == "__main__":
-    main()
