@@ -1,4 +1,4 @@
-"""Who passes a seal on to whom, and who listens to whom, in groups too large for all to hear all (design 4.6).
+"""Say who passes a seal on to whom in groups too large for all to hear all (docs/rounds.md, rule 6).
 
 Up to `RELAY_ABOVE` members everyone follows everyone, and a sealer tells all. Beyond, a seal goes down a tree of
 `FAN_OUT` branches whose root is its sealer: a seal names every part and every member, so that telling hundreds would

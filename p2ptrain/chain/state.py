@@ -166,7 +166,7 @@ def extend(state: ChainState, identifier: bytes, seal: Seal, chunks: int) -> Cha
     """The chain after one more seal.
 
     Raises:
-        SealError: the seal does not continue this chain, or breaks a rule of design section 4.
+        SealError: the seal does not continue this chain, or breaks a rule (docs/rounds.md, rule 1).
     """
     shape = shape_of(state, chunks)
     count = len(shape.members)

@@ -51,7 +51,7 @@ def integer_basis(device: torch.device) -> Tensor:
 
 @functools.cache
 def kernels_for(device: str) -> ModuleType | None:
-    """Passes made one on a device of this type (`kernels_cpu.py`, `kernels_cuda.py`); None: there are none, as on CUDA
+    """Passes made one on a device of this type (`kernels/cpu.py`, `kernels/cuda.py`); None: there are none, as on CUDA
     without Triton."""
     if device not in ("cpu", "cuda"):
         return None

@@ -5,10 +5,7 @@ room that its neighbours leave: any bits at all mean ascending indices, and none
 middles lie outside the middle half of their room is told level by level in a sieve, which follows the data: few where
 indices are spread evenly, many where they cluster.
 
-Bits an index at 32 of 4096, even | matrices, embedding, head of a GPT of 10M parameters at round 40: this 8.45 | 8.25,
-6.69, 7.86. Rice on gaps, its parameter by chunk: 8.48 | 8.49, 8.32, 8.42, written in half of the time. A range coder
-(`constriction`) on counts of a bisection, in twice the time: 8.32 | 8.32 each, if hypergeometric; fitted to clusters
-8.38 | 8.09 (matrices). All three in numpy; compiled, this takes less than half of that.
+What other codes take for the same indices is in docs/log.md.
 """
 
 from __future__ import annotations

@@ -4,9 +4,8 @@ Both begin with a magic, a version and every count; the rest is one string of bi
 specification. All counts are fixed by the manifest: a payload that says otherwise is refused, never adapted to, and so
 nothing is allocated for what it claims. One content has one form: bytes that an encoder would not write are refused.
 
-With 32 of 4096 and 2 bits a value, a coefficient of Gaussian noise takes 10.0 bits: index 8.45 (its entropy is 8.32),
-sign 1, magnitude 0.53, scale 0.05. In the training of a GPT of 10M parameters it takes 9.4 to 9.6, as indices cluster
-(8.0), and one of a reply 14 to 15.
+Cost: of a coefficient, the entropy of its index or a little more, a sign, and what is left of magnitude and scale; how
+many bits that comes to is in docs/log.md.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Every run uses this tokenizer, whatever its text: one thing fewer to fetch and to trust from a stranger. The price is
 more tokens a byte on text unlike the one it was trained on. Any text survives the round trip, as all bytes are tokens.
-Tokens are made once (5 s for 12 MB on one core) and kept as a uint16 array, 2 bytes a token.
+Tokens are made once and kept as a uint16 array, 2 bytes a token.
 """
 
 from __future__ import annotations

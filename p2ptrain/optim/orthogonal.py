@@ -5,8 +5,8 @@ Newton-Schulz steps from a bound of the spectral norm that is nearer than Froben
 values but small ones to within about 0.7 and 1.2. Of a block X, in units of 1/256, the Gram matrix G = X X', in units
 of 1/128, and the factor (B G + C G G) are rounded to integers that float32 multiplies and adds without rounding.
 
-Cost: nine products, 2**19 multiplications and additions each. On a CPU one core takes 30 us a block, all of which its
-own cache holds (`vectors.tile`), in place of 105 by operations over many blocks.
+Cost: nine products, 2**19 multiplications and additions each. On a CPU a core's own cache holds all of a block
+(`vectors.tile`).
 """
 
 from __future__ import annotations

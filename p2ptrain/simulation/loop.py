@@ -5,7 +5,7 @@ timer. Work for other threads is done at once, on this one. Every callback belon
 of an actor that is frozen are kept until it is thawed, as a stopped process finds its late timers when it goes on, and
 those of a dead one are dropped.
 
-Cost: some microseconds a callback. Rests on BaseEventLoop of CPython 3.11 to 3.13: its heap of timers and its queue.
+Rests on BaseEventLoop of CPython 3.11 to 3.13: its heap of timers and its queue.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Files that are either the old content or the new, whatever happens in between.
 
 A rename on one file system is atomic for every process that looks. Against a power cut it needs two `fsync`s, of the
-content and of the directory, some 10 ms each on a disk: `durable` asks for them; what can be made again goes without.
+content and of the directory: `durable` asks for them; what can be made again goes without.
 """
 
 from __future__ import annotations

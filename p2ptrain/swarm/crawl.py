@@ -1,8 +1,8 @@
 """A census of the DHT: who is listed in anyone's routing table, and which of those answer.
 
 Breadth first over FIND requests, each for the node's own id and for ids that differ in one of the leading bits, so
-that the answers cover the whole id space. Cost: one request a node, `PARALLEL` at a time; 20 nodes take about 0.1 s. In
-DHTs far larger than a bucket (20 nodes) it sees a sample.
+that the answers cover the whole id space. Cost: one request a node, `PARALLEL` at a time. In DHTs far larger
+than a bucket (20 nodes) it sees a sample.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 It is reached through sockets in a directory of mode 0700, since whoever can open them speaks as this peer. The daemon
 ends by itself seconds after its parent; the directory is removed by a small shell that waits for the parent's end of a
-pipe to close, which happens even after SIGKILL. Cost: two child processes; a start takes about 0.2 s.
+pipe to close, which happens even after SIGKILL. Cost: two child processes.
 """
 
 from __future__ import annotations

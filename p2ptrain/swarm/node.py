@@ -2,8 +2,8 @@
 
 Everything runs on the loop that called `SwarmNode.create`. The daemon is watched and, when it dies, started again with
 the same identity and port; the DHT node outlives it, with all it stores, and the servicers are registered again. Peers
-once seen are dialled again when the routing table has lost them, so two halves of a network find together. Cost: a join
-takes about 0.5 s on a local network; upkeep is one small request to a few peers every `UPKEEP_SECONDS`.
+once seen are dialled again when the routing table has lost them, so two halves of a network find together. Cost: one
+small request to a few peers every `UPKEEP_SECONDS`.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A signature covers the key, the peer id, the kind, the time of expiry and the body, so that nobody can move a record to
 another key or peer, pass it off as another kind, or keep a dead peer's record alive. A manifest needs no signer: it is
-stored under the hash of itself. Cost of a record: about 130 bytes and one signature, 0.1 ms, for each writing and, once
-in a process, for each reader. What was given up: secrecy; anyone in the DHT reads everything.
+stored under the hash of itself. Cost of a record: about 130 bytes and one signature for each writing and, once in a
+process, for each reader. What was given up: secrecy; anyone in the DHT reads everything.
 """
 
 from __future__ import annotations

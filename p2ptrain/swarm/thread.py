@@ -1,7 +1,7 @@
 """The one network thread of a process: a uvloop loop that holds the DHT node, libp2p and the servicer.
 
 The trainer owns the main thread and calls in with `run`, `spawn` or the loop's `call_soon_threadsafe`; what crosses the
-border is handed over whole, so the code on the loop needs no locks. Cost: one thread hop (about 0.1 ms) a call. What
+border is handed over whole, so the code on the loop needs no locks. Cost: one thread hop a call. What
 was given up: the loop shares the interpreter lock with the trainer, so work on it must stay short.
 """
 

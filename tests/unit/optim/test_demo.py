@@ -241,7 +241,7 @@ def dense(optimizer: DeMo, pending: Pending) -> NDArray[np.float64]:
 
 
 def consumed_by(optimizer: DeMo, pending: Pending, replies: list[PartReply], index: int) -> NDArray[np.float64]:
-    """What the replies used of a contribution: entry by entry, as design 4.8 says it."""
+    """What the replies used of a contribution: entry by entry (docs/rounds.md, rule 8)."""
     out = np.zeros(tuple(optimizer.momentum.shape))
     for _, _, content in replies:
         if content is None or index not in content.included:

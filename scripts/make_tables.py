@@ -1,0 +1,519 @@
+"""Write the tables of README.md and docs/*.md from docs/results/*.json.
+
+A table goes between `<!-- table: NAME -->` and `<!-- end -->`; NAME is that of a function below. A figure stands in its
+result file and nowhere else: run this after a benchmark has written a file anew. `--check` writes nothing, prints what
+would change, and exits with 1 if anything would.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs/results"
+MARKED = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end -->", re.S)
+
+Rows = list[Sequence[str]]
+
+
+def load(name: str) -> Any:
+    """Read one result file."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(head: Sequence[str], rows: Rows) -> str:
+    """Lay out a table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines).replace("|  |", "| |").replace("|  |", "| |")
+
+
+def mega(count: float) -> str:
+    """Say a number of bytes in MB, to three digits at most."""
+    return f"{count / 1e6:.2f} MB" if count < 1e7 else f"{count / 1e6:.1f} MB"
+
+
+def digits(value: float, count: int = 3) -> str:
+    """Say a number to `count` significant digits, without an exponent."""
+    whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
+    leading = 0
+    while 0 < abs(value) * 10**leading < 0.1:
+        leading += 1
+    return f"{value:.{max(count - whole + leading, 0)}f}"
+
+
+# ---- the demo ------------------------------------------------------------------------------------------------------
+
+
+def demo_loss() -> str:
+    """Bits per byte of the demo's model, beside compressors."""
+    demo = load("demo")
+    rows: Rows = [("the swarm's model", f"**{demo['heldout_bits_per_byte']:.3f}**")]
+    rows += [(name, f"{bits:.3f}") for name, bits in demo["compressors_bits_per_byte"].items()]
+    return table(("Held-out text", "bits per byte"), rows)
+
+
+def demo_bytes() -> str:
+    """What a peer of the demo sends and receives in a round."""
+    demo = load("demo")
+    sent, received = demo["bytes_sent_per_peer_per_round"], demo["bytes_received_per_peer_per_round"]
+    dense = demo["bytes_of_fp16_ring_all_reduce"]
+    return table(
+        ("Bytes per peer and round", "sent", "received"),
+        [
+            ("p2ptrain, framing included", f"{sent:,}", f"{received:,}"),
+            ("fp16 all-reduce (ring), computed", f"{dense:,}", f"{dense:,}"),
+            ("ratio", f"1 : {dense / sent:.0f}", f"1 : {dense / received:.0f}"),
+        ],
+    )
+
+
+# ---- the exchange --------------------------------------------------------------------------------------------------
+
+
+def exchange() -> str:
+    """Seconds and bytes of an exchange, beside hivemind's."""
+    results = load("round")
+    ours, theirs, compared = results["p2ptrain"], results["hivemind"], results["compared"]
+    slow = "10 Mbit/s"
+
+    def seconds(of: dict[str, Any], line: str) -> str:
+        return f"{digits(of[line]['exchange_seconds']['median'])} s"
+
+    rows: Rows = []
+    for peers in ours:
+        times = {line: compared[peers][line] for line in ("unlimited", slow)}
+        rows.append(
+            (
+                peers,
+                seconds(ours[peers], "unlimited"),
+                f"{seconds(theirs[peers], 'unlimited')} ({times['unlimited']['times_less_exchange']:.1f} times)",
+                seconds(ours[peers], slow),
+                f"{seconds(theirs[peers], slow)} ({times[slow]['times_less_exchange']:.0f} times)",
+                f"{ours[peers][slow]['floor']['wire']['seconds']:.3f} s",
+                f"{ours[peers][slow]['floor']['wire']['exchange_over_floor']:.2f}",
+                mega(ours[peers][slow]["wire_bytes_mean"]),
+                f"{times[slow]['times_fewer_bytes']:.0f} times",
+            )
+        )
+    head = ("Peers", "p2ptrain, no limit", "hivemind", f"p2ptrain, {slow} each way", "hivemind", "floor of the line")
+    return table((*head, "p2ptrain over floor", "p2ptrain sends", "hivemind sends"), rows)
+
+
+def flatness() -> str:
+    """Payload that a peer sends in a round, by the number of peers."""
+    of = load("round")["flatness"]
+    rows: Rows = [
+        ("p2ptrain", *(f"{r['payload_bytes_mean'] / 1e3:.0f} kB" for r in of.values())),
+        ("an all-gather of the same", *(f"{r['all_gather_bytes_sent'] / 1e3:.0f} kB" for r in of.values())),
+    ]
+    return table(("Peers", *of), rows)
+
+
+def idle() -> str:
+    """What an idle peer's line carries."""
+    of = load("round")["p2ptrain"]
+    return table(
+        ("Peers", *of), [("idle, each", *(f"{r['idle_bytes_per_second'] / 1e3:.0f} kB/s" for r in of.values()))]
+    )
+
+
+def stages() -> str:
+    """Core time of one peer's own part of a round of four peers."""
+    of = load("round")["p2ptrain"]["4"]["unlimited"]
+    rows: Rows = [
+        (
+            name.replace("_", " "),
+            f"{1000 * stage['seconds']['median']:.1f} ms",
+            f"{1000 * stage['core_seconds']:.1f} ms",
+        )
+        for name, stage in of["stages"].items()
+    ]
+    rows.append(
+        ("the exchange, all peers together", "", f"{1000 * of['exchange_core_seconds_of_all']['median']:.0f} ms")
+    )
+    return table(("Stage", "median", "core time"), rows)
+
+
+def scale() -> str:
+    """Simulated groups of up to 256 members."""
+    rows: Rows = [
+        (
+            str(of["members"]),
+            f"{of['payload_bytes_sent_per_peer_per_round'] / 1e3:.0f} kB",
+            f"{of['header_bytes_sent_per_peer_per_round'] / 1e3:.0f} kB",
+            f"{of['messages_sent_per_peer_per_round']:.0f}",
+            f"{of['exchange_seconds']:.2f} s",
+            f"{of['seconds_from_first_to_last_peer']:.2f} s",
+        )
+        for of in load("scale")["sizes"]
+    ]
+    head = ("Members", "payload sent", "headers sent", "messages sent", "exchange", "from the first to the last peer")
+    return table(head, rows)
+
+
+# ---- computing -----------------------------------------------------------------------------------------------------
+
+NAMES = {
+    "p2ptrain": "p2ptrain",
+    "p2ptrain-overlap": "p2ptrain, overlap",
+    "hivemind": "hivemind.Optimizer, fp16",
+    "ddp-fp16": "DDP over gloo, fp16",
+    "ddp": "DDP over gloo",
+}
+
+
+def time_to_loss() -> str:
+    """Seconds to one loss, by how long a step computes."""
+    results = load("time_to_loss")
+    rows: Rows = []
+    for seconds in sorted({t["compute_seconds"] for t in results["timings"]}):
+        timings = {t["method"]: t for t in results["timings"] if t["compute_seconds"] == seconds}
+        ours = timings["p2ptrain"]["time_to_loss_seconds"]
+        for method, name in NAMES.items():
+            of = timings[method]
+            rows.append(
+                (
+                    f"{seconds:.0f} s" if method == "p2ptrain" else "",
+                    name,
+                    f"{digits(of['step_seconds'])} s",
+                    f"{of['computing_share']:.0%}".replace("%", " %"),
+                    mega(of["wire_bytes_sent_per_peer_and_step"]),
+                    f"{of['steps']:.0f}",
+                    f"{of['time_to_loss_seconds']:,.0f} s",
+                    "" if method == "p2ptrain" else f"{of['time_to_loss_seconds'] / ours:.1f} times",
+                )
+            )
+    head = ("Computing a step", "Method", "a step", "of it computing", "sent a step", "steps", "time to the loss")
+    return table((*head, "of p2ptrain's"), rows)
+
+
+def steps_to_loss() -> str:
+    """Steps to that loss, by method, staleness and learning rate."""
+    rows: Rows = []
+    for of in load("time_to_loss")["steps_to_loss"]:
+        rates = ", ".join(
+            f"{float(rate):g}: {'not reached' if steps is None else f'{steps:.0f}'}"
+            for rate, steps in of["by_rate"].items()
+        )
+        rows.append((of["optimizer"], str(of["stale"]), f"{of['steps']:.0f}", rates))
+    return table(("Optimizer", "sequences of four a step old", "steps", "by learning rate"), rows)
+
+
+def overlap() -> str:
+    """A forward and backward pass beside an exchange, and apart."""
+    results = load("overlap")
+    rows: Rows = []
+    for key, name in (("core_to_spare", "a core to spare"), ("no_core_to_spare", "no core to spare")):
+        of = results[key]
+        slower = [ratio - 1 for ratio in of["ratio_together_during_exchange"]]
+        rows.append(
+            (
+                name,
+                f"{of['apart']['mean_ms']:.1f} ms",
+                f"{of['together_during_exchange']['mean_ms']:.1f} ms",
+                f"{100 * min(slower):.0f} to {100 * max(slower):.0f} % longer",
+            )
+        )
+    return table(("", "apart", "while an exchange is under way", "each of four runs"), rows)
+
+
+def step_on_a_gpu() -> str:
+    """The optimizer's step of a billion parameters."""
+    results = load("codec_cuda")
+    rows: Rows = []
+    for key, name in (("signs", "signs, 32 coefficients"), ("of_a_new_run", "a new run's directions")):
+        phases = {phase: of["median"] for phase, of in results[key]["phases_ms"].items()}
+        cells = [digits(phases[phase]) for phase in ("accumulate_and_select", "apply", "settle")]
+        beside = [f"{phases[phase]:,.0f}" for phase in ("encode", "reduce", "decode")]
+        share = f"{100 * results[key]['share_of_bandwidth']:.1f} %"
+        rows.append((name, *cells, f"**{digits(results[key]['step_ms'])}**", share, *beside))
+    rows.append(("AdamW fused", "", "", "", digits(results["adamw_fused_ms"]["median"]), "", "", "", ""))
+    head = ("ms", "accumulate and select", "apply", "settle", "step", "of the memory's bandwidth")
+    return table((*head, "encode, on the host", "reduce, on the host", "decode, on the host"), rows)
+
+
+# ---- learning ------------------------------------------------------------------------------------------------------
+
+
+def learned(**wanted: Any) -> list[dict[str, Any]]:
+    """Return the training runs of learning.json that have these values, and else the usual ones."""
+    usual = {"peers": 8, "layers": 6, "embedding": 64, "private": False}
+    return [run for run in load("learning") if all(run[key] == value for key, value in (usual | wanted).items())]
+
+
+def bits(run: dict[str, Any]) -> float:
+    """Return the bits that a peer sends and receives, a parameter and inner step."""
+    return float(run["bits_per_parameter_sent"] + run["bits_per_parameter_received"])
+
+
+def best_rate(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the runs, one a seed, at the learning rate that did best on seed 1."""
+    first = min((run for run in runs if run["seed"] == 1), key=lambda run: run["bits_per_byte"])
+    return sorted((r for r in runs if r["learning_rate"] == first["learning_rate"]), key=lambda run: run["seed"])
+
+
+def learning(layers: int = 6, embedding: int = 64) -> str:
+    """Bits per byte by method, beside AdamW without a network."""
+    size = {"layers": layers, "embedding": embedding}
+    methods = (
+        "muon",
+        "demo",
+        "demo-signs",
+        "demo-normalised",
+        "dense",
+        "adamw",
+        "local_demo",
+        "diloco",
+        "sparse_diloco",
+    )
+    found = {m: best_rate(runs) for m in methods if (runs := learned(method=m, **size))}
+    means = {method: statistics.mean(run["bits_per_byte"] for run in runs) for method, runs in found.items()}
+    rows: Rows = []
+    for method in sorted(found, key=lambda method: means[method]):
+        runs = found[method]
+        losses = [run["bits_per_byte"] for run in runs]
+        spread = f" ({min(losses):.3f} to {max(losses):.3f})" if len(losses) > 1 else ""
+        over = "" if method == "adamw" else f"{100 * (means[method] / means['adamw'] - 1):+.1f} %"
+        sent, whole = "", ""
+        if runs[0]["bits_per_parameter_sent"] is not None:
+            mean = statistics.mean(bits(run) for run in runs)
+            unit = "an inner step" if runs[0]["inner_steps"] > 1 else "a round"
+            sent = f"{digits(mean)} {unit}"
+            whole = f"{mean * runs[0]['rounds'] * runs[0]['inner_steps']:,.0f}"
+        rows.append(
+            (
+                f"`{method}`",
+                f"{runs[0]['learning_rate']:g}",
+                str(len(runs)),
+                f"{means[method]:.3f}{spread}",
+                over,
+                sent,
+                whole,
+            )
+        )
+    head = ("Method", "Rate", "Seeds", "Bits per byte", "over AdamW", "Bits a parameter, sent and received")
+    return table((*head, "of the whole run"), rows)
+
+
+def learning_large() -> str:
+    """The same with 26M parameters."""
+    return learning(7, 512)
+
+
+def learning_rates(layers: int = 6, embedding: int = 64) -> str:
+    """Bits per byte of seed 1 by learning rate."""
+    runs = [run for run in learned(layers=layers, embedding=embedding) if run["seed"] == 1]
+    rates = sorted({run["learning_rate"] for run in runs})
+    rows: Rows = []
+    for method in dict.fromkeys(run["method"] for run in runs if run["method"] != "demo-normalised"):
+        of = {run["learning_rate"]: run["bits_per_byte"] for run in runs if run["method"] == method}
+        if len(of) > 1:
+            best = min(of.values())
+            cells = [f"{of[rate]:.3f}" if rate in of else "" for rate in rates]
+            rows.append((f"`{method}`", *(f"**{cell}**" if cell == f"{best:.3f}" else cell for cell in cells)))
+    return table(("Learning rate", *(f"{rate:g}" for rate in rates)), rows)
+
+
+def learning_rates_large() -> str:
+    """The same with 26M parameters."""
+    return learning_rates(7, 512)
+
+
+def members() -> str:
+    """Bits per byte of seed 1 by the number of members."""
+    rows: Rows = []
+    adamw = statistics.mean(run["bits_per_byte"] for run in best_rate(learned(method="adamw")))
+    for peers in (2, 4, 8, 16):
+        row = [str(peers)]
+        for method in ("demo", "local_demo"):
+            runs = [run for run in learned(method=method, peers=peers) if run["seed"] == 1]
+            if not runs:
+                row += ["", "", ""]
+                continue
+            run = min(runs, key=lambda run: run["bits_per_byte"])
+            over = f"{100 * (run['bits_per_byte'] / adamw - 1):+.1f} %"
+            row += [f"{run['bits_per_byte']:.3f}", over, f"{digits(bits(run), 2)}"]
+        rows.append(row)
+    head = ("Members", "`demo`", "over AdamW", "bits a round", "`local_demo`", "over AdamW", "bits an inner step")
+    return table(head, rows)
+
+
+def inner_steps() -> str:
+    """Shorter rounds than those of `local_demo`, and its matrices without the DCT."""
+    rate = 0.002
+    names = ("local_demo-1", "local_demo-5", "local_demo", "local_demo-untransformed")
+    rows: Rows = []
+    for name in names:
+        for run in learned(method=name, seed=1, learning_rate=rate):
+            rows.append((f"`{name}`", str(run["inner_steps"]), digits(bits(run)), f"{run['bits_per_byte']:.3f}"))
+    return table(("Method", "Inner steps a round", "Bits an inner step", "Bits per byte"), rows)
+
+
+def own_text() -> str:
+    """Where every member reads a text of its own."""
+    rows: Rows = []
+    for alone in learned(private=True):
+        shared = learned(method=alone["method"], seed=alone["seed"], learning_rate=alone["learning_rate"])
+        for run in shared:
+            over = f"{100 * (alone['bits_per_byte'] / run['bits_per_byte'] - 1):+.1f} %"
+            rows.append((f"`{run['method']}`", f"{run['bits_per_byte']:.3f}", f"{alone['bits_per_byte']:.3f}", over))
+    return table(("Strategy", "all read all of the text", "each reads an eighth of its own", ""), rows)
+
+
+def other_text() -> str:
+    """Bits per byte on another text."""
+    runs = load("learning_botocore")
+    adamw = next(run["bits_per_byte"] for run in runs if run["method"] == "adamw")
+    rows: Rows = []
+    for run in runs:
+        over = "" if run["method"] == "adamw" else f"{100 * (run['bits_per_byte'] / adamw - 1):+.1f} %"
+        sent = "" if run["bits_per_parameter_sent"] is None else digits(bits(run))
+        rows.append((f"`{run['method']}`", f"{run['bits_per_byte']:.3f}", over, sent))
+    return table(("Method", "Bits per byte", "over AdamW", "Bits a parameter and step, sent and received"), rows)
+
+
+# ---- faults --------------------------------------------------------------------------------------------------------
+
+
+def soak_swarm() -> str:
+    """Real peers under faults."""
+    results = load("soak_swarm")
+    rows: Rows = [
+        (
+            name,
+            str(of["count"]),
+            str(of["recovered"]),
+            f"{of['median_seconds']:.1f} s",
+            f"{of['worst_seconds']:.1f} s",
+            f"{of['sequences_lost']:,}",
+        )
+        for name, of in results["faults"].items()
+    ]
+    return table(("Fault", "count", "recovered", "median", "worst", "sequences lost"), rows)
+
+
+def soak_swarm_speed() -> str:
+    """What the same swarm did meanwhile."""
+    of = load("soak_swarm")
+    computed, lost = of["sequences_computed"], of["sequences_lost_in_crashes"]
+    return table(
+        ("Real peers under faults", ""),
+        [
+            ("peers, minutes, Mbit/s each", f"{of['peers']}, {of['minutes']:.0f}, {of['mbit']:.0f}"),
+            ("rounds a minute, calm", f"{of['rounds_per_minute_calm']:.1f}"),
+            ("rounds a minute, under faults", f"{of['rounds_per_minute_under_faults']:.1f}"),
+            ("of the calm speed", f"{100 * of['share_of_calm']:.0f} %"),
+            ("replicas with the same parameters at the end", f"{len(of['ended_at'])} of {of['peers']}"),
+            ("sequences computed, lost in crashes", f"{computed:,}, {lost:,}"),
+            ("errors logged", str(of["errors_logged"])),
+            ("processes left behind", str(of["orphans"])),
+            (
+                "growth of memory, process and daemon",
+                " and ".join(f"{100 * of['memory'][key]:.1f} %" for key in ("process_growth", "daemon_growth")),
+            ),
+        ],
+    )
+
+
+def soak_simulation() -> str:
+    """Simulated histories, and what they covered."""
+    of = load("soak_simulation")
+    covered = of["coverage"]
+    names = {
+        "sealed": "seals",
+        "takeovers": "takeovers",
+        "skips": "skipped parts",
+        "rounds_of_skips_only": "rounds of skips only",
+        "even_splits": "even splits",
+        "merges_of_solos": "merges of two solos",
+        "forks_older_than_the_journal": "forks older than the journal",
+        "restores_from_snapshot": "restores from a snapshot",
+    }
+    rows: Rows = [
+        ("histories", f"{of['seeds']:,}"),
+        ("violations", str(len(of["violations"]))),
+        ("rounds", f"{of['rounds']:,}"),
+        ("slowest convergence, virtual time", f"{of['slowest_convergence_seconds']:.0f} s"),
+        *((name, f"{covered[key]:,}") for key, name in names.items()),
+        ("solo seals", f"{covered['solo_by_member'] + covered['solo_by_learner']:,}"),
+        ("rollbacks", f"{covered['rollbacks_of_depth_one'] + covered['deep_rollbacks']:,}"),
+    ]
+    return table(("Simulated histories", ""), rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    make.__name__: make
+    for make in (
+        demo_loss,
+        demo_bytes,
+        exchange,
+        flatness,
+        idle,
+        stages,
+        scale,
+        time_to_loss,
+        steps_to_loss,
+        overlap,
+        step_on_a_gpu,
+        learning,
+        learning_large,
+        learning_rates,
+        learning_rates_large,
+        members,
+        inner_steps,
+        own_text,
+        other_text,
+        soak_swarm,
+        soak_swarm_speed,
+        soak_simulation,
+    )
+}
+
+
+def filled(text: str, where: str) -> str:
+    """Return a document with its tables made anew.
+
+    Raises:
+        SystemExit: it names a table that is not there.
+    """
+
+    def fill(match: re.Match[str]) -> str:
+        if match[1] not in TABLES:
+            raise SystemExit(f"{where} asks for the table {match[1]}; there are {', '.join(sorted(TABLES))}")
+        return f"<!-- table: {match[1]} -->\n\n{TABLES[match[1]]()}\n\n<!-- end -->"
+
+    return MARKED.sub(fill, text)
+
+
+def main() -> None:
+    """Write or check all documents."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a table is out of date")
+    check = parser.parse_args().check
+    stale = False
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        name = str(path.relative_to(ROOT))
+        text = path.read_text()
+        made = filled(text, name)
+        if made == text:
+            continue
+        stale = True
+        if check:
+            sys.stdout.writelines(difflib.unified_diff(text.splitlines(True), made.splitlines(True), name, name))
+        else:
+            path.write_text(made)
+            print(f"wrote the tables of {name}")
+    if check and stale:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""What the documents say of the code is true of it: versions, calls, commands, flags, exit codes, paths and figures."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import subprocess
+import sys
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+
+from p2ptrain import errors
+from p2ptrain.cli.main import app
+from p2ptrain.config.manifest import PROTOCOL_VERSION
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "p2ptrain"
+DOCS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+#: folders of a user's machine; keys in the DHT are no paths either
+NOT_IN_THE_TREE = {"checkpoints/", "journal/", "own/", "data/", "texts/", "demo-output/"}
+#: the first words of commands that are not this project's
+FOREIGN = {"pip", "git", "sudo", "cd", "make", "ruff", "mypy", "pytest", "python -m pytest"}
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
+
+
+def spans(text: str) -> Iterator[str]:
+    """Yield each code span and each line of fenced code, continued lines joined and comments cut off."""
+    fenced = re.compile(r"^```.*?^```", re.M | re.S)
+    for block in fenced.findall(text):
+        for line in block.replace("\\\n", " ").splitlines()[1:-1]:
+            yield line.split(" # ")[0].strip()
+    for span in re.findall(r"`([^`]+)`", fenced.sub("", text)):
+        yield " ".join(span.split())
+
+
+def commands() -> dict[str, set[str]]:
+    """Return the flags of each command of `p2ptrain`, by its name; those of `p2ptrain` itself under the empty name."""
+    group = typer.main.get_command(app)
+    flags = {"": {flag for parameter in group.params for flag in parameter.opts} | {"--help"}}
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        flags[name] = {"--help"} | {flag for p in command.params for flag in [*p.opts, *p.secondary_opts]}
+    return flags
+
+
+def flags_of_script(path: Path) -> set[str]:
+    """Return the flags that a script's text names; some of those of a benchmark stand in what benchmarks share."""
+    shared = [p.read_text() for p in (ROOT / "scripts").rglob("*.py") if p.parent.name == "lab"]
+    return {flag for text in [path.read_text(), *shared] for flag in re.findall(r'"(--[a-z-]+)"', text)}
+
+
+def exists(path: str, *near: Path) -> bool:
+    """Say whether `path` is in the tree: from its root, the package, the docs, `near`, or as the end of a path."""
+    path, _, name = path.partition(":")
+    found = [base / path for base in (ROOT, PACKAGE, ROOT / "docs", *near) if (base / path).exists()]
+    if not found and not path.endswith("/"):
+        found = [p for top in ("p2ptrain", "tests", "scripts", "docs") for p in (ROOT / top).rglob(path)]
+    return bool(found) and (not name or any(re.search(rf"\b{name}\b", p.read_text()) for p in found if p.is_file()))
+
+
+def is_path(span: str) -> bool:
+    """Say whether a code span is meant as a path in the tree: no placeholder in capitals, no pattern, no flag."""
+    if span in NOT_IN_THE_TREE or span.startswith("p2ptrain/1/") or not re.fullmatch(r"[a-z0-9_./-]+(:\w+)?", span):
+        return False
+    is_file = re.search(r"\w\.(py|md)(:\w+)?$", span)
+    is_below = re.fullmatch(r"(\.?[a-z0-9_]+/)+([\w-]+(\.[a-z]+)?)?(:\w+)?", span)
+    return bool(is_file or is_below)
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_every_path_and_every_link_leads_somewhere(path: Path) -> None:
+    text = path.read_text()
+    missing = [span for span in spans(text) if is_path(span) and not exists(span)]
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith("http") and not (path.parent / target.split("#")[0]).exists():
+            missing.append(target)
+    assert not missing
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_every_command_and_every_flag_is_there(path: Path) -> None:
+    known = commands()
+    scripts = {flag for script in (ROOT / "scripts").rglob("*.py") for flag in flags_of_script(script)}
+    anywhere = set().union(*known.values()) | scripts
+    wrong = []
+    for span in spans(path.read_text()):
+        if any(span == word or span.startswith(word + " ") for word in FOREIGN):
+            continue
+        script = re.search(r"(?:^|\s)((?:scripts/)(?:\w+/)*\w+\.py)(.*)", span)
+        command = re.search(r"(?:^|\s)p2ptrain ([a-z]+)\b(.*)", span)
+        if script:
+            allowed = flags_of_script(ROOT / script[1]) if (ROOT / script[1]).exists() else set()
+        elif command:
+            if command[1] not in known:
+                wrong.append(span)
+            allowed = known.get(command[1], set())
+        else:
+            allowed = anywhere
+        wrong += [f"{span}: {flag}" for flag in FLAG.findall(span) if flag not in allowed]
+    assert not wrong
+
+
+def test_the_exit_codes_are_those_of_the_errors() -> None:
+    section = (ROOT / "docs/quickstart.md").read_text().split("## Exit codes")[1].split("\n## ")[0]
+    listed = {int(code) for code in re.findall(r"^\| (\d+) \|", section, re.M)}
+    raised = {c.exit_code for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.P2PTrainError)}
+    # The others are not errors of ours: done, an invariant that `simulate` found broken, Ctrl-C.
+    assert listed == raised | {0, 13, 130}
+
+
+def test_the_protocol_is_of_the_version_that_the_code_speaks() -> None:
+    title = (ROOT / "docs/protocol.md").read_text().splitlines()[0]
+    assert title == f"# Protocol, version {PROTOCOL_VERSION}"
+
+
+def test_the_protocol_lists_the_calls_that_a_peer_answers() -> None:
+    text = (ROOT / "docs/protocol.md").read_text().split("## 3. Calls")[1].split("\n## ")[0]
+    methods = {
+        node.name.removeprefix("rpc_"): ast.unparse(node.returns) if node.returns else ""
+        for node in ast.walk(ast.parse((PACKAGE / "calls/servicer.py").read_text()))
+        if isinstance(node, ast.AsyncFunctionDef) and node.name.startswith("rpc_")
+    }
+    assert set(re.findall(r"^\| `(\w+)` \|", text, re.M)) == set(methods)
+    unary = re.search(r"\. ((?:`\w+`(?:, | and )?)+) are unary", " ".join(text.split()))
+    assert unary is not None
+    assert set(re.findall(r"`(\w+)`", unary[1])) == {
+        name for name, returns in methods.items() if returns == "BytesValue"
+    }
+
+
+def test_the_architecture_lists_every_module_and_no_other() -> None:
+    section = (ROOT / "docs/architecture.md").read_text().split("## Where things are")[1].split("\n## ")[0]
+    listed: set[str] = set()
+    package = ""
+    for first, second in re.findall(r"^\|([^|]*)\|([^|]*)\|", section, re.M):
+        package = next(iter(re.findall(r"`([\w/]+/)`", first)), package if not first.strip() else "")
+        listed |= set(re.findall(r"`(\w+)`", first))
+        listed |= {f"{package}{name}" for name in re.findall(r"`(\w+)`", second)}
+    modules = {
+        str(p.relative_to(PACKAGE).with_suffix("")) for p in MODULES if p.name not in ("__init__.py", "__main__.py")
+    }
+    assert listed == modules
+
+
+def said_in(path: Path) -> Iterator[str]:
+    """Yield every docstring and every comment of a module."""
+    text = path.read_text()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield re.sub(r"https?://\S+", "", node.value.value)
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.string
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_every_file_that_a_docstring_names_is_there(path: Path) -> None:
+    missing = []
+    for text in said_in(path):
+        for name in re.findall(r"(?<![\w/.])(?:[a-z_]+/)*[a-z_0-9]+\.(?:py|md)\b", text):
+            if not exists(name, path.parent, path.parent.parent):
+                missing.append(name)
+        for name in re.findall(r"\bp2ptrain(?:\.[a-z_]+)+", text):
+            *parents, last = name.split(".")
+            module = ROOT.joinpath(*parents)
+            if (
+                not (module / last).is_dir()
+                and not (module / f"{last}.py").exists()
+                and not module.with_suffix(".py").exists()
+            ):
+                missing.append(name)
+    assert not missing
+
+
+def test_every_rule_that_the_code_cites_is_there() -> None:
+    rules = set(re.findall(r"^## (\d+)\. ", (ROOT / "docs/rounds.md").read_text(), re.M))
+    assert rules == {str(number) for number in range(1, 14)}
+    cited = {n for path in MODULES for n in re.findall(r"docs/rounds\.md`?, rules? (\d+)", path.read_text())}
+    assert cited <= rules
+
+
+def test_every_table_is_that_of_its_result_file() -> None:
+    script = [sys.executable, str(ROOT / "scripts/make_tables.py"), "--check"]
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
