@@ -7,7 +7,7 @@ it, `URGENT_SECONDS` each at most, so that a peer that reads slowly does not sto
 What it costs training: the line's other half is what a round has to itself, and the cap on the rate is one on the time
 of this machine's cores. On two cores, with two learners on them as well, a donor kept 69 % of its rounds a minute at
 8.6 MB/s, 87 % at 2.1 and all of them, within the noise, at 1.1, which takes it 0.013 of a core
-(scripts/bench_state_transfer.py).
+(scripts/bench/state_transfer.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One whole p2ptrain peer, whose gradients are noise and whose rounds wait for a word: for bench_round.py.
 
-    python scripts/round_peer.py --home DIR --host IP (--manifest run.toml | --join ADDRESS)
+    python scripts/bench/lab/round_peer.py --home DIR --host IP (--manifest run.toml | --join ADDRESS)
 
 Session, trainer, driver, machine, journal, codec and sockets are those of `p2ptrain join`. Of the model only the loss
 is replaced: it gives each parameter normal noise as its gradient. A contribution that is accumulated, selected and
@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 import torch
-from lines import counted_here
+from lab.lines import counted_here
 from torch import Tensor
 
 from p2ptrain.calls.client import hello

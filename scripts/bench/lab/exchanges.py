@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from crew import Crew
-from lines import Lines
+from lab.crew import Crew
+from lab.lines import Lines
 
 from p2ptrain.config.manifest import ModelConfig
 
@@ -120,7 +120,7 @@ class Rounds:
 
     def _start(self, number: int, *how: str) -> None:
         home, host = self.crew.folder / f"home{number}", self.crew.lines.address(number)
-        self.crew.start(number, "round_peer.py", "--home", str(home), "--host", host, *how)
+        self.crew.start(number, "lab/round_peer.py", "--home", str(home), "--host", host, *how)
 
     def _hear(self) -> tuple[int, Figures]:
         number, message = self.crew.hear(START_SECONDS)
@@ -245,7 +245,7 @@ class Averagers:
         join: list[str] = []
         for number in range(self.peers):
             host = self.crew.lines.address(number)
-            self.crew.start(number, "averager_peer.py", "--host", host, *size, *join)
+            self.crew.start(number, "lab/averager_peer.py", "--host", host, *size, *join)
             if number == 0:
                 join = [f"--join={address}" for address in self.crew.hear(START_SECONDS)[1]["join"]]
         for _ in range(self.peers - 1):

@@ -1,6 +1,6 @@
 """Time to one loss behind slow lines: p2ptrain beside hivemind's Optimizer and torch's DDP, with the same GPT and text.
 
-    python scripts/bench_time_to_loss.py --out docs/results/time_to_loss.json --picture docs/pictures/time_to_loss.png
+    python scripts/bench/time_to_loss.py --out docs/results/time_to_loss.json --picture docs/pictures/time_to_loss.png
 
 Time to loss = seconds of a step, timed, times steps to the loss, from training runs without network. As root, on Linux.
 
@@ -38,10 +38,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lines import prepare
+from lab.lines import prepare
 from rich.console import Console
-from time_to_loss_curves import MANIFEST, MEMBERS, curves, sequences_per_member, steps_to, write
-from timed_steps import METHODS, measure
+from lab.curves import MANIFEST, MEMBERS, curves, sequences_per_member, steps_to, write
+from lab.timed_steps import METHODS, measure
 
 COMPUTE_SECONDS = (1.0, 10.0, 60.0)
 PARTS = ("timings", "curves")

@@ -1,7 +1,7 @@
 """How well each strategy learns for the bytes it sends: held-out bits per byte, beside AdamW and Muon without a
 network.
 
-    python scripts/bench_learning.py --jobs 2 --out docs/results/learning.json --picture docs/pictures/learning.png
+    python scripts/bench/learning.py --jobs 2 --out docs/results/learning.json --picture docs/pictures/learning.png
 
 Each run trains a GPT of --layers and --embedding on --tokens tokens of the embedded corpus, or of --corpus botocore:
 what that package documents, 31 MB (pip install --no-deps botocore==1.44.5), with the same tokenizer. Members are those

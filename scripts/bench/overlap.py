@@ -1,6 +1,6 @@
 """What a forward and backward pass costs while the exchange is under way: real peers, real computing, `overlap = 1`.
 
-    python scripts/bench_overlap.py
+    python scripts/bench/overlap.py
 
 Two peers train one GPT of 10 million parameters behind lines of 10 Mbit/s, a thread each, and time each of their
 micro-batches; then the same two without each other, each in a swarm of its own, so that only the exchange differs.
@@ -32,11 +32,11 @@ from typing import Any
 
 import msgspec
 import torch
-from crew import Crew
-from lines import Lines, prepare
-from step_peer import end_with_stdin, say
-from synthetic_gpt import SyntheticGPT
-from time_to_loss_curves import MANIFEST
+from lab.crew import Crew
+from lab.lines import Lines, prepare
+from lab.step_peer import end_with_stdin, say
+from lab.synthetic_gpt import SyntheticGPT
+from lab.curves import MANIFEST
 
 from p2ptrain.config.loading import render
 
@@ -119,7 +119,7 @@ def timed(arrangement: str, spare: bool, options: argparse.Namespace, folder: Pa
             home = ["--home", str(folder / f"home{number}"), "--host", lines.address(number), "--threads", "1", "-v"]
             command = ["join", join] if together and join else ["bootstrap", str(manifest)]
             sleep = SLEEP_SECONDS if spare and number else 0.0
-            crew.start(number, "bench_overlap.py", "--peer", str(sleep), *command, *home)
+            crew.start(number, "overlap.py", "--peer", str(sleep), *command, *home)
             while together and join is None:
                 join = crew.hear(START_SECONDS)[1].get("join", [None])[0]
         found: list[Figures] = []

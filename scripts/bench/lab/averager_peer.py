@@ -1,6 +1,6 @@
 """One peer of hivemind's averager, whose all-reduce waits for a word: for bench_round.py.
 
-    python scripts/averager_peer.py --host IP --peers 4 --parameters 10000000 [--join ADDRESS]
+    python scripts/bench/lab/averager_peer.py --host IP --peers 4 --parameters 10000000 [--join ADDRESS]
 
 A `DecentralizedAverager` with Float16Compression over one tensor of noise, its DHT in a process of its own, as hivemind
 has it. On stdin: `group` has it look for a group, with all-reduce to be triggered; `go SECONDS` triggers it at that
@@ -22,7 +22,7 @@ import psutil
 import torch
 from hivemind.averaging.control import AveragingStage
 from hivemind.compression import Float16Compression
-from lines import counted_here
+from lab.lines import counted_here
 
 MATCHMAKING_SECONDS = 3.0
 REQUEST_SECONDS = 2.0

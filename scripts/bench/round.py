@@ -1,6 +1,6 @@
 """What an exchange costs with 2, 4 and 8 real peers: seconds and bytes, beside hivemind's averager and the floor.
 
-    python scripts/bench_round.py --out docs/results/round.json --picture docs/pictures/round.png
+    python scripts/bench/round.py --out docs/results/round.json --picture docs/pictures/round.png
 
 As root, on Linux. Each peer is a process of its own in a network namespace, behind a line: first without limit, then of
 --mbit both ways. The model has 10 million parameters, gradients are noise. What is timed, over --rounds rounds:
@@ -32,9 +32,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from crew import Crew
-from exchanges import MODEL, Averagers, Figures, Rounds, averager_figures, figures_of, round_trip_seconds, with_floor
-from lines import Lines, prepare
+from lab.crew import Crew
+from lab.exchanges import MODEL, Averagers, Figures, Rounds, averager_figures, figures_of, round_trip_seconds, with_floor
+from lab.lines import Lines, prepare
 from rich.console import Console
 
 from p2ptrain.state.files import atomic_write

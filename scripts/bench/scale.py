@@ -1,6 +1,6 @@
 """What a round costs with 8 to 256 members: bytes, messages and seconds, by the real protocol on modelled lines.
 
-    python scripts/scale_simulation.py --out docs/results/scale.json --picture docs/pictures/scale.png
+    python scripts/bench/scale.py --out docs/results/scale.json --picture docs/pictures/scale.png
 
 Real driver, machine, messages, codec, reducing, seals and journal on a virtual clock; only the model and its gradients
 are made up (coefficients at random places, of a model of 10 million parameters). All peers are members from the start,

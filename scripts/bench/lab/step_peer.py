@@ -1,6 +1,6 @@
 """One peer of p2ptrain, of hivemind's Optimizer or of torch's DDP, on a GPT whose computing is modelled.
 
-    python scripts/step_peer.py ddp --rank 0 --peers 4 --host 10.0.0.1 --master 10.0.0.1 --compute-seconds 10 ...
+    python scripts/bench/lab/step_peer.py ddp --rank 0 --peers 4 --host 10.0.0.1 --master 10.0.0.1 --compute-seconds 10 ...
 
 Started by bench_time_to_loss.py behind lines. Says a JSON line on stdout where it can be joined, one after each step of
 the optimizer, when (time.monotonic, which all processes share) and what its line has carried; ends when stdin does.
@@ -28,8 +28,8 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from lines import DEVICE, counted_here
-from synthetic_gpt import SyntheticGPT
+from lab.lines import DEVICE, counted_here
+from lab.synthetic_gpt import SyntheticGPT
 from torch import Tensor, nn
 
 from p2ptrain.config.manifest import ModelConfig

@@ -1,6 +1,6 @@
 """Thousands of simulated histories with every fault: none may break an invariant.
 
-    python scripts/soak_simulation.py --seeds 10000 --out docs/results/soak_simulation.json
+    python scripts/bench/soak_simulation.py --seeds 10000 --out docs/results/soak_simulation.json
 
 Resumable: a piece of `PIECE` seeds is added to --out when it is done, and a later call goes on from there. Seeds are
 played as `tests/simulation/histories.py` plays them. The file holds, for each piece, a hash over the histories of its

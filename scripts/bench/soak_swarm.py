@@ -1,6 +1,6 @@
 """Real peers under faults for as long as you like: they must end bit-identical, and leave nothing behind.
 
-    python scripts/soak_swarm.py --peers 6 --minutes 30 --seed 1 --out docs/results/soak_swarm.json
+    python scripts/bench/soak_swarm.py --peers 6 --minutes 30 --seed 1 --out docs/results/soak_swarm.json
 
 As root, on Linux: each peer is a `p2ptrain` process in a network namespace of its own, behind a line of --mbit, on one
 bridge. First all of them train in calm. Then, every 5 to 20 s, one of all but the first suffers a fault: kill -9 and a
@@ -32,7 +32,7 @@ from typing import Any
 
 import psutil
 import torch
-from lines import Lines, prepare
+from lab.lines import Lines, prepare
 from rich.console import Console
 from rich.table import Table
 

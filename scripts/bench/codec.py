@@ -37,7 +37,7 @@ import msgspec
 import numpy as np
 import psutil
 import torch
-from baseline_demo import StraightforwardDeMo
+from lab.baseline_demo import StraightforwardDeMo
 
 from p2ptrain import chain
 from p2ptrain.calls.messages import ContributionHeader, Tip, Traffic
