@@ -33,13 +33,13 @@ from typing import Any
 import psutil
 import torch
 from lab.lines import Lines, prepare
+from lab.report import finish, machine
 from rich.console import Console
 from rich.table import Table
 
 from p2ptrain import chain
 from p2ptrain.config.home import Home
 from p2ptrain.config.manifest import open_manifest
-from p2ptrain.state.files import atomic_write
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.snapshot import SnapshotStore
 from p2ptrain.swarm.identity import verify
@@ -598,11 +598,7 @@ def main() -> int:
             console.print(f"homes and logs: {folder}")
         else:
             shutil.rmtree(folder, ignore_errors=True)
-    text = json.dumps(report, indent=2)
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(options.out, f"{text}\n".encode(), mode=0o644)
-    print(text)
+    finish(options.out, {**machine(), **report})
     return int(wrong)
 
 

@@ -1,6 +1,6 @@
 """Swarms of real peers and of hivemind's averagers that exchange when told to, and what each exchange took.
 
-Used by bench_round.py, whose help says what is timed.
+Used by bench/round.py, whose help says what is timed.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from lab.crew import Crew
 from lab.lines import Lines
+from lab.report import Figures
 
 from p2ptrain.config.manifest import ModelConfig
 
@@ -46,8 +46,6 @@ alone_after_seconds = 60.0
 root_interval = 1000
 """
 """Of the rest, what a new run gets."""
-
-Figures = dict[str, Any]
 
 
 def spread(values: Iterable[float], digits: int = 4) -> Figures:
