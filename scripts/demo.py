@@ -6,6 +6,7 @@ each, so that three of them share two cores fairly. Takes under four minutes.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
@@ -181,6 +182,7 @@ def show(summary: dict[str, Any], peers: list[Peer]) -> None:
 
 def main() -> None:
     """The demo."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     began = time.monotonic()
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir()

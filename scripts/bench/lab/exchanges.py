@@ -1,6 +1,6 @@
 """Swarms of real peers and of hivemind's averagers that exchange when told to, and what each exchange took.
 
-Used by bench_round.py, whose help says what is timed.
+Used by bench/round.py, whose help says what is timed.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
 
-from crew import Crew
-from lines import Lines
+from lab.crew import Crew
+from lab.lines import Lines
+from lab.report import Figures
 
 from p2ptrain.config.manifest import ModelConfig
 
@@ -46,8 +46,6 @@ alone_after_seconds = 60.0
 root_interval = 1000
 """
 """Of the rest, what a new run gets."""
-
-Figures = dict[str, Any]
 
 
 def spread(values: Iterable[float], digits: int = 4) -> Figures:
@@ -120,7 +118,7 @@ class Rounds:
 
     def _start(self, number: int, *how: str) -> None:
         home, host = self.crew.folder / f"home{number}", self.crew.lines.address(number)
-        self.crew.start(number, "round_peer.py", "--home", str(home), "--host", host, *how)
+        self.crew.start(number, "lab/round_peer.py", "--home", str(home), "--host", host, *how)
 
     def _hear(self) -> tuple[int, Figures]:
         number, message = self.crew.hear(START_SECONDS)
@@ -245,7 +243,7 @@ class Averagers:
         join: list[str] = []
         for number in range(self.peers):
             host = self.crew.lines.address(number)
-            self.crew.start(number, "averager_peer.py", "--host", host, *size, *join)
+            self.crew.start(number, "lab/averager_peer.py", "--host", host, *size, *join)
             if number == 0:
                 join = [f"--join={address}" for address in self.crew.hear(START_SECONDS)[1]["join"]]
         for _ in range(self.peers - 1):

@@ -1,6 +1,6 @@
-"""One peer of hivemind's averager, whose all-reduce waits for a word: for bench_round.py.
+"""One peer of hivemind's averager, whose all-reduce waits for a word: for bench/round.py.
 
-    python scripts/averager_peer.py --host IP --peers 4 --parameters 10000000 [--join ADDRESS]
+    python scripts/bench/lab/averager_peer.py --host IP --peers 4 --parameters 10000000 [--join ADDRESS]
 
 A `DecentralizedAverager` with Float16Compression over one tensor of noise, its DHT in a process of its own, as hivemind
 has it. On stdin: `group` has it look for a group, with all-reduce to be triggered; `go SECONDS` triggers it at that
@@ -11,29 +11,27 @@ how many it found; when all-reduce was over, what the line carried and what it t
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import hivemind
 import psutil
 import torch
 from hivemind.averaging.control import AveragingStage
 from hivemind.compression import Float16Compression
-from lines import counted_here
+from lab.lines import counted_here
+from lab.report import say
 
 MATCHMAKING_SECONDS = 3.0
 REQUEST_SECONDS = 2.0
 """Of a follower to a leader; hivemind wants it below the matchmaking time."""
 TIMEOUT_SECONDS = 300.0
 POLL_SECONDS = 0.005
-
-
-def say(**what: object) -> None:
-    """One JSON line."""
-    print(json.dumps(what), flush=True)
 
 
 def core_seconds() -> float:

@@ -5,8 +5,9 @@ on a GPT of 15 million parameters, TOPK coefficients a chunk and steps of signs,
 threads that such a group has. What a peer wrote itself it does not decode; `codec_...` says what that takes. `lone` is
 `DeMo.step`, which takes the same step without making bytes of it, and `lone_of_a_new_run` with the coefficients and
 directions of the default manifest. Beside them, in turns and each on parameters of its own with the same gradients:
-DeMo as the paper writes it (`baseline_demo.py`, which makes no bytes either; once more with its products laid out for
-speed, as `..._tuned`), AdamW foreach and AdamW fused. Ratios are of the same turn; torch's default number of threads.
+DeMo as the paper writes it (`lab/baseline_demo.py`, which makes no bytes either; once more with its products laid out
+for speed, as `..._tuned`), AdamW foreach and AdamW fused. Ratios are of the same turn; torch's default number of
+threads.
 Gradients are normal random numbers, so indices lie evenly, which is the most they can cost.
 
 Bits are those of a contribution to each of PARTS reducers, with the frames, headers and hashes of its messages.
@@ -19,11 +20,10 @@ Takes under a minute on two cores; progress on stderr, one JSON object last on s
 
 from __future__ import annotations
 
+import argparse
 import functools
 import itertools
-import json
 import math
-import os
 import statistics
 import sys
 import threading
@@ -31,13 +31,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import psutil
 import torch
-from baseline_demo import StraightforwardDeMo
+from lab.baseline_demo import StraightforwardDeMo
+from lab.report import Watch, finish, machine, note
 
 from p2ptrain import chain
 from p2ptrain.calls.messages import ContributionHeader, Tip, Traffic
@@ -65,11 +67,6 @@ GPU_TURNS = 8
 REDUCERS = ThreadPoolExecutor(chain.PARTS_PER_REDUCER_MAX)
 Ranges = Sequence[tuple[int, int]]
 """Chunks [start, end) of each part."""
-
-
-def note(text: str) -> None:
-    """Progress."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -441,14 +438,16 @@ def gpu_shapes() -> list[tuple[int, ...]]:
     return [*ends, *(shape for _ in range(GPU_MODEL["layers"]) for shape in block)]
 
 
-def main() -> None:
+def main() -> int:
     """The benchmark."""
-    began = time.monotonic()
-    load = os.getloadavg()[0]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the result there too")
+    options = parser.parse_args()
+    watch = Watch()
     figures = {"memory": memory_figures(), **step_figures(), **codec_figures(), "cuda": cuda_figures()}
-    seconds = round(time.monotonic() - began, 1)
-    print(json.dumps({**figures, "load_before": round(load, 2), "seconds": seconds}))
+    finish(options.out, {**machine(), **figures, **watch.figures()})
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

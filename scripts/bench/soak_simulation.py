@@ -1,6 +1,6 @@
 """Thousands of simulated histories with every fault: none may break an invariant.
 
-    python scripts/soak_simulation.py --seeds 10000 --out docs/results/soak_simulation.json
+    python scripts/bench/soak_simulation.py --seeds 10000 --out docs/results/soak_simulation.json
 
 Resumable: a piece of `PIECE` seeds is added to --out when it is done, and a later call goes on from there. Seeds are
 played as `tests/simulation/histories.py` plays them. The file holds, for each piece, a hash over the histories of its
@@ -18,11 +18,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "simulation"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "simulation"))
 
 from histories import play_all
-
-from p2ptrain.state.files import atomic_write
+from lab.report import note, read, write
 
 PIECE = 250
 
@@ -35,13 +34,12 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no piece after this time")
     options = parser.parse_args()
     began = time.monotonic()
-    pieces: list[dict[str, Any]] = json.loads(options.out.read_text())["pieces"] if options.out.exists() else []
+    pieces: list[dict[str, Any]] = (read(options.out) or {"pieces": []})["pieces"]
     while len(pieces) * PIECE < options.seeds and time.monotonic() - began < options.seconds:
         first = len(pieces) * PIECE
         pieces.append(play_piece(first, min(first + PIECE, options.seeds)))
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(options.out, (json.dumps(summary(pieces), indent=1) + "\n").encode(), mode=0o644)
-        print(f"{pieces[-1]['end']} seeds, {time.monotonic() - began:.0f} s", file=sys.stderr)
+        write(options.out, summary(pieces))
+        note(f"{pieces[-1]['end']} seeds, {time.monotonic() - began:.0f} s")
     result = summary(pieces)
     print(json.dumps({key: value for key, value in result.items() if key != "pieces"}))
     return 1 if result["violations"] else 0

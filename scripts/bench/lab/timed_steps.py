@@ -12,12 +12,12 @@ import os
 import re
 import statistics
 from pathlib import Path
-from typing import Any
 
 import msgspec
-from crew import Crew
-from lines import Lines
-from time_to_loss_curves import MANIFEST, sequences_per_member
+from lab.crew import Crew
+from lab.curves import MANIFEST, sequences_per_member
+from lab.lines import Lines
+from lab.report import Figures
 
 from p2ptrain.config.loading import render
 
@@ -28,7 +28,6 @@ STEP_SECONDS = 300.0
 """Beside computing, at most."""
 WARM_UP_STEPS = {"p2ptrain": 3, "p2ptrain-overlap": 3, "hivemind": 1, "ddp": 1, "ddp-fp16": 1}
 """Behind limited lines; the step under way when they become so apart."""
-Figures = dict[str, Any]
 
 
 def run_toml(compute_seconds: float, overlap: int) -> str:
@@ -97,7 +96,9 @@ def start_p2ptrain(crew: Crew, steps: Steps, common: list[str], peers: int, mani
     command = ["bootstrap", str(crew.folder / "run.toml")]
     for number in range(peers):
         home = ["--home", str(crew.folder / f"home{number}"), "--host", crew.lines.address(number)]
-        crew.start(number, "step_peer.py", "p2ptrain", *common, "--command", *command, *home, "--threads", "1", "-v")
+        crew.start(
+            number, "lab/step_peer.py", "p2ptrain", *common, "--command", *command, *home, "--threads", "1", "-v"
+        )
         while True:
             heard, message = steps.hear(START_SECONDS)
             if heard == number and "join" in message:
@@ -114,7 +115,7 @@ def start_baseline(method: str, crew: Crew, steps: Steps, common: list[str], pee
     join: list[str] = []
     for number in range(peers):
         host = ["--host", crew.lines.address(number), "--rank", str(number), "--master", crew.lines.address(0)]
-        crew.start(number, "step_peer.py", method, *common, *host, *join)
+        crew.start(number, "lab/step_peer.py", method, *common, *host, *join)
         if method == "hivemind":
             _, message = crew.hear(START_SECONDS)
             join = join or ["--join", message["join"][0]]

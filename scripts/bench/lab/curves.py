@@ -21,7 +21,6 @@ import itertools
 import json
 import math
 import multiprocessing
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -31,6 +30,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
+from lab.report import note, read, write
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -45,7 +45,6 @@ from p2ptrain.models.gpt import GPT
 from p2ptrain.models.init import initialise
 from p2ptrain.optim.demo import DeMo, PartReply, Pending
 from p2ptrain.optim.schedule import learning_rate
-from p2ptrain.state.files import atomic_write
 from p2ptrain.training.evaluation import bits_per_byte, compressors_bits_per_byte
 from p2ptrain.training.replica import build_optimizer
 
@@ -227,11 +226,7 @@ def train(setting: Setting, cache: Path, stop_below: float, path: Path) -> dict[
         path: file of curves, those not to be far behind among them.
     """
     torch.set_num_threads(1)
-    alike = [
-        run
-        for run in json.loads(path.read_text())["runs"]
-        if (run["method"], run["stale"]) == (setting.method, setting.stale)
-    ]
+    alike = [run for run in read(path)["runs"] if (run["method"], run["stale"]) == (setting.method, setting.stale)]
     others = [dict(run["heldout_bits_per_byte"]) for run in alike]
     text, model = Text.load(cache), GPT(MANIFEST.model)
     initialise(model, bytes.fromhex(MANIFEST.nonce))
@@ -243,7 +238,7 @@ def train(setting: Setting, cache: Path, stop_below: float, path: Path) -> dict[
         if step % EVALUATE_EVERY == 0:
             bits = bits_per_byte(model, text.heldout, text.heldout_bytes, max_tokens=EVALUATION_TOKENS)
             curve.append((step, round(bits, 4)))
-            print(f"{setting}: step {step}: {bits:.4f} bits per byte", file=sys.stderr, flush=True)
+            note(f"{setting}: step {step}: {bits:.4f} bits per byte")
             if len(curve) > 1 and max(bits for _, bits in curve[-2:]) < stop_below:
                 break
             best = min((other.get(step, math.inf) for other in others), default=math.inf)
@@ -278,7 +273,7 @@ def curves(path: Path, cache: Path, stop_below: float, jobs: int) -> dict[str, A
         # As it comes back from the file: a tuple would not.
         "manifest": json.loads(msgspec.json.encode(MANIFEST)),
     }
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = read(path) or {}
     if known.get("setup") != setup:
         known = {"setup": setup, "marks_bits_per_byte": Text.load(cache).marks(), "runs": []}
         write(path, known)
@@ -291,9 +286,3 @@ def curves(path: Path, cache: Path, stop_below: float, jobs: int) -> dict[str, A
             known["runs"].append(run.result())
             write(path, known)
     return known
-
-
-def write(path: Path, result: dict[str, Any]) -> None:
-    """As JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, f"{json.dumps(result, indent=1)}\n".encode(), mode=0o644)

@@ -1,6 +1,6 @@
 """What an exchange costs with 2, 4 and 8 real peers: seconds and bytes, beside hivemind's averager and the floor.
 
-    python scripts/bench_round.py --out docs/results/round.json --picture docs/pictures/round.png
+    python scripts/bench/round.py --out docs/results/round.json --picture docs/pictures/round.png
 
 As root, on Linux. Each peer is a process of its own in a network namespace, behind a line: first without limit, then of
 --mbit both ways. The model has 10 million parameters, gradients are noise. What is timed, over --rounds rounds:
@@ -23,8 +23,6 @@ Prints one JSON object last; figures are medians, with the least and the most. P
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import sys
 import tempfile
@@ -32,12 +30,10 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from crew import Crew
-from exchanges import MODEL, Averagers, Figures, Rounds, averager_figures, figures_of, round_trip_seconds, with_floor
-from lines import Lines, prepare
-from rich.console import Console
-
-from p2ptrain.state.files import atomic_write
+from lab.crew import Crew
+from lab.exchanges import MODEL, Averagers, Rounds, averager_figures, figures_of, round_trip_seconds, with_floor
+from lab.lines import Lines, prepare
+from lab.report import Figures, Watch, finish, machine, note, pyplot, read, save, write
 
 PARTS = ("p2ptrain", "hivemind", "flatness")
 FLATNESS_PEERS = (2, 4, 8, 16)
@@ -45,8 +41,6 @@ FLATNESS_ROUNDS = 3
 METER_ROUNDS = 40
 """After peers have joined, or a line has changed its rate: they measure theirs, and parts follow. A peer remembers 25
 rounds, and one in which it had to send something again does not count."""
-
-console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def bench_p2ptrain(peers: int, options: argparse.Namespace, folder: Path) -> Figures:
@@ -56,7 +50,7 @@ def bench_p2ptrain(peers: int, options: argparse.Namespace, folder: Path) -> Fig
         rounds = Rounds(crew, peers)
         began = time.monotonic()
         rounds.start()
-        console.print(f"p2ptrain: {peers} members after {time.monotonic() - began:.0f} s")
+        note(f"p2ptrain: {peers} members after {time.monotonic() - began:.0f} s")
         idle = rounds.idle()
         found["idle_bytes_per_second"] = round(statistics.median(rate for pair in idle for rate in pair))
         for name, mbit in options.lines:
@@ -70,7 +64,7 @@ def bench_p2ptrain(peers: int, options: argparse.Namespace, folder: Path) -> Fig
                 figures = with_floor(figures, mbit, rtt_seconds)
             trips = {"rtt_seconds": round(rtt_seconds, 6), "unary_call_seconds": round(unary_seconds, 5)}
             found[name] = figures | trips
-            console.print(f"p2ptrain, {peers} peers, {name}: {summary(figures)}")
+            note(f"p2ptrain, {peers} peers, {name}: {summary(figures)}")
     return found
 
 
@@ -97,7 +91,7 @@ def bench_flatness(peers: int, options: argparse.Namespace, known: Figures, fold
         "payload_bytes_mean": figures["payload_bytes_mean"],
         "all_gather_bytes_sent": (peers - 1) * figures["contribution_bytes"]["median"],
     }
-    console.print(f"flatness, {peers} peers: {row}")
+    note(f"flatness, {peers} peers: {row}")
     return row
 
 
@@ -117,7 +111,7 @@ def bench_hivemind(peers: int, options: argparse.Namespace, folder: Path) -> Fig
                 figures = averager_figures(averagers.play(options.averagings_limited))
                 figures = with_floor(figures, mbit, round_trip_seconds(lines))
             found[name] = figures
-            console.print(f"hivemind, {peers} peers, {name}: {summary(figures)}")
+            note(f"hivemind, {peers} peers, {name}: {summary(figures)}")
     return found
 
 
@@ -141,12 +135,7 @@ def compared(report: Figures) -> Figures:
 
 def draw(report: Figures, path: Path) -> None:
     """Seconds, bytes and flatness by members."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(14, 4))
+    figure, (left, middle, right) = pyplot().subplots(1, 3, figsize=(14, 4))
     for name, style in (("unlimited", "--"), (f"{report['mbit']:g} Mbit/s", "-")):
         for of, colour in (("hivemind", "tab:orange"), ("p2ptrain", "tab:blue")):
             rows = {int(peers): row[name] for peers, row in report[of].items() if name in row}
@@ -177,8 +166,7 @@ def draw(report: Figures, path: Path) -> None:
         axes.grid(alpha=0.3, which="both")
         if axes.lines:
             axes.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    save(figure, path)
 
 
 def plan(parts: Sequence[str], sizes: Sequence[int]) -> Iterator[tuple[str, int]]:
@@ -208,12 +196,10 @@ def main() -> int:
     if options.mbit:
         options.lines.append((f"{options.mbit:g} Mbit/s", options.mbit))
     parts = options.part or PARTS
-    report: Figures = {part: {} for part in PARTS}
-    if options.out is not None and options.out.exists():
-        report = json.loads(options.out.read_text())
-    report |= {"parameters": MODEL.parameters, "mbit": options.mbit, "cores": os.cpu_count()}
+    report: Figures = read(options.out) or {part: {} for part in PARTS}
+    report |= {"parameters": MODEL.parameters, "mbit": options.mbit, **machine()}
     for part, peers in plan(parts, options.peers):
-        began, load = time.monotonic(), os.getloadavg()[0]
+        watch = Watch()
         with tempfile.TemporaryDirectory(prefix="p2ptrain-round-", dir="/tmp") as folder:
             if part == "p2ptrain":
                 figures = bench_p2ptrain(peers, options, Path(folder))
@@ -221,15 +207,12 @@ def main() -> int:
                 figures = bench_hivemind(peers, options, Path(folder))
             else:
                 figures = bench_flatness(peers, options, report["p2ptrain"].get(str(peers), {}), Path(folder))
-        took = round(time.monotonic() - began, 1)
-        report[part][str(peers)] = figures | {"load_before": round(load, 2), "took_seconds": took}
+        report[part][str(peers)] = figures | watch.figures()
         report["compared"] = compared(report)
-        if options.out is not None:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(options.out, f"{json.dumps(report, indent=2)}\n".encode(), mode=0o644)
+        write(options.out, report)
     if options.picture is not None:
         draw(report, options.picture)
-    print(json.dumps(report, indent=2))
+    finish(options.out, report)
     return 0
 
 

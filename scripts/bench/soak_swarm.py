@@ -1,6 +1,6 @@
 """Real peers under faults for as long as you like: they must end bit-identical, and leave nothing behind.
 
-    python scripts/soak_swarm.py --peers 6 --minutes 30 --seed 1 --out docs/results/soak_swarm.json
+    python scripts/bench/soak_swarm.py --peers 6 --minutes 30 --seed 1 --out docs/results/soak_swarm.json
 
 As root, on Linux: each peer is a `p2ptrain` process in a network namespace of its own, behind a line of --mbit, on one
 bridge. First all of them train in calm. Then, every 5 to 20 s, one of all but the first suffers a fault: kill -9 and a
@@ -32,14 +32,14 @@ from typing import Any
 
 import psutil
 import torch
-from lines import Lines, prepare
+from lab.lines import Lines, prepare
+from lab.report import finish, machine
 from rich.console import Console
 from rich.table import Table
 
 from p2ptrain import chain
 from p2ptrain.config.home import Home
 from p2ptrain.config.manifest import open_manifest
-from p2ptrain.state.files import atomic_write
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.snapshot import SnapshotStore
 from p2ptrain.swarm.identity import verify
@@ -598,11 +598,7 @@ def main() -> int:
             console.print(f"homes and logs: {folder}")
         else:
             shutil.rmtree(folder, ignore_errors=True)
-    text = json.dumps(report, indent=2)
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(options.out, f"{text}\n".encode(), mode=0o644)
-    print(text)
+    finish(options.out, {**machine(), **report})
     return int(wrong)
 
 

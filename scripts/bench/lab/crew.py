@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from lines import Lines
+from lab.lines import Lines
 
 END_SECONDS = 10.0
 
@@ -53,8 +53,8 @@ class Crew:
             left.kill()
 
     def start(self, number: int, script: str, *arguments: str) -> None:
-        """Start a script that lies beside this one, behind line `number`."""
-        path = Path(__file__).with_name(script)
+        """Start a script, named by its path in the benchmarks' folder, behind line `number`."""
+        path = Path(__file__).parents[1] / script
         with (self.folder / f"{number}.log").open("w") as log:
             process = subprocess.Popen(
                 [*self.lines.inside(number), sys.executable, str(path), *arguments],

@@ -1,15 +1,21 @@
 """How fast a learner gets a snapshot from 1, 2 and 4 donors, and what handing out costs a donor that trains.
 
-Real peers on loopback. Each donor's line is what it declares, as the peers' own pacing has it, so figures are those of
-the declared lines as long as this machine's cores suffice. The donor that trains is one `p2ptrain bootstrap` process;
-its rounds are of a fixed size, so that rounds a minute are its speed, measured with and without two learners that
-download without end, by turns. Takes under four minutes; prints one JSON object last.
+    python scripts/bench/state_transfer.py --out docs/results/state_transfer.json
+
+Real peers on loopback. Donors of the first part pace what they hand out as behind a line of --kbit, so figures are
+those of such lines as long as this machine's cores suffice. The donor that trains is one `p2ptrain bootstrap` process
+for each of --rates, which is what it hands out at most: the line that it takes itself to have before it has measured
+one, `uplink.USUAL_KBIT`, and the cap, `handout.RATE_MAX_BYTES`, are set in it accordingly. Alone in its swarm it
+measures no line, so that the rate stays. Its rounds are of a fixed size, so that rounds a minute are its speed, with
+and without two learners that download without end, by turns. `handed_out_bytes_per_second` is what the learners got.
+Takes under five minutes.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
-import json
+import math
 import os
 import re
 import signal
@@ -23,11 +29,13 @@ from typing import Any
 
 import psutil
 import torch
+from lab.report import Watch, finish, machine, note
 
 from p2ptrain.calls.client import Client
-from p2ptrain.calls.handout import Handout
+from p2ptrain.calls.handout import RATE_MAX_BYTES, SHARE, Handout
 from p2ptrain.calls.messages import NAMESPACE, SnapshotOffer, Traffic
 from p2ptrain.calls.servicer import PeerServicer
+from p2ptrain.calls.uplink import USUAL_KBIT
 from p2ptrain.config.manifest import Manifest, ModelConfig, open_manifest
 from p2ptrain.history.catching_up import CatchingUp
 from p2ptrain.history.download import Download
@@ -41,12 +49,12 @@ from p2ptrain.training.replica import Replica
 
 SNAPSHOT_BYTES = 12 * 1024 * 1024
 LINE_KBIT = 16_000
-"""What each donor of the first part declares: 1 MB/s for snapshots."""
+"""Of each donor of the first part: 1 MB/s for snapshots."""
 CROWD = 4
-TURNS = 4
+TURNS = 3
 TURN_SECONDS = 7.0
-TRAINING_LINES_KBIT = (10_000, 200_000)
-"""What the donor that trains declares: a peer's default, and more than the cap on handing out."""
+RATES_BYTES = (round(SHARE * USUAL_KBIT * 125), RATE_MAX_BYTES, 2 * RATE_MAX_BYTES, 8 * RATE_MAX_BYTES)
+"""Of the donor that trains: what a peer has that has not measured its line, the most that any has, and more."""
 MANIFEST = """\
 name = "bench"
 nonce = "{nonce}"
@@ -117,10 +125,10 @@ async def peers_of(count: int, folder: Path, first: list[str], run_id: bytes, kb
     return made
 
 
-async def by_donors(folder: Path) -> dict[str, Any]:
+async def by_donors(folder: Path, kbit: int) -> dict[str, Any]:
     """Download times by the number of donors, and of a crowd at one donor."""
     run_id, identifier = bytes(32), bytes(31) + b"\1"
-    peers = await peers_of(4 + CROWD, folder, [], run_id, LINE_KBIT)
+    peers = await peers_of(4 + CROWD, folder, [], run_id, kbit)
     donors, learners = peers[:4], peers[4:]
     data = os.urandom(SNAPSHOT_BYTES)
     for donor in donors:
@@ -150,14 +158,17 @@ async def by_donors(folder: Path) -> dict[str, Any]:
 
 
 class TrainingDonor:
-    """A peer that trains alone, as a user starts it."""
+    """A peer that trains alone, as a user starts it, and hands out at `rate` bytes a second."""
 
-    def __init__(self, folder: Path, kbit: int) -> None:
+    def __init__(self, folder: Path, rate: int) -> None:
         folder.mkdir()
         manifest = folder / "run.toml"
         manifest.write_text(MANIFEST.format(nonce=os.urandom(16).hex()))
         self.home = folder / "home"
-        code = f"from p2ptrain.training import session; session.DEFAULT_UPLINK_KBIT = {kbit}; "
+        code = "from p2ptrain.calls import handout, uplink; "
+        # Looked for by name, since to set what a module does not read would vary nothing.
+        code += "assert {'USUAL_KBIT'} <= vars(uplink).keys() and {'RATE_MAX_BYTES'} <= vars(handout).keys(); "
+        code += f"uplink.USUAL_KBIT, handout.RATE_MAX_BYTES = {math.ceil(rate / SHARE / 125)}, {rate}; "
         code += "from p2ptrain.cli.main import run; run()"
         flags = ["--home", str(self.home), "--host", "127.0.0.1", "--threads", "1"]
         self.process = subprocess.Popen(
@@ -196,9 +207,9 @@ class TrainingDonor:
         self.process.wait()
 
 
-async def training(folder: Path, kbit: int) -> dict[str, Any]:
+async def training(folder: Path, rate: int) -> dict[str, Any]:
     """A donor's rounds a minute with and without two learners."""
-    donor = TrainingDonor(folder / "donor", kbit)
+    donor = TrainingDonor(folder / "donor", rate)
     try:
         _, run_id = open_manifest((donor.home / "manifest.signed").read_bytes())
         learners = await peers_of(2, folder / "learners", [donor.address], run_id, LINE_KBIT)
@@ -235,7 +246,7 @@ async def training(folder: Path, kbit: int) -> dict[str, Any]:
         donor.stop()
     alone, handing_out = statistics.median(speeds[False]), statistics.median(speeds[True])
     return {
-        "declared_kbit": kbit,
+        "rate_bytes_per_second": rate,
         "snapshot_bytes": offers[0].length,
         "rounds_per_minute_alone": round(alone, 1),
         "rounds_per_minute_handing_out": round(handing_out, 1),
@@ -256,23 +267,34 @@ async def fetch_without_end(learner: Peer, donor: bytes) -> None:
         learner.partials.keep_only(None)
 
 
-def main() -> None:
+def main() -> int:
     """The benchmark."""
-    began = time.monotonic()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kbit", type=int, default=LINE_KBIT, help="line of a donor that only hands out; %(default)s")
+    parser.add_argument(
+        "--rates",
+        type=lambda text: [int(rate) for rate in text.split(",")],
+        default=RATES_BYTES,
+        help="of the donor that trains, in bytes a second; %(default)s",
+    )
+    parser.add_argument("--out", type=Path, help="write the result there too")
+    options = parser.parse_args()
+    watch = Watch()
     with (
         tempfile.TemporaryDirectory(prefix="p2pbench-") as name,
         asyncio.Runner(loop_factory=new_network_loop) as runner,
     ):
-        load = os.getloadavg()[0]
-        figures = runner.run(by_donors(Path(name) / "donors"))
+        figures = runner.run(by_donors(Path(name) / "donors", options.kbit))
+        note(str(figures))
         trained = []
-        for kbit in TRAINING_LINES_KBIT:
-            folder = Path(name) / str(kbit)
+        for rate in options.rates:
+            folder = Path(name) / str(rate)
             folder.mkdir()
-            trained.append(runner.run(training(folder, kbit)))
-    seconds = round(time.monotonic() - began, 1)
-    print(json.dumps({**figures, "training_donor": trained, "load_before": round(load, 2), "seconds": seconds}))
+            trained.append(runner.run(training(folder, rate)))
+            note(str(trained[-1]))
+    finish(options.out, {**machine(), **figures, "training_donor": trained, **watch.figures()})
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """What a forward and backward pass costs while the exchange is under way: real peers, real computing, `overlap = 1`.
 
-    python scripts/bench_overlap.py
+    python scripts/bench/overlap.py --out docs/results/overlap.json
 
 Two peers train one GPT of 10 million parameters behind lines of 10 Mbit/s, a thread each, and time each of their
 micro-batches; then the same two without each other, each in a swarm of its own, so that only the exchange differs.
@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import statistics
 import sys
@@ -32,11 +31,12 @@ from typing import Any
 
 import msgspec
 import torch
-from crew import Crew
-from lines import Lines, prepare
-from step_peer import end_with_stdin, say
-from synthetic_gpt import SyntheticGPT
-from time_to_loss_curves import MANIFEST
+from lab.crew import Crew
+from lab.curves import MANIFEST
+from lab.lines import Lines, prepare
+from lab.report import Figures, Watch, finish, machine, note, say
+from lab.step_peer import end_with_stdin
+from lab.synthetic_gpt import SyntheticGPT
 
 from p2ptrain.config.loading import render
 
@@ -49,7 +49,6 @@ SLEEP_SECONDS = 0.08
 """What a sequence takes of a core."""
 WARM_UP = 20
 """Micro-batches of each peer that are not counted."""
-Figures = dict[str, Any]
 
 
 # ---- a peer -------------------------------------------------------------------------------------------------------
@@ -119,7 +118,7 @@ def timed(arrangement: str, spare: bool, options: argparse.Namespace, folder: Pa
             home = ["--home", str(folder / f"home{number}"), "--host", lines.address(number), "--threads", "1", "-v"]
             command = ["join", join] if together and join else ["bootstrap", str(manifest)]
             sleep = SLEEP_SECONDS if spare and number else 0.0
-            crew.start(number, "bench_overlap.py", "--peer", str(sleep), *command, *home)
+            crew.start(number, "overlap.py", "--peer", str(sleep), *command, *home)
             while together and join is None:
                 join = crew.hear(START_SECONDS)[1].get("join", [None])[0]
         found: list[Figures] = []
@@ -156,7 +155,7 @@ def compared(spare: bool, options: argparse.Namespace) -> Figures:
             if arrangement == "together":
                 seconds["together_during_exchange"].append([one["seconds"] for one in found if one["during"]])
             mean = statistics.mean(seconds[arrangement][-1])
-            print(f"spare core: {spare}: {arrangement}: {1000 * mean:.1f} ms", file=sys.stderr, flush=True)
+            note(f"spare core: {spare}: {arrangement}: {1000 * mean:.1f} ms")
     ratios = {
         f"ratio_{name}": [
             round(statistics.mean(ours) / statistics.mean(theirs), 4)
@@ -177,12 +176,15 @@ def main() -> int:
     parser.add_argument("--sequences", type=int, default=4, help="of a peer and round; %(default)s")
     parser.add_argument("--micro-batches", type=int, default=150, help="of a peer and arrangement; %(default)s")
     parser.add_argument("--repetitions", type=int, default=4, help="of both arrangements; %(default)s")
+    parser.add_argument("--out", type=Path, help="write the result there too")
     options = parser.parse_args()
     prepare(parser)
-    figures: Figures = {"parameters": MANIFEST.model.parameters, **vars(options)}
+    watch = Watch()
+    asked = {name: value for name, value in vars(options).items() if name != "out"}
+    figures: Figures = {**machine(), "parameters": MANIFEST.model.parameters, **asked}
     for name, spare in (("core_to_spare", True), ("no_core_to_spare", False)):
         figures[name] = compared(spare, options)
-    print(json.dumps(figures, indent=2))
+    finish(options.out, figures | watch.figures())
     return 0
 
 

@@ -1,7 +1,7 @@
 """How well each strategy learns for the bytes it sends: held-out bits per byte, beside AdamW and Muon without a
 network.
 
-    python scripts/bench_learning.py --jobs 2 --out docs/results/learning.json --picture docs/pictures/learning.png
+    python scripts/bench/learning.py --jobs 2 --out docs/results/learning.json --picture docs/pictures/learning.png
 
 Each run trains a GPT of --layers and --embedding on --tokens tokens of the embedded corpus, or of --corpus botocore:
 what that package documents, 31 MB (pip install --no-deps botocore==1.44.5), with the same tokenizer. Members are those
@@ -43,6 +43,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
+from lab.report import note, pyplot, read, save, write
 from numpy.typing import NDArray
 
 from p2ptrain.config import strategies
@@ -335,7 +336,7 @@ def train(setting: Setting, device: str = "cpu") -> Toml:
         sent += trained.play()
         if number % every == 0 and number < rounds:
             curve.append((number, round(text.scored(trained.model, CURVE_TOKENS), 4)))
-            print(f"{label(setting)}: round {number}: {curve[-1][1]:.3f} bits per byte", file=sys.stderr, flush=True)
+            note(f"{label(setting)}: round {number}: {curve[-1][1]:.3f} bits per byte")
             if not math.isfinite(curve[-1][1]):
                 break
     bits = text.scored(trained.model)
@@ -384,7 +385,7 @@ def best_rate(rows: Sequence[Toml], one: Setting) -> float | None:
 
 def read_rows(path: Path) -> list[Toml]:
     """Of earlier runs, if there are any."""
-    rows: list[Toml] = json.loads(path.read_text()) if path.is_file() else []
+    rows: list[Toml] = read(path) or []
     return rows
 
 
@@ -422,10 +423,8 @@ def run_all(options: argparse.Namespace) -> list[Toml]:
                 del under_way[run]
                 row = run.result()
                 rows.append(row)
-                print(f"{label(setting_of(row))}: {row['bits_per_byte']}", file=sys.stderr, flush=True)
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                lines = ",\n ".join(json.dumps(one) for one in rows)
-                atomic_write(options.out, f"[{lines}]\n".encode(), mode=0o644)
+                note(f"{label(setting_of(row))}: {row['bits_per_byte']}")
+                write(options.out, rows)
 
 
 def table(rows: Sequence[Toml]) -> list[Toml]:
@@ -470,12 +469,7 @@ def _bits_of_run(row: Toml) -> float | None:
 
 def draw(found: Sequence[Toml], path: Path) -> None:
     """Loss against bytes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5))
+    figure, axes = pyplot().subplots(figsize=(8, 5))
     for one in found:
         bits = one["bits_per_parameter_of_run"]
         if bits is None:
@@ -495,8 +489,7 @@ def draw(found: Sequence[Toml], path: Path) -> None:
         title="Loss against bytes, the same tokens for all",
     )
     axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    save(figure, path)
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
 """What a round costs with 8 to 256 members: bytes, messages and seconds, by the real protocol on modelled lines.
 
-    python scripts/scale_simulation.py --out docs/results/scale.json --picture docs/pictures/scale.png
+    python scripts/bench/scale.py --out docs/results/scale.json --picture docs/pictures/scale.png
 
 Real driver, machine, messages, codec, reducing, seals and journal on a virtual clock; only the model and its gradients
 are made up (coefficients at random places, of a model of 10 million parameters). All peers are members from the start,
@@ -30,7 +30,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from google.protobuf.wrappers_pb2 import BytesValue
-from rich.console import Console
+from lab.report import Watch, finish, machine, note, pyplot, save
 
 from p2ptrain.calls.messages import Traffic
 from p2ptrain.calls.uplink import UplinkMeter
@@ -46,7 +46,6 @@ from p2ptrain.rounds.machine import RoundMachine
 from p2ptrain.simulation.loop import Actor, VirtualLoop
 from p2ptrain.simulation.network import Line, Network, SimNode
 from p2ptrain.simulation.toy import identity_of
-from p2ptrain.state.files import atomic_write
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import OwnEntry, OwnLog
 from p2ptrain.state.snapshot import SnapshotStore
@@ -58,8 +57,6 @@ COMPUTE_SECONDS = 5.0
 FIRST_ROUND = 10
 WARM_UP_ROUNDS = 2
 SIZES = (8, 16, 64, 256)
-
-console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class CountedTraffic(Traffic):
@@ -254,12 +251,7 @@ class Scale:
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Bytes and seconds by members."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(10, 4))
     members = [row["members"] for row in rows]
     left.plot(members, [row["payload_bytes_sent_per_peer_per_round"] / 1000 for row in rows], "o-", label="payload")
     left.plot(members, [row["header_bytes_sent_per_peer_per_round"] / 1000 for row in rows], "s--", label="headers")
@@ -273,8 +265,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_xlabel("members")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    save(figure, path)
 
 
 def main() -> int:
@@ -288,6 +279,7 @@ def main() -> int:
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    watch = Watch()
     rows: list[dict[str, Any]] = []
     parameters = 0
     for members in options.members:
@@ -298,21 +290,19 @@ def main() -> int:
             rows.append(scale.run(options.rounds))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        console.print(json.dumps(rows[-1]))
+        note(json.dumps(rows[-1]))
     report = {
+        **machine(),
         "parameters": parameters,
         "uplink_mbit": options.uplink_mbit,
         "delay_ms": options.delay_ms,
         "compute_seconds": COMPUTE_SECONDS,
         "sizes": rows,
+        **watch.figures(),
     }
-    text = json.dumps(report, indent=2)
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(options.out, f"{text}\n".encode())
     if options.picture is not None:
         draw(rows, options.picture)
-    print(text)
+    finish(options.out, report)
     return 0
 
 

@@ -1,17 +1,17 @@
 """Time to one loss behind slow lines: p2ptrain beside hivemind's Optimizer and torch's DDP, with the same GPT and text.
 
-    python scripts/bench_time_to_loss.py --out docs/results/time_to_loss.json --picture docs/pictures/time_to_loss.png
+    python scripts/bench/time_to_loss.py --out docs/results/time_to_loss.json --picture docs/pictures/time_to_loss.png
 
 Time to loss = seconds of a step, timed, times steps to the loss, from training runs without network. As root, on Linux.
 
 Timed: whole steps of 4 real peers, each a process in a network namespace behind a line of --mbit each way, no delay
 added: `p2ptrain` itself with and without overlap, hivemind.Optimizer with gradients in 16 bits, DDP over gloo plain and
 with its 16-bit hook. Gradients, what is sent, the optimizer's step and all waiting are real, and bytes are those that
-the lines' interfaces count. Modelled: computing, which sleeps for --compute seconds a step (synthetic_gpt.py), since
-two cores cannot compute for four peers at once; longer computing stands for a slower machine or a larger batch in the
-same number of steps. Warm-up steps are left out.
+the lines' interfaces count. Modelled: computing, which sleeps for --compute seconds a step (lab/synthetic_gpt.py),
+since two cores cannot compute for four peers at once; longer computing stands for a slower machine or a larger batch in
+the same number of steps. Warm-up steps are left out.
 
-Steps: see time_to_loss_curves.py; the best of its learning rates for each method. hivemind and DDP take the same steps
+Steps: see lab/curves.py; the best of its learning rates for each method. hivemind and DDP take the same steps
 and share a curve. p2ptrain with overlap has curves of its own, where as many sequences of each round are computed
 before the last round's step as were in the timing run (of 4, one a micro-batch).
 
@@ -35,13 +35,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
-from lines import prepare
-from rich.console import Console
-from time_to_loss_curves import MANIFEST, MEMBERS, curves, sequences_per_member, steps_to, write
-from timed_steps import METHODS, measure
+from lab.curves import MANIFEST, MEMBERS, curves, sequences_per_member, steps_to
+from lab.lines import prepare
+from lab.report import Figures, finish, merged, note, pyplot, read, save, write
+from lab.timed_steps import METHODS, measure
 
 COMPUTE_SECONDS = (1.0, 10.0, 60.0)
 PARTS = ("timings", "curves")
@@ -52,10 +51,6 @@ LOSS_BITS_PER_BYTE = 2.5
 STOP_BELOW_BITS = 0.03
 STALE_TOLERANCE = 0.1
 """Of a sequence, on average: the curve with so much less is still taken."""
-
-Figures = dict[str, Any]
-
-console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def best_runs(known: Figures, bits: float) -> list[Figures]:
@@ -113,12 +108,7 @@ def report(setup: Figures, known: Figures, timings: list[Figures], bits: float) 
 
 def draw(result: Figures, known: Figures, path: Path) -> None:
     """Curves by step on the left, time to the loss by seconds of computing on the right."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4))
     for one in best_runs(known, result["loss_bits_per_byte"]):
         label = "AdamW (hivemind, DDP)" if one["optimizer"] == "adamw" else "p2ptrain"
         label += f", {one['stale']} of {sequences_per_member()} sequences a step old" if one["stale"] else ""
@@ -140,13 +130,12 @@ def draw(result: Figures, known: Figures, path: Path) -> None:
     right.legend(fontsize=8)
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    save(figure, path)
 
 
 def time_steps(options: argparse.Namespace, setup: Figures) -> list[Figures]:
     """Timings of all methods and lengths of computing asked for, and those that the report at --out has."""
-    before = json.loads(options.out.read_text()) if options.out is not None and options.out.exists() else {}
+    before = read(options.out) or {}
     timings: list[Figures] = before.get("timings", []) if before.get("setup") == setup else []
     for compute, method in itertools.product(options.compute, options.methods):
         kept = [t for t in timings if (t["method"], t["compute_seconds"]) == (method, compute)]
@@ -159,13 +148,12 @@ def time_steps(options: argparse.Namespace, setup: Figures) -> list[Figures]:
             timing = measure(method, MEMBERS, options.mbit, compute, options.steps or usual, folder)
         finally:
             if options.keep:
-                console.print(f"homes and logs: {folder}")
+                note(f"homes and logs: {folder}")
             else:
                 shutil.rmtree(folder, ignore_errors=True)
-        console.print(f"{json.dumps(timing)} in {time.monotonic() - began:.0f} s")
-        timings = [t for t in timings if t not in kept] + [timing]
-        if options.out is not None:
-            write(options.out, {**before, "setup": setup, "timings": timings})
+        note(f"{json.dumps(timing)} in {time.monotonic() - began:.0f} s")
+        timings = merged(timings, timing, ("method", "compute_seconds"))
+        write(options.out, {**before, "setup": setup, "timings": timings})
     return timings
 
 
@@ -198,17 +186,15 @@ def main() -> int:
         prepare(parser)
         timings = time_steps(options, setup)
     result: Figures = {"setup": setup, "timings": timings}
-    known: Figures | None = json.loads(options.curves.read_text()) if options.curves.exists() else None
+    known: Figures | None = read(options.curves)
     if "curves" in options.parts:
         cache = Path(tempfile.gettempdir()) / "p2ptrain-time-to-loss"
         known = curves(options.curves, cache, options.loss - STOP_BELOW_BITS, options.jobs)
     if known is not None:
         result = report(setup, known, timings, options.loss)
-        if timings and options.out is not None:
-            write(options.out, result)
         if options.picture is not None:
             draw(result, known, options.picture)
-    print(json.dumps(result, indent=2))
+    finish(options.out if known is not None and timings else None, result)
     return 0
 
 

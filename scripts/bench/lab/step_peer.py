@@ -1,8 +1,8 @@
 """One peer of p2ptrain, of hivemind's Optimizer or of torch's DDP, on a GPT whose computing is modelled.
 
-    python scripts/step_peer.py ddp --rank 0 --peers 4 --host 10.0.0.1 --master 10.0.0.1 --compute-seconds 10 ...
+    python scripts/bench/lab/step_peer.py ddp --rank 0 --peers 4 --host 10.0.0.1 --master 10.0.0.1 ...
 
-Started by bench_time_to_loss.py behind lines. Says a JSON line on stdout where it can be joined, one after each step of
+Started by bench/time_to_loss.py behind lines. Says a JSON line on stdout where it can be joined, one after each step of
 the optimizer, when (time.monotonic, which all processes share) and what its line has carried; ends when stdin does.
 Each method is arranged as suits it best:
 
@@ -25,11 +25,15 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import torch
-from lines import DEVICE, counted_here
-from synthetic_gpt import SyntheticGPT
+from lab.lines import DEVICE, counted_here
+from lab.report import say
+from lab.synthetic_gpt import SyntheticGPT
 from torch import Tensor, nn
 
 from p2ptrain.config.manifest import ModelConfig
@@ -44,11 +48,6 @@ REQUEST_SECONDS = 1.0
 REFRESH_SECONDS = 0.2
 """How often a hivemind peer asks the DHT how far the group is, at most; its default of 0.5 s would add to each step."""
 CHUNK_TIMEOUT_SECONDS = 60.0
-
-
-def say(**what: object) -> None:
-    """One JSON line."""
-    print(json.dumps(what), flush=True)
 
 
 def say_step(step: int, **what: object) -> None:

@@ -1,6 +1,6 @@
-"""One whole p2ptrain peer, whose gradients are noise and whose rounds wait for a word: for bench_round.py.
+"""One whole p2ptrain peer, whose gradients are noise and whose rounds wait for a word: for bench/round.py.
 
-    python scripts/round_peer.py --home DIR --host IP (--manifest run.toml | --join ADDRESS)
+    python scripts/bench/lab/round_peer.py --home DIR --host IP (--manifest run.toml | --join ADDRESS)
 
 Session, trainer, driver, machine, journal, codec and sockets are those of `p2ptrain join`. Of the model only the loss
 is replaced: it gives each parameter normal noise as its gradient. A contribution that is accumulated, selected and
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
 import queue
 import sys
 import time
@@ -23,9 +22,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import psutil
 import torch
-from lines import counted_here
+from lab.lines import counted_here
+from lab.report import say
 from torch import Tensor
 
 from p2ptrain.calls.client import hello
@@ -46,11 +48,6 @@ from p2ptrain.training.trainer import Swarm, Trainer
 
 HELLOS = 20
 TEXT = b"Nothing of this text is looked at, but a peer wants one.\n\n" * 200
-
-
-def say(**what: object) -> None:
-    """One JSON line."""
-    print(json.dumps(what), flush=True)
 
 
 class NoisyGPT(GPT):
