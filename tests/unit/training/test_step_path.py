@@ -39,7 +39,7 @@ ROOMS = ("compression", "models.init", "optim", "state.tensors", "state.snapshot
 
 
 def nudged(of: Any) -> Any:
-    """`of`, wrong in the last bit of its first entry that is not zero; an array in place, where it can be written to."""
+    """`of`, wrong in the last bit of its first entry that is not zero; in place where it can be."""
     if isinstance(of, torch.Tensor):
         if of.dtype == torch.float32:
             entries = of.detach().reshape(-1) if of.is_contiguous() else of.detach()
@@ -181,9 +181,9 @@ def begin_and_step(optimizer: dict[str, object]) -> Callable[[], None]:
         )
         sealed.append(seal(states[-1], ada, chunks, (reply,)))
         states.append(chain.extend(states[-1], sealed[-1].id, sealed[-1].seal, chunks))
-    decoded._kept.clear()
 
     def run() -> None:
+        decoded._kept.clear()
         other = replica(manifest)
         for of, before, after in zip(sealed, states, states[1:], strict=False):
             other.apply(of, chain.shape_of(before, chunks), after)
@@ -199,6 +199,8 @@ def path() -> set[str]:
     """Qualified names of this package's functions that a CPU peer's step calls from Python."""
     runs = [begin_and_step(settings) for settings in (*({"strategy": of} for of in get_args(Strategy)), OTHERS)]
     found: set[str] = set()
+    for run in runs:
+        run()  # nothing compiles what it calls while that is replaced
     for module in modules():
         for value in list(vars(module).values()):
             if hasattr(value, "cache_clear") and on_path(getattr(value, "__wrapped__", value).__code__):
