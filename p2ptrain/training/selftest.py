@@ -12,7 +12,7 @@ root of a snapshot hashes. Neither holds a -0.0 on any device: they begin withou
 only where both its terms are zeros. Steps may be one, so they are not hashed.
 
 Cost: where nothing is compiled yet some twenty seconds of a core, once a machine; from then on about one, of which the
-steps take some tens of milliseconds.
+steps take a tenth.
 """
 
 from __future__ import annotations
