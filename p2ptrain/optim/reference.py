@@ -57,8 +57,7 @@ class Chunks:
     def joined(self, chunks: Array) -> Array:
         """The inverse of `cut`: says of each entry of the tensor which of the chunks' entries it is."""
         places = self.cut(np.arange(1, 1 + math.prod(self.shape)).reshape(self.shape))
-        order = np.argsort(places[places > 0])
-        return chunks[places > 0][order].reshape(self.shape)
+        return chunks[places > 0][np.argsort(places[places > 0])].reshape(self.shape)
 
 
 def accumulate(of: Chunks, m: Array, gradient: Array, beta: float) -> Array:
@@ -113,13 +112,12 @@ def reduce(index: Array, value: Array, share: Array, limit: int) -> Reply:
     """The reply to members' coefficients [members, chunks, topk]: at most `limit` a chunk, and none that is zero."""
     places, bytes_, codes = [], [], np.zeros(index.shape[1], np.uint8)
     for chunk in range(index.shape[1]):
-        total = np.zeros(ENTRIES, f32)
+        total, byte = np.zeros(ENTRIES, f32), np.zeros(ENTRIES, np.int64)
         for member in range(len(index)):
             total[index[member, chunk]] += value[member, chunk] * share[member]
         came = np.unique(index[:, chunk])
         codes[chunk] = code = min(int(np.searchsorted(SCALES, f32(np.abs(total).max() / f32(127)))), 255)
         largest = came[np.argsort(-np.abs(total[came]), kind="stable")[:limit]]
-        byte = np.zeros(ENTRIES, np.int64)
         if code:
             byte[largest] = np.clip(np.rint(total[largest] / SCALES[code]), -127, 127).astype(np.int64)
         places.append(np.flatnonzero(byte))
@@ -128,15 +126,15 @@ def reduce(index: Array, value: Array, share: Array, limit: int) -> Reply:
 
 
 def decode(form: str, byte: Array) -> tuple[Array, Array]:
-    """The inverse transform of bytes [chunks, 4096], in integers, and what a unit of each chunk is worth [chunks]."""
-    if form == "none":
-        return byte, np.ones(len(byte), f32)
+    """The inverse transform of bytes [chunks, 4096], in integers, and what a unit of each chunk is worth [chunks].
+
+    Between the products each chunk is shifted to 11 bits: to the nearest integer, halves upwards."""
     blocks = byte.reshape(-1, SIDE, SIDE)
-    if form == "rows":
-        return (blocks @ INTEGERS).reshape(byte.shape), np.full(len(byte), 2.0**-10, f32)
+    if form != "both":
+        integers = byte if form == "none" else (blocks @ INTEGERS).reshape(byte.shape)
+        return integers, np.full(len(byte), 1 if form == "none" else 2.0**-10, f32)
     middle = INTEGERS.T @ blocks
     shift = np.array([max(int(np.abs(block).max()).bit_length() - 11, 0) for block in middle])
-    # Half is added before the shift, which rounds towards minus infinity.
     middle = np.array([(block + (1 << s >> 1)) >> s for block, s in zip(middle, shift, strict=True)])
     return (middle @ INTEGERS).reshape(byte.shape), (2.0 ** (shift - 20)).astype(f32)
 
@@ -196,7 +194,7 @@ def step(of: Chunks, parameter: Array, reply: Reply, direct: Any, rate: float, d
 
 def settle(m: Array, index: Array, value: Array, places: list[Array], clip: int) -> Array:
     """The momentum with all of what was sent [chunks, topk] back in it that the reply did not use."""
-    m = m.copy()
+    returned = np.zeros_like(m)
     for chunk, (place, sent) in enumerate(zip(index, value, strict=True)):
-        m[chunk, place] += sent - np.where(np.isin(place, places[chunk]), sent * f32(clip / 256), f32(0))
-    return m
+        returned[chunk, place] = sent - np.where(np.isin(place, places[chunk]), sent * f32(clip / 256), f32(0))
+    return m + returned
