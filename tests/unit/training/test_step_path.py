@@ -39,7 +39,7 @@ ROOMS = ("compression", "models.init", "optim", "state.tensors", "state.snapshot
 
 
 def nudged(of: Any) -> Any:
-    """`of`, wrong in the last bit of its first entry that is not zero; an array in place, where it can be written to."""
+    """`of`, wrong in the last bit of its first entry that is not zero; an array in place, where it is writable."""
     if isinstance(of, torch.Tensor):
         if of.dtype == torch.float32:
             entries = of.detach().reshape(-1) if of.is_contiguous() else of.detach()
