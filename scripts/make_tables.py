@@ -68,7 +68,7 @@ def demo_bytes() -> str:
     return table(
         ("Bytes per peer and round", "sent", "received"),
         [
-            ("p2ptrain, framing included", f"{sent:,}", f"{received:,}"),
+            ("p2ptrain, framing included", f"{sent:,.0f}", f"{received:,.0f}"),
             ("fp16 all-reduce (ring), computed", f"{dense:,}", f"{dense:,}"),
             ("ratio", f"1 : {dense / sent:.0f}", f"1 : {dense / received:.0f}"),
         ],
@@ -105,6 +105,25 @@ def exchange() -> str:
         )
     head = ("Peers", "p2ptrain, no limit", "hivemind", f"p2ptrain, {slow} each way", "hivemind", "floor of the line")
     return table((*head, "p2ptrain over floor", "p2ptrain sends", "hivemind sends"), rows)
+
+
+def exchange_in_short() -> str:
+    """The same behind slow lines, seconds and bytes alone."""
+    results = load("round")
+    slow = "10 Mbit/s"
+    rows: Rows = []
+    for peers, of in results["p2ptrain"].items():
+        theirs, times = results["hivemind"][peers][slow], results["compared"][peers][slow]
+        rows.append(
+            (
+                peers,
+                f"**{digits(of[slow]['exchange_seconds']['median'])} s**",
+                f"{digits(theirs['exchange_seconds']['median'])} s",
+                f"**{mega(of[slow]['wire_bytes_mean'])}**",
+                f"{times['times_fewer_bytes']:.0f} times as many",
+            )
+        )
+    return table(("Peers", "p2ptrain takes", "hivemind takes", "each peer sends", "with hivemind"), rows)
 
 
 def flatness() -> str:
@@ -403,6 +422,7 @@ def soak_swarm() -> str:
 def soak_swarm_speed() -> str:
     """What the same swarm did meanwhile."""
     of = load("soak_swarm")
+    alike = sum(ended["parameters_sha256"] == of["parameters_sha256"] for ended in of["ended_at"])
     computed, lost = of["sequences_computed"], of["sequences_lost_in_crashes"]
     return table(
         ("Real peers under faults", ""),
@@ -411,7 +431,7 @@ def soak_swarm_speed() -> str:
             ("rounds a minute, calm", f"{of['rounds_per_minute_calm']:.1f}"),
             ("rounds a minute, under faults", f"{of['rounds_per_minute_under_faults']:.1f}"),
             ("of the calm speed", f"{100 * of['share_of_calm']:.0f} %"),
-            ("replicas with the same parameters at the end", f"{len(of['ended_at'])} of {of['peers']}"),
+            ("replicas with the same parameters at the end", f"{alike} of {of['peers']}"),
             ("sequences computed, lost in crashes", f"{computed:,}, {lost:,}"),
             ("errors logged", str(of["errors_logged"])),
             ("processes left behind", str(of["orphans"])),
@@ -455,6 +475,7 @@ TABLES: dict[str, Callable[[], str]] = {
         demo_loss,
         demo_bytes,
         exchange,
+        exchange_in_short,
         flatness,
         idle,
         stages,
