@@ -79,7 +79,7 @@ def folder() -> Path | None:
     That is within what NUMBA_CACHE_DIR names, beside the source, or in the user's cache, whichever is the first that
     can be written.
     """
-    asked = numba.config.CACHE_DIR
+    asked = numba.config.CACHE_DIR  # type: ignore[attr-defined]
     places = [Path(asked) / "p2ptrain"] if asked else []
     places += [PACKAGE / "__pycache__", Path(platformdirs.user_cache_dir("p2ptrain", appauthor=False))]
     for place in places:
@@ -106,7 +106,7 @@ def _remove_others(ours: Path) -> None:
         shutil.rmtree(other, ignore_errors=True)
 
 
-class Kept(NullCache):  # type: ignore[misc]
+class Kept(NullCache):
     """What is kept of one function, as numba asks for it."""
 
     def __init__(self, function: Callable[..., Any], options: str) -> None:

@@ -345,6 +345,7 @@ NO_NUMBERS: dict[str, str] = {
     "_Moment.__init__": _ROOM,
     "_Moment.begin": "swaps two tensors",
     "_to_device": "copies",
+    "strides_of": "where a parameter lies; what is written there goes through `_signs` and `_subtract_at`",
     "entries_of": "a view of memory as it lies; what is written there goes through `_signs` and `_subtract_at`",
     "for_each": _HANDS_ON,
     "usable": "how many threads",
