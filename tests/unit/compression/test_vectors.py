@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from p2ptrain.compression import dct, selection
+from p2ptrain.compression import coding, dct, selection
 from p2ptrain.compression.kernels import cpu, vectors
 from p2ptrain.compression.layout import CHUNK_SIZE, SIDE, Form
 from p2ptrain.optim.demo import _subtract_at
@@ -183,6 +183,60 @@ def test_a_pass_keeps_to_its_buffers(form: Form, lying: str, tall: int, wide: in
         torch.testing.assert_close(momentum.tensor, expected, rtol=0, atol=2e-5)
         assert gradient.untouched and momentum.untouched and sent.untouched
         assert (index[:MARGIN] == -7).all() and (index[-MARGIN:] == -7).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("lying", LYING)
+def test_a_pass_keeps_to_its_own_room(form: Form, lying: str) -> None:
+    half = SIDE // 2
+    gradient, start = read(normal(2, 2, SIDE, SIDE), strides_for(lying, 2, 2)), normal(4, CHUNK_SIZE)
+    entries, strides = dct.entries_of(gradient.tensor).numpy(), dct.strides_of(gradient.tensor)
+    momentum, beta = written(start), np.float32(0.9)
+    basis = read(cpu._halves() if form == "both" else cpu._columns())
+    folded, between = (written(np.full((4, half, half), np.nan)) for _ in range(2))
+    expected = torch.from_numpy(start.copy())
+    cpu.accumulate(form, gradient.tensor.clone(), expected, 0.9)
+    for chunk in range(4):
+        following = min(chunk + 1, 3)
+        here, there = dct.start_of(strides, chunk), dct.start_of(strides, following)
+        if form == "both":
+            room = basis.view, folded.view, between.view
+            cpu._both(entries, here, there, strides.row, momentum.view, chunk, following, beta, *room)
+        elif form == "rows":
+            cpu._rows(entries, here, strides.row, momentum.view[chunk], beta, basis.view, folded.view)
+        else:
+            cpu._none(entries, here, there, strides.row, momentum.view, chunk, following, beta)
+    assert torch.equal(momentum.tensor, expected)
+    assert all(one.untouched for one in (gradient, momentum, basis, folded, between))
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 32])
+def test_a_product_of_columns_keeps_to_them(count: int) -> None:
+    columns, half = integers(count + 1, SIDE), integers(count + 1, SIDE // 2)
+    of, by = read(columns), read(half)
+    of.view[count], by.view[count] = np.nan, np.nan
+    out = written(np.full((SIDE, SIDE // 2), np.nan))
+    dct._products(of.view[:count], by.view[:count], out.view)
+    assert np.array_equal(out.view, columns[:count].T @ half[:count])
+    assert of.untouched and by.untouched and out.untouched
+
+
+@pytest.mark.parametrize("equal", [False, True])
+@pytest.mark.parametrize("count", [1, 52, 300, CHUNK_SIZE])
+def test_a_selection_keeps_to_its_own_room(count: int, equal: bool) -> None:
+    chunk = written(np.ones(CHUNK_SIZE, np.float32) if equal else normal(CHUNK_SIZE))
+    expected_place, expected_sent = selection.take(torch.from_numpy(chunk.view.copy()).view(1, -1), count, 32)
+    wholes, room = [], []
+    for array in (*selection.room(), np.empty(count, np.int64)):
+        whole = np.full(len(array) + 2 * MARGIN, 77, array.dtype)
+        wholes.append(whole)
+        room.append(whole[MARGIN:-MARGIN])
+    *scratch, place = room
+    sent, table = written(np.full(count, np.nan)), coding.scale_table()
+    selection.take_from(chunk.view, chunk.view.view(np.int32), 32, table, place, sent.view, tuple(scratch))
+    assert np.array_equal(place, expected_place[0].numpy()) and np.array_equal(sent.view, expected_sent[0].numpy())
+    assert chunk.untouched and sent.untouched
+    assert all((whole[:MARGIN] == 77).all() and (whole[-MARGIN:] == 77).all() for whole in wholes)
 
 
 @pytest.mark.parametrize("count", [1, 52, 300, CHUNK_SIZE])
