@@ -771,10 +771,11 @@ def _subtract_at(
     step: NDArray[np.float32],
     rate: np.float32,
     parameter: NDArray[np.float32],
-    strides: dct.Strides,
+    plain: dct.Plain,
 ) -> None:
     """Take `rate` times each step [n], at `place` [n] of chunks flattened, off the `parameter` that has these
-    `strides`."""
+    `dct.Strides`."""
+    strides = dct.Strides(*plain)
     for number in range(len(place)):
         chunk, inside = place[number] // CHUNK_SIZE, place[number] % CHUNK_SIZE
         start = dct.start_of(strides, chunk)

@@ -96,7 +96,7 @@ def _columns() -> Floats:
 def _accumulate_and_take(
     form: int,
     gradient: Floats,
-    strides: dct.Strides,
+    plain: dct.Plain,
     momentum: Floats,
     bits: NDArray[np.int32],
     beta: np.float32,
@@ -106,9 +106,10 @@ def _accumulate_and_take(
     place: NDArray[np.int64],
     sent: Floats,
 ) -> None:
-    """As above, of the `gradient` that has these `strides`."""
+    """As above, of the `gradient` that has these `dct.Strides`."""
     folded, half = np.empty((4, _HALF, _HALF), np.float32), np.empty((4, _HALF, _HALF), np.float32)
-    room, chunks, row = selection.room(), len(momentum), strides.row
+    strides, room, chunks = dct.Strides(*plain), selection.room(), len(momentum)
+    row = strides.row
     for chunk in range(chunks):
         following = min(chunk + 1, chunks - 1)
         here, there = dct.start_of(strides, chunk), dct.start_of(strides, following)

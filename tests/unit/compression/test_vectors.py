@@ -190,7 +190,7 @@ def test_a_pass_keeps_to_its_buffers(form: Form, lying: str, tall: int, wide: in
 def test_a_pass_keeps_to_its_own_room(form: Form, lying: str) -> None:
     half = SIDE // 2
     gradient, start = read(normal(2, 2, SIDE, SIDE), strides_for(lying, 2, 2)), normal(4, CHUNK_SIZE)
-    entries, strides = dct.entries_of(gradient.tensor).numpy(), dct.strides_of(gradient.tensor)
+    entries, strides = dct.entries_of(gradient.tensor).numpy(), dct.Strides(*dct.strides_of(gradient.tensor))
     momentum, beta = written(start), np.float32(0.9)
     basis = read(cpu._halves() if form == "both" else cpu._columns())
     folded, between = (written(np.full((4, half, half), np.nan)) for _ in range(2))
