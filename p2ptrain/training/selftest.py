@@ -166,7 +166,7 @@ class _Toy(nn.Module):
 
 
 def _reply(made_up: NDArray[np.int64], step: int, start: int, end: int, members: int) -> bytes:
-    """A reply of `made_up` integers [rows, 64 * 64]: chunks full of the largest values, with some or one, of scale 0."""
+    """A reply of `made_up` integers [rows, 4096]: chunks full of the largest values, with some or one, of scale 0."""
     counts, index, byte, codes = [], [], [], []
     for chunk in range(start, end):
         integers = made_up[(chunk + 5 * step) % len(made_up)]
