@@ -41,4 +41,4 @@ test: $(STAMP)  ## lint, format, types and the test suite
 
 clean:  ## remove the virtual environment, compiled loops and the demo's output
 	rm -rf $(VENV) demo-output
-	find p2ptrain -name '*.nb[ic]' -delete
+	find p2ptrain -name __pycache__ -prune -exec rm -rf {} +

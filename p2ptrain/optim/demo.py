@@ -511,9 +511,8 @@ class DeMo(torch.optim.Optimizer):
             rate, target = self._decay(piece, live, here, learning_rate), self._targets[piece.number]
             blocks = piece.blocks(target)
             if blocks is not None and blocks.device.type == "cpu":
-                (_, wide, _, _), (band, apart, row, _) = blocks.shape, blocks.stride()
-                entries = dct.entries_of(blocks).numpy()
-                _subtract_at(inside.numpy(), step.numpy(), np.float32(rate), entries, wide, band, apart, row)
+                entries, strides = dct.entries_of(blocks).numpy(), dct.strides_of(blocks)
+                _subtract_at(inside.numpy(), step.numpy(), np.float32(rate), entries, strides)
                 continue
             flat, there = piece.flat(inside)
             flat = flat[there]
@@ -772,17 +771,15 @@ def _subtract_at(
     step: NDArray[np.float32],
     rate: np.float32,
     parameter: NDArray[np.float32],
-    wide: int,
-    band: int,
-    apart: int,
-    row: int,
+    plain: dct.Plain,
 ) -> None:
-    """Take `rate` times each step [n], at `place` [n] of chunks flattened, off a `parameter` whose chunks lie `wide`
-    side by side, `apart` from each other, their rows `row` apart, and bands of them `band` apart."""
+    """Take `rate` times each step [n], at `place` [n] of chunks flattened, off the `parameter` that has these
+    `dct.Strides`."""
+    strides = dct.Strides(*plain)
     for number in range(len(place)):
         chunk, inside = place[number] // CHUNK_SIZE, place[number] % CHUNK_SIZE
-        start = (chunk // wide) * band + (chunk % wide) * apart
-        parameter[start + (inside // SIDE) * row + inside % SIDE] -= step[number] * rate
+        start = dct.start_of(strides, chunk)
+        parameter[start + (inside // SIDE) * strides.row + inside % SIDE] -= step[number] * rate
 
 
 @compiled

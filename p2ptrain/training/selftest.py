@@ -11,7 +11,7 @@ Hashed are the bytes of parameters and of the directions' state as they are, zer
 root of a snapshot hashes. Neither holds a -0.0 on any device: they begin without one, and a sum or difference is one
 only where both its terms are zeros. Steps may be one, so they are not hashed.
 
-Cost: where nothing is compiled yet some twenty seconds of a core, once a machine; from then on about one, of which the
+Cost: where nothing is compiled yet some twenty seconds of a core, once a version; from then on about one, of which the
 steps take a tenth.
 """
 

@@ -3,9 +3,8 @@ in many passes over arrays, and torch in more.
 
 Python's lock is free while they run. A division by zero is infinite, as in numpy. Nothing is reordered, and but for
 `vectorised` nothing contracted: floats round as IEEE 754 says, operation by operation. Each is compiled at its first
-call with arguments of some types, in a second or so, and kept on disk beside the source, or in the user's cache where
-that is read-only; `training/selftest.py` calls all of them before a peer's first round. What is kept is made anew when
-its own file changes, not when another does whose loops it calls: `make clean` after that.
+call with arguments of some types, in a second or so, and kept on disk (`kept`) until anything changes that it may be
+made of; `training/selftest.py` calls all of them before a peer's first round.
 """
 
 from __future__ import annotations
@@ -15,6 +14,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numba
+
+from p2ptrain.compression.kernels.kept import keep
 
 logging.getLogger("numba").setLevel(logging.WARNING)  # at DEBUG it tells of every instruction
 
@@ -40,10 +41,8 @@ def elementwise(function: Function) -> Function:
 
 
 def _compiled(function: Function, **options: Any) -> Function:
-    options |= {"nogil": True, "error_model": "numpy"}
-    try:
-        made: Function = numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # nowhere to keep it
-        made = numba.njit(**options)(function)
+    made: Any = numba.njit(nogil=True, error_model="numpy", **options)(function)
+    keep(made)
     ALL.append(made)
-    return made
+    kept: Function = made
+    return kept

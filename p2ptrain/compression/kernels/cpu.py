@@ -62,15 +62,11 @@ def accumulate(form: Form, gradient: Tensor, momentum: Tensor, beta: float) -> N
 def _pass(
     form: Form, gradient: Tensor, momentum: Tensor, beta: float, value_bits: int, index: Tensor, sent: Tensor
 ) -> None:
-    (_, wide, _, _), (band, apart, row, _) = gradient.shape, gradient.stride()
     values = momentum.numpy()
     _accumulate_and_take(
         _FORMS[form],
         dct.entries_of(gradient).numpy(),
-        wide,
-        band,
-        apart,
-        row,
+        dct.strides_of(gradient),
         values,
         values.view(np.int32),
         np.float32(beta),
@@ -100,10 +96,7 @@ def _columns() -> Floats:
 def _accumulate_and_take(
     form: int,
     gradient: Floats,
-    wide: int,
-    band: int,
-    apart: int,
-    row: int,
+    plain: dct.Plain,
     momentum: Floats,
     bits: NDArray[np.int32],
     beta: np.float32,
@@ -113,14 +106,13 @@ def _accumulate_and_take(
     place: NDArray[np.int64],
     sent: Floats,
 ) -> None:
-    """As above, of a `gradient` whose chunks lie `wide` side by side, `apart` from each other, their rows `row` apart,
-    and bands of them `band` apart."""
+    """As above, of the `gradient` that has these `dct.Strides`."""
     folded, half = np.empty((4, _HALF, _HALF), np.float32), np.empty((4, _HALF, _HALF), np.float32)
-    room, chunks = selection.room(), len(momentum)
+    strides, room, chunks = dct.Strides(*plain), selection.room(), len(momentum)
+    row = strides.row
     for chunk in range(chunks):
         following = min(chunk + 1, chunks - 1)
-        here = (chunk // wide) * band + (chunk % wide) * apart
-        there = (following // wide) * band + (following % wide) * apart
+        here, there = dct.start_of(strides, chunk), dct.start_of(strides, following)
         assert here + (SIDE - 1) * row + SIDE <= len(gradient)
         if form == 2:
             _both(gradient, here, there, row, momentum, chunk, following, beta, basis, folded, half)

@@ -154,6 +154,8 @@ def modules() -> list[ModuleType]:
 
 def on_path(code: CodeType) -> bool:
     within = code.co_filename.rpartition("/p2ptrain/")[2].removesuffix(".py").replace("/", ".")
+    if within.endswith(".kept"):
+        return False  # loads what is called, at its first call in a process
     return within not in ONLY_REFUSES and any(f"{within}.".startswith(f"{room}.") for room in ROOMS)
 
 
@@ -353,6 +355,7 @@ NO_NUMBERS: dict[str, str] = {
     "_Moment.__init__": _ROOM,
     "_Moment.begin": "swaps two tensors",
     "_to_device": "copies",
+    "strides_of": "where a parameter lies; what is written there goes through `_signs` and `_subtract_at`",
     "entries_of": "a view of memory as it lies; what is written there goes through `_signs` and `_subtract_at`",
     "for_each": _HANDS_ON,
     "usable": "how many threads",
