@@ -2,8 +2,8 @@
 
 `RoundMachine.handle(event, now)` is the only method that changes state; `now` is a monotonic time in seconds that the
 caller supplies, and `wake_at` says when it wants to hear `Tick` next. The network shell (`driver.py`) and tests feed
-it the same way, so a decision seen in a test is the decision taken over sockets. Design section 4 is the
-specification; section numbers in comments refer to it.
+it the same way, so a decision seen in a test is the decision taken over sockets. `docs/rounds.md` is the
+specification; rule numbers in comments refer to it.
 
 Cost: memory is bounded by one round of contributions to our parts plus those for the round after it, and by
 `STRANGERS_MAX` in all else that others can make us remember; each event is O(members + parts). Every `FetchRounds` must
@@ -16,40 +16,13 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 from p2ptrain import chain
 from p2ptrain.chain import ChainState, Join, RoundShape, Row, Seal, SealError, SignedSeal, relay
 from p2ptrain.chain.sealed import Key, Reply, SealedRound
+from p2ptrain.rounds import events
 from p2ptrain.rounds.deadlines import Deadlines
-from p2ptrain.rounds.events import (
-    Apply,
-    CameLate,
-    ContributionReady,
-    ContributionReceived,
-    Effect,
-    Event,
-    FetchFailed,
-    FetchRounds,
-    JoinReceived,
-    Note,
-    PeerLeft,
-    PublishSeal,
-    Reduce,
-    ReplyHeld,
-    Resync,
-    Rollback,
-    RootComputed,
-    RoundsFetched,
-    SealHeard,
-    SendContribution,
-    SendJoin,
-    StartRound,
-    StoodIn,
-    Synced,
-    Tick,
-    TipHeard,
-)
 
 JOINS_PENDING_MAX = 256
 JOIN_ROUNDS = 3  # rounds after which a join that was not repeated is forgotten
@@ -90,7 +63,7 @@ class _Missed(NamedTuple):
 class _Waiting(NamedTuple):
     """A seal on our head that names a reply we lack."""
 
-    heard: SealHeard
+    heard: events.SealHeard
     at: float
 
 
@@ -99,7 +72,7 @@ class _Part:
     """One part that we reduce this round."""
 
     #: peer id -> its message; at most one each
-    received: dict[bytes, ContributionReceived] = field(default_factory=dict)
+    received: dict[bytes, events.ContributionReceived] = field(default_factory=dict)
     #: when half of the other members had arrived
     half_at: float | None = None
     #: the reduction was asked for; later messages are late
@@ -166,7 +139,7 @@ class RoundMachine:
         self._exchange: _Exchange | None = None
         #: the round after the one under way, unless a solo seal changes it, and the messages for it that came early
         self._coming: RoundShape | None = None
-        self._early: dict[tuple[int, bytes], ContributionReceived] = {}
+        self._early: dict[tuple[int, bytes], events.ContributionReceived] = {}
         #: rounds that the trainer's payloads were sent for, and the shape they were cut for; a fork may come back to it
         self._sent: dict[Key, RoundShape] = {}
         #: sealer -> its seal on our head, while we lack a reply that it names
@@ -178,7 +151,7 @@ class RoundMachine:
         #: peer id -> when it last gave a sign of life
         self._heard: dict[bytes, float] = {}
         self._left: set[bytes] = set()
-        self._tips: dict[bytes, TipHeard] = {}
+        self._tips: dict[bytes, events.TipHeard] = {}
         #: id of a tip that we want -> when we first did
         self._wanted_since: dict[bytes, float] = {}
         self._roots: dict[int, bytes] = {}
@@ -196,7 +169,7 @@ class RoundMachine:
         self._resyncing: bytes | None = None
         #: after a late timer: do not seal before this time
         self._hold_seal_until = -math.inf
-        self._effects: list[Effect] = []
+        self._effects: list[events.Effect] = []
         self.wake_at: float | None = None
 
     # ---- what others may read ---------------------------------------------------------------------------------
@@ -240,7 +213,7 @@ class RoundMachine:
         return self._exchange.replies.get(part)
 
     def refusal(self, key: Key, part: int, peer_id: bytes) -> str | None:
-        """Why a message for `part` from `peer_id` would be refused, or None (design 4.5)."""
+        """Why a message for `part` from `peer_id` would be refused, or None (rule 5)."""
         if key.round <= self.head.round:
             return "late"
         if key.round > self.head.round + 2:
@@ -271,63 +244,65 @@ class RoundMachine:
 
     # ---- the one way in ---------------------------------------------------------------------------------------
 
-    def start(self, now: float) -> list[Effect]:
+    def start(self, now: float) -> list[events.Effect]:
         """Begin at the chain state given to the constructor."""
         self._begin_round(now)
         return self._settle_effects(now)
 
-    def handle(self, event: Event, now: float) -> list[Effect]:
+    def handle(self, event: events.Event, now: float) -> list[events.Effect]:
         """Take one event at monotonic time `now` (seconds); returns what to do, in order."""
         match event:
-            case ContributionReady():
+            case events.ContributionReady():
                 self._on_ready(event, now)
-            case ContributionReceived():
+            case events.ContributionReceived():
                 self._hear(event.peer_id, now)
                 self._on_contribution(event, now)
-            case CameLate():
+            case events.CameLate():
                 self._hear(event.peer_id, now)
                 self._on_late(event, now)
-            case ReplyHeld():
+            case events.ReplyHeld():
                 self._on_reply(event, now)
-            case SealHeard():
+            case events.SealHeard():
                 self._hear(event.source, now)
                 self._on_seal(event, now)
-            case TipHeard():
+            case events.TipHeard():
                 self._hear(event.peer_id, now)
                 self._note_tip(event)
-            case PeerLeft():
+            case events.PeerLeft():
                 if event.peer_id in self._group:
                     self._left.add(event.peer_id)
                 self._tips.pop(event.peer_id, None)
                 self._joins.pop(event.peer_id, None)
-            case JoinReceived():
+            case events.JoinReceived():
                 self._hear(event.peer_id, now)
                 if event.peer_id in self._joins or len(self._joins) < JOINS_PENDING_MAX:
                     self._joins[event.peer_id] = (event.row, self.head.round)
-            case RoundsFetched():
+            case events.RoundsFetched():
                 self._hear(event.donor, now)
                 if self._fetching is not None and self._fetching[0] == event.donor:
                     self._fetching = None
                 self._on_rounds(event, now)
-            case FetchFailed():
+            case events.FetchFailed():
                 if self._fetching is not None and self._fetching[0] == event.donor:
                     self._fetching = None
                 elif self._resyncing == event.donor:
                     self._resyncing = None
                 self._shun(event.donor, now + self.rules.seal_timeout_seconds)
-            case Synced():
+            case events.Synced():
                 self._on_synced(event, now)
-            case RootComputed():
+            case events.RootComputed():
                 self._roots[event.round] = event.root
                 for old in sorted(self._roots)[:-4]:
                     del self._roots[old]
-            case Tick():
+            case events.Tick():
                 if event.late:
-                    # 4.12: we may have slept through seals; ask before deciding anything.
+                    # Rule 12: we may have slept through seals; ask before deciding anything.
                     self._hold_seal_until = now + self.rules.seal_timeout_seconds
                     best = min(self._tips.values(), key=_merit, default=None)
                     if best is not None:
                         self._ask(best.peer_id, now)
+            case _:
+                assert_never(event)
         return self._settle_effects(now)
 
     # ---- events -----------------------------------------------------------------------------------------------
@@ -337,7 +312,7 @@ class RoundMachine:
             self._heard[peer_id] = now
             self._left.discard(peer_id)
 
-    def _note_tip(self, tip: TipHeard) -> None:
+    def _note_tip(self, tip: events.TipHeard) -> None:
         self._tips.pop(tip.peer_id, None)
         self._tips[tip.peer_id] = tip
         if len(self._tips) > len(self._group) + STRANGERS_MAX:
@@ -350,7 +325,7 @@ class RoundMachine:
         self._tips.pop(donor, None)
         self._waiting = {s: w for s, w in self._waiting.items() if w.heard.source != donor}
 
-    def _on_ready(self, event: ContributionReady, now: float) -> None:
+    def _on_ready(self, event: events.ContributionReady, now: float) -> None:
         self.row = event.row
         exchange = self._exchange
         if exchange is None or not self.awaits(event.key) or len(event.payloads) != len(exchange.shape.parts):
@@ -365,13 +340,15 @@ class RoundMachine:
         for number, part in enumerate(exchange.shape.parts):
             reducer = exchange.shape.members[part.reducer].peer_id
             if reducer == self.me:
-                mine = ContributionReceived(exchange.key, number, self.me, row, root_round, root, payloads[number])
+                mine = events.ContributionReceived(
+                    exchange.key, number, self.me, row, root_round, root, payloads[number]
+                )
                 self._on_contribution(mine, now)
             else:
-                self._effects.append(SendContribution(exchange.key, number, reducer, row, payloads[number]))
+                self._effects.append(events.SendContribution(exchange.key, number, reducer, row, payloads[number]))
         self._root_votes[self.me] = (root_round, root)
 
-    def _on_contribution(self, event: ContributionReceived, now: float) -> None:
+    def _on_contribution(self, event: events.ContributionReceived, now: float) -> None:
         if self.refusal(event.key, event.part, event.peer_id) is not None:
             return
         self._root_votes[event.peer_id] = (event.root_round, event.root)
@@ -392,14 +369,14 @@ class RoundMachine:
             for peer in part.received.keys() - {self.me}:
                 self._deadlines.contributions.observe(peer, 0.0)
 
-    def _on_late(self, event: CameLate, now: float) -> None:
+    def _on_late(self, event: events.CameLate, now: float) -> None:
         """Who comes after the deadline still says how long the deadline should have been."""
         missed = self._missed.get((event.key, event.part))
         if missed is not None and event.peer_id in missed.members:
             missed.members.remove(event.peer_id)
             self._deadlines.contributions.observe(event.peer_id, now - missed.since)
 
-    def _on_reply(self, event: ReplyHeld, now: float) -> None:
+    def _on_reply(self, event: events.ReplyHeld, now: float) -> None:
         exchange = self._exchange
         if exchange is None or exchange.key != event.key or event.part in exchange.replies:
             return
@@ -418,17 +395,17 @@ class RoundMachine:
         if len(exchange.replies) == len(exchange.shape.parts):
             exchange.complete_at = now
 
-    def _on_seal(self, event: SealHeard, now: float) -> None:
+    def _on_seal(self, event: events.SealHeard, now: float) -> None:
         seal = event.seal
         if seal.parent == self.head.id and self._idle_solo(seal):
             return
-        self._note_tip(TipHeard(event.source, seal.round, event.id, seal.total))
+        self._note_tip(events.TipHeard(event.source, seal.round, event.id, seal.total))
         if seal.parent != self.head.id:
             return
         try:
             chain.extend(self.head, event.id, seal, self.rules.chunks)
         except SealError as error:
-            self._effects.append(Note("refused", f"refused a seal of round {seal.round}: {error}"))
+            self._effects.append(events.Note("refused", f"refused a seal of round {seal.round}: {error}"))
             self._tips.pop(event.source, None)
             return
         known = self._waiting.get(seal.sealer)
@@ -441,11 +418,11 @@ class RoundMachine:
         self._waiting[seal.sealer] = _Waiting(event, now)
 
     def _idle_solo(self, first: Seal, total: int | None = None) -> bool:
-        """Whether this takes our group apart for a chain with no more work in it; a better one we follow (4.9)."""
+        """Whether this takes our group apart for a chain with no more work in it; a better one we follow (rule 9)."""
         total = first.total if total is None else total
         return first.solo and self.is_member and first.sealer != self.me and total <= self.head.total
 
-    def _on_rounds(self, event: RoundsFetched, now: float) -> None:
+    def _on_rounds(self, event: events.RoundsFetched, now: float) -> None:
         if self._resyncing is not None:
             return
         tip = self._tips.get(event.donor)
@@ -472,7 +449,9 @@ class RoundMachine:
             try:
                 state = chain.extend(state, sealed.id, sealed.seal, self.rules.chunks)
             except SealError as error:
-                self._effects.append(Note("refused", f"refused a fetched seal of round {sealed.seal.round}: {error}"))
+                self._effects.append(
+                    events.Note("refused", f"refused a fetched seal of round {sealed.seal.round}: {error}")
+                )
                 self._shun(event.donor, now + FETCH_TIMEOUT_SECONDS)
                 return
             states.append((state, shape))
@@ -489,15 +468,15 @@ class RoundMachine:
             return
         if base is not self.head:
             text = f"fork at round {base.round + 1}: following the chain with total {state.total} instead of ours"
-            self._effects.append(Note("fork", text))
-            self._effects.append(Rollback(base))
+            self._effects.append(events.Note("fork", text))
+            self._effects.append(events.Rollback(base))
             self.head = base
             self._roots = {round: root for round, root in self._roots.items() if round <= base.round}
         for (state, shape), sealed in zip(states, rounds, strict=True):
             self._adopt(sealed, state, shape)
         self._begin_round(now)
 
-    def _on_synced(self, event: Synced, now: float) -> None:
+    def _on_synced(self, event: events.Synced, now: float) -> None:
         self._resyncing = None
         self.head = event.state
         self._before = None
@@ -563,7 +542,7 @@ class RoundMachine:
             length = self._computing_seconds(exchange)
             seconds = self._deadlines.computing_seconds(length, last_chance=self._last_chance())
             exchange.due_at = max(exchange.computing_since + seconds, now)
-            start = StartRound(exchange.key, exchange.shape, exchange.index, exchange.due_at - now, length)
+            start = events.StartRound(exchange.key, exchange.shape, exchange.index, exchange.due_at - now, length)
             self._effects.append(start)
 
     def _computing_seconds(self, exchange: _Exchange) -> float:
@@ -575,7 +554,7 @@ class RoundMachine:
         for place in shape.sealer_order[:2]:
             sealer = shape.members[place].peer_id
             if sealer != self.me:
-                self._effects.append(SendJoin(sealer))
+                self._effects.append(events.SendJoin(sealer))
 
     def _adopt(self, sealed: SealedRound, state: ChainState, shape: RoundShape) -> None:
         """Move the head over one sealed round that we hold whole."""
@@ -584,7 +563,7 @@ class RoundMachine:
         self.head = state
         for join in sealed.seal.joins:
             self._joins.pop(join.peer_id, None)
-        self._effects.append(Apply(sealed, state, shape, shape.index(self.me), contributed))
+        self._effects.append(events.Apply(sealed, state, shape, shape.index(self.me), contributed))
         self._check_root(sealed.seal)
         exchange = self._exchange
         if exchange is not None and exchange.sent_at is not None and exchange.shape == shape and not sealed.seal.solo:
@@ -609,7 +588,7 @@ class RoundMachine:
                 self._deadlines.head_start.observe(exchange.index in included)
 
     def _check_root(self, seal: Seal) -> None:
-        """4.10: who differs from the sealed root resyncs and says so."""
+        """Resync and say so when our root differs from the sealed one (rule 10)."""
         interval = self.rules.root_interval
         at = chain.root_round(seal.round, interval)
         if not seal.root or self._roots.get(at, seal.root) == seal.root:
@@ -621,7 +600,7 @@ class RoundMachine:
 
     # ---- what time and state make due -------------------------------------------------------------------------
 
-    def _settle_effects(self, now: float) -> list[Effect]:
+    def _settle_effects(self, now: float) -> list[events.Effect]:
         """Do all that is due now, then say when to look again."""
         sealed = True
         while sealed:
@@ -651,7 +630,7 @@ class RoundMachine:
             if chain.bitmap(included, len(waiting.heard.seal.rows)) == waiting.heard.seal.included:
                 ready.append(waiting.heard)
             else:
-                self._effects.append(Note("refused", "refused a seal that includes others than its replies do"))
+                self._effects.append(events.Note("refused", "refused a seal that includes others than its replies do"))
                 del self._waiting[sealer]
         if not ready:
             return
@@ -662,15 +641,15 @@ class RoundMachine:
         self._adopt(SealedRound(best.id, best.seal, best.signed, replies), state, shape)
         self._begin_round(now)
 
-    def _wants(self, tip: TipHeard) -> bool:
-        """Whether what this tip names is better than our chain, or continues it (4.9)."""
+    def _wants(self, tip: events.TipHeard) -> bool:
+        """Whether what this tip names is better than our chain, or continues it (rule 9)."""
         if self.known_state(tip.id) is not None:
             return False
         ahead = tip.round > self.head.round and tip.total >= self.head.total
         return ahead or chain.better(tip.total, tip.id, self.head.total, self.head.id)
 
     def _follow_better(self, now: float) -> None:
-        """Ask for what a better tip has and we lack (4.9). Never adopts by itself."""
+        """Ask for what a better tip has and we lack (rule 9). Never adopts by itself."""
         if self._resyncing is not None:
             return
         if self._fetching is not None:
@@ -712,15 +691,15 @@ class RoundMachine:
             self._fetching = (peer, now + FETCH_TIMEOUT_SECONDS)
             self._wake(self._fetching[1])
             locator = [self.head.id] + ([self._before.id] if self._before is not None else [])
-            self._effects.append(FetchRounds(peer, locator))
+            self._effects.append(events.FetchRounds(peer, locator))
 
     def _want_snapshot(self, donor: bytes, why: str) -> None:
         if self._resyncing is None:
             self._resyncing = donor
-            self._effects.append(Resync(donor, why))
+            self._effects.append(events.Resync(donor, why))
 
     def _close_parts(self, now: float) -> None:
-        """Freeze the parts whose deadline has come (4.5)."""
+        """Freeze the parts whose deadline has come (rule 5)."""
         exchange = self._exchange
         if exchange is None or exchange.index is None or exchange.sent_at is None:
             return
@@ -745,7 +724,7 @@ class RoundMachine:
         place = {m.peer_id: i for i, m in enumerate(exchange.shape.members)}
         messages = sorted((place[p], m.row.weight, m.payload) for p, m in part.received.items())
         spec = exchange.shape.parts[number]
-        self._effects.append(Reduce(exchange.key, number, spec.start, spec.end, len(place), tuple(messages)))
+        self._effects.append(events.Reduce(exchange.key, number, spec.start, spec.end, len(place), tuple(messages)))
         missing = set(place) - part.received.keys()
         if missing and part.half_at is not None:
             self._missed[exchange.key, number] = _Missed(self._grace_from(exchange, part.half_at), missing)
@@ -758,7 +737,7 @@ class RoundMachine:
         return max(half_at, exchange.computing_since + self._computing_seconds(exchange))
 
     def _stand_in(self, now: float) -> None:
-        """Send a weight-0 message when our trainer is slower than the group, so that we stay a member (4.3)."""
+        """Send a weight-0 message when our trainer is slower than the group, so that we stay a member (rule 3)."""
         exchange = self._exchange
         if exchange is None or exchange.index is None or exchange.sent_at is not None or not exchange.shape.parts:
             return
@@ -783,7 +762,7 @@ class RoundMachine:
                 self._wake(due)
             return
         exchange.stood_in_after = wait
-        self._effects.append(StoodIn(exchange.key))
+        self._effects.append(events.StoodIn(exchange.key))
         empty = Row(0, self.row.throughput, self.row.uplink)
         self._send(exchange, empty, tuple(b"" for _ in exchange.shape.parts), now)
         self._close_parts(now)
@@ -796,7 +775,7 @@ class RoundMachine:
     # ---- sealing ----------------------------------------------------------------------------------------------
 
     def _seal_when_due(self, now: float) -> bool:
-        """Seal what we hold when it is our place's turn (4.6); True when we sealed."""
+        """Seal what we hold when it is our place's turn (rule 6); True when we sealed."""
         exchange = self._exchange
         if exchange is None or self._resyncing is not None:
             return False
@@ -827,7 +806,7 @@ class RoundMachine:
             self._wake(due)
             return False
         if place:
-            self._effects.append(Note("takeover", f"sealing round {exchange.key.round} in place {place}"))
+            self._effects.append(events.Note("takeover", f"sealing round {exchange.key.round} in place {place}"))
         return self._seal(exchange, included, now, solo=False)
 
     def _seal_from(self, exchange: _Exchange) -> float:
@@ -851,7 +830,7 @@ class RoundMachine:
         return bool(known) and (now < until or self._fetching is not None)
 
     def _solo_when_alone(self, exchange: _Exchange, included: frozenset[int], now: float) -> bool:
-        """A solo seal, once no member has been heard for `alone_after` (4.6)."""
+        """A solo seal, once no member has been heard for `alone_after` (rule 6)."""
         if not self.head.round or self._fetching is not None:
             # Whom we fetch from is not heard, but there.
             return False
@@ -916,14 +895,14 @@ class RoundMachine:
         sealed = SealedRound(chain.seal_id(signed.body), seal, signed, tuple(replies))
         state = chain.extend(self.head, sealed.id, seal, self.rules.chunks)
         if solo and shape.members:
-            self._effects.append(Note("solo", f"nobody heard: sealing round {shape.round} alone"))
+            self._effects.append(events.Note("solo", f"nobody heard: sealing round {shape.round} alone"))
         self._adopt(sealed, state, shape)
-        self._effects.append(PublishSeal(sealed))
+        self._effects.append(events.PublishSeal(sealed))
         self._begin_round(now)
         return True
 
     def _majority_root(self, shape: RoundShape) -> bytes:
-        """The root most members sent for `chain.root_round`; tie: the smaller (4.10)."""
+        """The root most members sent for `chain.root_round`; tie: the smaller (rule 10)."""
         wanted = chain.root_round(shape.round, self.rules.root_interval)
         members = {m.peer_id for m in shape.members} | {self.me}
         votes = Counter(
@@ -934,6 +913,6 @@ class RoundMachine:
         return best if 2 * votes[best] >= len(shape.members) else b""
 
 
-def _merit(tip: TipHeard) -> tuple[int, bytes]:
+def _merit(tip: events.TipHeard) -> tuple[int, bytes]:
     """Orders tips, the best first."""
     return -tip.total, tip.id
