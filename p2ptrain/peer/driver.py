@@ -14,6 +14,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import assert_never
 
 import msgspec
@@ -53,6 +54,7 @@ from p2ptrain.rounds import events
 from p2ptrain.rounds.inbox import Dropped, Inbox
 from p2ptrain.rounds.machine import RoundMachine
 from p2ptrain.state.failpoints import failpoint
+from p2ptrain.state.files import atomic_write
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import OwnEntry, OwnLog
 from p2ptrain.state.pieces import Partials
@@ -63,6 +65,7 @@ from p2ptrain.swarm.node import SwarmNode
 
 LOOK_SECONDS = 0.1
 """Between two looks at what others say, while the run's end is waited for."""
+DECISIONS_MAX_BYTES = 2**20
 _GOODBYE_SECONDS = 3.0
 _TRANSIENT = ("foreign", "too early", TOO_MANY_CALLS)
 """Reasons of a reducer that may pass: it has not seen the last seal yet."""
@@ -90,6 +93,8 @@ class DriverParts:
     snapshot_chain: Callable[[bytes], ChainState]
     packed_corpus: Callable[[], bytes | None]
     sync_progress: Callable[[str, int, int], None]
+    decisions_log: Path
+    """Where a failure leaves what the machine heard and decided last."""
 
 
 class RoundDriver:
@@ -255,6 +260,7 @@ class RoundDriver:
         self.failure = error
         self.leave()
         self._p.inbox.put(None)
+        self.write_decisions(repr(error))
 
     def _perform(self, effect: events.Effect) -> None:
         match effect:
@@ -272,7 +278,7 @@ class RoundDriver:
                 task = asyncio.create_task(self._deliver(effect))
                 self._deliveries[task] = effect.key.round
                 task.add_done_callback(lambda done: self._deliveries.pop(done, None))
-                task.add_done_callback(_report)
+                task.add_done_callback(self._report)
             case events.Reduce():
                 self._spawn(self._reduce(effect))
             case events.PublishSeal():
@@ -329,7 +335,7 @@ class RoundDriver:
         task = asyncio.create_task(work)
         self._tasks[task] = None
         task.add_done_callback(lambda done: self._tasks.pop(done, None))
-        task.add_done_callback(_report)
+        task.add_done_callback(self._report)
 
     # ---- contributions and replies ----------------------------------------------------------------------------
 
@@ -634,8 +640,20 @@ class RoundDriver:
         finally:
             self.syncing = False
 
+    def _report(self, task: asyncio.Task[None]) -> None:
+        """Log a task's failure: nothing that this driver does may fail in silence."""
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            _logger.error("a task of the round has failed", exc_info=error)
+            self.write_decisions(repr(error))
 
-def _report(task: asyncio.Task[None]) -> None:
-    """Nothing that this driver does may fail in silence."""
-    if not task.cancelled() and task.exception() is not None:
-        _logger.error("a task of the round has failed", exc_info=task.exception())
+    def write_decisions(self, why: str) -> None:
+        """Leave what the machine heard and decided last in the home, and say where."""
+        lines = self.machine.decisions.lines(lambda peer: format_peer_id(peer)[-6:])
+        text = f"{why}\nThe last events, at monotonic seconds, and what each led to:\n" + "\n".join(lines) + "\n"
+        try:
+            atomic_write(self._p.decisions_log, text.encode()[-DECISIONS_MAX_BYTES:])
+        except OSError as error:
+            _logger.warning("cannot write %s: %s", self._p.decisions_log, error.strerror)
+        else:
+            _logger.error("what this peer decided before the failure is in %s", self._p.decisions_log)

@@ -23,6 +23,7 @@ from p2ptrain.chain import ChainState, Join, RoundShape, Row, Seal, SealError, S
 from p2ptrain.chain.sealed import Key, Reply, SealedRound
 from p2ptrain.rounds import events
 from p2ptrain.rounds.deadlines import Deadlines
+from p2ptrain.rounds.decisions import Decisions
 
 JOINS_PENDING_MAX = 256
 JOIN_ROUNDS = 3  # rounds after which a join that was not repeated is forgotten
@@ -171,6 +172,8 @@ class RoundMachine:
         self._hold_seal_until = -math.inf
         self._effects: list[events.Effect] = []
         self.wake_at: float | None = None
+        #: the last events, and what they led to
+        self.decisions = Decisions()
 
     # ---- what others may read ---------------------------------------------------------------------------------
 
@@ -246,11 +249,13 @@ class RoundMachine:
 
     def start(self, now: float) -> list[events.Effect]:
         """Begin at the chain state given to the constructor."""
+        self.decisions.hear(None, now)
         self._begin_round(now)
         return self._settle_effects(now)
 
     def handle(self, event: events.Event, now: float) -> list[events.Effect]:
         """Take one event at monotonic time `now` (seconds); returns what to do, in order."""
+        self.decisions.hear(event, now)
         match event:
             case events.ContributionReady():
                 self._on_ready(event, now)
@@ -611,6 +616,7 @@ class RoundMachine:
             self._stand_in(now)
             sealed = self._seal_when_due(now)
         effects, self._effects = self._effects, []
+        self.decisions.decide(effects)
         return effects
 
     def _wake(self, at: float) -> None:

@@ -12,6 +12,7 @@ import gc
 import hashlib
 import logging
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -42,6 +43,8 @@ CONVERGENCE_SECONDS = 90.0
 SETTLED_ROUNDS = 8
 CALM_SECONDS = 180.0
 CHECK_EVERY_SECONDS = 0.5
+LAST_DECISIONS = 8
+"""As many events of each peer concerned are in the report of the first violation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +226,22 @@ class World:
     def violate(self, what: str) -> None:
         """An invariant does not hold."""
         if what != "see above":
-            self.report.violations.append(f"at {self.loop.time():.3f} s: {what}")
+            told = "" if self.report.violations else self._decisions(what)
+            self.report.violations.append(f"at {self.loop.time():.3f} s: {what}{told}")
+
+    def _decisions(self, what: str) -> str:
+        """The last decisions of the peers that `what` names, or of all that live, with seconds before now."""
+        named = set(re.findall(r"\w+", what))
+        there = [peer for peer in self.peers if hasattr(peer, "driver")]
+        concerned = [peer for peer in there if peer.name in named] or there
+        names = {peer.id: peer.name for peer in self.peers}
+        told = ""
+        for peer in concerned:
+            lines = peer.machine.decisions.lines(
+                lambda id: names.get(id, id.hex()[-6:]), last=LAST_DECISIONS, now=self.loop.time()
+            )
+            told += f"\n  {peer.name} decided last:" + "".join(f"\n    {line}" for line in lines)
+        return told
 
     def _standing(self) -> str:
         return ", ".join(

@@ -19,6 +19,7 @@ from p2ptrain import chain
 from p2ptrain.chain import ChainState, Row
 from p2ptrain.chain.sealed import Key, Reply, SealedRound
 from p2ptrain.rounds import events
+from p2ptrain.rounds.decisions import short_id
 from p2ptrain.rounds.machine import RoundMachine, RoundRules
 from p2ptrain.swarm.identity import Identity, verify
 
@@ -232,6 +233,10 @@ class Peer:
         self.cluster.at(4 * DELAY, switch)
 
 
+made: list[Cluster] = []
+"""The clusters of the test under way, whose decisions are printed when it fails."""
+
+
 class Cluster:
     """All peers of a scenario."""
 
@@ -246,6 +251,7 @@ class Cluster:
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._sequence = itertools.count()
         self.at(1.0, self._heartbeat)
+        made.append(self)
 
     def add(self, name: str, *, founder: bool = False, dialable: bool = True) -> Peer:
         peer = Peer(self, name, chain.genesis(RUN_ID), founder=founder, dialable=dialable)
@@ -303,6 +309,17 @@ class Cluster:
         for peer in self.peers:
             if peer is not sender:
                 self.send(sender, peer.id, lambda p: p.hears(event))
+
+    def decisions(self, last: int = 12) -> str:
+        """What every peer heard and decided last, with seconds before now."""
+        told = []
+        for peer in self.peers:
+            told += [f"{peer.name}:", *peer.machine.decisions.lines(self.name_of, last=last, now=self.now)]
+        return "\n".join(told)
+
+    def name_of(self, peer_id: bytes) -> str:
+        """The name of a peer, for text."""
+        return self.by_id[peer_id].name if peer_id in self.by_id else short_id(peer_id)
 
     def kill(self, peer: Peer) -> None:
         peer.alive = False
