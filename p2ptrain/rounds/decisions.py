@@ -181,7 +181,7 @@ def told(said: events.Event | events.Effect) -> Told:
 def _seal(template: str, values: tuple[object, ...], identifier: bytes, seal: Seal, ending: str = "") -> Told:
     included = len(chain.bits(seal.included, len(seal.rows)))
     skipped = sum(not digest for digest in seal.parts)
-    template += "{}seal {} of round {} by {}: includes {} of {}, total {}{}{}{}"
+    template += "{}seal {} of round {} by {}: includes {} of {}, total {}{}{}{}{}"
     joins = _first([_Peer(join.peer_id) for join in seal.joins])
     more: tuple[object, ...] = (
         "solo " if seal.solo else "",
@@ -192,6 +192,7 @@ def _seal(template: str, values: tuple[object, ...], identifier: bytes, seal: Se
         len(seal.rows),
         seal.total,
         f", {skipped} of {len(seal.parts)} parts skipped" if skipped else "",
+        f", root {seal.root[:3].hex()}" if seal.root else "",
         ending,
     )
     if not seal.joins:
@@ -223,6 +224,8 @@ def _text(value: object, name_of: NameOf) -> str:
         case _Payload():
             return f"{value.size} B {value.checksum:08x}" if value.size else "empty"
         case _List():
+            if not value.count:
+                return "nothing"
             more = value.count - len(value.values)
             return " ".join([*(_text(one, name_of) for one in value.values), *([f"and {more} more"] if more else [])])
         case Key():

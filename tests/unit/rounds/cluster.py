@@ -10,7 +10,7 @@ import hashlib
 import heapq
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, assert_never
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -86,7 +86,10 @@ class Peer:
 
     def hears(self, event: events.Event) -> None:
         if self.alive:
-            self.do(self.machine.handle(event, self.cluster.now))
+            effects = self.machine.handle(event, self.cluster.now)
+            if self.cluster.listener is not None:
+                self.cluster.listener(self, event, effects)
+            self.do(effects)
 
     def later(self, seconds: float, event: events.Event) -> None:
         self.cluster.at(seconds, lambda: self.hears(event))
@@ -248,6 +251,8 @@ class Cluster:
         self.cut: set[frozenset[bytes]] = set()
         #: seconds that a message from one peer to another takes
         self.delay: Callable[[Peer, Peer], float] = lambda sender, receiver: DELAY
+        #: hears of every event and what it led to, before that is done
+        self.listener: Callable[[Peer, events.Event, list[events.Effect]], None] | None = None
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._sequence = itertools.count()
         self.at(1.0, self._heartbeat)
@@ -259,11 +264,11 @@ class Cluster:
         self.by_id[peer.id] = peer
         return peer
 
-    def group(self, count: int, **options: Any) -> list[Peer]:
+    def group(self, count: int, *, names: Sequence[str] = "abcdefgh", **options: Any) -> list[Peer]:
         """A founder and others, all of them members."""
-        peers = [self.add("a", founder=True)]
+        peers = [self.add(names[0], founder=True)]
         self.run(3)
-        peers += [self.add("bcdefgh"[i], **options) for i in range(count - 1)]
+        peers += [self.add(name, **options) for name in names[1:count]]
         reducers = count if options.get("dialable", True) else 1
 
         def settled() -> bool:
