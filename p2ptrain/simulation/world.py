@@ -360,6 +360,10 @@ class World:
         if total < peer.total:
             self.violate(f"{peer.name}: total fell from {peer.total} to {total}")
         peer.total = total
+        try:
+            peer.machine.check_invariants()
+        except AssertionError as error:
+            self.violate(f"{peer.name}: {error}")
         self._check_bounds(peer)
 
     def took(self, peer: SimPeer, message: object) -> None:
@@ -458,8 +462,8 @@ class World:
         interval = self.manifest.round.root_interval
         journal = driver._p.journal
         sizes = {
-            "early messages": (len(machine._early), 2 * self.chunks * len(self.peers)),
-            "tips": (len(machine._tips), 64 + 2 * len(self.peers)),
+            "early messages": (len(machine._exchanges.early), 2 * self.chunks * len(self.peers)),
+            "tips": (len(machine._following.tips), 64 + 2 * len(self.peers)),
             "rounds in the journal": (journal.last - journal.first + 1, 5 * interval + 8),
             "pending": (len(peer.trainer.ledger.pending), 64),
             "waiting calls": (len(driver._reply_waiters), 4 * self.chunks),

@@ -87,6 +87,7 @@ class Peer:
     def hears(self, event: events.Event) -> None:
         if self.alive:
             effects = self.machine.handle(event, self.cluster.now)
+            self.machine.check_invariants()
             if self.cluster.listener is not None:
                 self.cluster.listener(self, event, effects)
             self.do(effects)

@@ -237,7 +237,7 @@ def two_solos_that_meet() -> Story:
 def a_rollback() -> Story:
     """One of three is cut off and seals alone a round that the others seal as well.
 
-    Look at how, once the link is back, it rolls its own seal back and applies the one of the chain with the larger total.
+    Look at how, once the link is back, it rolls its own seal back and applies that of the chain with the larger total.
     """
     story = Story(alone_after_seconds=9.0)
     ada, bob, cyd = story.group(3)
