@@ -335,20 +335,18 @@ class RoundMachine:
         yield "its shape is the head's", shape == chain.shape_of(head, self.rules.chunks)
         yield "its key is its shape's", exchange.key == Key(shape.round, shape.base)
         yield "our index in it is its shape's", exchange.index == shape.index(self.me)
-        mine = {
-            n for n, part in enumerate(shape.parts) if exchange.index is not None and part.reducer == exchange.index
-        }
+        mine = {number for number, spec in enumerate(shape.parts) if spec.reducer == exchange.index}
         yield "we reduce the parts whose reducer we are", exchange.reducing.keys() == mine
-        yield "replies are of its parts", all(0 <= part < len(shape.parts) for part in replies)
+        yield "replies are of its parts", all(0 <= number < len(shape.parts) for number in replies)
         yield "replies are held only once we have sent", not replies or exchange.sent_at is not None
         yield (
             "it is complete with a reply for each part",
             (exchange.complete_at is not None) == (bool(replies) and len(replies) == len(shape.parts)),
         )
         members = {member.peer_id for member in shape.members}
-        for number, part in exchange.reducing.items():
-            yield "messages are of members", part.received.keys() <= members
-            yield "the reply of a part that we reduce is held after it is closed", part.closed or number not in replies
+        for number, reduced in exchange.reducing.items():
+            yield "messages are of members", reduced.received.keys() <= members
+            yield "a part that we reduce is closed before its reply is held", reduced.closed or number not in replies
 
     def _following_invariants(self) -> Iterator[tuple[str, bool]]:
         kept = self._following
