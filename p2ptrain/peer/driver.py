@@ -14,6 +14,8 @@ import logging
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import assert_never
 
 import msgspec
 
@@ -48,33 +50,11 @@ from p2ptrain.compression.reduce import reduce_part
 from p2ptrain.config.manifest import PROTOCOL_VERSION, Manifest
 from p2ptrain.history.catching_up import CatchingUp
 from p2ptrain.observe.status import Standing
-from p2ptrain.rounds.events import (
-    Apply,
-    CameLate,
-    ContributionReady,
-    ContributionReceived,
-    Effect,
-    Event,
-    FetchFailed,
-    FetchRounds,
-    JoinReceived,
-    Note,
-    PublishSeal,
-    Reduce,
-    ReplyHeld,
-    Resync,
-    Rollback,
-    RootComputed,
-    SendContribution,
-    SendJoin,
-    StartRound,
-    StoodIn,
-    Synced,
-    Tick,
-)
+from p2ptrain.rounds import events
 from p2ptrain.rounds.inbox import Dropped, Inbox
 from p2ptrain.rounds.machine import RoundMachine
 from p2ptrain.state.failpoints import failpoint
+from p2ptrain.state.files import atomic_write
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import OwnEntry, OwnLog
 from p2ptrain.state.pieces import Partials
@@ -85,6 +65,7 @@ from p2ptrain.swarm.node import SwarmNode
 
 LOOK_SECONDS = 0.1
 """Between two looks at what others say, while the run's end is waited for."""
+DECISIONS_MAX_BYTES = 2**20
 _GOODBYE_SECONDS = 3.0
 _TRANSIENT = ("foreign", "too early", TOO_MANY_CALLS)
 """Reasons of a reducer that may pass: it has not seen the last seal yet."""
@@ -112,6 +93,8 @@ class DriverParts:
     snapshot_chain: Callable[[bytes], ChainState]
     packed_corpus: Callable[[], bytes | None]
     sync_progress: Callable[[str, int, int], None]
+    decisions_log: Path
+    """Where a failure leaves what the machine heard and decided last."""
 
 
 class RoundDriver:
@@ -138,7 +121,7 @@ class RoundDriver:
         #: the round started last
         self._started: Key | None = None
         #: effects not performed yet
-        self._effects: deque[Effect] = deque()
+        self._effects: deque[events.Effect] = deque()
         self._performing = False
         #: why this peer cannot go on
         self.failure: OSError | None = None
@@ -216,7 +199,7 @@ class RoundDriver:
 
     # ---- from the trainer -------------------------------------------------------------------------------------
 
-    def contribute(self, ready: ContributionReady, entry: OwnEntry) -> None:
+    def contribute(self, ready: events.ContributionReady, entry: OwnEntry) -> None:
         """The trainer's contribution to the round under way; dropped where it comes too late for it."""
         shape = self.machine.shape
         ranges = tuple((part.start, part.end) for part in shape.parts) if shape else ()
@@ -237,7 +220,7 @@ class RoundDriver:
     def root_computed(self, round: int, id: bytes, root: bytes) -> None:
         """The trainer has written the snapshot of this round, at state `id`; of a branch that was left, none."""
         if self._p.journal.position(id) == round:
-            self.dispatch(RootComputed(round, root))
+            self.dispatch(events.RootComputed(round, root))
         self.catching_up.forget_partial()
         keep_from = min((snapshot.round for snapshot in self._p.snapshots.all()), default=0)
         if len(self._p.snapshots.all()) >= 3:
@@ -250,12 +233,12 @@ class RoundDriver:
 
     # ---- events and effects -----------------------------------------------------------------------------------
 
-    def dispatch(self, event: Event) -> None:
+    def dispatch(self, event: events.Event) -> None:
         """Let the machine hear an event, and do what it asks for."""
         if not self.leaving:
             self._do(self.machine.handle(event, self._now()))
 
-    def _do(self, effects: list[Effect]) -> None:
+    def _do(self, effects: list[events.Effect]) -> None:
         # Before the trainer hears of anything, so that it never shows what was before.
         self.publish_standing()
         # Performing one may have the machine hear of something, and ask for more: in order, after these.
@@ -277,45 +260,48 @@ class RoundDriver:
         self.failure = error
         self.leave()
         self._p.inbox.put(None)
+        self.write_decisions(repr(error))
 
-    def _perform(self, effect: Effect) -> None:
+    def _perform(self, effect: events.Effect) -> None:
         match effect:
-            case StartRound():
+            case events.StartRound():
                 if self._started == effect.key:
                     # On another branch now, where the same key has other parts.
                     self._end_rounds_before(effect.key.round + 1)
                 self._started = effect.key
                 self._p.inbox.put(effect)
                 self._repeat_own(effect)
-            case StoodIn():
+            case events.StoodIn():
                 self._p.inbox.put(effect)
-            case SendContribution():
+            case events.SendContribution():
                 self._log_stand_in(effect)
                 task = asyncio.create_task(self._deliver(effect))
                 self._deliveries[task] = effect.key.round
                 task.add_done_callback(lambda done: self._deliveries.pop(done, None))
-                task.add_done_callback(_report)
-            case Reduce():
+                task.add_done_callback(self._report)
+            case events.Reduce():
                 self._spawn(self._reduce(effect))
-            case PublishSeal():
+            case events.PublishSeal():
                 self.feed.tell(effect.sealed.signed)
                 self.feed.pass_on(effect.sealed.id, effect.sealed.seal, effect.sealed.signed)
-            case Apply():
+            case events.Apply():
                 self._apply(effect)
-            case Rollback():
+            case events.Rollback():
                 self._p.journal.truncate(effect.state.round)
                 self._p.inbox.put(effect)
-            case FetchRounds():
+            case events.FetchRounds():
                 self._spawn(self._fetch(effect))
-            case Resync():
+            case events.Resync():
                 _logger.warning("fetching the state of the swarm: %s", effect.why)
                 self._spawn(self._resync(effect))
-            case SendJoin():
+            case events.SendJoin():
                 self._spawn(self._ask_to_join(effect.sealer))
-            case Note():
+            case events.Note():
                 _logger.info(effect.text)
+            case _:
+                assert_never(effect)
 
-    def _apply(self, effect: Apply) -> None:
+    def _apply(self, effect: events.Apply) -> None:
         self._p.journal.append(effect.sealed)
         self.catching_up.note_root(effect.sealed)
         self._end_rounds_before(effect.state.round + 1)
@@ -339,7 +325,7 @@ class RoundDriver:
 
     def _tick(self) -> None:
         self._timer = None
-        self.dispatch(Tick(late=self._now() - self._timer_due > 1.0))
+        self.dispatch(events.Tick(late=self._now() - self._timer_due > 1.0))
 
     def _now(self) -> float:
         """Monotonic seconds, by the loop's clock."""
@@ -349,11 +335,11 @@ class RoundDriver:
         task = asyncio.create_task(work)
         self._tasks[task] = None
         task.add_done_callback(lambda done: self._tasks.pop(done, None))
-        task.add_done_callback(_report)
+        task.add_done_callback(self._report)
 
     # ---- contributions and replies ----------------------------------------------------------------------------
 
-    def _repeat_own(self, effect: StartRound) -> None:
+    def _repeat_own(self, effect: events.StartRound) -> None:
         """What was sent for a round, before a restart or on another branch, stays the only message of its round.
 
         At once, before anything could stand in for it: whose message went in as weight 0 must not count as used.
@@ -375,9 +361,9 @@ class RoundDriver:
             ranges = tuple((part.start, part.end) for part in parts)
             if ranges != entry.ranges:
                 self._p.own_log.write(msgspec.structs.replace(entry, ranges=ranges, payloads=payloads))
-        self.dispatch(ContributionReady(effect.key, entry.row, payloads))
+        self.dispatch(events.ContributionReady(effect.key, entry.row, payloads))
 
-    def _log_stand_in(self, effect: SendContribution) -> None:
+    def _log_stand_in(self, effect: events.SendContribution) -> None:
         """A message in the trainer's stead is journaled before its first byte, as the trainer's are."""
         if effect.row.weight == 0 and self._p.own_log.find(effect.key) is None:
             entry = OwnEntry(effect.key.round, effect.key.base, effect.row, (), (), 0, 0)
@@ -390,7 +376,7 @@ class RoundDriver:
         for key in [k for k in self._reply_waiters if k[0].round < round]:
             self._reply_waiters.pop(key).cancel()
 
-    async def _deliver(self, effect: SendContribution) -> None:
+    async def _deliver(self, effect: events.SendContribution) -> None:
         """Send one part to its reducer until it answers with the reply; the round's end cancels this."""
         shape = self.machine.shape
         if shape is None or self.machine.exchange_key != effect.key:
@@ -420,7 +406,7 @@ class RoundDriver:
                 )
                 reply = make_reply(data, self._p.layout, shape, effect.part)
                 if self.machine.shape is shape:
-                    self.dispatch(ReplyHeld(effect.key, effect.part, reply))
+                    self.dispatch(events.ReplyHeld(effect.key, effect.part, reply))
                 return
             except RefusedError as error:
                 if str(error) not in _TRANSIENT:
@@ -440,7 +426,7 @@ class RoundDriver:
             self._turns = {peer: turn for peer, turn in self._turns.items() if turn.locked()}
         return self._burst[1]
 
-    async def _reduce(self, effect: Reduce) -> None:
+    async def _reduce(self, effect: events.Reduce) -> None:
         config, layout, shape = self._p.manifest, self._p.layout, self.machine.shape
         spec = shape.parts[effect.part] if shape is not None and effect.part < len(shape.parts) else None
         if spec is None or (spec.start, spec.end) != (effect.start, effect.end):
@@ -475,7 +461,7 @@ class RoundDriver:
             waiter = self._reply_waiters.setdefault((effect.key, effect.part), self._future())
         if not waiter.done():
             waiter.set_result(reply)
-        self.dispatch(ReplyHeld(effect.key, effect.part, reply))
+        self.dispatch(events.ReplyHeld(effect.key, effect.part, reply))
 
     def _future(self) -> asyncio.Future[Reply]:
         return asyncio.get_running_loop().create_future()
@@ -524,7 +510,7 @@ class RoundDriver:
             return refusal
         failpoint("join_received")
         self.feed.follow(peer)
-        self.dispatch(JoinReceived(peer, wanted.row))
+        self.dispatch(events.JoinReceived(peer, wanted.row))
         return ""
 
     def refuse(self, header: ContributionHeader, peer: bytes) -> str | None:
@@ -541,7 +527,7 @@ class RoundDriver:
         """The machine's refusal; of who is late it hears all the same."""
         refusal = self.machine.refusal(key, part, peer)
         if refusal == "late":
-            self.dispatch(CameLate(key, part, peer))
+            self.dispatch(events.CameLate(key, part, peer))
         return refusal
 
     def contribution_max_bytes(self, header: ContributionHeader) -> int:
@@ -561,7 +547,7 @@ class RoundDriver:
             refusal = "malformed"
         if refusal is None:
             self.dispatch(
-                ContributionReceived(key, header.part, peer, header.row, header.root_round, header.root, payload)
+                events.ContributionReceived(key, header.part, peer, header.row, header.root_round, header.root, payload)
             )
         return refusal
 
@@ -617,7 +603,7 @@ class RoundDriver:
             _logger.debug("could not ask %s to admit us: %s", format_peer_id(sealer)[-8:], error)
             await self.feed.connect(sealer)
 
-    async def _fetch(self, effect: FetchRounds) -> None:
+    async def _fetch(self, effect: events.FetchRounds) -> None:
         """Rounds that continue our head, or its parent, from one donor."""
         machine, donor = self.machine, effect.donor
         try:
@@ -626,7 +612,7 @@ class RoundDriver:
             )
         except (CallError, SealedRoundError) as error:
             _logger.debug("no rounds from %s: %s", format_peer_id(donor)[-8:], error)
-            self.dispatch(FetchFailed(donor))
+            self.dispatch(events.FetchFailed(donor))
             await self.feed.connect(donor)
         else:
             self.dispatch(fetched)
@@ -637,7 +623,7 @@ class RoundDriver:
         ahead = state.round > head.round and state.total >= head.total
         return ahead or state.id == head.id or chain.better(state.total, state.id, head.total, head.id)
 
-    async def _resync(self, effect: Resync) -> None:
+    async def _resync(self, effect: events.Resync) -> None:
         """Go over to a donor's chain: on disk first, then in the trainer's queue, then in the machine."""
         self.syncing = True
         try:
@@ -646,16 +632,28 @@ class RoundDriver:
                 raise CallError("its chain is not the better one after all")
             self.catching_up.adopt(restore)
             self._p.inbox.put(restore)
-            self.dispatch(Synced(state))
+            self.dispatch(events.Synced(state))
             self.follow_members()
         except (CallError, SealedRoundError, TensorFileError, OSError) as error:
             _logger.warning("could not fetch the state of %s: %s", format_peer_id(effect.donor)[-8:], error)
-            self.dispatch(FetchFailed(effect.donor))
+            self.dispatch(events.FetchFailed(effect.donor))
         finally:
             self.syncing = False
 
+    def _report(self, task: asyncio.Task[None]) -> None:
+        """Log a task's failure: nothing that this driver does may fail in silence."""
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            _logger.error("a task of the round has failed", exc_info=error)
+            self.write_decisions(repr(error))
 
-def _report(task: asyncio.Task[None]) -> None:
-    """Nothing that this driver does may fail in silence."""
-    if not task.cancelled() and task.exception() is not None:
-        _logger.error("a task of the round has failed", exc_info=task.exception())
+    def write_decisions(self, why: str) -> None:
+        """Leave what the machine heard and decided last in the home, and say where."""
+        lines = self.machine.decisions.lines(lambda peer: format_peer_id(peer)[-6:])
+        text = f"{why}\nThe last events, at monotonic seconds, and what each led to:\n" + "\n".join(lines) + "\n"
+        try:
+            atomic_write(self._p.decisions_log, text.encode()[-DECISIONS_MAX_BYTES:])
+        except OSError as error:
+            _logger.warning("cannot write %s: %s", self._p.decisions_log, error.strerror)
+        else:
+            _logger.error("what this peer decided before the failure is in %s", self._p.decisions_log)

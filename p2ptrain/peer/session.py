@@ -313,6 +313,7 @@ class PeerSession:
             snapshot_chain=replica.snapshot_chain,
             packed_corpus=packed.read,
             sync_progress=self.display.transfer,
+            decisions_log=self.home.decisions,
         )
 
         async def start() -> RoundDriver:
@@ -338,7 +339,11 @@ class PeerSession:
                 self._remember_peers()
             return not self._stopping and not ended
 
-        trainer.run(swarm, after_round)
+        try:
+            trainer.run(swarm, after_round)
+        except Exception as error:
+            self.network.loop.call_soon_threadsafe(driver.write_decisions, repr(error))
+            raise
         failure = driver.standing.failure
         if failure is not None:
             raise HomeError(f"cannot write to home {self.home.path}: {failure}", hint="make room, then start again")

@@ -239,6 +239,9 @@ class SimDriver(RoundDriver):
         super()._perform(effect)
         self.peer.watch("after_effect")
 
+    def write_decisions(self, why: str) -> None:
+        """Nothing: the report of a violation has them."""
+
     def _do(self, effects: list[Effect]) -> None:
         super()._do(effects)
         if not self._performing:
@@ -418,6 +421,7 @@ class SimPeer:
             snapshot_chain=replica.snapshot_chain,
             packed_corpus=lambda: None,
             sync_progress=lambda what, done, of: None,
+            decisions_log=self.home / "decisions.log",
         )
         self.driver = SimDriver(parts)
         self.driver.peer = self

@@ -12,6 +12,7 @@ import gc
 import hashlib
 import logging
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import msgspec
 import numpy as np
@@ -28,7 +29,7 @@ from p2ptrain import chain
 from p2ptrain.chain import RoundShape
 from p2ptrain.chain.sealed import Key, SealedRound, reply_digest
 from p2ptrain.config.manifest import CodecConfig, GroupConfig, Manifest, OptimizerConfig, canonical_bytes, run_id
-from p2ptrain.rounds.events import Apply, ContributionReady, Effect, FetchRounds, Note, PublishSeal, Resync, Rollback
+from p2ptrain.rounds import events
 from p2ptrain.rounds.inbox import Restore
 from p2ptrain.simulation.faults import FAULTS, Faults
 from p2ptrain.simulation.loop import VirtualLoop
@@ -42,6 +43,8 @@ CONVERGENCE_SECONDS = 90.0
 SETTLED_ROUNDS = 8
 CALM_SECONDS = 180.0
 CHECK_EVERY_SECONDS = 0.5
+LAST_DECISIONS = 8
+"""As many events of each peer concerned are in the report of the first violation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +226,22 @@ class World:
     def violate(self, what: str) -> None:
         """An invariant does not hold."""
         if what != "see above":
-            self.report.violations.append(f"at {self.loop.time():.3f} s: {what}")
+            told = "" if self.report.violations else self._decisions(what)
+            self.report.violations.append(f"at {self.loop.time():.3f} s: {what}{told}")
+
+    def _decisions(self, what: str) -> str:
+        """The last decisions of the peers that `what` names, or of all that live, with seconds before now."""
+        named = set(re.findall(r"\w+", what))
+        there = [peer for peer in self.peers if hasattr(peer, "driver")]
+        concerned = [peer for peer in there if peer.name in named] or there
+        names = {peer.id: peer.name for peer in self.peers}
+        told = ""
+        for peer in concerned:
+            lines = peer.machine.decisions.lines(
+                lambda id: names.get(id, id.hex()[-6:]), last=LAST_DECISIONS, now=self.loop.time()
+            )
+            told += f"\n  {peer.name} decided last:" + "".join(f"\n    {line}" for line in lines)
+        return told
 
     def _standing(self) -> str:
         return ", ".join(
@@ -286,17 +304,17 @@ class World:
         """A line of the history."""
         self._history.update(f"{self.loop.time():.9f} {peer} {what}\n".encode())
 
-    def sends(self, peer: SimPeer, ready: ContributionReady, shape: RoundShape) -> None:
+    def sends(self, peer: SimPeer, ready: events.ContributionReady, shape: RoundShape) -> None:
         """A contribution leaves."""
         if any(ready.payloads):
             self.oracle.saw_sent(peer.id, ready, shape)
 
-    def saw(self, peer: SimPeer, effect: Effect) -> None:
+    def saw(self, peer: SimPeer, effect: events.Effect) -> None:
         """An effect is about to be performed."""
         count = self.report.coverage
         self.note(peer.name, _told(effect))
         match effect:
-            case Apply():
+            case events.Apply():
                 seal = effect.sealed.seal
                 self.oracle.learn(effect.sealed, self.oracle.state(seal.parent), effect.state)
                 count["applied"] += 1
@@ -305,7 +323,7 @@ class World:
                     count["rounds_of_skips_only"] += 1
                 if self.calm:
                     self._check_inclusion(peer, effect)
-            case PublishSeal():
+            case events.PublishSeal():
                 seal = effect.sealed.seal
                 count["sealed"] += 1
                 self._check_seal(peer, effect.sealed)
@@ -314,16 +332,22 @@ class World:
                     alone = was_member and len(self.oracle.state(seal.parent).now) == 1
                     if not alone:
                         count["solo_by_member" if was_member else "solo_by_learner"] += 1
-            case Rollback():
+            case events.Rollback():
                 count["rollbacks_of_depth_one"] += 1
                 self._count_merge(peer)
-            case Resync():
+            case events.Resync():
                 count["resyncs"] += 1
-            case FetchRounds():
+            case events.FetchRounds():
                 count["fetches"] += 1
-            case Note():
+            case events.Note():
                 if effect.kind == "takeover":
                     count["takeovers"] += 1
+            case (
+                events.StartRound() | events.StoodIn() | events.SendContribution() | events.Reduce() | events.SendJoin()
+            ):
+                pass
+            case _:
+                assert_never(effect)
 
     def _count_merge(self, peer: SimPeer) -> None:
         left = self.oracle.state(peer.machine.head.parent) if peer.machine.head.round else None
@@ -336,6 +360,10 @@ class World:
         if total < peer.total:
             self.violate(f"{peer.name}: total fell from {peer.total} to {total}")
         peer.total = total
+        try:
+            peer.machine.check_invariants()
+        except AssertionError as error:
+            self.violate(f"{peer.name}: {error}")
         self._check_bounds(peer)
 
     def took(self, peer: SimPeer, message: object) -> None:
@@ -416,7 +444,7 @@ class World:
             if data is None and peer.held.get((Key(shape.round, shape.base), number)) == shape:
                 self.violate(f"{peer.name} skipped a part whose reply it holds")
 
-    def _check_inclusion(self, peer: SimPeer, effect: Apply) -> None:
+    def _check_inclusion(self, peer: SimPeer, effect: events.Apply) -> None:
         if effect.index is None or not effect.contributed:
             return
         included = chain.bits(effect.sealed.seal.included, len(effect.shape.members))
@@ -434,8 +462,8 @@ class World:
         interval = self.manifest.round.root_interval
         journal = driver._p.journal
         sizes = {
-            "early messages": (len(machine._early), 2 * self.chunks * len(self.peers)),
-            "tips": (len(machine._tips), 64 + 2 * len(self.peers)),
+            "early messages": (len(machine._exchanges.early), 2 * self.chunks * len(self.peers)),
+            "tips": (len(machine._following.tips), 64 + 2 * len(self.peers)),
             "rounds in the journal": (journal.last - journal.first + 1, 5 * interval + 8),
             "pending": (len(peer.trainer.ledger.pending), 64),
             "waiting calls": (len(driver._reply_waiters), 4 * self.chunks),
@@ -474,17 +502,28 @@ def _captured_errors(world: World) -> Iterator[None]:
         logger.propagate = propagate
 
 
-def _told(effect: Effect) -> str:
+def _told(effect: events.Effect) -> str:
     """An effect as a line of the history."""
     match effect:
-        case Apply():
+        case events.Apply():
             return f"apply {effect.sealed.seal.round} {effect.sealed.id.hex()}"
-        case PublishSeal():
+        case events.PublishSeal():
             return f"seal {effect.sealed.seal.round} {effect.sealed.id.hex()}"
-        case Rollback():
+        case events.Rollback():
             return f"rollback {effect.state.round}"
-        case _:
+        case (
+            events.StartRound()
+            | events.StoodIn()
+            | events.SendContribution()
+            | events.Reduce()
+            | events.FetchRounds()
+            | events.Resync()
+            | events.SendJoin()
+            | events.Note()
+        ):
             return type(effect).__name__
+        case _:
+            assert_never(effect)
 
 
 def simulate(scenario: Scenario) -> Report:

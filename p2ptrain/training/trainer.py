@@ -14,7 +14,7 @@ import queue
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, assert_never
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from p2ptrain.data.assignment import sequence_offsets
 from p2ptrain.observe.status import Status
 from p2ptrain.optim.demo import Pending
 from p2ptrain.optim.local import Local
-from p2ptrain.rounds.events import Apply, ContributionReady, Rollback, StartRound, StoodIn
+from p2ptrain.rounds import events
 from p2ptrain.rounds.inbox import Dropped, Restore, TrainerMessage
 from p2ptrain.state.checkpoint import Checkpoint, CheckpointMeta, SentUnsettled, load_checkpoint, save_checkpoint
 from p2ptrain.state.journal import Journal
@@ -49,7 +49,7 @@ _logger = logging.getLogger(__name__)
 class Swarm(Protocol):
     """What the trainer tells the network thread, in values that nobody changes any more; all return at once."""
 
-    def contribute(self, ready: ContributionReady, entry: OwnEntry) -> None:
+    def contribute(self, ready: events.ContributionReady, entry: OwnEntry) -> None:
         """Hand over a round's contribution; the network thread fills in the uplink of its row."""
 
     def root_computed(self, round: int, id: bytes, root: bytes) -> None:
@@ -100,9 +100,9 @@ class Trainer:
         self._sequences_read = 0
         self._sequences_per_second = 0.0
         #: the round to compute for, until its contribution is handed over
-        self._current: StartRound | None = None
+        self._current: events.StartRound | None = None
         #: a round whose contribution was handed over, and may have been dropped
-        self._doubtful: StartRound | None = None
+        self._doubtful: events.StartRound | None = None
         #: what the contribution handed over last takes into the own log: its round, its decays, outcomes
         self._carried: tuple[Key, int, tuple[Outcome, ...]] | None = None
         #: sequences behind contributions that were dropped, for the next one
@@ -263,26 +263,26 @@ class Trainer:
             if message is None:
                 return
             self.take(message, swarm)
-            if isinstance(message, Apply):
+            if isinstance(message, events.Apply):
                 going_on = after_round()
 
     def take(self, message: TrainerMessage, swarm: Swarm) -> None:
         """Do what the network thread asks for."""
         match message:
-            case StartRound():
+            case events.StartRound():
                 self._current, self._length_seconds = message, message.length_seconds
                 self._begun = self._ahead and self._micro_batches > 0
                 self._deadline = self._clock() + message.seconds
                 self._ahead = False
                 self._resume_sent(message)
-            case StoodIn():
+            case events.StoodIn():
                 if self._current is not None and self._current.key == message.key:
                     self._current = None
                     self._stood_in = True
                     self._careful_rounds = CAREFUL_ROUNDS
-            case Apply():
+            case events.Apply():
                 self._on_apply(message, swarm)
-            case Rollback():
+            case events.Rollback():
                 self.ledger.undo_after(message.state.round)
                 self.replica.undo()
                 self._show()
@@ -290,8 +290,10 @@ class Trainer:
                 self._on_restore(message, swarm)
             case Dropped():
                 self._on_dropped(message)
+            case _:
+                assert_never(message)
 
-    def _resume_sent(self, start: StartRound) -> None:
+    def _resume_sent(self, start: events.StartRound) -> None:
         """What was sent for a round, before a restart or on a branch that was left, the network thread sends again."""
         self._doubtful = None
         pending = self.ledger.pending.get(start.key)
@@ -321,7 +323,7 @@ class Trainer:
         entry = self._own_log.find(key)
         return later if entry is not None and entry.decays == decays else outcomes + later
 
-    def _on_apply(self, message: Apply, swarm: Swarm) -> None:
+    def _on_apply(self, message: events.Apply, swarm: Swarm) -> None:
         sealed = message.sealed
         self._apply(sealed)
         if message.index is not None or sealed.seal.sealer == self._peer_id:
@@ -445,7 +447,7 @@ class Trainer:
         self._micro_batches += 1
         self._loss_sum += nats
 
-    def _contribute(self, start: StartRound, swarm: Swarm) -> None:
+    def _contribute(self, start: events.StartRound, swarm: Swarm) -> None:
         """Gradients into the momentum, the largest of it out as a contribution."""
         began = self._clock()
         optimizer = self.replica.optimizer
@@ -482,7 +484,7 @@ class Trainer:
             self._sequences_read,
             outcomes,
         )
-        swarm.contribute(ContributionReady(start.key, row, payloads), entry)
+        swarm.contribute(events.ContributionReady(start.key, row, payloads), entry)
         if self._micro_batches:
             loss = self._loss_sum / self._micro_batches
             self.status.loss = loss

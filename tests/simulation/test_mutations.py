@@ -97,7 +97,8 @@ def partition_from_unsealed_members(patch: Patch) -> None:
 
     def hasty(state: chain.ChainState, chunks: int) -> chain.RoundShape:
         peers = current_actor.get().__dict__.get("peer") if current_actor.get() else None
-        joins = getattr(getattr(peers, "machine", None), "_joins", {}) if isinstance(peers, SimPeer) else {}
+        there = getattr(peers, "machine", None) if isinstance(peers, SimPeer) else None
+        joins = there._group.joins if there is not None else {}
         shape = shape_of(state, chunks)
         if not joins or not shape.members:
             return shape

@@ -10,42 +10,16 @@ import hashlib
 import heapq
 import itertools
 import json
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, assert_never
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from p2ptrain import chain
 from p2ptrain.chain import ChainState, Row
 from p2ptrain.chain.sealed import Key, Reply, SealedRound
-from p2ptrain.rounds.events import (
-    Apply,
-    CameLate,
-    ContributionReady,
-    ContributionReceived,
-    Effect,
-    Event,
-    FetchFailed,
-    FetchRounds,
-    JoinReceived,
-    Note,
-    PeerLeft,
-    PublishSeal,
-    Reduce,
-    ReplyHeld,
-    Resync,
-    Rollback,
-    RootComputed,
-    RoundsFetched,
-    SealHeard,
-    SendContribution,
-    SendJoin,
-    StartRound,
-    StoodIn,
-    Synced,
-    Tick,
-    TipHeard,
-)
+from p2ptrain.rounds import events
+from p2ptrain.rounds.decisions import short_id
 from p2ptrain.rounds.machine import RoundMachine, RoundRules
 from p2ptrain.swarm.identity import Identity, verify
 
@@ -81,15 +55,15 @@ class Peer:
         #: sealed rounds applied, and the chain state after each; the genesis first
         self.states: list[ChainState] = [state]
         self.rounds: list[SealedRound] = []
-        self.notes: list[Note] = []
-        self.resyncs: list[Resync] = []
+        self.notes: list[events.Note] = []
+        self.resyncs: list[events.Resync] = []
         self.rollbacks = 0
         self.contributed: list[tuple[int, bool]] = []
         self.refused: list[str] = []
         #: factor on the time that the trainer takes; None: it never hands anything over
         self.slowness: float | None = 1.0
         #: the round that the trainer computes for, until it hands over or is too late
-        self._current: StartRound | None = None
+        self._current: events.StartRound | None = None
         #: it is in the middle of what it computes, which no message interrupts
         self._busy = False
         #: it has finished something too late for its round
@@ -110,14 +84,18 @@ class Peer:
     def head(self) -> ChainState:
         return self.machine.head
 
-    def hears(self, event: Event) -> None:
+    def hears(self, event: events.Event) -> None:
         if self.alive:
-            self.do(self.machine.handle(event, self.cluster.now))
+            effects = self.machine.handle(event, self.cluster.now)
+            self.machine.check_invariants()
+            if self.cluster.listener is not None:
+                self.cluster.listener(self, event, effects)
+            self.do(effects)
 
-    def later(self, seconds: float, event: Event) -> None:
+    def later(self, seconds: float, event: events.Event) -> None:
         self.cluster.at(seconds, lambda: self.hears(event))
 
-    def do(self, effects: list[Effect]) -> None:
+    def do(self, effects: list[events.Effect]) -> None:
         for effect in effects:
             if self.alive:
                 self._perform(effect)
@@ -125,47 +103,49 @@ class Peer:
         if wake is not None:
             due = max(0.0, wake - self.cluster.now)
             # Only the newest alarm counts, as with a timer that is set anew.
-            self.cluster.at(due, lambda: self.hears(Tick()) if self.machine.wake_at == wake else None)
+            self.cluster.at(due, lambda: self.hears(events.Tick()) if self.machine.wake_at == wake else None)
 
-    def _perform(self, effect: Effect) -> None:
+    def _perform(self, effect: events.Effect) -> None:
         match effect:
-            case StartRound():
+            case events.StartRound():
                 self._train(effect)
-            case StoodIn():
+            case events.StoodIn():
                 self._current = None
-            case SendContribution():
+            case events.SendContribution():
                 self._deliver(effect)
-            case Reduce():
+            case events.Reduce():
                 self._reduce(effect)
-            case Apply():
+            case events.Apply():
                 assert effect.sealed.seal.parent == self.states[-1].id
                 self.states.append(effect.state)
                 self.rounds.append(effect.sealed)
                 if self._current is not None and self._current.key.round <= self.rounds[-1].seal.round:
                     self._current = None
                 self.contributed.append((effect.sealed.seal.round, effect.contributed))
-                self.cluster.tell_all(self, TipHeard(self.id, self.head.round, self.head.id, self.head.total))
-            case PublishSeal():
+                self.cluster.tell_all(self, events.TipHeard(self.id, self.head.round, self.head.id, self.head.total))
+            case events.PublishSeal():
                 sealed = effect.sealed
                 assert chain.open_seal(sealed.signed, verify) == (sealed.id, sealed.seal)
-                self.cluster.tell_all(self, SealHeard(sealed.id, sealed.seal, sealed.signed, self.id))
-            case Rollback():
+                self.cluster.tell_all(self, events.SealHeard(sealed.id, sealed.seal, sealed.signed, self.id))
+            case events.Rollback():
                 self.rollbacks += 1
                 self.states.pop()
                 self.rounds.pop()
                 assert self.states[-1] == effect.state
-            case FetchRounds():
+            case events.FetchRounds():
                 self._fetch(effect)
-            case Resync():
+            case events.Resync():
                 self.resyncs.append(effect)
                 self._resync(effect.donor)
-            case SendJoin():
-                join = JoinReceived(self.id, self.machine.row)
+            case events.SendJoin():
+                join = events.JoinReceived(self.id, self.machine.row)
                 self.cluster.send(self, effect.sealer, lambda sealer: sealer.hears(join))
-            case Note():
+            case events.Note():
                 self.notes.append(effect)
+            case _:
+                assert_never(effect)
 
-    def _train(self, start: StartRound) -> None:
+    def _train(self, start: events.StartRound) -> None:
         """What the trainer does: who did not finish for one round goes on, and hands over in a later one."""
         self._current = start
         if start.key in self.sent or self._in_hand:
@@ -186,24 +166,24 @@ class Peer:
         self._in_hand = False
         self.sent.add(start.key)
         payloads = tuple(f"{self.name}/{start.key.round}/{n}".encode() for n in range(len(start.shape.parts)))
-        self.later(0.0, ContributionReady(start.key, Row(4, 16_000, self.machine.row.uplink), payloads))
+        self.later(0.0, events.ContributionReady(start.key, Row(4, 16_000, self.machine.row.uplink), payloads))
 
-    def _deliver(self, message: SendContribution) -> None:
+    def _deliver(self, message: events.SendContribution) -> None:
         """Send, and again until the reply is there or the round is over."""
         if self.machine.exchange_key != message.key or self.machine.held_reply(message.key, message.part):
             return
         self.cluster.send(self, message.reducer, lambda reducer: reducer.receives(self, message))
         self.cluster.at(1.0, lambda: self._deliver(message) if self.alive else None)
 
-    def receives(self, sender: Peer, message: SendContribution) -> None:
+    def receives(self, sender: Peer, message: events.SendContribution) -> None:
         """What the servicer does with a contribution."""
         root = sender.machine.newest_root
-        event = ContributionReceived(message.key, message.part, sender.id, message.row, *root, message.payload)
+        event = events.ContributionReceived(message.key, message.part, sender.id, message.row, *root, message.payload)
         reason = self.machine.refusal(message.key, message.part, sender.id)
         if reason is None:
             self.hears(event)
         elif reason == "late":
-            self.hears(CameLate(message.key, message.part, sender.id))
+            self.hears(events.CameLate(message.key, message.part, sender.id))
         elif reason != "twice":
             self.refused.append(reason)
             return
@@ -219,28 +199,28 @@ class Peer:
                 self.cluster.kill(self)
                 return
             self.replies_left -= 1
-        self.cluster.send(self, sender.id, lambda s: s.hears(ReplyHeld(key, part, reply)))
+        self.cluster.send(self, sender.id, lambda s: s.hears(events.ReplyHeld(key, part, reply)))
 
-    def _reduce(self, effect: Reduce) -> None:
+    def _reduce(self, effect: events.Reduce) -> None:
         members = [member for member, _, _ in effect.contributions]
         data = json.dumps([members, [payload.decode() for _, _, payload in effect.contributions]]).encode()
         reply = Reply(hashlib.sha256(data).digest(), frozenset(members), data)
         self.frozen[effect.key, effect.part] = reply
-        self.later(0.0, ReplyHeld(effect.key, effect.part, reply))
+        self.later(0.0, events.ReplyHeld(effect.key, effect.part, reply))
         for sender in self._waiting.pop((effect.key, effect.part), []):
             self._answer(sender, effect.key, effect.part)
 
-    def _fetch(self, effect: FetchRounds) -> None:
+    def _fetch(self, effect: events.FetchRounds) -> None:
         donor = self.cluster.by_id[effect.donor]
         if not self.cluster.connected(self, donor):
-            self.later(DELAY, FetchFailed(effect.donor))
+            self.later(DELAY, events.FetchFailed(effect.donor))
             return
 
         def answer() -> None:
             ids = [state.id for state in donor.states]
             known = next((i for i in effect.locator if i in ids), None)
             rounds = tuple(donor.rounds[ids.index(known) :]) if known is not None else ()
-            self.later(DELAY, RoundsFetched(effect.donor, known, rounds))
+            self.later(DELAY, events.RoundsFetched(effect.donor, known, rounds))
 
         self.cluster.at(DELAY, answer)
 
@@ -249,12 +229,16 @@ class Peer:
 
         def switch() -> None:
             if not self.cluster.connected(self, donor):
-                self.hears(FetchFailed(donor_id))
+                self.hears(events.FetchFailed(donor_id))
                 return
             self.states, self.rounds = list(donor.states), list(donor.rounds)
-            self.hears(Synced(donor.head))
+            self.hears(events.Synced(donor.head))
 
         self.cluster.at(4 * DELAY, switch)
+
+
+made: list[Cluster] = []
+"""The clusters of the test under way, whose decisions are printed when it fails."""
 
 
 class Cluster:
@@ -268,9 +252,12 @@ class Cluster:
         self.cut: set[frozenset[bytes]] = set()
         #: seconds that a message from one peer to another takes
         self.delay: Callable[[Peer, Peer], float] = lambda sender, receiver: DELAY
+        #: hears of every event and what it led to, before that is done
+        self.listener: Callable[[Peer, events.Event, list[events.Effect]], None] | None = None
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._sequence = itertools.count()
         self.at(1.0, self._heartbeat)
+        made.append(self)
 
     def add(self, name: str, *, founder: bool = False, dialable: bool = True) -> Peer:
         peer = Peer(self, name, chain.genesis(RUN_ID), founder=founder, dialable=dialable)
@@ -278,11 +265,11 @@ class Cluster:
         self.by_id[peer.id] = peer
         return peer
 
-    def group(self, count: int, **options: Any) -> list[Peer]:
+    def group(self, count: int, *, names: Sequence[str] = "abcdefgh", **options: Any) -> list[Peer]:
         """A founder and others, all of them members."""
-        peers = [self.add("a", founder=True)]
+        peers = [self.add(names[0], founder=True)]
         self.run(3)
-        peers += [self.add("bcdefgh"[i], **options) for i in range(count - 1)]
+        peers += [self.add(name, **options) for name in names[1:count]]
         reducers = count if options.get("dialable", True) else 1
 
         def settled() -> bool:
@@ -324,17 +311,28 @@ class Cluster:
         if self.connected(sender, receiver):
             self.at(self.delay(sender, receiver), arrive)
 
-    def tell_all(self, sender: Peer, event: Event) -> None:
+    def tell_all(self, sender: Peer, event: events.Event) -> None:
         for peer in self.peers:
             if peer is not sender:
                 self.send(sender, peer.id, lambda p: p.hears(event))
+
+    def decisions(self, last: int = 12) -> str:
+        """What every peer heard and decided last, with seconds before now."""
+        told = []
+        for peer in self.peers:
+            told += [f"{peer.name}:", *peer.machine.decisions.lines(self.name_of, last=last, now=self.now)]
+        return "\n".join(told)
+
+    def name_of(self, peer_id: bytes) -> str:
+        """The name of a peer, for text."""
+        return self.by_id[peer_id].name if peer_id in self.by_id else short_id(peer_id)
 
     def kill(self, peer: Peer) -> None:
         peer.alive = False
 
     def leave(self, peer: Peer) -> None:
         """A clean goodbye."""
-        self.tell_all(peer, PeerLeft(peer.id))
+        self.tell_all(peer, events.PeerLeft(peer.id))
         self.run(DELAY * 2)
         peer.alive = False
 
@@ -367,7 +365,7 @@ class Cluster:
     def _heartbeat(self) -> None:
         for peer in self.peers:
             if peer.alive:
-                self.tell_all(peer, TipHeard(peer.id, peer.head.round, peer.head.id, peer.head.total))
+                self.tell_all(peer, events.TipHeard(peer.id, peer.head.round, peer.head.id, peer.head.total))
         self.at(1.0, self._heartbeat)
 
 
@@ -379,4 +377,4 @@ def identity_of(name: str) -> Identity:
 
 def roots(peer: Peer, round: int, root: bytes) -> None:
     """The peer's trainer hashed its replica."""
-    peer.hears(RootComputed(round, root))
+    peer.hears(events.RootComputed(round, root))
