@@ -33,10 +33,11 @@ install: $(STAMP)  ## install p2ptrain, with its pinned dependencies, into .venv
 demo: $(STAMP)  ## train a swarm of three peers on this machine
 	$(BIN)/python scripts/demo.py
 
-test: $(STAMP)  ## lint, format, types and the test suite
+test: $(STAMP)  ## lint, format, types, layers and the test suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy p2ptrain
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/pytest
 
 clean:  ## remove the virtual environment, compiled loops and the demo's output

@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from p2ptrain.compression.kernels.compiled import compiled
+from p2ptrain.native.compiled import compiled
 
 FIELD_MAX_BITS = 16
 SYMBOLS_SIEVED_FROM = 32

@@ -24,9 +24,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from p2ptrain.compression.kernels import vectors
-from p2ptrain.compression.kernels.compiled import compiled, vectorised
 from p2ptrain.compression.layout import CHUNK_SIZE, SIDE, ChunkLayout, Form
+from p2ptrain.native import vectors
+from p2ptrain.native.compiled import compiled, vectorised
 
 Floats = NDArray[np.float32]
 BASIS_BITS, VALUE_MAX, MIDDLE_BITS = 10, 255, 11

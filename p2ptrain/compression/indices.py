@@ -22,8 +22,8 @@ from p2ptrain.compression.bits import (
     read_sieve,
     write_sieve,
 )
-from p2ptrain.compression.kernels.compiled import compiled
 from p2ptrain.compression.layout import CHUNK_SIZE
+from p2ptrain.native.compiled import compiled
 
 Numbers = NDArray[np.int64]
 Gaps = NDArray[np.int32]

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2ptrain.compression import coding, decoded, wire
-from p2ptrain.compression.kernels.compiled import compiled
 from p2ptrain.compression.layout import CHUNK_SIZE
 from p2ptrain.compression.wire import Coefficients, ReplyContent
+from p2ptrain.native.compiled import compiled
 
 CLIP_UNIT = 256
 _DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from p2ptrain.compression import coding
-from p2ptrain.compression.kernels import vectors
-from p2ptrain.compression.kernels.compiled import compiled, vectorised
 from p2ptrain.compression.layout import CHUNK_SIZE
+from p2ptrain.native import vectors
+from p2ptrain.native.compiled import compiled, vectorised
 
 _GROUPS = 256
 """On a CPU: with fewer, more entries than needed reach the bound; more take longer to find it."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from p2ptrain.compression import coding
 from p2ptrain.compression.bits import BitReader, BitWriter, WireError, sieve_max_bits, symbols_max_bits
 from p2ptrain.compression.indices import indices_max_bits, read_indices, write_indices
-from p2ptrain.compression.kernels.compiled import compiled
+from p2ptrain.native.compiled import compiled
 
 _CONTRIBUTION = struct.Struct("<4sBBIII")  # magic, version, bits a value, first chunk, end chunk, coefficients
 _REPLY = struct.Struct("<4sBIIIHH")  # magic, version, first chunk, end chunk, coefficients, members, clip exceptions

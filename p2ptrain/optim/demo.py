@@ -36,10 +36,10 @@ from torch import Tensor
 
 from p2ptrain.compression import dct, selection, wire
 from p2ptrain.compression.kernels import cpu as kernels_cpu
-from p2ptrain.compression.kernels.compiled import compiled
 from p2ptrain.compression.layout import CHUNK_SIZE, SIDE, Batch, ChunkLayout, ParameterSpec, Piece, Treatment
 from p2ptrain.compression.reduce import reply_to_one
 from p2ptrain.compression.wire import Coefficients, ReplyContent
+from p2ptrain.native.compiled import compiled
 from p2ptrain.optim import groups, threads
 from p2ptrain.optim.directions import DIRECTIONS, MOMENTUM, Direction, Rms
 

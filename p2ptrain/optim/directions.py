@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from p2ptrain.compression.kernels.compiled import compiled, elementwise
 from p2ptrain.compression.layout import CHUNK_SIZE, SIDE, ChunkLayout, Segment
+from p2ptrain.native.compiled import compiled, elementwise
 from p2ptrain.optim.orthogonal import correctly_rounded_root, make_orthogonal, orthogonal_by_operations
 
 Floats = NDArray[np.float32]

@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from p2ptrain.compression.kernels import vectors
-from p2ptrain.compression.kernels.compiled import elementwise
 from p2ptrain.compression.layout import SIDE
+from p2ptrain.native import vectors
+from p2ptrain.native.compiled import elementwise
 
 Floats = NDArray[np.float32]
 _X_MAX, _GRAM_MAX, _FACTOR_MAX = 511, 500, 500

@@ -1,6 +1,6 @@
 """What a peer does before its first round: compile all that a round needs, and see that it computes the run's bits.
 
-Compiled (`kernels/compiled.py`) is by taking part in a round of a toy, so that no round of a run waits. Then the real
+Compiled (`native/compiled.py`) is by taking part in a round of a toy, so that no round of a run waits. Then the real
 optimizer, on the peer's own device, takes some steps of another toy: every direction with every transform, parameters
 of whole chunks, with edges and vectors, weight decay, parts that are skipped. From the run's nonce to the bytes of a
 snapshot all that replicas must agree on lies between: initial parameters, learning rates, replies as bytes and

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from p2ptrain.compression import coding, dct, selection
-from p2ptrain.compression.kernels import vectors
-from p2ptrain.compression.kernels.compiled import compiled, vectorised
 from p2ptrain.compression.layout import SIDE, Form
+from p2ptrain.native import vectors
+from p2ptrain.native.compiled import compiled, vectorised
 
 VALUE_BITS = (1, 2, 8, 32)
 """Those that can be selected here."""

@@ -150,7 +150,7 @@ import numpy as np
 import torch
 
 from p2ptrain.chain import Part
-from p2ptrain.compression.kernels.compiled import ALL
+from p2ptrain.native.compiled import ALL
 from p2ptrain.config import strategies
 from p2ptrain.config.manifest import Manifest, Strategy
 from p2ptrain.simulation.group import Group

@@ -27,16 +27,16 @@ from lone import gradient, identity_of, replica, seal
 from p2ptrain import chain
 from p2ptrain.compression import decoded
 from p2ptrain.compression.bits import WireError
-from p2ptrain.compression.kernels.compiled import ALL
 from p2ptrain.compression.reduce import reduce_part
 from p2ptrain.config import strategies
 from p2ptrain.config.manifest import Manifest, Strategy
+from p2ptrain.native.compiled import ALL
 from p2ptrain.state.snapshot import piece_hashes, root_of
 from p2ptrain.training import selftest
 
 Change = Callable[[tuple[Any, ...], Any], Any]
 """What a call gives in place of its result, from the arguments and the result."""
-ROOMS = ("compression", "models.init", "optim", "state.tensors", "state.snapshot", "training.replica")
+ROOMS = ("compression", "models.init", "native", "optim", "state.tensors", "state.snapshot", "training.replica")
 ONLY_REFUSES = ("optim.groups",)
 """Modules that check what an optimizer is given, and make no numbers."""
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numba
 
-from p2ptrain.compression.kernels.kept import keep
+from p2ptrain.native.kept import keep
 
 logging.getLogger("numba").setLevel(logging.WARNING)  # at DEBUG it tells of every instruction
 

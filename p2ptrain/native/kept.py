@@ -1,9 +1,9 @@
 """Machine code kept on disk from one process to the next.
 
 Into a loop's machine code goes that of all loops that it calls, and every constant that they read. So what is kept lies
-in a folder named by a hash of all that loops may be made of: the sources of `compression/` and `optim/`, which import
-nothing of the package but each other, and the versions of what compiles them. Another source is another folder, and the
-`FOLDERS` used last stay. A loop defined elsewhere is not kept.
+in a folder named by a hash of all that loops may be made of: the sources of `native/`, `compression/` and `optim/`,
+which import nothing of the package but each other, and the versions of what compiles them. Another source is another
+folder, and the `FOLDERS` used last stay. A loop defined elsewhere is not kept.
 
 A loop, compiled for arguments of some types on one kind of processor, is one file: a hash of the rest, then what it was
 made for and the machine code. A file that is cut off, empty or otherwise changed is never run: a warning names it, and
@@ -36,8 +36,8 @@ from numba.core.caching import NullCache
 from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
 
-PACKAGE = Path(__file__).resolve().parents[2]
-SOURCES = ("compression", "optim")
+PACKAGE = Path(__file__).resolve().parents[1]
+SOURCES = ("compression", "native", "optim")
 """Where loops are defined, with all that they may call or read."""
 FOLDERS = 4
 """How many versions' loops are kept."""

@@ -11,19 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from p2ptrain.compression.kernels import kept
-from p2ptrain.compression.kernels.kept import FOLDERS, PACKAGE
+from p2ptrain.native import kept
+from p2ptrain.native.kept import FOLDERS, PACKAGE
 
 CALLER = """
 from p2ptrain.compression.callee import added
-from p2ptrain.compression.kernels.compiled import compiled
+from p2ptrain.native.compiled import compiled
 
 @compiled
 def called(number):
     return added(number) * 10
 """
 CALLEE = """
-from p2ptrain.compression.kernels.compiled import compiled
+from p2ptrain.native.compiled import compiled
 
 @compiled
 def added(number):
@@ -62,12 +62,13 @@ for path in pathlib.Path(sys.argv[1]).rglob("caller*.loop"):
 def copy(tmp_path: Path) -> Path:
     """A package with two loops, one of which calls the other in another file."""
     package = tmp_path / "p2ptrain"
-    (package / "compression/kernels").mkdir(parents=True)
-    for name in ("", "compression", "compression/kernels"):
+    (package / "native").mkdir(parents=True)
+    (package / "compression").mkdir()
+    for name in ("", "compression", "native"):
         (package / name / "__init__.py").touch()
     for path in Path(kept.__file__).parent.glob("*.py"):
         if path.stem in ("compiled", "kept"):
-            shutil.copy(path, package / "compression/kernels")
+            shutil.copy(path, package / "native")
     (package / "compression/caller.py").write_text(CALLER)
     write_callee(package, 2)
     return package
@@ -172,7 +173,7 @@ def test_sources_import_nothing_of_the_package_that_is_not_hashed() -> None:
 
 def test_every_loop_of_the_package_is_kept() -> None:
     import p2ptrain.optim.demo  # noqa: F401
-    from p2ptrain.compression.kernels.compiled import ALL
+    from p2ptrain.native.compiled import ALL
 
     assert len(ALL) > 30
     ours = [loop for loop in ALL if loop.py_func.__module__.startswith("p2ptrain.")]

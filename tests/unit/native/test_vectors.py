@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from p2ptrain.compression import coding, dct, selection
-from p2ptrain.compression.kernels import cpu, vectors
+from p2ptrain.compression.kernels import cpu
 from p2ptrain.compression.layout import CHUNK_SIZE, SIDE, Form
+from p2ptrain.native import vectors
 from p2ptrain.optim.demo import _subtract_at
 from p2ptrain.optim.orthogonal import make_orthogonal, orthogonal_by_operations
 
