@@ -24,7 +24,8 @@ from p2ptrain.cli.peer import run_peer
 from p2ptrain.config.loading import load_manifest
 
 if TYPE_CHECKING:
-    from p2ptrain.peer.session import PeerSession, Run
+    from p2ptrain.peer.assembly import Run
+    from p2ptrain.peer.session import PeerSession
 
 
 def bootstrap(

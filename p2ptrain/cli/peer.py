@@ -12,7 +12,8 @@ from p2ptrain.cli.output import set_up_logging
 from p2ptrain.config.node import resolve_settings
 
 if TYPE_CHECKING:
-    from p2ptrain.peer.session import PeerSession, Run
+    from p2ptrain.peer.assembly import Make, Run
+    from p2ptrain.peer.session import PeerSession
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -30,12 +31,14 @@ def run_peer(
     addresses: list[str],
     find_run: Callable[[PeerSession], Run],
     data: list[Path] | None = None,
+    make: Make | None = None,
 ) -> None:
     """Connect, find the run, fetch what is missing, train, leave.
 
     Args:
         flags: of the node's settings, by name.
         addresses: to meet at.
+        make: what trains, and what is trained, where that is not what the manifest says.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         # Also where a shell started us with SIGINT ignored, as background jobs are.
@@ -52,7 +55,7 @@ def run_peer(
     from p2ptrain.peer.session import PeerSession
 
     display = Display(log_format=settings.log_format, quiet=quiet)
-    with PeerSession(settings, display, rounds) as session:
+    with PeerSession(settings, display, rounds, make) as session:
         session.connect(addresses)
         run = find_run(session)
         session.enter_run(run)

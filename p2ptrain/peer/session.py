@@ -16,34 +16,30 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
 import torch
 
-from p2ptrain.calls.messages import Traffic
 from p2ptrain.calls.uplink import UplinkMeter
-from p2ptrain.chain import Row
 from p2ptrain.config.home import Home
-from p2ptrain.config.manifest import DataConfig, Manifest, open_manifest, sign_manifest
+from p2ptrain.config.manifest import Manifest, open_manifest, sign_manifest
 from p2ptrain.config.node import NodeSettings
-from p2ptrain.data.corpus import Corpus, pack
-from p2ptrain.data.obtaining import obtain_corpus, shared_sha256
+from p2ptrain.data.corpus import Corpus
+from p2ptrain.data.obtaining import obtain_corpus
 from p2ptrain.data.tokenizer import cached_tokens
 from p2ptrain.errors import HomeError, UnreachableError
 from p2ptrain.observe.status import Standing, Status
 from p2ptrain.peer import joining
-from p2ptrain.peer.driver import DriverParts, RoundDriver
+from p2ptrain.peer.assembly import Link, Make, PackedCorpus, Run, driver_parts
+from p2ptrain.peer.driver import RoundDriver
 from p2ptrain.peer.presence import Presence
 from p2ptrain.peer.progress import Display
-from p2ptrain.rounds.events import ContributionReady
 from p2ptrain.rounds.inbox import TrainerMessage
-from p2ptrain.rounds.machine import RoundMachine, RoundRules
 from p2ptrain.state.files import atomic_write
 from p2ptrain.state.journal import Journal
-from p2ptrain.state.own_log import OwnEntry, OwnLog
-from p2ptrain.state.snapshot import SnapshotStore
+from p2ptrain.state.own_log import OwnLog
 from p2ptrain.swarm.identity import format_peer_id, verify
 from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.swarm.thread import NetworkThread
@@ -80,28 +76,18 @@ STOPPING_LOOK_SECONDS = 0.1
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """The run that a peer takes part in."""
-
-    manifest: Manifest
-    run_id: bytes
-    signed: bytes
-    founder: bool
-    """Whether the first seal is this peer's to make."""
-
-
 class PeerSession:
     """A peer's process; a context manager that leaves nothing behind.
 
     Args:
         rounds: stop after having had a part in this many rounds; None: no limit.
+        make: what trains, and what is trained; default: what the manifest says.
     """
 
-    def __init__(self, settings: NodeSettings, display: Display, rounds: int | None) -> None:
+    def __init__(self, settings: NodeSettings, display: Display, rounds: int | None, make: Make | None = None) -> None:
         self.settings, self.display = settings, display
         self.home = Home(settings.home)
-        self._rounds = rounds
+        self._rounds, self._make = rounds, make or Make()
         self._network: NetworkThread | None = None
         self._node: SwarmNode | None = None
         self._driver: RoundDriver | None = None
@@ -245,8 +231,8 @@ class PeerSession:
         status, uplink = Status(), UplinkMeter(dialable=self.node.dialable)
         own_log = OwnLog(self.home.own)
         journal = Journal(self.home.journal, run.run_id, verify)
-        replica = Replica(run.manifest, run.run_id, device)
-        trainer = Trainer(
+        replica = Replica(run.manifest, run.run_id, device, self._make.model(run.manifest.model))
+        trainer = self._make.trainer(
             replica,
             self.node.peer_id,
             tokens,
@@ -287,33 +273,17 @@ class PeerSession:
     def _start_driver(
         self, run: Run, corpus: Corpus, replica: Replica, journal: Journal, own_log: OwnLog, uplink: UplinkMeter
     ) -> RoundDriver:
-        machine = RoundMachine(
-            self.node.peer_id,
-            rules_of(run.manifest, replica.layout.chunks),
-            replica.chain,
-            self.node.identity.sign,
-            Row(0, 0, uplink.declared_kbit),
-            founder=run.founder,
-        )
-        packed = _PackedCorpus(self.home, run.manifest.data, corpus)
-        parts = DriverParts(
-            node=self.node,
-            manifest=run.manifest,
-            signed_manifest=run.signed,
-            run_id=run.run_id,
-            layout=replica.layout,
-            machine=machine,
+        parts = driver_parts(
+            run,
+            self.home,
+            self.node,
+            replica,
             journal=journal,
             own_log=own_log,
-            snapshots=SnapshotStore(self.home.checkpoints),
             inbox=self._inbox,
             uplink=uplink,
-            traffic=Traffic(),
-            snapshot_max_bytes=replica.snapshot_max_bytes,
-            snapshot_chain=replica.snapshot_chain,
-            packed_corpus=packed.read,
+            packed_corpus=PackedCorpus(self.home, run.manifest.data, corpus).read,
             sync_progress=self.display.transfer,
-            decisions_log=self.home.decisions,
         )
 
         async def start() -> RoundDriver:
@@ -325,7 +295,7 @@ class PeerSession:
         return self._driver
 
     def _run(self, trainer: Trainer, driver: RoundDriver, presence: Presence, status: Status) -> None:
-        swarm = _Link(self.network, driver)
+        swarm = Link(self.network.loop.call_soon_threadsafe, driver)
         saved_at = time.monotonic()
 
         def after_round() -> bool:
@@ -431,56 +401,3 @@ class PeerSession:
         if known:
             with contextlib.suppress(OSError):
                 atomic_write(self.home.peers, json.dumps(known).encode())
-
-
-@dataclass(frozen=True, slots=True)
-class _Link:
-    """From the trainer's thread to the driver's: each call becomes one on the network thread."""
-
-    network: NetworkThread
-    driver: RoundDriver
-
-    def contribute(self, ready: ContributionReady, entry: OwnEntry) -> None:
-        self.network.loop.call_soon_threadsafe(self.driver.contribute, ready, entry)
-
-    def root_computed(self, round: int, id: bytes, root: bytes) -> None:
-        self.network.loop.call_soon_threadsafe(self.driver.root_computed, round, id, root)
-
-    def prune_own_log(self, before: int) -> None:
-        self.network.loop.call_soon_threadsafe(self.driver.prune_own_log, before)
-
-
-class _PackedCorpus:
-    """The corpus as it is handed out, private text left out: packed when somebody first asks, and kept in the home."""
-
-    def __init__(self, home: Home, config: DataConfig, corpus: Corpus) -> None:
-        named = shared_sha256(config) or shared_sha256(corpus.config(private=config.private))
-        self._path = home.corpus(named)
-        self._corpus = replace(corpus, train=b"") if config.private else corpus
-        self._lock = threading.Lock()
-
-    def read(self) -> bytes | None:
-        with self._lock:
-            if not self._path.exists():
-                atomic_write(self._path, pack(self._corpus))
-            return self._path.read_bytes()
-
-
-def rules_of(manifest: Manifest, chunks: int) -> RoundRules:
-    """What the state machine needs of a manifest."""
-    config = manifest.round
-    return RoundRules(
-        chunks=chunks,
-        target_batch=config.target_batch,
-        min_seconds=config.min_seconds,
-        max_seconds=config.max_seconds,
-        fixed_pace=config.pace == "fixed",
-        overlap=config.overlap == 1,
-        round_max_seconds=config.round_max_seconds,
-        grace_seconds=config.grace_seconds,
-        reply_timeout_seconds=config.reply_timeout_seconds,
-        seal_timeout_seconds=config.seal_timeout_seconds,
-        alone_after_seconds=config.alone_after_seconds,
-        root_interval=config.root_interval,
-        last_round=manifest.last_round,
-    )

@@ -16,16 +16,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from p2ptrain.calls.messages import Traffic
 from p2ptrain.calls.uplink import UplinkMeter
-from p2ptrain.chain import ChainState, RoundShape, Row
+from p2ptrain.chain import ChainState, RoundShape
 from p2ptrain.chain.sealed import Key, SealedRound
 from p2ptrain.compression import wire
+from p2ptrain.config.home import Home
 from p2ptrain.models.gpt import GPT
 from p2ptrain.observe.status import Status
 from p2ptrain.optim.demo import PartReply
-from p2ptrain.peer.driver import DriverParts, RoundDriver
-from p2ptrain.peer.session import rules_of
+from p2ptrain.peer.assembly import Link, Run, driver_parts
+from p2ptrain.peer.driver import RoundDriver
 from p2ptrain.rounds.events import ContributionReady, Effect, Event, ReplyHeld, Rollback, StartRound, Synced
 from p2ptrain.rounds.inbox import Restore, TrainerMessage
 from p2ptrain.rounds.machine import RoundMachine
@@ -36,8 +36,8 @@ from p2ptrain.state.checkpoint import SentUnsettled
 from p2ptrain.state.failpoints import watcher
 from p2ptrain.state.files import remove_unfinished
 from p2ptrain.state.journal import Journal
-from p2ptrain.state.own_log import Outcome, OwnEntry, OwnLog
-from p2ptrain.state.snapshot import SnapshotStore, piece_hashes, root_of
+from p2ptrain.state.own_log import Outcome, OwnLog
+from p2ptrain.state.snapshot import piece_hashes, root_of
 from p2ptrain.swarm.identity import verify
 from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.training.replica import Replica
@@ -248,22 +248,6 @@ class SimDriver(RoundDriver):
             self.peer.world.after_event(self.peer)
 
 
-class _Link:
-    """From the trainer to the driver, as from thread to thread: not at once."""
-
-    def __init__(self, driver: RoundDriver) -> None:
-        self._driver = driver
-
-    def contribute(self, ready: ContributionReady, entry: OwnEntry) -> None:
-        asyncio.get_running_loop().call_soon(self._driver.contribute, ready, entry)
-
-    def root_computed(self, round: int, id: bytes, root: bytes) -> None:
-        asyncio.get_running_loop().call_soon(self._driver.root_computed, round, id, root)
-
-    def prune_own_log(self, before: int) -> None:
-        asyncio.get_running_loop().call_soon(self._driver.prune_own_log, before)
-
-
 class SimPeer:
     """One peer through all its lives.
 
@@ -396,36 +380,19 @@ class SimPeer:
         self.trainer.begin_life(self)
         self.trainer.restore(journal)
         world.restored(self, journal)
-        machine = RoundMachine(
-            self.id,
-            rules_of(manifest, replica.layout.chunks),
-            replica.chain,
-            self.identity.sign,
-            Row(0, 0, uplink.declared_kbit),
-            founder=self.founder,
-        )
-        parts = DriverParts(
-            node=cast(SwarmNode, self.node),
-            manifest=manifest,
-            signed_manifest=b"",
-            run_id=world.run_id,
-            layout=replica.layout,
-            machine=machine,
+        parts = driver_parts(
+            Run(manifest, world.run_id, signed=b"", founder=self.founder),
+            Home(self.home),
+            cast(SwarmNode, self.node),
+            replica,
             journal=journal,
             own_log=own_log,
-            snapshots=SnapshotStore(self.home / "checkpoints"),
             inbox=inbox,
             uplink=uplink,
-            traffic=Traffic(),
-            snapshot_max_bytes=replica.snapshot_max_bytes,
-            snapshot_chain=replica.snapshot_chain,
-            packed_corpus=lambda: None,
-            sync_progress=lambda what, done, of: None,
-            decisions_log=self.home / "decisions.log",
         )
         self.driver = SimDriver(parts)
         self.driver.peer = self
-        self.total = machine.head.total
+        self.total = replica.chain.total
         await self.driver.start()
         meeting = loop.create_task(self._meet())
         await self._train(inbox)
@@ -440,7 +407,7 @@ class SimPeer:
             await asyncio.sleep(RECORD_SECONDS)
 
     async def _train(self, inbox: SimInbox) -> None:
-        link = _Link(self.driver)
+        link = Link(asyncio.get_running_loop().call_soon, self.driver)
         trainer = self.trainer
         while True:
             if trainer.has_work and inbox.empty():

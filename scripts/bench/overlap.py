@@ -60,10 +60,10 @@ def run_peer(sleep_seconds: float, command: list[str]) -> None:
     Args:
         sleep_seconds: of a sequence, in place of computing it; 0: none.
     """
-    from p2ptrain.cli.main import run
-    from p2ptrain.peer import session
+    from lab.peer import run_with
+
+    from p2ptrain.peer.assembly import Make
     from p2ptrain.rounds.events import Apply
-    from p2ptrain.training import replica
     from p2ptrain.training.trainer import Trainer
 
     class TimedTrainer(Trainer):
@@ -88,12 +88,9 @@ def run_peer(sleep_seconds: float, command: list[str]) -> None:
             super().take(message, swarm)
 
     torch.set_num_threads(1)
-    session.Trainer = TimedTrainer  # type: ignore[misc]
-    if sleep_seconds:
-        made = functools.partial(SyntheticGPT, seconds_per_sequence=sleep_seconds)
-        replica.GPT = made  # type: ignore[misc, assignment]
     end_with_stdin()
-    run(command)
+    sleeping = functools.partial(SyntheticGPT, seconds_per_sequence=sleep_seconds)
+    run_with(Make(TimedTrainer, sleeping) if sleep_seconds else Make(TimedTrainer), command)
 
 
 # ---- the bench ----------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,18 +38,17 @@ from p2ptrain.calls.uplink import UplinkMeter
 from p2ptrain.chain import ChainState, Member, Row
 from p2ptrain.compression import wire
 from p2ptrain.compression.layout import ChunkLayout
+from p2ptrain.config.home import Home
 from p2ptrain.config.manifest import Manifest, ModelConfig, RoundConfig, canonical_bytes, run_id
-from p2ptrain.peer.driver import DriverParts, RoundDriver
-from p2ptrain.peer.session import rules_of
+from p2ptrain.peer.assembly import Run, driver_parts
+from p2ptrain.peer.driver import RoundDriver
 from p2ptrain.rounds.events import Apply, ContributionReady, StartRound
 from p2ptrain.rounds.inbox import Dropped
-from p2ptrain.rounds.machine import RoundMachine
 from p2ptrain.simulation.loop import Actor, VirtualLoop
 from p2ptrain.simulation.network import Line, Network, SimNode
 from p2ptrain.simulation.toy import identity_of
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import OwnEntry, OwnLog
-from p2ptrain.state.snapshot import SnapshotStore
 from p2ptrain.swarm.identity import verify
 from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.training.replica import Replica
@@ -67,6 +67,19 @@ class CountedTraffic(Traffic):
     def blob(self, data: bytes, *, pieces: int = 1) -> Iterator[BytesValue]:
         self.payload += len(data) - wire.header_bytes(data)
         yield from super().blob(data, pieces=pieces)
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where every member begins, in place of a replica."""
+
+    layout: ChunkLayout
+    chain: ChainState
+    snapshot_max_bytes = 1
+
+    def snapshot_chain(self, data: bytes) -> ChainState:
+        """Return the beginning: nobody fetches a snapshot here."""
+        return self.chain
 
 
 class ScalePeer:
@@ -93,27 +106,16 @@ class ScalePeer:
         swarm.network.add(node)
         self.journal = Journal(self.home / "journal", swarm.run_id, verify)
         self.journal.restart_at(state.id)
-        row = next(m.row for m in state.now if m.peer_id == self.identity.peer_id)
-        machine = RoundMachine(
-            self.identity.peer_id, rules_of(swarm.manifest, swarm.layout.chunks), state, self.identity.sign, row
-        )
-        parts = DriverParts(
-            node=cast(SwarmNode, node),
-            manifest=swarm.manifest,
-            signed_manifest=b"",
-            run_id=swarm.run_id,
-            layout=swarm.layout,
-            machine=machine,
+        parts = driver_parts(
+            Run(swarm.manifest, swarm.run_id, signed=b"", founder=False),
+            Home(self.home),
+            cast(SwarmNode, node),
+            Beginning(swarm.layout, state),
             journal=self.journal,
             own_log=OwnLog(self.home / "own"),
-            snapshots=SnapshotStore(self.home / "checkpoints"),
             inbox=self,
             uplink=self.uplink,
             traffic=self.traffic,
-            snapshot_max_bytes=1,
-            snapshot_chain=lambda data: state,
-            packed_corpus=lambda: None,
-            sync_progress=lambda what, done, of: None,
         )
         self.driver = RoundDriver(parts)
         self.actor.spawn(self._live())

@@ -38,12 +38,12 @@ from p2ptrain.config.loading import load_manifest
 from p2ptrain.config.node import resolve_settings
 from p2ptrain.data.corpus import Corpus
 from p2ptrain.models.gpt import GPT
-from p2ptrain.peer import session
+from p2ptrain.peer.assembly import Make
 from p2ptrain.peer.driver import RoundDriver
 from p2ptrain.peer.progress import Display
+from p2ptrain.peer.session import PeerSession
 from p2ptrain.rounds.events import Apply, ContributionReady, ContributionReceived, Event, ReplyHeld
 from p2ptrain.state.own_log import OwnEntry
-from p2ptrain.training import replica
 from p2ptrain.training.trainer import Swarm, Trainer
 
 HELLOS = 20
@@ -79,8 +79,12 @@ class GatedTrainer(Trainer):
 
     gate: Gate
 
+    def __init__(self, session: PeerSession, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._session = session
+
     def run(self, swarm: Swarm, after_round: Callable[[], bool]) -> None:
-        self.gate = Gate(swarm, self._peer_id, self._inbox)
+        self.gate = Gate(self._session, swarm, self._peer_id, self._inbox)
         optimizer, timed = self.replica.optimizer, self.gate.timed
         for of, name, stage in (
             (optimizer, "accumulate_and_select", "accumulate_and_select"),
@@ -102,8 +106,8 @@ class GatedTrainer(Trainer):
 class Gate:
     """What a trainer tells the network thread passes through here."""
 
-    def __init__(self, swarm: Any, me: bytes, inbox: Any) -> None:
-        self._swarm, self._me, self._inbox = swarm, me, inbox
+    def __init__(self, session: PeerSession, swarm: Any, me: bytes, inbox: Any) -> None:
+        self._session, self._swarm, self._me, self._inbox = session, swarm, me, inbox
         self._driver: RoundDriver = swarm.driver
         self._stages: dict[str, list[float]] = {}
         self._daemon = next(c for c in psutil.Process().children(recursive=True) if c.name().startswith("p2pd"))
@@ -181,12 +185,12 @@ class Gate:
         self._swarm.contribute(ready, entry)
 
     def _hellos(self) -> list[float]:
-        shape, network = self._driver.machine.shape, self._swarm.network
+        shape, network = self._driver.machine.shape, self._session.network
         others = [m.peer_id for m in shape.members if m.peer_id != self._me] if shape else []
         seconds = []
         for peer in others[:1] * HELLOS:
             began = time.monotonic()
-            network.run(hello(self._driver._p.node, peer))
+            network.run(hello(self._session.node, peer))
             seconds.append(time.monotonic() - began)
         return seconds
 
@@ -228,12 +232,14 @@ class Gate:
 
 
 @contextlib.contextmanager
-def gated_session(options: argparse.Namespace) -> Iterator[session.PeerSession]:
+def gated_session(options: argparse.Namespace) -> Iterator[PeerSession]:
     """A session whose trainer is gated."""
-    replica.GPT = NoisyGPT  # type: ignore[misc]
-    session.Trainer = GatedTrainer  # type: ignore[misc]
     settings = resolve_settings(options.home, {"host": options.host, "threads": 1, "device": "cpu"})
-    with session.PeerSession(settings, Display(quiet=True), None) as peer:
+
+    def trainer(*arguments: Any) -> GatedTrainer:
+        return GatedTrainer(peer, *arguments)
+
+    with PeerSession(settings, Display(quiet=True), None, Make(trainer, NoisyGPT)) as peer:
         peer._inbox = StampedQueue()
         yield peer
 

@@ -83,11 +83,11 @@ def batch(model: SyntheticGPT, sequences: int) -> Tensor:
 
 def run_p2ptrain(options: argparse.Namespace) -> None:
     """Until stdin ends."""
+    from lab.peer import run_with
+
     from p2ptrain.chain import bits
-    from p2ptrain.cli.main import run
-    from p2ptrain.peer import session
+    from p2ptrain.peer.assembly import Make
     from p2ptrain.rounds.events import Apply
-    from p2ptrain.training import replica
     from p2ptrain.training.trainer import Trainer
 
     class SayingTrainer(Trainer):
@@ -116,10 +116,8 @@ def run_p2ptrain(options: argparse.Namespace) -> None:
                 say_step(seal.round, members=members, included=len(bits(seal.included, members)), stale=self._stale)
 
     seconds = options.compute_seconds / options.sequences
-    replica.GPT = functools.partial(SyntheticGPT, seconds_per_sequence=seconds)  # type: ignore[misc, assignment]
-    session.Trainer = SayingTrainer  # type: ignore[misc]
     end_with_stdin()
-    run(options.command)
+    run_with(Make(SayingTrainer, functools.partial(SyntheticGPT, seconds_per_sequence=seconds)), options.command)
 
 
 def run_ddp(options: argparse.Namespace, model: SyntheticGPT, *, half: bool) -> None:

@@ -1,0 +1,177 @@
+"""Put the parts of a peer together: the same for a session, the simulator and benchmarks.
+
+A peer is a trainer and, on the network thread, a driver around a machine. Both stand on one replica, one journal and
+one own log; the trainer is restored from them before the driver begins where the replica then stands.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from p2ptrain.calls.messages import Traffic
+from p2ptrain.calls.uplink import UplinkMeter
+from p2ptrain.chain import ChainState, Row
+from p2ptrain.compression.layout import ChunkLayout
+from p2ptrain.config.home import Home
+from p2ptrain.config.manifest import DataConfig, Manifest, ModelConfig
+from p2ptrain.data.corpus import Corpus, pack
+from p2ptrain.data.obtaining import shared_sha256
+from p2ptrain.models.gpt import GPT
+from p2ptrain.peer.driver import DriverParts, RoundDriver
+from p2ptrain.rounds.events import ContributionReady
+from p2ptrain.rounds.inbox import Inbox
+from p2ptrain.rounds.machine import RoundMachine, RoundRules
+from p2ptrain.state.files import atomic_write
+from p2ptrain.state.journal import Journal
+from p2ptrain.state.own_log import OwnEntry, OwnLog
+from p2ptrain.state.snapshot import SnapshotStore
+from p2ptrain.swarm.node import SwarmNode
+from p2ptrain.training.trainer import Trainer
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The run that a peer takes part in."""
+
+    manifest: Manifest
+    run_id: bytes
+    signed: bytes
+    founder: bool
+    """Whether the first seal is this peer's to make."""
+
+
+@dataclass(frozen=True, slots=True)
+class Make:
+    """What a session is made of, where it is not what a run's manifest alone says: benchmarks measure with others."""
+
+    trainer: Callable[..., Trainer] = Trainer
+    """Called as `Trainer` is."""
+    model: Callable[[ModelConfig], GPT] = GPT
+
+
+class Standpoint(Protocol):
+    """Where a peer begins: what a driver needs of a replica."""
+
+    @property
+    def layout(self) -> ChunkLayout: ...
+
+    @property
+    def chain(self) -> ChainState: ...
+
+    @property
+    def snapshot_max_bytes(self) -> int: ...
+
+    def snapshot_chain(self, data: bytes) -> ChainState: ...
+
+
+def driver_parts(
+    run: Run,
+    home: Home,
+    node: SwarmNode,
+    replica: Standpoint,
+    *,
+    journal: Journal,
+    own_log: OwnLog,
+    inbox: Inbox,
+    uplink: UplinkMeter,
+    packed_corpus: Callable[[], bytes | None] = lambda: None,
+    sync_progress: Callable[[str, int, int], None] = lambda what, done, of: None,
+    traffic: Traffic | None = None,
+) -> DriverParts:
+    """Return what the driver of a peer works with; its machine begins where `replica` stands.
+
+    Args:
+        packed_corpus: the run's text as it is handed out; None: this peer has none. Any thread.
+        sync_progress: hears (what, bytes done, bytes in all) while a snapshot is fetched.
+        traffic: counts what is sent and received.
+    """
+    machine = RoundMachine(
+        node.peer_id,
+        rules_of(run.manifest, replica.layout.chunks),
+        replica.chain,
+        node.identity.sign,
+        Row(0, 0, uplink.declared_kbit),
+        founder=run.founder,
+    )
+    return DriverParts(
+        node=node,
+        manifest=run.manifest,
+        signed_manifest=run.signed,
+        run_id=run.run_id,
+        layout=replica.layout,
+        machine=machine,
+        journal=journal,
+        own_log=own_log,
+        snapshots=SnapshotStore(home.checkpoints),
+        inbox=inbox,
+        uplink=uplink,
+        traffic=Traffic() if traffic is None else traffic,
+        snapshot_max_bytes=replica.snapshot_max_bytes,
+        snapshot_chain=replica.snapshot_chain,
+        packed_corpus=packed_corpus,
+        sync_progress=sync_progress,
+        decisions_log=home.decisions,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """From the trainer to the driver: each call becomes one of the driver's loop, and returns at once.
+
+    Args:
+        call: `call_soon_threadsafe` of the driver's loop, or `call_soon` where both are on one.
+    """
+
+    call: Callable[..., Any]
+    driver: RoundDriver
+
+    def contribute(self, ready: ContributionReady, entry: OwnEntry) -> None:
+        """Hand over the contribution to the round under way."""
+        self.call(self.driver.contribute, ready, entry)
+
+    def root_computed(self, round: int, id: bytes, root: bytes) -> None:
+        """Say that the snapshot of a round, at state `id`, is written."""
+        self.call(self.driver.root_computed, round, id, root)
+
+    def prune_own_log(self, before: int) -> None:
+        """Say that no restart needs the own log's entries of rounds before this one."""
+        self.call(self.driver.prune_own_log, before)
+
+
+class PackedCorpus:
+    """The corpus as it is handed out, private text left out: packed when somebody first asks, and kept in the home."""
+
+    def __init__(self, home: Home, config: DataConfig, corpus: Corpus) -> None:
+        named = shared_sha256(config) or shared_sha256(corpus.config(private=config.private))
+        self._path = home.corpus(named)
+        self._corpus = replace(corpus, train=b"") if config.private else corpus
+        self._lock = threading.Lock()
+
+    def read(self) -> bytes | None:
+        with self._lock:
+            if not self._path.exists():
+                atomic_write(self._path, pack(self._corpus))
+            return self._path.read_bytes()
+
+
+def rules_of(manifest: Manifest, chunks: int) -> RoundRules:
+    """What the state machine needs of a manifest."""
+    config = manifest.round
+    return RoundRules(
+        chunks=chunks,
+        target_batch=config.target_batch,
+        min_seconds=config.min_seconds,
+        max_seconds=config.max_seconds,
+        fixed_pace=config.pace == "fixed",
+        overlap=config.overlap == 1,
+        round_max_seconds=config.round_max_seconds,
+        grace_seconds=config.grace_seconds,
+        reply_timeout_seconds=config.reply_timeout_seconds,
+        seal_timeout_seconds=config.seal_timeout_seconds,
+        alone_after_seconds=config.alone_after_seconds,
+        root_interval=config.root_interval,
+        last_round=manifest.last_round,
+    )
