@@ -11,7 +11,7 @@ from p2ptrain.config.loading import parse_manifest
 from p2ptrain.data.corpus import Corpus, load_embedded, pack, unpack
 from p2ptrain.data.obtaining import keep_own_text, obtain_corpus
 from p2ptrain.errors import DataError, ManifestError
-from p2ptrain.peer.session import _PackedCorpus
+from p2ptrain.peer.assembly import PackedCorpus
 
 SECRET = b"what nobody else may read. " * 1000
 PUBLIC = Corpus("a text", "CC0-1.0", SECRET, b"what all are measured by. " * 100)
@@ -34,7 +34,7 @@ def test_the_manifest_says_nothing_of_private_text() -> None:
 
 
 def test_only_held_out_text_is_handed_out(tmp_path: Path) -> None:
-    packed = _PackedCorpus(home(tmp_path), CONFIG, PUBLIC).read()
+    packed = PackedCorpus(home(tmp_path), CONFIG, PUBLIC).read()
     assert packed is not None
     assert unpack(packed, CONFIG) == Corpus("a text", "CC0-1.0", b"", PUBLIC.heldout)
 
@@ -42,7 +42,7 @@ def test_only_held_out_text_is_handed_out(tmp_path: Path) -> None:
 def test_a_newcomer_brings_its_own_text_once_and_fetches_what_is_held_out(tmp_path: Path) -> None:
     mine, text = home(tmp_path / "home"), tmp_path / "mine.txt"
     text.write_text("my own words. " * 1000)
-    packed = _PackedCorpus(home(tmp_path / "other"), CONFIG, PUBLIC).read()
+    packed = PackedCorpus(home(tmp_path / "other"), CONFIG, PUBLIC).read()
     assert packed is not None
     got = obtain_corpus(mine, CONFIG, [text], lambda: packed)
     assert got.heldout == PUBLIC.heldout
