@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs/results"
-MARKED = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end -->", re.S)
+MARKED = re.compile(r"<!-- table: (\w+) -->\n(?:(?!<!-- table:).)*?<!-- end -->", re.S)
 
 Rows = list[Sequence[str]]
 
@@ -511,6 +511,9 @@ def filled(text: str, where: str) -> str:
             raise SystemExit(f"{where} asks for the table {match[1]}; there are {', '.join(sorted(TABLES))}")
         return f"<!-- table: {match[1]} -->\n\n{TABLES[match[1]]()}\n\n<!-- end -->"
 
+    markers = len(re.findall(r"^<!-- table:", text, re.M))
+    if markers != len(MARKED.findall(text)):
+        raise SystemExit(f"{where} has {markers} markers of tables, of which some are misspelt or have no end")
     return MARKED.sub(fill, text)
 
 

@@ -115,10 +115,11 @@ class CatchingUp:
 
     async def open_snapshot(self, identifier: bytes, root: bytes) -> PieceFile | None:
         """One of our snapshots, or what there is of the one that we are fetching."""
-        found = await asyncio.to_thread(_find_whole, self._snapshots, identifier, root)
+        # Looked at before waiting: what is being fetched may be in the store, and no download any more, by then.
         download = self._download
         if download is not None and (download.offer.id, download.offer.root) == (identifier, root):
             return download.file
+        found = await asyncio.to_thread(_find_whole, self._snapshots, identifier, root)
         if found is None:
             return None
         whole = self._whole.setdefault(found.path, found)

@@ -10,7 +10,7 @@ made for and the machine code. A file that is cut off, empty or otherwise change
 the loop is compiled anew. Files are replaced whole, so processes that start at the same time, of one version or of
 several, do not disturb each other.
 
-Cost: 1 to 2 ms at start for the hash, and again for each loop that is compiled.
+Cost: a millisecond or two at start for the hash, and again for each loop that is loaded or compiled.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import logging
 import os
 import pickle
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -49,7 +50,7 @@ _logger = logging.getLogger(__name__)
 
 def keep(loop: Any) -> None:
     """Have `loop`, a function that numba compiles, load what is kept of it and keep what it compiles."""
-    if _is_source(loop.py_func):
+    if hasattr(loop, "py_func") and _is_source(loop.py_func):  # plain functions where numba is told not to compile
         loop._cache = Kept(loop.py_func, repr(sorted(loop.targetoptions.items())))
 
 
@@ -85,7 +86,11 @@ def folder() -> Path | None:
     for place in places:
         found = place / "loops" / _AT_START[:32]
         try:
-            found.mkdir(parents=True, exist_ok=True)
+            for made in (place, found.parent, found):
+                made.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if not all(map(_ours_alone, (found.parent, found))):
+                _logger.debug("compiled code is not kept in %s, where others can write", found)
+                continue
             tempfile.TemporaryFile(dir=found).close()
             os.utime(found)
         except OSError:
@@ -93,6 +98,16 @@ def folder() -> Path | None:
         _remove_others(found)
         return found
     return None
+
+
+def _ours_alone(path: Path) -> bool:
+    """Whether nobody else can put a file there: what is loaded from it is run."""
+    found = path.lstat()
+    return (
+        stat.S_ISDIR(found.st_mode)
+        and found.st_uid == os.geteuid()
+        and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    )
 
 
 def _remove_others(ours: Path) -> None:
@@ -127,7 +142,7 @@ class Kept(NullCache):
         target_context.refresh()
         key = self._key(sig, target_context.codegen())
         path = self._path(key)
-        if path is None:
+        if path is None or sources_hash() != _AT_START:  # a module that was loaded since may be another
             return None
         try:
             kept = path.read_bytes()

@@ -65,7 +65,7 @@ from p2ptrain.swarm.node import SwarmNode
 
 LOOK_SECONDS = 0.1
 """Between two looks at what others say, while the run's end is waited for."""
-DECISIONS_MAX_BYTES = 2**20
+DECISIONS_MAX_CHARACTERS = 2**20
 _GOODBYE_SECONDS = 3.0
 _TRANSIENT = ("foreign", "too early", TOO_MANY_CALLS)
 """Reasons of a reducer that may pass: it has not seen the last seal yet."""
@@ -144,6 +144,7 @@ class RoundDriver:
         self.last_round_bytes = (0, 0)
         self.syncing = False
         self.leaving = False
+        self._decisions_written = False
         #: how it is with this peer: replaced whole, never changed. Any thread may read it
         self.standing = Standing(head_round=self.machine.head.round)
 
@@ -648,11 +649,16 @@ class RoundDriver:
             self.write_decisions(repr(error))
 
     def write_decisions(self, why: str) -> None:
-        """Leave what the machine heard and decided last in the home, and say where."""
+        """Leave what the machine heard and decided before this process's first failure in the home, and say where."""
+        if self._decisions_written:
+            return
+        self._decisions_written = True
         lines = self.machine.decisions.lines(lambda peer: format_peer_id(peer)[-6:])
+        while sum(map(len, lines)) > DECISIONS_MAX_CHARACTERS:
+            del lines[: len(lines) // 2 + 1]
         text = f"{why}\nThe last events, at monotonic seconds, and what each led to:\n" + "\n".join(lines) + "\n"
         try:
-            atomic_write(self._p.decisions_log, text.encode()[-DECISIONS_MAX_BYTES:])
+            atomic_write(self._p.decisions_log, text.encode())
         except OSError as error:
             _logger.warning("cannot write %s: %s", self._p.decisions_log, error.strerror)
         else:

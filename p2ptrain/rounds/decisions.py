@@ -1,7 +1,8 @@
 """What a state machine heard last and what it decided, kept small until somebody asks why.
 
-A record is made at each event and costs a few small objects: payloads are kept as their size and checksum, seals as
-what they say in short. Nothing becomes text before `Decisions.lines` is called.
+A record is made at each event and costs a few small objects and a checksum of each payload; payloads are kept as their
+size and checksum, seals as what they say in short. News that changes nothing does not push older records out. Nothing
+becomes text before `Decisions.lines` is called.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import assert_never
 
-from p2ptrain import chain
 from p2ptrain.chain import Seal
 from p2ptrain.chain.sealed import Key, Reply
 from p2ptrain.rounds import events
@@ -79,21 +79,21 @@ class Decisions:
 
     def __init__(self) -> None:
         self._records: deque[_Record] = deque(maxlen=RECORDS)
-        self._repeated = False
+        #: what kind of news the last record is, if it led to nothing: the next of that kind takes its place
+        self._repeats: object = None
 
     def hear(self, event: events.Event | None, now: float) -> None:
         """Note an event before it is handled, so that one that fails is there too; None is the start."""
-        tick = isinstance(event, events.Tick) and not event.late
-        if tick and self._repeated:
-            # Of ticks in a row that led to nothing, the last is enough.
+        kind = _kind_of_news(event)
+        if kind is not None and kind == self._repeats:
             self._records.pop()
-        self._repeated = tick
+        self._repeats = kind
         self._records.append(_Record(now, Told("start", ()) if event is None else told(event)))
 
     def decide(self, effects: Collection[events.Effect]) -> None:
         """Note what the event heard last led to."""
         if effects:
-            self._repeated = False
+            self._repeats = None
             kept = [told(effect) for effect in itertools.islice(effects, EFFECTS)]
             if len(effects) > EFFECTS:
                 kept.append(Told("and {} more effects", (len(effects) - EFFECTS,)))
@@ -107,6 +107,15 @@ class Decisions:
             found.append(f"{at:9.2f}  {record.event.line(name_of)}")
             found += [f"{'':9}    -> {effect.line(name_of)}" for effect in record.effects]
         return found
+
+
+def _kind_of_news(event: events.Event | None) -> object:
+    """Return the same value for events of which, in a row and without effect, the last is enough; else None."""
+    match event:
+        case events.Tick(late=False) | events.TipHeard():
+            return "tick or tip"
+        case _:
+            return None
 
 
 def line(said: events.Event | events.Effect, name_of: NameOf = short_id) -> str:
@@ -179,7 +188,8 @@ def told(said: events.Event | events.Effect) -> Told:
 
 
 def _seal(template: str, values: tuple[object, ...], identifier: bytes, seal: Seal, ending: str = "") -> Told:
-    included = len(chain.bits(seal.included, len(seal.rows)))
+    # Counted, not checked: of a seal that was just heard, form and signature alone are known to be right.
+    included = sum(byte.bit_count() for byte in seal.included)
     skipped = sum(not digest for digest in seal.parts)
     template += "{}seal {} of round {} by {}: includes {} of {}, total {}{}{}{}{}"
     joins = _first([_Peer(join.peer_id) for join in seal.joins])

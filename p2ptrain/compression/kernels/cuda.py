@@ -44,7 +44,7 @@ def accumulate_and_take(
     index: Tensor,
     sent: Tensor,
 ) -> None:
-    """`kernels_cpu.accumulate_and_take`, on the device where its arguments are."""
+    """`kernels.cpu.accumulate_and_take`, on the device where its arguments are."""
     _accumulate_and_take[(len(momentum),)](
         gradient,
         gradient.stride(0),

@@ -160,6 +160,36 @@ def test_the_users_cache_and_numbas_setting_are_where_it_is_kept(copy: Path, tmp
         assert list(Path(*place.values()).glob("p2ptrain/loops/*/*.loop"))
 
 
+def test_where_others_can_write_nothing_is_loaded(copy: Path, tmp_path: Path) -> None:
+    """What is loaded is run, and its name can be computed by anybody."""
+    (copy / "__pycache__").write_text("in the way")
+    places = {"NUMBA_CACHE_DIR": str(tmp_path / "asked"), "XDG_CACHE_HOME": "/dev/null"}
+    assert run(copy, **places) == "30 0"
+    (found,) = tmp_path.glob("asked/p2ptrain/loops/*")
+    assert found.stat().st_mode & 0o777 == 0o700
+    for folder in (found, found.parent):
+        folder.chmod(0o777)
+        assert run(copy, **places) == "30 0"
+        folder.chmod(0o700)
+    assert run(copy, **places) == "30 1"
+
+
+def test_a_source_that_changed_since_the_start_has_nothing_loaded(copy: Path) -> None:
+    """A module that is imported late may be another one than that which the folder was named for."""
+    assert run(copy) == "30 0"
+    late = """
+from p2ptrain.native import kept
+callee = kept.PACKAGE / "compression/callee.py"
+callee.write_text(callee.read_text().replace("+ 2", "+ 3"))
+"""
+    assert run(copy, late + CALL) == "40 0"
+
+
+def test_numba_may_be_told_not_to_compile(copy: Path) -> None:
+    program = "from p2ptrain.compression.caller import called; print(called(1))"
+    assert run(copy, program, NUMBA_DISABLE_JIT="1") == "30"
+
+
 def test_sources_import_nothing_of_the_package_that_is_not_hashed() -> None:
     paths = [path for name in kept.SOURCES for path in (PACKAGE / name).rglob("*.py")]
     assert len(paths) > 20

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -41,20 +41,17 @@ def test_an_entry_is_found_until_its_round_is_pruned(tmp_path: Path) -> None:
 def test_a_reader_finds_a_whole_entry_or_none_while_another_thread_writes_and_prunes(
     tmp_path: Path, taking_turns: None
 ) -> None:
-    log, done = OwnLog(tmp_path), threading.Event()
+    log = OwnLog(tmp_path)
 
     def write() -> None:
         for turn in range(TURNS):
             log.write(entry(1, turn))
             log.write(entry(1, turn + 1))
             log.prune(2)
-        done.set()
 
-    writer = threading.Thread(target=write)
-    writer.start()
-    try:
-        while not done.is_set():
+    with ThreadPoolExecutor(1) as writer:
+        writing = writer.submit(write)
+        while not writing.done():
             for found in (log.find(Key(1, BASE)), *log.all()):
                 assert found is None or found == entry(1, found.decays)
-    finally:
-        writer.join()
+    writing.result()

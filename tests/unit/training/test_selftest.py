@@ -7,7 +7,7 @@ import logging
 import os
 import subprocess
 import sys
-import time
+import threading
 
 import numpy as np
 import pytest
@@ -134,10 +134,20 @@ def test_replies_hold_the_largest_values_few_and_none_and_parts_are_skipped() ->
 def test_it_is_said_where_compiling_takes_long(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    said = threading.Event()
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.set()
+
     monkeypatch.setattr(selftest, "_SAY_AFTER_SECONDS", 0.01)
-    monkeypatch.setattr(selftest, "_take_part", lambda optimizer: time.sleep(0.2))
-    with caplog.at_level(logging.INFO, "p2ptrain.training.selftest"):
-        make_ready(CPU)
+    monkeypatch.setattr(selftest, "_take_part", lambda optimizer: said.wait(60))
+    selftest._logger.addHandler(listener := Listener())
+    try:
+        with caplog.at_level(logging.INFO, "p2ptrain.training.selftest"):
+            make_ready(CPU)
+    finally:
+        selftest._logger.removeHandler(listener)
     assert "compiling the codec, once on a machine" in caplog.messages
 
 
