@@ -253,7 +253,7 @@ def _entries(
     place: NDArray[np.int64],
     value: NDArray[np.float32],
 ) -> None:
-    """Write each coefficient's place [n] among all chunks flattened, and its `number` [n], 0 where its chunk's scale is.
+    """Write each coefficient's place [n] among all chunks flattened and its `number` [n], 0 where its chunk's scale is.
 
     With a scale of zero nothing moves, of which a sign would know nothing.
     """
