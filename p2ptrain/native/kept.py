@@ -10,7 +10,7 @@ made for and the machine code. A file that is cut off, empty or otherwise change
 the loop is compiled anew. Files are replaced whole, so processes that start at the same time, of one version or of
 several, do not disturb each other.
 
-Cost: a millisecond or two at start for the hash, and again for each loop that is loaded or compiled.
+Cost: one pass over these sources at start for the hash, and another for each loop that is loaded or compiled.
 """
 
 from __future__ import annotations

@@ -22,9 +22,10 @@ from p2ptrain.config.manifest import Manifest
 from p2ptrain.data.assignment import sequence_offsets
 from p2ptrain.models.gpt import GPT
 from p2ptrain.models.init import initialise
-from p2ptrain.optim.demo import DeMo, PartReply
+from p2ptrain.optim.demo import DeMo
 from p2ptrain.optim.local import Local
 from p2ptrain.optim.schedule import learning_rate
+from p2ptrain.optim.settling import PartReply
 from p2ptrain.training.replica import build_local, build_optimizer
 
 

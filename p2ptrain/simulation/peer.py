@@ -23,7 +23,7 @@ from p2ptrain.compression import wire
 from p2ptrain.config.home import Home
 from p2ptrain.models.gpt import GPT
 from p2ptrain.observe.status import Status
-from p2ptrain.optim.demo import PartReply
+from p2ptrain.optim.settling import PartReply
 from p2ptrain.peer.assembly import Link, Run, driver_parts
 from p2ptrain.peer.driver import RoundDriver
 from p2ptrain.rounds.events import ContributionReady, Effect, Event, ReplyHeld, Rollback, StartRound, Synced

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from p2ptrain.chain.sealed import Key
-from p2ptrain.optim.demo import DeMo, PartReply, Pending, Settled
+from p2ptrain.optim.demo import DeMo
+from p2ptrain.optim.settling import PartReply, Pending, Settled
 from p2ptrain.state.own_log import Outcome
 
 WINDOW = 128

@@ -21,9 +21,10 @@ from p2ptrain.compression.layout import ChunkLayout, Kind
 from p2ptrain.config.manifest import GroupConfig, Manifest
 from p2ptrain.models.gpt import GPT, kind_of
 from p2ptrain.models.init import initialise
-from p2ptrain.optim.demo import DeMo, PartReply
+from p2ptrain.optim.demo import DeMo
 from p2ptrain.optim.local import InnerSteps, Local, LookAhead, MeanGradient
 from p2ptrain.optim.schedule import learning_rate
+from p2ptrain.optim.settling import PartReply
 from p2ptrain.state.tensors import Arrays, TensorFileError, pack_tensors, packed_bytes, unpack_tensors
 
 _KINDS: tuple[Kind, ...] = ("matrix", "embedding", "head", "vector")

@@ -35,9 +35,10 @@ from p2ptrain.compression.layout import CHUNK_SIZE, SIDE
 from p2ptrain.compression.reduce import reduce_part
 from p2ptrain.errors import DivergenceError
 from p2ptrain.models.init import initialise, unit_normal_integers
-from p2ptrain.optim.demo import DeMo, PartReply
+from p2ptrain.optim.demo import DeMo
 from p2ptrain.optim.directions import DIRECTIONS
 from p2ptrain.optim.schedule import learning_rate
+from p2ptrain.optim.settling import PartReply
 from p2ptrain.state.snapshot import piece_hashes, root_of
 from p2ptrain.state.tensors import pack_tensors
 

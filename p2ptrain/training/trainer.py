@@ -27,8 +27,8 @@ from p2ptrain.compression import decoded, wire
 from p2ptrain.compression.layout import CHUNK_SIZE
 from p2ptrain.data.assignment import sequence_offsets
 from p2ptrain.observe.status import Status
-from p2ptrain.optim.demo import Pending
 from p2ptrain.optim.local import Local
+from p2ptrain.optim.settling import Pending
 from p2ptrain.rounds import events
 from p2ptrain.rounds.inbox import Dropped, Restore, TrainerMessage
 from p2ptrain.state.checkpoint import Checkpoint, CheckpointMeta, SentUnsettled, load_checkpoint, save_checkpoint

@@ -49,7 +49,8 @@ from p2ptrain.compression.layout import SIDE
 from p2ptrain.compression.reduce import reduce_part
 from p2ptrain.config.manifest import Manifest, ModelConfig, OptimizerConfig
 from p2ptrain.models.gpt import GPT
-from p2ptrain.optim.demo import DeMo, PartReply, Pending
+from p2ptrain.optim.demo import DeMo
+from p2ptrain.optim.settling import PartReply, Pending
 from p2ptrain.training.replica import build_optimizer
 from p2ptrain.training.selftest import make_ready
 

@@ -12,7 +12,7 @@ from p2ptrain.chain import ChainState, Row, Seal
 from p2ptrain.chain.sealed import Key, SealedRound, reply_digest
 from p2ptrain.compression.reduce import reduce_part
 from p2ptrain.config.manifest import Manifest, ModelConfig, OptimizerConfig, RoundConfig
-from p2ptrain.optim.demo import Pending
+from p2ptrain.optim.settling import Pending
 from p2ptrain.swarm.identity import Identity
 from p2ptrain.training.replica import Replica
 

@@ -28,7 +28,8 @@ def replay(
     replica = Replica(manifest, run_id, torch.device(device))
     if compiled:
         # The whole step, batch by batch: inverse transform, direction, decay, update.
-        replica.optimizer._step_batch = torch.compile(replica.optimizer._step_batch)  # type: ignore[method-assign]
+        stepper = replica.optimizer._stepper
+        stepper._step_batch = torch.compile(stepper._step_batch)  # type: ignore[method-assign]
     journal = Journal(folder, run_id, verify)
     for number in range(journal.first, journal.last + 1):
         sealed = journal.read(number)

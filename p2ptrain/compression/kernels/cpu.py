@@ -1,11 +1,11 @@
-"""Accumulating and selecting as one pass over a CPU's memory.
+"""Accumulate and select in one pass over a CPU's memory.
 
 A thread takes a chunk: it reads the gradient where it lies, transforms it, adds it to the momentum and takes the
 largest entries out, all of which a core's own cache holds, while the next chunk is on its way there. Even rows of the
 basis mirror themselves and odd ones do so with the other sign, so the transform is of sums and differences of what is
 mirrored, in half the operations. `dct.accumulate` and `selection.take` do the same, one after the other.
 
-Cost on one core, k = 32: 5.5 us a chunk, against 16.
+Cost: a third of what those two take one after the other, as gradient and momentum come from memory once.
 """
 
 from __future__ import annotations

@@ -43,8 +43,9 @@ from p2ptrain.data.corpus import load_embedded
 from p2ptrain.data.tokenizer import cached_tokens
 from p2ptrain.models.gpt import GPT
 from p2ptrain.models.init import initialise
-from p2ptrain.optim.demo import DeMo, PartReply, Pending
+from p2ptrain.optim.demo import DeMo
 from p2ptrain.optim.schedule import learning_rate
+from p2ptrain.optim.settling import PartReply, Pending
 from p2ptrain.training.evaluation import bits_per_byte, compressors_bits_per_byte
 from p2ptrain.training.replica import build_optimizer
 

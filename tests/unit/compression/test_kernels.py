@@ -19,7 +19,8 @@ from p2ptrain.compression import dct, selection
 from p2ptrain.compression.kernels import cpu as kernels_cpu
 from p2ptrain.compression.layout import SIDE, Form
 from p2ptrain.optim import threads
-from p2ptrain.optim.demo import DeMo, Pending
+from p2ptrain.optim.demo import DeMo
+from p2ptrain.optim.settling import Pending
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda") if torch.cuda.is_available() else CPU

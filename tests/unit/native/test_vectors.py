@@ -20,8 +20,8 @@ from p2ptrain.compression import coding, dct, selection
 from p2ptrain.compression.kernels import cpu
 from p2ptrain.compression.layout import CHUNK_SIZE, SIDE, Form
 from p2ptrain.native import vectors
-from p2ptrain.optim.demo import _subtract_at
 from p2ptrain.optim.orthogonal import make_orthogonal, orthogonal_by_operations
+from p2ptrain.optim.stepping import _subtract_at
 
 MARGIN = 4 * CHUNK_SIZE
 """Entries on each side: more than a wrong stride or index of a tile reaches."""

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from p2ptrain.compression import dct, wire
 from p2ptrain.compression.layout import CHUNK_SIZE, SIDE
 from p2ptrain.compression.reduce import reduce_part
-from p2ptrain.optim import demo
-from p2ptrain.optim.demo import DeMo, PartReply, Pending
+from p2ptrain.optim.demo import DeMo
+from p2ptrain.optim.settling import PartReply, Pending
 
 Shape = tuple[int, ...]
 SHAPES: list[Shape] = [(67, 71), (130,), (), (5, 3, 2, 3), (64, 64)]
@@ -419,7 +419,7 @@ def test_batches_and_threads_change_no_bit(
 ) -> None:
     before = torch.get_num_threads()
     whole = mixed(weight_decay=0.1)
-    monkeypatch.setattr(demo, "_CPU_BATCH_CHUNKS", chunks_at_once)
+    monkeypatch.setattr("p2ptrain.optim.threads._CPU_BATCH_CHUNKS", chunks_at_once)
     cut = mixed(weight_decay=0.1)
     try:
         for number in range(4):
@@ -445,7 +445,7 @@ def test_a_step_is_that_of_whole_parameters() -> None:
     """Decode, direction, decay and step once more, parameter by parameter, with the directions' own `step`."""
     ours = mixed(weight_decay=0.1)
     expected = [p.clone() for p in parameters_of(ours)]
-    layout, directions = ours.layout, mixed()._directions
+    layout, directions = ours.layout, mixed()._stepper.directions
     for number in range(4):
         pending = one_round(ours, number)
         replies = exchange([ours], [pending], parts=3, skip=(0,) if number == 1 else ())

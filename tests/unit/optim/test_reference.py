@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from p2ptrain.compression import wire
 from p2ptrain.compression.reduce import reduce_part
 from p2ptrain.optim import reference
-from p2ptrain.optim.demo import DeMo, Pending
+from p2ptrain.optim.demo import DeMo
 from p2ptrain.optim.directions import DIRECTIONS
 from p2ptrain.optim.reference import ENTRIES, Chunks
+from p2ptrain.optim.settling import Pending
 
 RMS_BETA, EPSILON, MOMENTUM = CONSTANTS = 0.95, 1e-8, 0.9
 _SIDES = st.integers(1, 70) | st.sampled_from([64, 128])

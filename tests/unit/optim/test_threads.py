@@ -1,12 +1,14 @@
-"""Every item once, on no more threads than asked for, and torch's own number is what it was."""
+"""Every item once, on no more threads than asked for, each with room of its own; torch's number is what it was."""
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
 import torch
 
+from p2ptrain.compression.layout import ChunkLayout, ParameterSpec, Treatment
 from p2ptrain.optim import threads
 
 
@@ -51,3 +53,23 @@ def test_a_failure_is_raised_and_the_number_of_threads_is_given_back(count: int)
     with pytest.raises(ValueError, match="seven"):
         threads.for_each(range(9), work, count)
     assert torch.get_num_threads() == before
+
+
+def test_each_thread_has_scratch_of_its_own_and_a_copy_begins_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "usable", lambda: 3)
+    treatment = Treatment(transform="dct", direction="sign", learning_rate_scale=1.0, topk=32, reply_topk=32)
+    layout = ChunkLayout([ParameterSpec("a", (640, 64), "matrix")], {"matrix": treatment})
+    workers, places, meet = threads.Workers(layout, torch.device("cpu")), set(), threading.Barrier(3, timeout=30)
+
+    def work(thread: int, item: int) -> None:
+        meet.wait()
+        room = workers.scratch(thread, 4)
+        assert room.shape == (2, 4, 4096)
+        places.add(room.data_ptr())
+
+    workers.for_each(range(3), work)
+    assert len(places) == 3
+    copied = copy.deepcopy(workers)
+    assert copied.batches == workers.batches
+    with pytest.raises(IndexError):
+        copied.scratch(0, 4)

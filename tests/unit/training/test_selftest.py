@@ -19,6 +19,7 @@ from p2ptrain.compression.layout import CHUNK_SIZE, Form
 from p2ptrain.errors import DivergenceError
 from p2ptrain.optim import directions
 from p2ptrain.optim.demo import DeMo
+from p2ptrain.optim.stepping import Stepper
 from p2ptrain.training import selftest
 from p2ptrain.training.selftest import check, make_ready, self_test
 
@@ -58,7 +59,7 @@ def by_operations(monkeypatch: pytest.MonkeyPatch) -> None:
         chunks.zero_().view(-1)[place] = value
         return dct.decode_exact_form(form, chunks, scratch)
 
-    monkeypatch.setattr(DeMo, "_signs_at_once", lambda self, batch: False)
+    monkeypatch.setattr(Stepper, "_signs_at_once", lambda self, batch: False)
     monkeypatch.setattr(directions.Rms, "step_entries", directions.Rms.step_entries_by_operations)
     monkeypatch.setattr(directions.Muon, "step_chunks", directions.Muon.step_by_operations)
     monkeypatch.setattr(dct, "decode_exact_entries", entries)

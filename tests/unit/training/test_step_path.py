@@ -101,7 +101,7 @@ def argument(number: int) -> Change:
 
 
 def parameters(arguments: tuple[Any, ...], of: Any) -> Any:
-    """Of an optimizer, whose method it is."""
+    """Of an optimizer or its stepper, whose method it is."""
     with torch.no_grad():
         nudged(arguments[0]._params[0])
     return of
@@ -118,6 +118,10 @@ def target(arguments: tuple[Any, ...], of: Any) -> Any:
     """Of a piece that decayed."""
     nudged(arguments[0]._targets[arguments[1].number])
     return of
+
+
+def first_rate(arguments: tuple[Any, ...], of: Any) -> Any:
+    return [of[0]._replace(step=nudged(of[0].step)), *of[1:]]
 
 
 def first_of(of: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -269,12 +273,14 @@ WRONG: dict[str, Change] = {
     "decode_reply": content_of,
     # From replies to what directions get.
     "DeMo.apply": parameters,
-    "DeMo._step": parameters,
-    "DeMo._target": result,
-    "DeMo._step_batch": targets,
-    "DeMo._step_entries": targets,
-    "DeMo._subtract_signs": targets,
-    "DeMo._decay": target,
+    "DeMo._rates": first_rate,
+    "Stepper.apply": parameters,
+    "Stepper._step": parameters,
+    "Stepper._target": result,
+    "Stepper._step_batch": targets,
+    "Stepper._step_entries": targets,
+    "Stepper._subtract_signs": targets,
+    "Stepper._decay": target,
     "_entries": argument(5),
     "_subtract_at": argument(3),
     "integer_basis": result,
@@ -346,15 +352,19 @@ NO_NUMBERS: dict[str, str] = {
     "Segment.is_vector": "a question about a shape, which `Segment.form` and `Segment.dealt` answer with",
     "DeMo.__init__": _ROOM,
     "DeMo.add_param_group": "takes settings over",
-    "DeMo._for_each": _HANDS_ON,
-    "DeMo._host_entries": _ROOM,
-    "DeMo._signs_at_once": "chooses between two ways to the same bits",
+    "Gatherer.__init__": _ROOM,
+    "Stepper.__init__": _ROOM,
+    "Workers.__init__": _ROOM,
+    "Workers.for_each": _HANDS_ON,
+    "Workers.scratch": _ROOM,
+    "Workers.host_entries": _ROOM,
+    "Stepper._signs_at_once": "chooses between two ways to the same bits",
     "Direction.__init__": _ROOM,
     "Muon.__init__": _ROOM,
     "Direction.begin": _HANDS_ON,
     "_Moment.__init__": _ROOM,
     "_Moment.begin": "swaps two tensors",
-    "_to_device": "copies",
+    "to_device": "copies",
     "strides_of": "where a parameter lies; what is written there goes through `_signs` and `_subtract_at`",
     "entries_of": "a view of memory as it lies; what is written there goes through `_signs` and `_subtract_at`",
     "for_each": _HANDS_ON,
