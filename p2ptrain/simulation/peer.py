@@ -263,6 +263,7 @@ class SimPeer:
         self.lives = 0
         self.actor: Actor | None = None
         self.node: SimNode
+        self.journal: Journal
         self.driver: SimDriver
         self.trainer: SimTrainer
         #: passes of failpoints until it dies; None: it lives on
@@ -363,7 +364,7 @@ class SimPeer:
         loop = asyncio.get_running_loop()
         replica = SimReplica(self)
         own_log = OwnLog(self.home / "own")
-        journal = Journal(self.home / "journal", world.run_id, verify)
+        self.journal = Journal(self.home / "journal", world.run_id, verify)
         inbox, status = SimInbox(), Status()
         uplink = UplinkMeter(dialable=self.dialable)
         self.trainer = SimTrainer(
@@ -378,14 +379,14 @@ class SimPeer:
             loop.time,
         )
         self.trainer.begin_life(self)
-        self.trainer.restore(journal)
-        world.restored(self, journal)
+        self.trainer.restore(self.journal)
+        world.restored(self, self.journal)
         parts = driver_parts(
             Run(manifest, world.run_id, signed=b"", founder=self.founder),
             Home(self.home),
             cast(SwarmNode, self.node),
             replica,
-            journal=journal,
+            journal=self.journal,
             own_log=own_log,
             inbox=inbox,
             uplink=uplink,
