@@ -408,7 +408,7 @@ class World:
             return
         produced, stood_at = self._left.pop(peer.name)
         trainer.produced = produced
-        peer.lost = produced - trainer.retained
+        peer.lost = produced - trainer.books.retained
         # It may have died after its journal went over to another chain and before it did itself.
         if peer.in_doubt or self._fork_round(stood_at, trainer.replica.chain.id) < journal.first - 1:
             self.gave_up(peer, trainer.at_stake())

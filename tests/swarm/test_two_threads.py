@@ -41,6 +41,7 @@ from p2ptrain.swarm.thread import NetworkThread
 from p2ptrain.training import trainer as trainer_module
 from p2ptrain.training.ledger import Ledger
 from p2ptrain.training.replica import Replica
+from p2ptrain.training.standing import Books
 from p2ptrain.training.trainer import Trainer
 
 MANIFEST = Manifest(
@@ -187,7 +188,7 @@ def test_neither_thread_touches_what_is_the_others(
     # Worker threads read files through them, and the trainer reads what the network thread has written.
     belongs(OwnLog, NETWORKS.__contains__, frozenset({"find", "all", "_folder", "_path", "_read"}))
 
-    for kind in (Trainer, Ledger):
+    for kind in (Trainer, Books, Ledger):
         belongs(kind, "MainThread".__eq__)
     belongs(Replica, "MainThread".__eq__, frozenset({"snapshot_chain", "_shapes", "run_id"}))
 
