@@ -20,7 +20,7 @@ from hivemind.p2p import P2PHandlerError
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 from msgspec import Meta
 
-from p2ptrain.chain import Hash, OptionalHash, Row, SignedSeal
+from p2ptrain.chain import ChainState, Hash, OptionalHash, Row, SignedSeal
 
 NAMESPACE = "p2ptrain"
 PIECE_BYTES = 256 * 1024
@@ -69,6 +69,11 @@ class Tip(_Message, frozen=True):
     round: Round
     id: Hash
     total: Total
+
+    @classmethod
+    def of(cls, head: ChainState) -> Tip:
+        """Return the tip of a peer whose chain is at `head`."""
+        return cls(head.round, head.id, head.total)
 
 
 class Hello(_Message, frozen=True):

@@ -20,6 +20,7 @@ from p2ptrain.chain import Member, Seal, SealError, SignedSeal, relay
 from p2ptrain.errors import P2PTrainError
 from p2ptrain.rounds.events import PeerLeft, SealHeard, TipHeard
 from p2ptrain.swarm.identity import format_peer_id, verify
+from p2ptrain.swarm.tasks import failure_logged
 
 FOLLOWERS_MAX = 256
 FOLLOWED_MAX = 64
@@ -33,6 +34,7 @@ SEALS_REMEMBERED = 32
 """That were passed on, and are not again."""
 
 _logger = logging.getLogger(__name__)
+_failure_logged = failure_logged(_logger, "following a peer has failed")
 
 Heard = Callable[[SealHeard | TipHeard | PeerLeft], None]
 
@@ -148,7 +150,7 @@ class NewsFeed:
             task = asyncio.create_task(self._pass_to(order, below, signed))
             self._passing.add(task)
             task.add_done_callback(self._passing.discard)
-            task.add_done_callback(_report)
+            task.add_done_callback(_failure_logged)
 
     async def _pass_to(self, order: Sequence[bytes], position: int, signed: SignedSeal) -> None:
         try:
@@ -177,7 +179,7 @@ class NewsFeed:
         task = asyncio.create_task(self._listen(peer))
         self._followed[peer] = task
         task.add_done_callback(lambda _: self._followed.pop(peer, None))
-        task.add_done_callback(_report)
+        task.add_done_callback(_failure_logged)
 
     def follow_group(self, members: Sequence[Member]) -> None:
         """These are the members now: follow those of them that are near, and no others of them."""
@@ -236,9 +238,3 @@ class NewsFeed:
         if news.leaving:
             self.tips.pop(peer, None)
             self._heard(PeerLeft(peer))
-
-
-def _report(task: asyncio.Task[None]) -> None:
-    """Listening ends quietly or is a fault that must not pass in silence."""
-    if not task.cancelled() and task.exception() is not None:
-        _logger.error("following a peer has failed", exc_info=task.exception())

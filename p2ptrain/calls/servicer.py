@@ -1,4 +1,4 @@
-"""The calls that this peer answers. Each checks who asks and how much, and hands the rest to the driver.
+"""The calls that this peer answers. Each checks who asks and how much, and hands the rest to `AnsweringPeer`.
 
 One leaf class with all `rpc_*`, because hivemind caches handlers by class hierarchy. A stream handler that raises would
 leave the caller with a stream that ends as if all were well, so refusals are messages, and faults are logged here.
@@ -80,7 +80,7 @@ class Feed(Protocol):
         """Yield news until the caller closes the stream."""
 
 
-class Answering(Protocol):
+class AnsweringPeer(Protocol):
     """The peer behind the calls: what it says, takes and hands out. All of it is for the network thread."""
 
     handout: Handout
@@ -128,26 +128,26 @@ class Answering(Protocol):
 class PeerServicer(ServicerBase):
     """What others may call."""
 
-    def __init__(self, driver: Answering, traffic: Traffic) -> None:
-        self._driver, self._traffic = driver, traffic
+    def __init__(self, answering: AnsweringPeer, traffic: Traffic) -> None:
+        self._answering, self._traffic = answering, traffic
         self._calls: Counter[bytes] = Counter()
 
     async def rpc_hello(self, request: BytesValue, context: P2PContext) -> BytesValue:
         """Which run this peer is in, and its manifest."""
         decode_message(request.value, Hello)
-        return self._traffic.message(self._driver.welcome())
+        return self._traffic.message(self._answering.welcome())
 
     async def rpc_join(self, request: BytesValue, context: P2PContext) -> BytesValue:
         """Ask to be admitted by the next seal."""
         wanted = decode_message(request.value, JoinRequest)
-        return self._traffic.message(Answer(self._driver.take_join(wanted, context.remote_id.to_bytes())))
+        return self._traffic.message(Answer(self._answering.take_join(wanted, context.remote_id.to_bytes())))
 
     async def rpc_relay(self, request: BytesValue, context: P2PContext) -> BytesValue:
         """Hear a seal, and pass it on."""
         relay = decode_message(request.value, Relay)
-        refusal = self._driver.wrong_run(relay.run_id)
+        refusal = self._answering.wrong_run(relay.run_id)
         if refusal is None:
-            self._driver.feed.take_relayed(context.remote_id.to_bytes(), relay.tip, relay.seal)
+            self._answering.feed.take_relayed(context.remote_id.to_bytes(), relay.tip, relay.seal)
         return self._traffic.message(Answer(refusal or ""))
 
     async def rpc_contribute(self, stream: AsyncIterator[BytesValue], context: P2PContext) -> AsyncIterator[BytesValue]:
@@ -197,62 +197,62 @@ class PeerServicer(ServicerBase):
     async def _contribute(self, stream: AsyncIterator[BytesValue], peer: bytes) -> Frames:
         reader = FrameReader(stream, self._traffic, FRAME_SECONDS)
         header = await reader.message(ContributionHeader)
-        refusal = self._driver.refuse(header, peer)
+        refusal = self._answering.refuse(header, peer)
         if refusal is None and not header.row.weight:
-            refusal = self._driver.take_contribution(header, peer, b"")
+            refusal = self._answering.take_contribution(header, peer, b"")
         # Who was late or came twice may still have the reply.
         yield self._traffic.message(Answer(_unless_late(refusal)))
         if header.row.weight and not _unless_late(refusal):
-            payload = await reader.blob(self._driver.contribution_max_bytes(header))
+            payload = await reader.blob(self._answering.contribution_max_bytes(header))
             if refusal is None:
-                refusal = self._driver.take_contribution(header, peer, payload)
+                refusal = self._answering.take_contribution(header, peer, payload)
             yield self._traffic.message(Answer(_unless_late(refusal)))
         if _unless_late(refusal):
             return
-        reply = await self._driver.frozen_reply(Key(header.round, header.base), header.part)
+        reply = await self._answering.frozen_reply(Key(header.round, header.base), header.part)
         if reply is None:
             return
         done = asyncio.get_running_loop().create_future()
-        self._driver.handing_out.add(done)
+        self._answering.handing_out.add(done)
         try:
-            with self._driver.handout.urgent():
+            with self._answering.handout.urgent():
                 for number, frame in enumerate(self._traffic.blob(reply.data, pieces=2)):
                     if number == 2:
                         failpoint("reply_half_sent")
                     yield frame
         finally:
-            self._driver.handing_out.discard(done)
+            self._answering.handing_out.discard(done)
             done.set_result(None)
 
     async def _follow(self, request: bytes, peer: bytes) -> Frames:
         wanted = decode_message(request, Follow)
-        refusal = self._driver.wrong_run(wanted.run_id)
+        refusal = self._answering.wrong_run(wanted.run_id)
         if refusal is None:
-            refusal = self._driver.feed.refusal(peer)
+            refusal = self._answering.feed.refusal(peer)
         yield self._traffic.message(Answer(refusal or ""))
         if refusal is None:
-            self._driver.hear_tip(peer, wanted.tip)
-            async for news in self._driver.feed.serve(peer):
+            self._answering.hear_tip(peer, wanted.tip)
+            async for news in self._answering.feed.serve(peer):
                 yield self._traffic.message(news)
 
     async def _rounds(self, request: bytes) -> Frames:
         wanted = decode_message(request, RoundsRequest)
-        refusal = self._driver.wrong_run(wanted.run_id)
+        refusal = self._answering.wrong_run(wanted.run_id)
         yield self._traffic.message(Answer(refusal or ""))
         if refusal is not None:
             return
-        ancestor, rounds, snapshots = await self._driver.catching_up.offer_rounds(wanted.locator)
-        yield self._traffic.message(RoundsHeader(ancestor, len(rounds), self._driver.tip, snapshots))
+        ancestor, rounds, snapshots = await self._answering.catching_up.offer_rounds(wanted.locator)
+        yield self._traffic.message(RoundsHeader(ancestor, len(rounds), self._answering.tip, snapshots))
         for encoded in rounds:
             for frame in self._traffic.blob(encoded):
                 yield frame
 
     async def _snapshot(self, request: bytes, peer: bytes) -> Frames:
         wanted = decode_message(request, SnapshotRequest)
-        refusal = self._driver.wrong_run(wanted.run_id)
+        refusal = self._answering.wrong_run(wanted.run_id)
         found = None
         if refusal is None:
-            found = await self._driver.catching_up.open_snapshot(wanted.id, wanted.root)
+            found = await self._answering.catching_up.open_snapshot(wanted.id, wanted.root)
         if found is None:
             yield self._traffic.message(Answer(refusal or "no such snapshot here any more"))
             return
@@ -265,13 +265,13 @@ class PeerServicer(ServicerBase):
             yield self._traffic.message(Answer(""))
             yield held
             return
-        with self._driver.handout.stream(peer) as going_on:
+        with self._answering.handout.stream(peer) as going_on:
             yield self._traffic.message(Answer("" if going_on else TOO_MANY_CALLS))
             if going_on is None:
                 return
             yield held
             if wanted.hashes:
-                hashes = await self._driver.catching_up.hashes_of(found)
+                hashes = await self._answering.catching_up.hashes_of(found)
                 async for frame in self._paced(b"".join(hashes), going_on):
                     yield frame
             for number in numbers:
@@ -281,15 +281,15 @@ class PeerServicer(ServicerBase):
     async def _paced(self, data: bytes, going_on: Callable[[], bool]) -> Frames:
         """A blob at the pace of the handout, in frames small enough that none is long in coming."""
         for frame in self._traffic.blob(data, pieces=max(1, -(-len(data) // PACED_BYTES))):
-            await self._driver.handout.pace(frame.ByteSize())
+            await self._answering.handout.pace(frame.ByteSize())
             if not going_on():
                 raise CallError("it takes too long")
             yield frame
 
     async def _data(self, request: bytes) -> Frames:
         wanted = decode_message(request, DataRequest)
-        refusal = self._driver.wrong_run(wanted.run_id)
-        packed = None if refusal else await asyncio.to_thread(self._driver.packed_corpus)
+        refusal = self._answering.wrong_run(wanted.run_id)
+        packed = None if refusal else await asyncio.to_thread(self._answering.packed_corpus)
         yield self._traffic.message(Answer(refusal or ("" if packed else "this peer has no copy to hand out yet")))
         if packed:
             for frame in self._traffic.blob(packed):

@@ -20,7 +20,8 @@ from p2ptrain.config.manifest import DataConfig, Manifest, ModelConfig
 from p2ptrain.data.corpus import Corpus, pack
 from p2ptrain.data.obtaining import shared_sha256
 from p2ptrain.models.gpt import GPT
-from p2ptrain.peer.driver import DriverParts, RoundDriver
+from p2ptrain.peer.driver import RoundDriver
+from p2ptrain.peer.parts import DriverParts
 from p2ptrain.rounds.events import ContributionReady
 from p2ptrain.rounds.inbox import Inbox
 from p2ptrain.rounds.machine import RoundMachine, RoundRules

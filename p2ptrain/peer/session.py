@@ -46,6 +46,7 @@ from p2ptrain.swarm.thread import NetworkThread
 from p2ptrain.training.device import choose_device
 from p2ptrain.training.replica import Replica
 from p2ptrain.training.selftest import make_ready
+from p2ptrain.training.standing import Books
 from p2ptrain.training.trainer import Trainer
 
 LEAVE_SECONDS = 15.0
@@ -233,13 +234,10 @@ class PeerSession:
         journal = Journal(self.home.journal, run.run_id, verify)
         replica = Replica(run.manifest, run.run_id, device, self._make.model(run.manifest.model))
         trainer = self._make.trainer(
-            replica,
-            self.node.peer_id,
+            Books(replica, self.node.peer_id, self.home.checkpoints, own_log),
             tokens,
             len(corpus.train) / len(tokens),
             self._inbox,
-            self.home.checkpoints,
-            own_log,
             status,
         )
         trainer.restore(journal)

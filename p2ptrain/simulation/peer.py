@@ -41,6 +41,7 @@ from p2ptrain.state.snapshot import piece_hashes, root_of
 from p2ptrain.swarm.identity import verify
 from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.training.replica import Replica
+from p2ptrain.training.standing import Books
 from p2ptrain.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -109,6 +110,28 @@ class SimReplica(Replica):
         self._check()
 
 
+class SimBooks(Books):
+    """The real books, which also know what the disk retained of all gradients."""
+
+    def __init__(self, peer: SimPeer, replica: SimReplica, own_log: OwnLog) -> None:
+        super().__init__(replica, peer.id, peer.home / "checkpoints", own_log)
+        self._peer = peer
+        #: [chunks, ENTRIES] what the disk retained of them, at a start
+        self.retained: Rows = np.zeros_like(peer.lost)
+
+    def replay_own_log(self, outcomes: tuple[Outcome, ...], unsettled: tuple[SentUnsettled, ...]) -> None:
+        saved = self.replica.optimizer.decays
+        self.retained = self._peer.retained_at[saved].copy()
+        for entry in self.own_log.all():
+            if not entry.stood_in and entry.decays > saved:
+                # Of the coefficients that it sends nothing was lost by then.
+                sent = self.sent_by(entry)
+                inside = sent.index < ENTRIES
+                place = sent.chunk[inside], sent.index[inside]
+                self.retained[place] = self._peer.retained_at[entry.decays][place]
+        super().replay_own_log(outcomes, unsettled)
+
+
 class _NothingComputed:
     """In place of what a peer does on its own: the trainer sets the gradients itself."""
 
@@ -122,6 +145,7 @@ class _NothingComputed:
 class SimTrainer(Trainer):
     """The real trainer, with integers for gradients and a count of them."""
 
+    books: SimBooks
     replica: SimReplica
 
     def begin_life(self, peer: SimPeer) -> None:
@@ -130,11 +154,9 @@ class SimTrainer(Trainer):
         self.batch_seconds = peer.batch_seconds
         #: [chunks, ENTRIES] all gradients ever made
         self.produced: Rows = np.zeros_like(peer.lost)
-        #: [chunks, ENTRIES] what the disk retained of them, at a start
-        self.retained: Rows = self.produced
 
     def _micro_batch(self) -> None:
-        self._sequences_read += self._rules.micro_batch
+        self.books.sequences_read += self._rules.micro_batch
         self._sequences += self._rules.micro_batch
         self._micro_batches += 1
 
@@ -147,7 +169,7 @@ class SimTrainer(Trainer):
         if self._micro_batches or self._overdue:
             self.peer.retained_at[self.replica.optimizer.decays + 1] = self.produced - self.peer.lost
         if self._micro_batches:
-            counter = hashlib.shake_128(self._peer_id + self._sequences_read.to_bytes(8, "little"))
+            counter = hashlib.shake_128(self._peer_id + self.books.sequences_read.to_bytes(8, "little"))
             integers = np.frombuffer(counter.digest(self.replica.layout.chunks * ENTRIES), np.uint8)
             gradient = integers.astype(np.float64).reshape(-1, ENTRIES) % 7 - 3
             for parameter, row in zip(self.replica.model.parameters(), gradient, strict=True):
@@ -155,18 +177,6 @@ class SimTrainer(Trainer):
             self.produced = self.produced + gradient
             self.peer.retained_at[self.replica.optimizer.decays + 1] = self.produced - self.peer.lost
         super()._contribute(start, swarm)  # type: ignore[arg-type]
-
-    def _replay_own_log(self, outcomes: tuple[Outcome, ...], unsettled: tuple[SentUnsettled, ...]) -> None:
-        saved = self.replica.optimizer.decays
-        self.retained = self.peer.retained_at[saved].copy()
-        for entry in self._own_log.all():
-            if not entry.stood_in and entry.decays > saved:
-                # Of the coefficients that it sends nothing was lost by then.
-                sent = self._sent_by(entry)
-                inside = sent.index < ENTRIES
-                place = sent.chunk[inside], sent.index[inside]
-                self.retained[place] = self.peer.retained_at[entry.decays][place]
-        super()._replay_own_log(outcomes, unsettled)
 
     def momentum_rows(self) -> NDArray[np.float64]:
         """[chunks, ENTRIES]"""
@@ -179,8 +189,8 @@ class SimTrainer(Trainer):
 
     def given_up(self) -> Rows:
         """[chunks, ENTRIES] sum of the sizes of what is in doubt."""
-        entries = (self._own_log.find(key) for key in self.ledger.given_up)
-        return self._sum([self._sent_by(entry) for entry in entries if entry is not None])
+        entries = (self.books.own_log.find(key) for key in self.ledger.given_up)
+        return self._sum([self.books.sent_by(entry) for entry in entries if entry is not None])
 
     def _sum(self, contributions: list[wire.Coefficients]) -> Rows:
         rows = (abs(dense(sent.chunk, sent.index, sent.value, len(self.produced))) for sent in contributions)
@@ -263,6 +273,7 @@ class SimPeer:
         self.lives = 0
         self.actor: Actor | None = None
         self.node: SimNode
+        self.journal: Journal
         self.driver: SimDriver
         self.trainer: SimTrainer
         #: passes of failpoints until it dies; None: it lives on
@@ -363,29 +374,26 @@ class SimPeer:
         loop = asyncio.get_running_loop()
         replica = SimReplica(self)
         own_log = OwnLog(self.home / "own")
-        journal = Journal(self.home / "journal", world.run_id, verify)
+        self.journal = Journal(self.home / "journal", world.run_id, verify)
         inbox, status = SimInbox(), Status()
         uplink = UplinkMeter(dialable=self.dialable)
         self.trainer = SimTrainer(
-            replica,
-            self.id,
+            SimBooks(self, replica, own_log),
             np.zeros(1, np.uint16),
             1.0,
             inbox,  # type: ignore[arg-type]
-            self.home / "checkpoints",
-            own_log,
             status,
             loop.time,
         )
         self.trainer.begin_life(self)
-        self.trainer.restore(journal)
-        world.restored(self, journal)
+        self.trainer.restore(self.journal)
+        world.restored(self, self.journal)
         parts = driver_parts(
             Run(manifest, world.run_id, signed=b"", founder=self.founder),
             Home(self.home),
             cast(SwarmNode, self.node),
             replica,
-            journal=journal,
+            journal=self.journal,
             own_log=own_log,
             inbox=inbox,
             uplink=uplink,

@@ -377,7 +377,7 @@ class World:
             fork_round = self._fork_round(ours.id, message.rounds[-1].id if message.rounds else message.chain.id)
             if fork_round < ours.round:
                 count["deep_rollbacks"] += 1
-                count["forks_older_than_the_journal"] += int(fork_round < peer.driver._p.journal.first - 1)
+                count["forks_older_than_the_journal"] += int(fork_round < peer.journal.first - 1)
 
     def _fork_round(self, ours: bytes, theirs: bytes) -> int:
         """The last round that the chains to two state ids have in common."""
@@ -408,7 +408,7 @@ class World:
             return
         produced, stood_at = self._left.pop(peer.name)
         trainer.produced = produced
-        peer.lost = produced - trainer.retained
+        peer.lost = produced - trainer.books.retained
         # It may have died after its journal went over to another chain and before it did itself.
         if peer.in_doubt or self._fork_round(stood_at, trainer.replica.chain.id) < journal.first - 1:
             self.gave_up(peer, trainer.at_stake())
@@ -458,15 +458,14 @@ class World:
             self.violate(f"{peer.name}: {len(missed)} contributions in a row were not included")
 
     def _check_bounds(self, peer: SimPeer) -> None:
-        machine, driver = peer.machine, peer.driver
+        machine, journal = peer.machine, peer.journal
         interval = self.manifest.round.root_interval
-        journal = driver._p.journal
         sizes = {
             "early messages": (len(machine._exchanges.early), 2 * self.chunks * len(self.peers)),
             "tips": (len(machine._following.tips), 64 + 2 * len(self.peers)),
             "rounds in the journal": (journal.last - journal.first + 1, 5 * interval + 8),
             "pending": (len(peer.trainer.ledger.pending), 64),
-            "waiting calls": (len(driver._reply_waiters), 4 * self.chunks),
+            "waiting calls": (peer.driver.answering.awaited, 4 * self.chunks),
         }
         for what, (size, most) in sizes.items():
             if size > most:

@@ -53,6 +53,7 @@ from p2ptrain.swarm.records import (
     peers_key,
     subkey_of,
 )
+from p2ptrain.swarm.tasks import failure_logged
 from p2ptrain.swarm.validator import SignedRecordValidator
 
 UPKEEP_SECONDS = 10.0
@@ -152,7 +153,7 @@ class SwarmNode:
             raise
         self._tasks = [asyncio.create_task(self._watch_daemon()), asyncio.create_task(self._keep_up())]
         for task in self._tasks:
-            task.add_done_callback(_report)
+            task.add_done_callback(failure_logged(_logger, "the node's upkeep has failed"))
         return self
 
     async def close(self) -> None:
@@ -370,9 +371,3 @@ class SwarmNode:
         with contextlib.suppress(TimeoutError):
             places = [self.dht.node_id, DHTID.generate()]
             await asyncio.wait_for(self.dht.find_nearest_nodes(places), timeout_seconds)
-
-
-def _report(task: asyncio.Task[None]) -> None:
-    """Upkeep ends with the node only; anything else is a fault that must not pass in silence."""
-    if not task.cancelled() and task.exception() is not None:
-        _logger.error("the node's upkeep has failed", exc_info=task.exception())

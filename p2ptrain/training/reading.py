@@ -10,7 +10,7 @@ from p2ptrain.errors import HomeError
 from p2ptrain.state.checkpoint import load_checkpoint
 from p2ptrain.training.device import choose_device
 from p2ptrain.training.replica import Replica
-from p2ptrain.training.trainer import checkpoint_shapes
+from p2ptrain.training.standing import checkpoint_shapes
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,30 +13,26 @@ import math
 import queue
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol, assert_never
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from p2ptrain import chain
 from p2ptrain.chain import THROUGHPUT_MAX_MILLI, RoundShape, Row
-from p2ptrain.chain.sealed import Key, SealedRound
-from p2ptrain.compression import decoded, wire
-from p2ptrain.compression.layout import CHUNK_SIZE
+from p2ptrain.chain.sealed import SealedRound
+from p2ptrain.compression import decoded
 from p2ptrain.data.assignment import sequence_offsets
 from p2ptrain.observe.status import Status
 from p2ptrain.optim.local import Local
 from p2ptrain.optim.settling import Pending
 from p2ptrain.rounds import events
 from p2ptrain.rounds.inbox import Dropped, Restore, TrainerMessage
-from p2ptrain.state.checkpoint import Checkpoint, CheckpointMeta, SentUnsettled, load_checkpoint, save_checkpoint
 from p2ptrain.state.journal import Journal
-from p2ptrain.state.own_log import Outcome, OwnEntry, OwnLog
-from p2ptrain.state.snapshot import SnapshotStore
-from p2ptrain.training.ledger import WINDOW, Ledger
-from p2ptrain.training.replica import Replica, build_local
+from p2ptrain.state.own_log import OwnEntry
+from p2ptrain.training.ledger import WINDOW
+from p2ptrain.training.replica import build_local
+from p2ptrain.training.standing import Books
 
 CHECKPOINT_SECONDS = 60.0
 CAREFUL_ROUNDS = 16
@@ -63,48 +59,38 @@ class Trainer:
     """See the module docstring.
 
     Args:
-        replica: at the run's beginning; `restore` takes it to where this home stands.
-        peer_id: ours, which decides what we read.
+        books: of this home, whose peer id decides what we read; `restore` takes them to where it stands.
         tokens: the training text [tokens].
         bytes_per_token: of that text.
-        checkpoints: folder of the checkpoint and the snapshots.
-        own_log: to read; the network thread writes it.
         status: the trainer's thread's own.
         clock: seconds, monotonic.
     """
 
     def __init__(
         self,
-        replica: Replica,
-        peer_id: bytes,
+        books: Books,
         tokens: NDArray[np.uint16],
         bytes_per_token: float,
         inbox: queue.SimpleQueue[TrainerMessage | None],
-        checkpoints: Path,
-        own_log: OwnLog,
         status: Status,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.replica = replica
-        self.ledger = Ledger(replica.optimizer)
+        replica = books.replica
+        self.books, self.replica, self.ledger = books, replica, books.ledger
         self._local: Local = build_local(replica.model, replica.manifest)
         self.status = status
         #: rounds applied in which this peer had a part; those caught up on do not count
         self.rounds_applied = 0
-        self._peer_id, self._tokens, self._bytes_per_token = peer_id, tokens, bytes_per_token
-        self._inbox, self._own_log, self._clock = inbox, own_log, clock
-        self._checkpoints, self._snapshots = checkpoints, SnapshotStore(checkpoints)
+        self._peer_id, self._tokens, self._bytes_per_token = books.peer_id, tokens, bytes_per_token
+        self._inbox, self._clock = inbox, clock
         self._device = next(replica.model.parameters()).device
         config = replica.manifest
         self._nonce, self._rules = bytes.fromhex(config.nonce), config.round
-        self._sequences_read = 0
         self._sequences_per_second = 0.0
         #: the round to compute for, until its contribution is handed over
         self._current: events.StartRound | None = None
         #: a round whose contribution was handed over, and may have been dropped
         self._doubtful: events.StartRound | None = None
-        #: what the contribution handed over last takes into the own log: its round, its decays, outcomes
-        self._carried: tuple[Key, int, tuple[Outcome, ...]] | None = None
         #: sequences behind contributions that were dropped, for the next one
         self._overdue = 0
         #: since the last contribution: micro-batches, their sequences and summed loss, seconds
@@ -134,113 +120,17 @@ class Trainer:
     # ---- where this home stands -------------------------------------------------------------------------------
 
     def restore(self, journal: Journal) -> None:
-        """Go to the checkpoint, account for what was sent since, and apply what the journal has beyond it.
+        """Go to where this home stands.
 
         Raises:
             HomeError: the checkpoint is damaged, or of another model.
         """
-        checkpoint = load_checkpoint(self._checkpoints, checkpoint_shapes(self.replica))
-        outcomes: tuple[Outcome, ...] = ()
-        unsettled: tuple[SentUnsettled, ...] = ()
-        if checkpoint is not None:
-            meta = checkpoint.meta
-            arrays = dict(checkpoint.arrays)
-            momentum = arrays.pop("momentum")
-            self.replica.load_arrays(arrays, meta.chain)
-            self.replica.optimizer.momentum.copy_(torch.from_numpy(np.array(momentum)))
-            self.replica.optimizer.decays = meta.decays
-            self._sequences_read = meta.sequences_read
-            outcomes, unsettled = meta.outcomes, meta.pending
-        self._replay_own_log(outcomes, unsettled)
-        self.ledger.undo_off(journal.ids)
-        if journal.position(self.replica.chain.id) is None:
-            if journal.last:
-                _logger.warning("the journal does not continue the checkpoint; going back to a snapshot")
-            self._restore_from_snapshot(journal)
-        for number in range(self.replica.chain.round + 1, journal.last + 1):
-            self._apply(journal.read(number))
-        if self._sequences_read:
-            _logger.info("back at round %d with %d sequences read", self.replica.chain.round, self._sequences_read)
-
-    def _replay_own_log(self, outcomes: tuple[Outcome, ...], unsettled: tuple[SentUnsettled, ...]) -> None:
-        """Sends and outcomes in their order, over the momentum of the checkpoint, which has some of them already.
-
-        Args:
-            outcomes: of the checkpoint, since the last entry before it.
-            unsettled: of the checkpoint.
-        """
-        ledger, saved = self.ledger, self.replica.optimizer.decays
-        entries = [entry for entry in self._own_log.all() if not entry.stood_in]
-        for entry in entries:
-            if entry.decays <= saved:
-                for outcome in entry.outcomes:
-                    ledger.replay(outcome, in_momentum=True)
-                ledger.send(entry.key, Pending(self._sent_by(entry), entry.decays))
-        for outcome in outcomes:
-            ledger.replay(outcome, in_momentum=True)
-        left = {(entry.key, entry.decays) for entry in entries}
-        for sent in unsettled:
-            if (Key(sent.round, sent.base), sent.decays) not in left:
-                coefficients = self._decode(sent.payload, 0, self.replica.layout.chunks)
-                self.replica.optimizer.give_back(Pending(coefficients, sent.decays))
-        ledger.outcomes = list(outcomes)
-        for entry in entries:
-            if entry.decays > saved:
-                known = _overlap(tuple(ledger.outcomes), entry.outcomes)
-                for number, outcome in enumerate(entry.outcomes):
-                    ledger.replay(outcome, in_momentum=number < known)
-                ledger.send(entry.key, self.replica.optimizer.restore_sent(self._sent_by(entry), entry.decays))
-                ledger.outcomes = []
-                self._sequences_read = max(self._sequences_read, entry.sequences_read)
-
-    def _restore_from_snapshot(self, journal: Journal) -> None:
-        """The checkpoint is of a branch that was left, or gone: start from what the journal reaches back to."""
-        # From before what is pending, so that the journal's rounds can settle it.
-        oldest_pending = min((key.round for key in self.ledger.pending), default=journal.last + 1)
-        usable = [snapshot for snapshot in self._snapshots.all() if journal.position(snapshot.id) is not None]
-        if usable:
-            before = (snapshot for snapshot in usable if snapshot.round < oldest_pending)
-            snapshot = next(before, usable[-1])
-            self.replica.load_snapshot(snapshot.read())
-            # Died while it changed to a chain that came without its past.
-            self.ledger.give_up_until(snapshot.round, snapshot.id)
-            return
-        if journal.position(self.replica.run_id) is None:
-            journal.restart_at(self.replica.run_id)
-            # Whatever settled these is gone with the journal: on this chain nothing is settled.
-            self.ledger.undo_after(0)
-        self.replica.reset()
-
-    def _sent_by(self, entry: OwnEntry) -> wire.Coefficients:
-        return wire.join([self._decode(p, *r) for p, r in zip(entry.payloads, entry.ranges, strict=True)])
-
-    def _decode(self, payload: bytes, start: int, end: int) -> wire.Coefficients:
-        bits = self.replica.manifest.codec.value_bits
-        return wire.decode_contribution(payload, self.replica.layout.topk, start, end, bits)
+        self.books.restore(journal)
+        self.status.consumed_share = self.books.consumed_share
 
     def save(self) -> None:
         """Write the checkpoint now."""
-        optimizer = self.replica.optimizer
-        bits, chunks = self.replica.manifest.codec.value_bits, self.replica.layout.chunks
-        pending = tuple(
-            SentUnsettled(
-                key.round,
-                key.base,
-                sent.decays,
-                wire.encode_contribution(sent.sent.cut(0, chunks), self.replica.layout.topk, bits),
-            )
-            for key, sent in self.ledger.pending.items()
-        )
-        meta = CheckpointMeta(
-            self.replica.run_id,
-            self.replica.chain,
-            optimizer.decays,
-            self._sequences_read,
-            pending,
-            self._outcomes_not_logged(),
-        )
-        momentum = optimizer.momentum.cpu().numpy()
-        save_checkpoint(self._checkpoints, Checkpoint(meta, self.replica.arrays() | {"momentum": momentum}))
+        self.books.save()
         self._saved_at, self._saved = self._clock(), True
 
     def _save(self, swarm: Swarm) -> None:
@@ -298,30 +188,18 @@ class Trainer:
         self._doubtful = None
         pending = self.ledger.pending.get(start.key)
         if pending is not None:
-            entry = self._own_log.find(start.key)
+            entry = self.books.own_log.find(start.key)
             if entry is None or entry.decays != pending.decays:
                 # Handed over, and not logged: the network thread will say so if it drops it.
                 self._doubtful = start
             self._current = None
 
     def _on_dropped(self, dropped: Dropped) -> None:
-        self.ledger.give_back(dropped.key, dropped.decays)
+        self.books.take_back(dropped.key, dropped.decays)
         self._overdue += dropped.weight
         self._careful_rounds = CAREFUL_ROUNDS
-        if self._carried is not None and self._carried[:2] == (dropped.key, dropped.decays):
-            self.ledger.outcomes = [*self._carried[2], *self.ledger.outcomes]
-            self._carried = None
         if self._doubtful is not None and self._doubtful.key == dropped.key:
             self._current, self._doubtful = self._doubtful, None
-
-    def _outcomes_not_logged(self) -> tuple[Outcome, ...]:
-        """Since the last entry of the own log, as far as it is known to be there."""
-        later = tuple(self.ledger.outcomes)
-        if self._carried is None:
-            return later
-        key, decays, outcomes = self._carried
-        entry = self._own_log.find(key)
-        return later if entry is not None and entry.decays == decays else outcomes + later
 
     def _on_apply(self, message: events.Apply, swarm: Swarm) -> None:
         sealed = message.sealed
@@ -338,9 +216,7 @@ class Trainer:
             self._contributed_at = now
         self._applied_at = now
         self._show()
-        if sealed.seal.round % self._rules.root_interval == 0:
-            snapshot = self._snapshots.save(sealed.seal.round, sealed.id, self.replica.snapshot())
-            swarm.root_computed(snapshot.round, snapshot.id, snapshot.root)
+        self._snapshot_if_due(sealed, swarm)
         if now - self._saved_at > CHECKPOINT_SECONDS or not self._saved:
             self._save(swarm)
 
@@ -350,7 +226,7 @@ class Trainer:
             self.status.snapshots_fetched += 1
             before = self.ledger.given_up.copy()
             self.ledger.give_up_until(message.chain.round, message.chain.id)
-            entries = (self._own_log.find(key) for key in self.ledger.given_up - before)
+            entries = (self.books.own_log.find(key) for key in self.ledger.given_up - before)
             self.status.sequences_given_up += sum(entry.row.weight for entry in entries if entry is not None)
         if message.snapshot is not None:
             self.replica.load_snapshot(message.snapshot)
@@ -359,32 +235,19 @@ class Trainer:
         self._current = None
         for sealed in message.rounds:
             self._apply(sealed)
-            if sealed.seal.round % self._rules.root_interval == 0:
-                snapshot = self._snapshots.save(sealed.seal.round, sealed.id, self.replica.snapshot())
-                swarm.root_computed(snapshot.round, snapshot.id, snapshot.root)
+            self._snapshot_if_due(sealed, swarm)
         # What this has undone must be known after a crash, when the journal may no longer reach back to the fork.
         self._save(swarm)
         self._show()
 
     def _apply(self, sealed: SealedRound) -> None:
-        """Take the step of one sealed round and settle what we sent for it."""
-        chunks = self.replica.layout.chunks
-        shape = chain.shape_of(self.replica.chain, chunks)
-        state = chain.extend(self.replica.chain, sealed.id, sealed.seal, chunks)
-        key = Key(shape.round, shape.base)
-        replies = self.replica.apply(sealed, shape, state)
-        index = shape.index(self._peer_id)
-        if not self._has_sent(key):
-            index = None
-        self.status.consumed_share = self.ledger.settle(shape.round, sealed.id, key, replies, index)
+        self.books.apply(sealed)
+        self.status.consumed_share = self.books.consumed_share
 
-    def _has_sent(self, key: Key) -> bool:
-        """Whether a contribution of ours can be in the replies of a round, on whichever branch.
-
-        Only what the own log has ever leaves for a round, and it outlives this process.
-        """
-        entry = self._own_log.find(key)
-        return entry is not None and not entry.stood_in
+    def _snapshot_if_due(self, sealed: SealedRound, swarm: Swarm) -> None:
+        if sealed.seal.round % self._rules.root_interval == 0:
+            snapshot = self.books.save_snapshot(sealed.seal.round, sealed.id)
+            swarm.root_computed(snapshot.round, snapshot.id, snapshot.root)
 
     @property
     def has_work(self) -> bool:
@@ -432,12 +295,14 @@ class Trainer:
 
     def _micro_batch(self) -> None:
         context, count = self.replica.manifest.model.context, self._rules.micro_batch
-        offsets = sequence_offsets(self._nonce, self._peer_id, self._sequences_read, count, len(self._tokens), context)
+        offsets = sequence_offsets(
+            self._nonce, self._peer_id, self.books.sequences_read, count, len(self._tokens), context
+        )
         batch = np.stack([self._tokens[offset : offset + context + 1] for offset in offsets]).astype(np.int64)
         tokens = torch.from_numpy(batch).to(self._device)
         upcoming = self.replica.chain.round + 1 if self._current is None else self._current.key.round
         rate = self.replica.rate_at(upcoming)
-        self._sequences_read += count
+        self.books.sequences_read += count
         nats = self._local.compute(lambda: self.replica.model.loss(tokens), count, rate)
         if not math.isfinite(nats):
             # One such gradient would be sent as the largest value there is.
@@ -471,19 +336,7 @@ class Trainer:
             throughput=min(int(1000 * self._sequences_per_second), THROUGHPUT_MAX_MILLI),
             uplink=0,
         )
-        self.ledger.send(start.key, pending)
-        outcomes, self.ledger.outcomes = tuple(self.ledger.outcomes), []
-        self._carried = (start.key, optimizer.decays, outcomes)
-        entry = OwnEntry(
-            start.key.round,
-            start.key.base,
-            row,
-            ranges,
-            payloads,
-            optimizer.decays,
-            self._sequences_read,
-            outcomes,
-        )
+        entry = self.books.send(start.key, pending, row, ranges, payloads)
         swarm.contribute(events.ContributionReady(start.key, row, payloads), entry)
         if self._micro_batches:
             loss = self._loss_sum / self._micro_batches
@@ -504,19 +357,9 @@ class Trainer:
     def _show(self) -> None:
         state = self.replica.chain
         self.status.round, self.status.state_id, self.status.total = state.round, state.id, state.total
-        self.status.sequences_read = self._sequences_read
-
-
-def _overlap(known: tuple[Outcome, ...], logged: tuple[Outcome, ...]) -> int:
-    """How many outcomes at the beginning of `logged` are those at the end of `known`."""
-    return next(n for n in range(len(known), -1, -1) if known[len(known) - n :] == logged[:n])
+        self.status.sequences_read = self.books.sequences_read
 
 
 def ranges_of(shape: RoundShape) -> tuple[tuple[int, int], ...]:
     """Chunks [start, end) of each part of a round."""
     return tuple((part.start, part.end) for part in shape.parts)
-
-
-def checkpoint_shapes(replica: Replica) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what a checkpoint of this replica holds."""
-    return replica.shapes | {"momentum": (replica.layout.chunks, CHUNK_SIZE)}

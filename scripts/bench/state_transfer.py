@@ -116,8 +116,8 @@ async def peers_of(count: int, folder: Path, first: list[str], run_id: bytes, kb
         node = await SwarmNode.create(None, addresses)
         addresses += await node.join_addresses()
         peer = Peer(node, folder / str(number), run_id, kbit)
-        driver: Any = peer
-        await node.add_servicer(PeerServicer(driver, peer.traffic), NAMESPACE)
+        answering: Any = peer
+        await node.add_servicer(PeerServicer(answering, peer.traffic), NAMESPACE)
         made.append(peer)
     for one in made:
         for other in made:

@@ -19,7 +19,7 @@ from p2ptrain.cli.main import app
 from p2ptrain.config.loading import render
 from p2ptrain.history.catching_up import CatchingUp
 from p2ptrain.optim.demo import DeMo
-from p2ptrain.peer import driver
+from p2ptrain.peer import answering
 from p2ptrain.rounds import machine
 from p2ptrain.rounds.events import PublishSeal
 from p2ptrain.rounds.machine import RoundMachine
@@ -134,8 +134,8 @@ def shape_the_round_from_the_seal_before(patch: Patch) -> None:
 
 
 def uncapped_weight(patch: Patch) -> None:
-    reduce_part = driver.reduce_part
-    patch.setattr(driver, "reduce_part", lambda *a, **o: reduce_part(*a, **{**o, "weight_cap_ratio": 1e9}))
+    reduce_part = answering.reduce_part
+    patch.setattr(answering, "reduce_part", lambda *a, **o: reduce_part(*a, **{**o, "weight_cap_ratio": 1e9}))
 
 
 def send_before_the_own_log_knows(patch: Patch) -> None:

@@ -26,9 +26,11 @@ from p2ptrain.config.node import NodeSettings
 from p2ptrain.data.corpus import load_embedded
 from p2ptrain.history.catching_up import CatchingUp
 from p2ptrain.peer import session as session_module
+from p2ptrain.peer.answering import Answering
 from p2ptrain.peer.driver import RoundDriver
 from p2ptrain.peer.presence import Presence
 from p2ptrain.peer.progress import Display
+from p2ptrain.peer.sending import Sending
 from p2ptrain.peer.session import PeerSession
 from p2ptrain.rounds.machine import RoundMachine
 from p2ptrain.state.journal import Journal
@@ -39,6 +41,7 @@ from p2ptrain.swarm.thread import NetworkThread
 from p2ptrain.training import trainer as trainer_module
 from p2ptrain.training.ledger import Ledger
 from p2ptrain.training.replica import Replica
+from p2ptrain.training.standing import Books
 from p2ptrain.training.trainer import Trainer
 
 MANIFEST = Manifest(
@@ -178,14 +181,14 @@ def test_neither_thread_touches_what_is_the_others(
     messages = frozenset({"contribute", "root_computed", "prune_own_log", "others_reach", "stop", "standing"})
     belongs(RoundDriver, NETWORKS.__contains__, messages)
     belongs(Presence, NETWORKS.__contains__, frozenset({"hear", "say_leaving"}))
-    for kind in (RoundMachine, NewsFeed, CatchingUp, Journal, UplinkMeter, Traffic):
+    for kind in (Answering, Sending, RoundMachine, NewsFeed, CatchingUp, Journal, UplinkMeter, Traffic):
         belongs(kind, NETWORKS.__contains__)
     fixed = frozenset({"peer_id", "identity", "port", "observer", "dialable", "close", "on_restart"})
     belongs(SwarmNode, NETWORKS.__contains__, fixed)
     # Worker threads read files through them, and the trainer reads what the network thread has written.
     belongs(OwnLog, NETWORKS.__contains__, frozenset({"find", "all", "_folder", "_path", "_read"}))
 
-    for kind in (Trainer, Ledger):
+    for kind in (Trainer, Books, Ledger):
         belongs(kind, "MainThread".__eq__)
     belongs(Replica, "MainThread".__eq__, frozenset({"snapshot_chain", "_shapes", "run_id"}))
 

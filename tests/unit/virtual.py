@@ -146,8 +146,8 @@ class Peer:
             lambda *heard: self.progress.append(heard),
         )
         self.tip: Any = None
-        driver: Any = self
-        network.servicers[self.id] = PeerServicer(driver, self.traffic)
+        answering: Any = self
+        network.servicers[self.id] = PeerServicer(answering, self.traffic)
 
     def wrong_run(self, run_id: bytes) -> str | None:
         return None

@@ -42,7 +42,7 @@ from p2ptrain.peer.assembly import Make
 from p2ptrain.peer.driver import RoundDriver
 from p2ptrain.peer.progress import Display
 from p2ptrain.peer.session import PeerSession
-from p2ptrain.rounds.events import Apply, ContributionReady, ContributionReceived, Event, ReplyHeld
+from p2ptrain.rounds.events import Apply, ContributionReady, ContributionReceived, Effect, Event, ReplyHeld
 from p2ptrain.state.own_log import OwnEntry
 from p2ptrain.training.trainer import Swarm, Trainer
 
@@ -115,9 +115,10 @@ class Gate:
         self._round: dict[str, Any] = {}
         self._marks: dict[str, float] = {}
         self._cpu_before = 0.0
-        dispatch = self._driver.dispatch
+        machine = self._driver.machine
+        handle = machine.handle
 
-        def marking(event: Event) -> None:
+        def marking(event: Event, now: float) -> list[Effect]:
             match event:
                 case ContributionReceived():
                     self._marks["contributions"] = time.monotonic()
@@ -125,9 +126,9 @@ class Gate:
                     # Those that came from elsewhere come later, or are all there is.
                     self._marks.setdefault("first_reply", time.monotonic())
                     self._marks["replies"] = time.monotonic()
-            dispatch(event)
+            return handle(event, now)
 
-        self._driver.dispatch = marking  # type: ignore[method-assign]
+        machine.handle = marking  # type: ignore[method-assign]
 
     def timed(self, stage: str, work: Callable[..., Any]) -> Callable[..., Any]:
         """`work`, its wall and core seconds noted under `stage`."""

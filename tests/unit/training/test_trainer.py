@@ -24,6 +24,7 @@ from p2ptrain.rounds.inbox import Restore, TrainerMessage
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import OwnEntry, OwnLog
 from p2ptrain.swarm.identity import verify
+from p2ptrain.training.standing import Books
 from p2ptrain.training.trainer import Trainer, ranges_of
 
 TOKENS = np.random.default_rng(0).integers(0, 4096, 5000).astype(np.uint16)
@@ -63,13 +64,15 @@ class Home:
         self.now = 0.0
         rounds = msgspec.structs.replace(MANIFEST.round, overlap=overlap)
         self.trainer = Trainer(
-            replica(msgspec.structs.replace(MANIFEST, round=rounds)),
-            lone.identity.peer_id,
+            Books(
+                replica(msgspec.structs.replace(MANIFEST, round=rounds)),
+                lone.identity.peer_id,
+                folder / "checkpoints",
+                self.log,
+            ),
             TOKENS,
             3.5,
             self.inbox,
-            folder / "checkpoints",
-            self.log,
             Status(),
             lambda: self.now,
         )
@@ -278,7 +281,7 @@ def test_after_a_crash_what_a_seal_off_the_chain_consumed_is_not_settled(tmp_pat
     home.journal.restart_at(skip.id)
     home.journal.append(after)
     again = Home(tmp_path, home.lone)
-    again.trainer._replay_own_log((), ())
+    again.trainer.books.replay_own_log((), ())
     assert key not in again.trainer.ledger.pending, "as the own log knows it"
     again.trainer.ledger.undo_off(again.journal.ids)
     assert key in again.trainer.ledger.pending

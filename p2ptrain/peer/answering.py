@@ -1,0 +1,216 @@
+"""Answers what others ask of this peer, and reduces the parts that are its own.
+
+Lives on the network thread. What a call brings is checked here before the machine hears of it: the run, the access
+list, the length and the form. Who sends a contribution waits here for the reply of its part, until the reply is frozen
+or the round is over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from p2ptrain import chain
+from p2ptrain.calls.handout import Handout
+from p2ptrain.calls.messages import ContributionHeader, JoinRequest, Tip, Welcome
+from p2ptrain.calls.news import NewsFeed
+from p2ptrain.chain import RoundShape
+from p2ptrain.chain.sealed import Key, Reply, reply_digest
+from p2ptrain.compression import decoded, wire
+from p2ptrain.compression.reduce import reduce_part
+from p2ptrain.config.manifest import PROTOCOL_VERSION
+from p2ptrain.history.catching_up import CatchingUp
+from p2ptrain.peer.parts import DriverParts
+from p2ptrain.rounds import events
+from p2ptrain.state.failpoints import failpoint
+from p2ptrain.swarm.identity import format_peer_id
+
+
+class Answering:
+    """What `calls.servicer` asks for; see the module docstring.
+
+    Args:
+        parts: of this peer.
+        handout: how much of the line those get who fetch snapshots.
+        feed: the news that others hear of this peer.
+        catching_up: where rounds and snapshots to hand out come from.
+        dispatch: lets the machine hear an event, and does what it asks for.
+    """
+
+    def __init__(
+        self,
+        parts: DriverParts,
+        handout: Handout,
+        feed: NewsFeed,
+        catching_up: CatchingUp,
+        dispatch: Callable[[events.Event], None],
+    ) -> None:
+        self._p, self._machine, self._dispatch = parts, parts.machine, dispatch
+        self.handout, self.feed, self.catching_up = handout, feed, catching_up
+        #: returns the corpus to hand out. Any thread
+        self.packed_corpus = parts.packed_corpus
+        #: calls by which our replies are being handed out
+        self.handing_out: set[asyncio.Future[None]] = set()
+        #: replies frozen here: waiters by round and part
+        self._reply_waiters: dict[tuple[Key, int], asyncio.Future[Reply]] = {}
+
+    @property
+    def tip(self) -> Tip:
+        """Say where our chain stands."""
+        return Tip.of(self._machine.head)
+
+    @property
+    def awaited(self) -> int:
+        """Count the parts whose reply is waited for, or kept for those who ask."""
+        return len(self._reply_waiters)
+
+    def end_rounds_before(self, round: int) -> None:
+        """Let go of who still waits for a reply of rounds that are over."""
+        for key in [k for k in self._reply_waiters if k[0].round < round]:
+            self._reply_waiters.pop(key).cancel()
+
+    # ---- what others say and want to know ---------------------------------------------------------------------
+
+    def welcome(self) -> Welcome:
+        """Answer to hello."""
+        return Welcome(PROTOCOL_VERSION, self._p.run_id, self._p.signed_manifest, self.tip)
+
+    def wrong_run(self, run_id: bytes) -> str | None:
+        """Return why a request for this run is refused, or None."""
+        return None if run_id == self._p.run_id else "this peer is in another run"
+
+    def _allowed(self, peer: bytes) -> bool:
+        """Say whether the run's access list lets `peer` contribute."""
+        access = self._p.manifest.access
+        return access.mode == "open" or format_peer_id(peer) in access.peers
+
+    def take_join(self, wanted: JoinRequest, peer: bytes) -> str:
+        """Hear that a peer asks to be admitted; return a refusal or ""."""
+        refusal = self.wrong_run(wanted.run_id)
+        if refusal is None and not self._allowed(peer):
+            refusal = "this run is for listed peers only"
+        if refusal is not None:
+            return refusal
+        failpoint("join_received")
+        self.feed.follow(peer)
+        self._dispatch(events.JoinReceived(peer, wanted.row))
+        return ""
+
+    def refuse(self, header: ContributionHeader, peer: bytes) -> str | None:
+        """Return why a contribution is refused before its payload is read, or None."""
+        refusal = self.wrong_run(header.run_id)
+        if refusal is not None:
+            return refusal
+        if not self._allowed(peer):
+            return "this run is for listed peers only"
+        self.hear_tip(peer, header.tip)
+        return self._refusal(Key(header.round, header.base), header.part, peer)
+
+    def _refusal(self, key: Key, part: int, peer: bytes) -> str | None:
+        """Return the machine's refusal; of who is late it hears all the same."""
+        refusal = self._machine.refusal(key, part, peer)
+        if refusal == "late":
+            self._dispatch(events.CameLate(key, part, peer))
+        return refusal
+
+    def contribution_max_bytes(self, header: ContributionHeader) -> int:
+        """Return the length that no payload for that part exceeds."""
+        start, end, bits = 0, self._p.layout.chunks, self._p.manifest.codec.value_bits
+        shape = self._machine.shape
+        if shape is not None and header.round == shape.round and header.part < len(shape.parts):
+            start, end = shape.parts[header.part].start, shape.parts[header.part].end
+        return wire.contribution_max_bytes(self._p.layout.topk, start, end, bits)
+
+    def take_contribution(self, header: ContributionHeader, peer: bytes, payload: bytes) -> str | None:
+        """Take a contribution that arrived whole; return a refusal or None."""
+        key = Key(header.round, header.base)
+        refusal = self._refusal(key, header.part, peer)
+        shape = self._machine.shape if header.round == self._machine.head.round + 1 else None
+        if refusal is None and not self._well_formed(shape, header.part, header.row.weight, payload):
+            refusal = "malformed"
+        if refusal is None:
+            self._dispatch(
+                events.ContributionReceived(key, header.part, peer, header.row, header.root_round, header.root, payload)
+            )
+        return refusal
+
+    def _well_formed(self, shape: RoundShape | None, part: int, weight: int, payload: bytes) -> bool:
+        """Say whether a payload is what its part takes; without a shape it is looked at later. Any thread."""
+        if bool(payload) != bool(weight):
+            return False
+        if not payload or shape is None:
+            return True
+        spec = shape.parts[part]
+        try:
+            decoded.contribution(payload, self._p.layout.topk, spec.start, spec.end, self._p.manifest.codec.value_bits)
+        except wire.WireError:
+            return False
+        return True
+
+    def hear_tip(self, peer: bytes, tip: Tip) -> None:
+        """Hear where a peer stands."""
+        self.feed.follow(peer)
+        self.feed.hear_tip(peer, tip)
+
+    # ---- the parts that we reduce -----------------------------------------------------------------------------
+
+    async def reduce(self, effect: events.Reduce) -> None:
+        """Make the reply of a part, for all who sent something for it."""
+        config, layout, shape = self._p.manifest, self._p.layout, self._machine.shape
+        spec = shape.parts[effect.part] if shape is not None and effect.part < len(shape.parts) else None
+        if spec is None or (spec.start, spec.end) != (effect.start, effect.end):
+            return  # the round is over, or a fork has cut it otherwise
+
+        def reduced(contributions: Sequence[tuple[int, int, bytes]]) -> bytes:
+            return reduce_part(
+                contributions,
+                topk=layout.topk,
+                reply_topk=layout.reply_topk,
+                start=effect.start,
+                end=effect.end,
+                members=effect.members,
+                value_bits=config.codec.value_bits,
+                clip_ratio=config.round.clip_ratio,
+                weight_cap_ratio=config.round.weight_cap_ratio,
+            )
+
+        def work() -> bytes:
+            try:
+                return reduced(effect.contributions)
+            except wire.WireError:
+                # What came a round early was not looked at yet.
+                return reduced([c for c in effect.contributions if self._well_formed(shape, effect.part, *c[1:])])
+
+        data = await asyncio.to_thread(work)
+        if self._machine.shape is not shape:
+            return  # the round is over, or its parts are others now
+        reply = Reply(reply_digest(data), wire.reply_members(data, effect.members), data)
+        waiter = self._reply_waiters.get((effect.key, effect.part))
+        if waiter is None:
+            waiter = self._reply_waiters.setdefault((effect.key, effect.part), self._future())
+        if not waiter.done():
+            waiter.set_result(reply)
+        self._dispatch(events.ReplyHeld(effect.key, effect.part, reply))
+
+    async def frozen_reply(self, key: Key, part: int) -> Reply | None:
+        """Return the reply of a part that we reduce, once it is frozen; None when the round ended without."""
+        sealed = self._from_journal(key, part)
+        if sealed is not None:
+            return sealed
+        if key.round <= self._machine.head.round or part > chain.MEMBERS_MAX:
+            return None
+        waiter = self._reply_waiters.setdefault((key, part), self._future())
+        try:
+            return await asyncio.shield(waiter)
+        except asyncio.CancelledError:
+            if waiter.cancelled():
+                return self._from_journal(key, part)
+            raise
+
+    def _from_journal(self, key: Key, part: int) -> Reply | None:
+        """Return the reply in a round that is sealed already."""
+        data = self._p.journal.reply(key.round, key.base, part)
+        return None if data is None else Reply(reply_digest(data), frozenset(), data)
+
+    def _future(self) -> asyncio.Future[Reply]:
+        return asyncio.get_running_loop().create_future()

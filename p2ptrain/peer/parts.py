@@ -1,0 +1,43 @@
+"""The parts that a driver is made of, which all that lives on the network thread shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from p2ptrain.calls.messages import Traffic
+from p2ptrain.calls.uplink import UplinkMeter
+from p2ptrain.chain import ChainState
+from p2ptrain.compression.layout import ChunkLayout
+from p2ptrain.config.manifest import Manifest
+from p2ptrain.rounds.inbox import Inbox
+from p2ptrain.rounds.machine import RoundMachine
+from p2ptrain.state.journal import Journal
+from p2ptrain.state.own_log import OwnLog
+from p2ptrain.state.snapshot import SnapshotStore
+from p2ptrain.swarm.node import SwarmNode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriverParts:
+    """What a driver works with."""
+
+    node: SwarmNode
+    manifest: Manifest
+    signed_manifest: bytes
+    run_id: bytes
+    layout: ChunkLayout
+    machine: RoundMachine
+    journal: Journal
+    own_log: OwnLog
+    snapshots: SnapshotStore
+    inbox: Inbox
+    uplink: UplinkMeter
+    traffic: Traffic
+    snapshot_max_bytes: int
+    snapshot_chain: Callable[[bytes], ChainState]
+    packed_corpus: Callable[[], bytes | None]
+    sync_progress: Callable[[str, int, int], None]
+    decisions_log: Path
+    """Where a failure leaves what the machine heard and decided last."""
