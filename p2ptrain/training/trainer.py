@@ -25,7 +25,6 @@ from p2ptrain.compression import decoded
 from p2ptrain.data.assignment import sequence_offsets
 from p2ptrain.observe.status import Status
 from p2ptrain.optim.local import Local
-from p2ptrain.optim.settling import Pending
 from p2ptrain.rounds import events
 from p2ptrain.rounds.inbox import Dropped, Restore, TrainerMessage
 from p2ptrain.state.journal import Journal
