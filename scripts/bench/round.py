@@ -135,7 +135,7 @@ def compared(report: Figures) -> Figures:
 
 def draw(report: Figures, path: Path) -> None:
     """Seconds, bytes and flatness by members."""
-    figure, (left, middle, right) = pyplot().subplots(1, 3, figsize=(14, 4))
+    figure, (left, middle, right) = pyplot().subplots(1, 3, figsize=(14, 4), layout="constrained")
     for name, style in (("unlimited", "--"), (f"{report['mbit']:g} Mbit/s", "-")):
         for of, colour in (("hivemind", "tab:orange"), ("p2ptrain", "tab:blue")):
             rows = {int(peers): row[name] for peers, row in report[of].items() if name in row}
@@ -148,15 +148,16 @@ def draw(report: Figures, path: Path) -> None:
             if style == "-" and of == "p2ptrain":
                 floors = [rows[n]["floor"]["wire"]["seconds"] for n in x]
                 left.plot(x, floors, ":", color="black", label="floor of p2ptrain's bytes")
-    left.set(ylabel="s", title="Exchange", yscale="log")
-    middle.set(ylabel="MB sent by each peer, on the wire", title="Bytes a round", yscale="log")
+    left.set(ylabel="seconds", title="Exchange", yscale="log")
+    left.set_ylim(top=left.get_ylim()[1] * 60)  # room for the legend above the curves
+    middle.set(ylabel="MB sent by each peer", title="Bytes on the wire a round", yscale="log")
     rows = {int(peers): row for peers, row in report["flatness"].items()}
     x = sorted({int(peers) for part in PARTS for peers in report[part]})
     measured = sorted(rows)
     right.plot(measured, [rows[n]["payload_bytes_mean"] / 1000 for n in measured], "o-", label="sent, on average")
     gathered = [rows[n]["all_gather_bytes_sent"] / 1000 for n in measured]
     right.plot(measured, gathered, "s--", label="all-gather would send")
-    right.set(ylabel="kB payload by each peer and round", title="Flatness")
+    right.set(ylabel="kB sent by each peer", title="Payload a round")
     right.set_ylim(bottom=0)
     for axes in (left, middle, right):
         axes.set_xscale("log", base=2)
@@ -165,7 +166,7 @@ def draw(report: Figures, path: Path) -> None:
         axes.set_xlabel("peers")
         axes.grid(alpha=0.3, which="both")
         if axes.lines:
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=8, loc="upper left" if axes is not middle else "center right")
     save(figure, path)
 
 
