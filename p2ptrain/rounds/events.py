@@ -1,7 +1,7 @@
 """What the round's state machine hears (events) and what it asks for (effects).
 
-Both are plain values: the network shell and the simulator turn messages and timers into events, and effects into
-messages, disk writes and tensor work. Payloads and replies are opaque bytes here.
+Both are plain values: the driver (`peer/driver.py`), over the network or in the simulator, turns messages and timers
+into events, and effects into messages, disk writes and tensor work. Payloads and replies are opaque bytes here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class ContributionReady:
 
 @dataclass(frozen=True, slots=True)
 class ContributionReceived:
-    """A peer's message for one part that we reduce. The shell has checked its length and hash."""
+    """A peer's message for one part that we reduce. The driver's side has checked its length and hash."""
 
     key: Key
     part: int
@@ -39,7 +39,7 @@ class ContributionReceived:
 
 @dataclass(frozen=True, slots=True)
 class CameLate:
-    """A peer's message that was refused as late: it counts for deadlines alone."""
+    """A peer's message that came late (rule 5): it counts for deadlines alone. Its sender is answered, not refused."""
 
     key: Key
     part: int

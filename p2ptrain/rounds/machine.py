@@ -1,9 +1,9 @@
 """The round and the chain as a state machine: events in, effects out, no sockets and no clock.
 
 `RoundMachine.handle(event, now)` is the only method that changes state; `now` is a monotonic time in seconds that the
-caller supplies, and `wake_at` says when it wants to hear `Tick` next. The network shell (`driver.py`) and tests feed
-it the same way, so a decision seen in a test is the decision taken over sockets. `docs/rounds.md` is the
-specification; rule numbers in comments refer to it.
+caller supplies, and `wake_at` says when it wants to hear `Tick` next. The driver (`peer/driver.py`) and tests feed it
+the same way, so a decision seen in a test is the decision taken over sockets. `docs/rounds.md` is the specification;
+rule numbers in comments refer to it.
 
 Cost: memory is bounded by one round of contributions to our parts plus those for the round after it, and by
 `STRANGERS_MAX` in all else that others can make us remember; each event is O(members + parts). Every `FetchRounds` must

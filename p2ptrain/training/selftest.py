@@ -11,8 +11,8 @@ Hashed are the bytes of parameters and of the directions' state as they are, zer
 root of a snapshot hashes. Neither holds a -0.0 on any device: they begin without one, and a sum or difference is one
 only where both its terms are zeros. Steps may be one, so they are not hashed.
 
-Cost: where nothing is compiled yet some twenty seconds of a core, once a version; from then on about one, of which the
-steps take a tenth.
+Cost: a start where nothing is compiled yet compiles everything, once a version; `docs/quickstart.md` says how long that
+takes. Every later start loads what was compiled; the steps are a tenth of what remains.
 """
 
 from __future__ import annotations

@@ -64,6 +64,14 @@ def exists(path: str, *near: Path) -> bool:
     return bool(found) and (not name or any(re.search(rf"\b{name}\b", p.read_text()) for p in found if p.is_file()))
 
 
+def headings(path: Path) -> set[str]:
+    """Return what links name the headings of a document by."""
+    return {
+        re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+        for title in re.findall(r"^#+ (.+)$", path.read_text(), re.M)
+    }
+
+
 def is_path(span: str) -> bool:
     """Say whether a code span is meant as a path in the tree: no placeholder in capitals, no pattern, no flag."""
     if span in NOT_IN_THE_TREE or span.startswith("p2ptrain/1/") or not re.fullmatch(r"[a-z0-9_./-]+(:\w+)?", span):
@@ -78,8 +86,41 @@ def test_every_path_and_every_link_leads_somewhere(path: Path) -> None:
     text = path.read_text()
     missing = [span for span in spans(text) if is_path(span) and not exists(span)]
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if not target.startswith("http") and not (path.parent / target.split("#")[0]).exists():
+        name, _, heading = target.partition("#")
+        to = path.parent / name if name else path
+        if not target.startswith("http") and not (to.exists() and (not heading or heading in headings(to))):
             missing.append(target)
+    assert not missing
+
+
+def defined_in(path: Path) -> set[str]:
+    """Return the functions, classes, methods and constants that a module defines, methods as `Class.method`."""
+    found = set()
+
+    def look(body: list[ast.stmt], owner: str) -> None:
+        for node in body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                found.add(owner + node.name)
+            if isinstance(node, ast.ClassDef):
+                look(node.body, f"{owner}{node.name}.")
+            targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
+            found.update(owner + target.id for target in targets if isinstance(target, ast.Name))
+
+    look(ast.parse(path.read_text()).body, "")
+    return found
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_every_function_that_a_document_names_is_there(path: Path) -> None:
+    everywhere = {name for module in MODULES for name in defined_in(module)}
+    missing = []
+    for span in spans(path.read_text()):
+        of_file = re.fullmatch(r"((?:[a-z_]+/)+[a-z_]+\.py):([\w.]+)", span)
+        if of_file:
+            modules = [base / of_file[1] for base in (ROOT, PACKAGE) if (base / of_file[1]).exists()]
+            missing += [] if modules and of_file[2] in defined_in(modules[0]) else [span]
+        elif re.fullmatch(r"[A-Z][A-Za-z]+\.[a-z_]\w*", span) and span not in everywhere:
+            missing.append(span)
     assert not missing
 
 
