@@ -27,7 +27,9 @@ AnnounceOption = Annotated[
 ]
 DeviceOption = Annotated[Device | None, typer.Option("--device", help="Where to compute.", show_default="auto")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", help="CPU threads to compute with; 0: one a core.")]
-RoundsOption = Annotated[int | None, typer.Option("--rounds", min=1, help="Stop after applying this many rounds.")]
+RoundsOption = Annotated[
+    int | None, typer.Option("--rounds", min=1, help="Stop after this many rounds in which this peer had a part.")
+]
 LogFormatOption = Annotated[
     LogFormat | None, typer.Option("--log-format", help="Form of the log on stderr.", show_default="text")
 ]

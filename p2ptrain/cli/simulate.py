@@ -28,7 +28,9 @@ def simulate(
     manifest: Annotated[Path, typer.Argument(metavar="RUN.TOML", help="The run whose rounds to simulate.")],
     peers: Annotated[int, typer.Option("--peers", min=1, max=1024, help="Peers.")] = 5,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Decides all that chance decides.")] = 0,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds with faults; the calm after is extra.")] = 40,
+    rounds: Annotated[
+        int, typer.Option("--rounds", min=1, help="Rounds of the swarm under faults; calm ones come after them.")
+    ] = 40,
     faults: Annotated[
         str, typer.Option("--faults", metavar="none|all|NAME,...", help="What befalls peers, links and streams.")
     ] = "all",

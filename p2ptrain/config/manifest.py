@@ -316,7 +316,10 @@ def open_manifest(encoded: bytes, expected_run_id: bytes | None = None) -> tuple
         raise ManifestError(f"not a manifest: {error}", hint="do both sides run the same p2ptrain version?") from error
     identifier = run_id(signed.body)
     if canonical_bytes(manifest) != signed.body:
-        raise ManifestError("manifest is not in canonical form")
+        raise ManifestError(
+            "manifest is not in canonical form",
+            hint="its keys are not those of this p2ptrain, in its order: install the version that the run's owner uses",
+        )
     if expected_run_id is not None and identifier != expected_run_id:
         raise ManifestError(f"manifest hashes to {identifier.hex()[:16]}, not to {expected_run_id.hex()[:16]}")
     try:

@@ -94,6 +94,9 @@ class Direction:
     ) -> None:
         self._beta, self._epsilon, self._momentum = beta, epsilon, momentum
         decays = {"first": momentum, "second": beta}
+        unknown = [name for name in self.moments if name not in decays]
+        if unknown:
+            raise ValueError(f"{type(self).__name__} keeps a mean {unknown[0]!r}; there are {', '.join(decays)}")
         chunks = segment.end - segment.start
         self._moments = {name: _Moment(chunks, decays[name], device) for name in self.moments}
 

@@ -158,7 +158,11 @@ def orthogonal(block: Array) -> Array:
 def directed(way: str, u: Array, state: dict[str, Array], constants: tuple[float, float, float]) -> Array:
     """The step [chunks, 4096] that a direction makes of an update, all in float32; `state` goes on to the next step.
 
-    A mean begins at zero, for which its divisor makes up. `constants`: decay of squares, epsilon, decay of updates."""
+    A mean begins at zero, for which its divisor makes up. `constants`: decay of squares, epsilon, decay of updates.
+
+    Raises:
+        ValueError: there is no direction `way` here.
+    """
     beta, epsilon, momentum = constants
 
     def mean(name: str, decay: float, of: Array) -> tuple[Array, Array]:
@@ -173,6 +177,8 @@ def directed(way: str, u: Array, state: dict[str, Array], constants: tuple[float
         if way == "muon":
             ahead = np.array([orthogonal(block) * f32(8 / 256) for block in ahead.reshape(-1, SIDE, SIDE)], f32)
         return ahead.reshape(u.shape)
+    if way not in ("rms", "adam"):
+        raise ValueError(f"the reference has no direction {way!r}")
     second, second_by = mean("second", beta, u * u * f32(1 - beta))
     root = np.sqrt(second / second_by) + f32(epsilon)
     if way == "rms":

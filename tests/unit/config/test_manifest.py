@@ -119,8 +119,9 @@ def test_a_manifest_without_owner_is_refused() -> None:
 def test_another_order_of_the_same_fields_is_refused() -> None:
     table = msgspec.msgpack.decode(canonical_bytes(small()))
     body = msgspec.msgpack.encode(dict(reversed(table.items())))
-    with pytest.raises(ManifestError, match="canonical"):
+    with pytest.raises(ManifestError, match="canonical") as raised:
         open_manifest(signed(body))
+    assert "install the version" in str(raised.value.hint)
 
 
 def test_another_protocol_is_named_even_if_its_fields_are_unknown() -> None:

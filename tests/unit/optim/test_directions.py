@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from blocks import orthogonal_block
 
 from p2ptrain.compression.layout import CHUNK_SIZE, ChunkLayout, ParameterSpec, Treatment
-from p2ptrain.optim.directions import DIRECTIONS, MOMENTUM, Direction, Muon, Rms
+from p2ptrain.optim.directions import DIRECTIONS, MOMENTUM, Direction, Muon, Rms, Sgd
 from p2ptrain.optim.orthogonal import correctly_rounded_root, make_orthogonal, orthogonal_by_operations
 
 CPU = torch.device("cpu")
@@ -236,7 +236,16 @@ def test_steps_are_those_of_torchs_optimizer(
         torch.testing.assert_close(got, before - parameter.detach(), rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["nesterov", "adam", "muon"])
+def test_a_mean_of_an_unknown_name_is_refused() -> None:
+    class Third(Sgd):
+        moments = ("third",)
+
+    layout = direction("sgd")[1]
+    with pytest.raises(ValueError, match="Third keeps a mean 'third'; there are first, second"):
+        Third(layout, layout.segments[0], BETA, EPSILON, CPU)
+
+
+@pytest.mark.parametrize("name", DIRECTIONS)
 def test_a_skipped_chunk_stands_still_and_goes_on_as_if_nothing_had_been(name: str) -> None:
     (both, _), (lone, _) = direction(name), direction(name, (64, 64))
     for step in range(5):

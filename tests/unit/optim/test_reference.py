@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -163,6 +164,11 @@ def test_a_round_of_two_is_that_of_the_reference(case: Case) -> None:
             one.settle(pending[member], [(0, chunks, content)], member)
             settled = reference.settle(before, index[member], value[member], reply[0], clips.get(member, 256))
             assert np.array_equal(one.momentum.numpy(), settled)
+
+
+def test_the_reference_refuses_a_direction_that_it_does_not_have() -> None:
+    with pytest.raises(ValueError, match="no direction 'lion'"):
+        reference.directed("lion", np.ones((1, 4096), np.float32), {}, CONSTANTS)
 
 
 @settings(max_examples=25, deadline=None)

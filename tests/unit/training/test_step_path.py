@@ -31,6 +31,7 @@ from p2ptrain.compression.reduce import reduce_part
 from p2ptrain.config import strategies
 from p2ptrain.config.manifest import Manifest, Strategy
 from p2ptrain.native.compiled import ALL
+from p2ptrain.optim.directions import DIRECTIONS
 from p2ptrain.state.snapshot import piece_hashes, root_of
 from p2ptrain.training import selftest
 
@@ -386,6 +387,15 @@ def test_all_of_the_path_is_in_one_table(path: set[str]) -> None:
     assert not WRONG.keys() & NO_NUMBERS.keys()
     assert sorted(path - WRONG.keys() - NO_NUMBERS.keys()) == [], "new on the path: one of the tables has to name it"
     assert sorted((WRONG.keys() | NO_NUMBERS.keys()) - path) == [], "not on the path any more"
+
+
+def test_every_direction_is_stepped_by_and_made_wrong() -> None:
+    settings: list[Any] = [strategies.completed({"optimizer": {"strategy": of}}) for of in get_args(Strategy)]
+    kinds = [kind for of in (*settings, {"optimizer": OTHERS}) for kind in of["optimizer"].values()]
+    stepped_by = {kind["direction"] for kind in kinds if isinstance(kind, dict)}
+    assert set(DIRECTIONS) - stepped_by == set(), "OTHERS has to name these directions"
+    steps = {of.step_chunks.__qualname__ for of in DIRECTIONS.values()}
+    assert steps - WRONG.keys() == set(), "WRONG has to name these functions"
 
 
 def found_by(name: str) -> Iterator[tuple[Any, str, Any]]:
