@@ -10,13 +10,16 @@ import sys
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
+import msgspec
 import pytest
 import typer
 
 from p2ptrain import errors
 from p2ptrain.cli.main import app
-from p2ptrain.config.manifest import PROTOCOL_VERSION
+from p2ptrain.config.manifest import PROTOCOL_VERSION, GroupConfig
+from p2ptrain.optim.directions import DIRECTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "p2ptrain"
@@ -27,6 +30,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 NOT_IN_THE_TREE = {"checkpoints/", "journal/", "own/", "data/", "texts/", "demo-output/"}
 #: the first words of commands that are not this project's
 FOREIGN = {"pip", "git", "sudo", "cd", "make", "ruff", "mypy", "pytest", "python -m pytest"}
+SHORT_OR_LONG = re.compile(r"(?<![\w-])-(?:[a-z]\b|-[a-z][a-z-]*)")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 
 
@@ -173,6 +177,25 @@ def test_the_protocol_lists_the_calls_that_a_peer_answers() -> None:
     assert set(re.findall(r"`(\w+)`", unary[1])) == {
         name for name, returns in methods.items() if returns == "BytesValue"
     }
+
+
+def test_protocol_manifest_and_code_know_the_same_directions() -> None:
+    text = (ROOT / "docs/protocol.md").read_text().split("### The step")[1].split("\n### ")[0]
+    listed = set(re.findall(r"^\| `(\w+)` \|", text, re.M))
+    field = next(field for field in msgspec.structs.fields(GroupConfig) if field.name == "direction")
+    assert listed == set(get_args(field.type)) == set(DIRECTIONS)
+
+
+def test_the_quickstart_names_every_flag_of_every_command() -> None:
+    named = {flag for span in spans((ROOT / "docs/quickstart.md").read_text()) for flag in SHORT_OR_LONG.findall(span)}
+    group = typer.main.get_command(app)
+    missing = [
+        f"{name} {'/'.join(parameter.opts)}"
+        for name, command in [("", group), *group.commands.items()]  # type: ignore[attr-defined]
+        for parameter in command.params
+        if parameter.param_type_name == "option" and not named & {*parameter.opts, *parameter.secondary_opts}
+    ]
+    assert not missing
 
 
 def test_the_architecture_lists_every_module_and_no_other() -> None:
