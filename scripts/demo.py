@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import signal
@@ -29,6 +30,8 @@ from p2ptrain.config.loading import load_manifest
 OUT = Path("demo-output")
 PEERS = ("ada", "grace", "linus")
 ROUNDS = 220
+THREADS = 1
+"""Of each peer."""
 LIMIT_SECONDS = 420.0
 P2PTRAIN = [sys.executable, "-m", "p2ptrain"]
 
@@ -41,7 +44,7 @@ class Peer:
     def __init__(self, name: str, *command: str) -> None:
         self.name, self.home = name, OUT / name
         self._log: TextIO = (OUT / f"{name}.log").open("w")
-        flags = ["--home", str(self.home), "--name", name, "--host", "127.0.0.1", "--threads", "1"]
+        flags = ["--home", str(self.home), "--name", name, "--host", "127.0.0.1", "--threads", str(THREADS)]
         self.process = subprocess.Popen(
             [*P2PTRAIN, *command, *flags, "--log-format", "json"],
             stdout=subprocess.PIPE,
@@ -146,6 +149,10 @@ def report(peers: list[Peer], parameters: int, seconds: float) -> dict[str, Any]
     together = [entry for peer in peers for entry in peer.rounds() if entry["members"] == len(peers)]
     dense = 2 * 2 * parameters * (len(peers) - 1) / len(peers)
     return {
+        "peers": len(peers),
+        "cores": os.cpu_count(),
+        "threads_per_peer": THREADS,
+        "parameters": parameters,
         "seconds": round(seconds, 1),
         "rounds": last["round"],
         "loss": peers[0].rounds()[-1]["loss"],
@@ -182,7 +189,9 @@ def show(summary: dict[str, Any], peers: list[Peer]) -> None:
 
 def main() -> None:
     """The demo."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the figures there too")
+    out = parser.parse_args().out
     began = time.monotonic()
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir()
@@ -205,7 +214,8 @@ def main() -> None:
     console.print("\n[bold]p2ptrain sample --prompt 'Fellow citizens'[/bold]")
     console.print(p2ptrain("sample", "--home", str(peers[0].home), "--prompt", "Fellow citizens"), markup=False)
     console.print(f"loss picture: {draw(peers)}   figures: {OUT / 'summary.json'}   {summary['seconds']:.0f} s")
-    (OUT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    for path in (OUT / "summary.json", *([out] if out else [])):
+        path.write_text(json.dumps(summary, indent=2) + "\n")
     if len(set(summary["state_ids"])) != 1 or len(set(summary["parameters_sha256"])) != 1:
         raise SystemExit("the replicas differ: this is a bug")
 
