@@ -23,6 +23,8 @@ MARKED = re.compile(r"<!-- table: (\w+) -->\n(?:(?!<!-- table:).)*?<!-- end -->"
 
 Rows = list[Sequence[str]]
 
+OTHER_DEMOS = ("straightforward", "straightforward_tuned")
+
 
 def load(name: str) -> Any:
     """Read one result file."""
@@ -242,6 +244,32 @@ def overlap() -> str:
             )
         )
     return table(("", "apart", "while an exchange is under way", "each of four runs"), rows)
+
+
+def step_on_a_cpu() -> str:
+    """The optimizer's step beside other optimizers', in the same turns."""
+    of = load("codec")
+    taken = of["step"]["milliseconds"]
+    rows: Rows = []
+    for key, ending, name in (("ours", "", "through bytes"), ("lone", "_lone", "lone")):
+        others = [f"{of[f'speedup_vs_{other}{ending}']:.2f} times" for other in OTHER_DEMOS]
+        adamw = [f"{of[f'time_vs_{other}{ending}']:.2f}" for other in ("adamw_foreach", "adamw_fused")]
+        rows.append((name, f"**{digits(taken[key]['median'])}**", *others, *adamw))
+    rows.append(("lone, of a new run", digits(taken["lone_of_a_new_run"]["median"]), "", "", "", ""))
+    head = ("", "ms", "straightforward DeMo takes", "tuned takes")
+    return table((*head, "of AdamW foreach", "of AdamW fused"), rows)
+
+
+def bits_a_coefficient() -> str:
+    """What of a contribution's bits is what."""
+    of = load("codec")
+    sections = ("index", "sign", "magnitude", "scale", "header", "messages")
+    rows: Rows = []
+    for bits in (2, 1):
+        parts = of[f"codec_{bits}bit"]["bits_per_coefficient_by_section"]
+        cells = [f"{parts[section]:.2f}" if section in parts else "" for section in sections]
+        rows.append((f"{bits}-bit values", *cells, f"**{of[f'bits_per_coefficient_{bits}bit']:.2f}**"))
+    return table(("Bits a coefficient", *sections[:4], "payload header", "messages", "whole"), rows)
 
 
 def step_on_a_gpu() -> str:
@@ -483,6 +511,8 @@ TABLES: dict[str, Callable[[], str]] = {
         time_to_loss,
         steps_to_loss,
         overlap,
+        step_on_a_cpu,
+        bits_a_coefficient,
         step_on_a_gpu,
         learning,
         learning_large,
