@@ -367,7 +367,6 @@ NO_NUMBERS: dict[str, str] = {
     "Replica.__init__": _ROOM,
     "Replica.apply": _HANDS_ON,
     "Replica.rate_at": _HANDS_ON,
-    "Replica.layout": _HANDS_ON,
     "Replica.codec": _HANDS_ON,
     "Replica.arrays": "views",
     "Replica._replicated": "names",
