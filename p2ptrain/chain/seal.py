@@ -6,11 +6,13 @@ Each seal names its parent, so a tip names a whole history. What follows from a 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
+
+from p2ptrain.compression import bitmaps
 
 SEAL_VERSION = 1
 HASH_BYTES = 32
@@ -18,7 +20,7 @@ MEMBERS_MAX = 1024
 JOINS_MAX = 32  # newcomers one seal may admit
 SEAL_MAX_BYTES = 256 * 1024
 UPLINK_MAX_KBIT = 10_000_000
-THROUGHPUT_MAX_MILLI = 1_000_000_000
+SEQUENCES_PER_KILOSECOND_MAX = 1_000_000_000
 
 Hash = Annotated[bytes, Meta(min_length=HASH_BYTES, max_length=HASH_BYTES)]
 OptionalHash = Annotated[bytes, Meta(max_length=HASH_BYTES)]
@@ -34,10 +36,10 @@ class Row(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=Tr
 
     weight: Annotated[int, Meta(ge=0, le=1_000_000)]
     """Sequences behind the contribution."""
-    throughput: Annotated[int, Meta(ge=0, le=THROUGHPUT_MAX_MILLI)]
-    """Sequences computed per 1000 seconds."""
-    uplink: Annotated[int, Meta(ge=0, le=UPLINK_MAX_KBIT)]
-    """Upload rate in kbit/s; 0: this peer cannot be dialled, so it reduces nothing."""
+    sequences_per_kilosecond: Annotated[int, Meta(ge=0, le=SEQUENCES_PER_KILOSECOND_MAX)]
+    """Sequences computed in 1000 seconds."""
+    uplink_kbit: Annotated[int, Meta(ge=0, le=UPLINK_MAX_KBIT)]
+    """Upload rate, in kbit/s; 0: this peer cannot be dialled, so it reduces nothing."""
 
 
 class Join(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -119,23 +121,14 @@ def decode_signed_seal(data: bytes) -> SignedSeal:
         raise SealError(f"not a signed seal: {error}") from error
 
 
-def bitmap(indices: Sequence[int] | set[int] | frozenset[int], size: int) -> bytes:
-    """Pack member indices into a bitmap of `size` bits, least significant bit first."""
-    packed = bytearray((size + 7) // 8)
-    for index in indices:
-        packed[index // 8] |= 1 << (index % 8)
-    return bytes(packed)
+def bitmap(indices: Iterable[int], size: int) -> bytes:
+    """Pack member indices into a bitmap of `size` bits."""
+    return bitmaps.pack(indices, size)
 
 
 def bits(packed: bytes, size: int) -> frozenset[int]:
-    """Unpack a bitmap of `size` bits.
-
-    Raises:
-        SealError: wrong length, or a bit set beyond `size`.
-    """
-    if len(packed) != (size + 7) // 8:
-        raise SealError(f"bitmap of {len(packed)} bytes for {size} members")
-    found = frozenset(i for i in range(len(packed) * 8) if packed[i // 8] >> (i % 8) & 1)
-    if any(i >= size for i in found):
-        raise SealError("bitmap names members that are not there")
-    return found
+    """Unpack a bitmap of `size` members. Raises SealError: another length, or a bit set beyond `size`."""
+    try:
+        return bitmaps.unpack(packed, size)
+    except ValueError as error:
+        raise SealError(str(error)) from error

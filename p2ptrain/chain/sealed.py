@@ -16,7 +16,7 @@ from p2ptrain import chain
 from p2ptrain.chain import ChainState, RoundShape, SealError, SignedSeal, Verify
 from p2ptrain.chain.seal import Seal
 from p2ptrain.compression import decoded, wire
-from p2ptrain.compression.layout import ChunkLayout
+from p2ptrain.compression.codec import Codec
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def reply_digest(data: bytes) -> bytes:
     return hashlib.sha256(b"p2ptrain reply 1\0" + data).digest()
 
 
-def make_reply(data: bytes, layout: ChunkLayout, shape: RoundShape, part: int) -> Reply:
+def make_reply(data: bytes, codec: Codec, shape: RoundShape, part: int) -> Reply:
     """Check a reply's bytes for one part of a round.
 
     Raises:
@@ -72,7 +72,7 @@ def make_reply(data: bytes, layout: ChunkLayout, shape: RoundShape, part: int) -
     """
     spec = shape.parts[part]
     try:
-        content = decoded.reply(data, layout.reply_topk, spec.start, spec.end, len(shape.members))
+        content = decoded.reply(data, codec, spec.start, spec.end, len(shape.members))
     except wire.WireError as error:
         raise SealedRoundError(str(error)) from error
     return Reply(reply_digest(data), content.included, data)
@@ -102,7 +102,7 @@ def decode_sealed(data: bytes, verify: Verify) -> SealedRound:
     return SealedRound(identifier, seal, encoded.signed, encoded.replies)
 
 
-def check_replies(sealed: SealedRound, layout: ChunkLayout, shape: RoundShape) -> None:
+def check_replies(sealed: SealedRound, codec: Codec, shape: RoundShape) -> None:
     """Decode every reply once, so that applying the round cannot fail later.
 
     Raises:
@@ -111,21 +111,21 @@ def check_replies(sealed: SealedRound, layout: ChunkLayout, shape: RoundShape) -
     included: frozenset[int] = frozenset()
     for part, data in enumerate(sealed.replies):
         if data is not None:
-            included |= make_reply(data, layout, shape, part).included
+            included |= make_reply(data, codec, shape, part).included
     if chain.bits(sealed.seal.included, len(shape.members)) != included:
         raise SealedRoundError("the seal includes others than its replies do")
 
 
-def check_continues(state: ChainState, sealed: SealedRound, layout: ChunkLayout) -> ChainState:
+def check_continues(state: ChainState, sealed: SealedRound, codec: Codec) -> ChainState:
     """The chain after `sealed`, whose replies are checked too.
 
     Raises:
         SealedRoundError: it does not continue `state`, or a reply is malformed.
     """
-    shape = chain.shape_of(state, layout.chunks)
+    shape = chain.shape_of(state, codec.chunks)
     try:
-        following = chain.extend(state, sealed.id, sealed.seal, layout.chunks)
+        following = chain.extend(state, sealed.id, sealed.seal, codec.chunks)
     except SealError as error:
         raise SealedRoundError(str(error)) from error
-    check_replies(sealed, layout, shape)
+    check_replies(sealed, codec, shape)
     return following

@@ -47,7 +47,7 @@ class Member(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
 
     @property
     def dialable(self) -> bool:
-        return self.row.uplink > 0
+        return self.row.uplink_kbit > 0
 
 
 class ChainState(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -146,7 +146,7 @@ def _shape(number: int, base: bytes, members: tuple[Member, ...], chunks: int) -
     first = [i for i in dialable if members[i].included]
     # A lone peer that cannot be dialled still reduces for itself.
     reducers = first or dialable or list(range(min(1, len(members))))
-    ranges = partition(chunks, [members[i].row.uplink for i in reducers]) if reducers else []
+    ranges = partition(chunks, [members[i].row.uplink_kbit for i in reducers]) if reducers else []
     most = min(PARTS_PER_REDUCER_MAX, max(1, PARTS_MAX // max(1, len(reducers))))
     pieces = [(i, piece) for i, (start, end) in zip(reducers, ranges, strict=True) for piece in cut(start, end, most)]
     parts = tuple(Part(i, start, end) for i, (start, end) in pieces)
@@ -156,10 +156,10 @@ def _shape(number: int, base: bytes, members: tuple[Member, ...], chunks: int) -
 
 def length_seconds(shape: RoundShape, target_batch: int, min_seconds: float, max_seconds: float) -> float:
     """How long every member computes in this round: the target batch over the group's throughput, within bounds."""
-    throughput = sum(m.row.throughput for m in shape.members) / 1000
-    if throughput <= 0:
+    sequences_per_second = sum(m.row.sequences_per_kilosecond for m in shape.members) / 1000
+    if sequences_per_second <= 0:
         return min_seconds
-    return min(max(target_batch / throughput, min_seconds), max_seconds)
+    return min(max(target_batch / sequences_per_second, min_seconds), max_seconds)
 
 
 def extend(state: ChainState, identifier: bytes, seal: Seal, chunks: int) -> ChainState:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2ptrain.compression.bits import BitReader, BitWriter
+from p2ptrain.native.compiled import compiled
 
 SCALE_BITS = 8
 BYTE_MAX = 127
@@ -51,19 +52,31 @@ def scale_table() -> NDArray[np.float32]:
     return table
 
 
-def encode_scale(values: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Codes of the nearest scales not below `values` [n] (the largest scale for anything above it); 0 for zeros."""
-    codes = np.searchsorted(scale_table(), values, side="left")
-    return np.minimum(codes, 255).astype(np.uint8)
+@compiled
+def code_not_below(size: np.float32, table: NDArray[np.float32]) -> int:
+    """Code of the smallest scale of `table` not below `size`, or of the largest; 0 for zero."""
+    return min(int(np.searchsorted(table, size)), len(table) - 1)
+
+
+@compiled
+def nearest_code(size: np.float32, table: NDArray[np.float32]) -> int:
+    """Code of the scale of `table` nearest to `size`; 0 for zero alone."""
+    upper = code_not_below(size, table)
+    lower = max(upper - 1, 1)
+    return lower if upper > 1 and size - table[lower] < table[upper] - size else upper
+
+
+@compiled
+def _nearest_codes(sizes: NDArray[np.float32], table: NDArray[np.float32], codes: NDArray[np.uint8]) -> None:
+    for number in range(len(sizes)):
+        codes[number] = nearest_code(sizes[number], table)
 
 
 def nearest_scale(values: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Codes of the nearest scales to `values` [n]; 0 for zeros."""
-    upper = encode_scale(values).astype(np.int64)
-    table = scale_table()
-    lower = np.maximum(upper - 1, 1)
-    closer = (upper > 1) & (values - table[lower] < table[upper] - values)
-    return np.where(closer, lower, upper).astype(np.uint8)
+    """Return the codes [n] of the scales nearest to `values` [n]; 0 for zeros."""
+    codes = np.empty(len(values), np.uint8)
+    _nearest_codes(values, scale_table(), codes)
+    return codes
 
 
 def byte_scale(largest: NDArray[np.float32]) -> NDArray[np.uint8]:

@@ -12,7 +12,6 @@ Any thread. What is returned is shared, and cannot be written to.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +20,7 @@ from cachetools.keys import hashkey
 from numpy.typing import NDArray
 
 from p2ptrain.compression import wire
+from p2ptrain.compression.codec import Codec
 from p2ptrain.compression.wire import Coefficients, ReplyContent
 
 MEMORY_BYTES = 64 * 1024 * 1024
@@ -51,29 +51,29 @@ _contribution_key, _reply_key = partial(hashkey, "contribution"), partial(hashke
 
 
 @cached(_kept, _contribution_key, _lock)
-def contribution(data: bytes, topk: Sequence[int], start: int, end: int, value_bits: int) -> Coefficients:
-    """`wire.decode_contribution`; `topk` is hashable."""
-    found = wire.decode_contribution(data, topk, start, end, value_bits)
+def contribution(data: bytes, codec: Codec, start: int, end: int) -> Coefficients:
+    """Decode as `wire.decode_contribution`."""
+    found = wire.decode_contribution(data, codec, start, end)
     _shared(found)
     return found
 
 
 @cached(_kept, _reply_key, _lock)
-def reply(data: bytes, reply_topk: Sequence[int], start: int, end: int, members: int) -> ReplyContent:
-    """`wire.decode_reply`; `reply_topk` is hashable."""
-    found = wire.decode_reply(data, reply_topk, start, end, members)
+def reply(data: bytes, codec: Codec, start: int, end: int, members: int) -> ReplyContent:
+    """Decode as `wire.decode_reply`."""
+    found = wire.decode_reply(data, codec, start, end, members)
     _shared(found)
     return found
 
 
-def wrote_contribution(data: bytes, topk: Sequence[int], value_bits: int, holds: Coefficients) -> None:
-    """`contribution` will find what these bytes of ours hold; it cannot be written to from now on."""
-    _keep(_contribution_key(data, topk, holds.start, holds.end, value_bits), holds)
+def wrote_contribution(data: bytes, codec: Codec, holds: Coefficients) -> None:
+    """Have `contribution` find what these bytes of ours hold; it cannot be written to from now on."""
+    _keep(_contribution_key(data, codec, holds.start, holds.end), holds)
 
 
-def wrote_reply(data: bytes, reply_topk: Sequence[int], members: int, holds: ReplyContent) -> None:
-    """`reply` will find what these bytes of ours hold; it cannot be written to from now on."""
-    _keep(_reply_key(data, reply_topk, holds.coefficients.start, holds.coefficients.end, members), holds)
+def wrote_reply(data: bytes, codec: Codec, members: int, holds: ReplyContent) -> None:
+    """Have `reply` find what these bytes of ours hold; it cannot be written to from now on."""
+    _keep(_reply_key(data, codec, holds.coefficients.start, holds.coefficients.end, members), holds)
 
 
 def _keep(key: Any, holds: _Decoded) -> None:

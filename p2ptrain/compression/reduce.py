@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2ptrain.compression import coding, decoded, wire
+from p2ptrain.compression.codec import Codec
 from p2ptrain.compression.layout import CHUNK_SIZE
-from p2ptrain.compression.wire import Coefficients, ReplyContent
+from p2ptrain.compression.wire import Coefficients, Kept, ReplyContent
 from p2ptrain.native.compiled import compiled
 
 CLIP_UNIT = 256
@@ -31,28 +32,17 @@ _Values = NDArray[np.float32]
 
 
 def reduce_part(
-    contributions: Sequence[tuple[int, int, bytes]],
-    *,
-    topk: tuple[int, ...],
-    reply_topk: tuple[int, ...],
-    start: int,
-    end: int,
-    members: int,
-    value_bits: int,
-    clip_ratio: float,
-    weight_cap_ratio: float,
+    contributions: Sequence[tuple[int, int, bytes]], codec: Codec, start: int, end: int, members: int
 ) -> bytes:
-    """Freeze the reply for chunks [start, end).
+    """Freeze the reply for chunks [start, end) of a round with `members` members.
 
     Args:
         contributions: (member index, weight in sequences, payload) in member order; an empty payload with weight 0
             says "still here, nothing yet". Payloads must have passed `wire.decode_contribution`.
-        clip_ratio: a sender's norm is clipped to this many times the median norm.
-        weight_cap_ratio: a sender's weight is capped at this many times the median weight.
     """
     included = frozenset(member for member, _, _ in contributions)
     work = [
-        (member, weight, decoded.contribution(payload, topk, start, end, value_bits))
+        (member, weight, decoded.contribution(payload, codec, start, end))
         for member, weight, payload in contributions
         if weight > 0
     ]
@@ -60,8 +50,8 @@ def reduce_part(
     shares = []
     if work:
         norms = [float(np.sqrt(np.square(part.value, dtype=np.float64).sum())) for _, _, part in work]
-        limit = clip_ratio * float(np.median(norms))
-        cap = weight_cap_ratio * float(np.median([weight for _, weight, _ in work]))
+        limit = codec.clip_ratio * float(np.median(norms))
+        cap = codec.weight_cap_ratio * float(np.median([weight for _, weight, _ in work]))
         capped = [min(float(weight), cap) for _, weight, _ in work]
         weight_included = sum(capped)
         for (member, _, _), norm, weight in zip(work, norms, capped, strict=True):
@@ -71,32 +61,22 @@ def reduce_part(
                 clips[member] = factor
             # Shares of one, not weights divided afterwards: a mean of what float32 holds cannot become inf - inf.
             shares.append(weight / weight_included * factor / CLIP_UNIT)
-    counts, index, byte, codes = _frozen(
-        [part for _, _, part in work], np.array(shares, np.float32), topk[start:end], reply_topk[start:end]
-    )
-    reply = wire.encode_reply(start, end, members, included, clips, reply_topk, counts, index, byte, codes)
-    decoded.wrote_reply(
-        reply, reply_topk, members, wire.reply_content(start, included, clips, counts, index, byte, codes)
-    )
+    kept = _frozen([part for _, _, part in work], np.array(shares, np.float32), codec, start, end)
+    reply = wire.encode_reply(kept, codec, start, members, included, clips)
+    decoded.wrote_reply(reply, codec, members, wire.reply_content(kept, start, included, clips))
     return reply
 
 
-def reply_to_one(sent: Coefficients, topk: Sequence[int], reply_topk: Sequence[int]) -> ReplyContent:
-    """What a group of one gets back for its contribution: as by way of `reduce_part` and the bytes of both."""
-    frozen = _frozen([sent], np.ones(1, np.float32), topk[sent.start : sent.end], reply_topk[sent.start : sent.end])
-    return wire.reply_content(sent.start, frozenset({0}), {}, *frozen)
+def reply_to_one(sent: Coefficients, codec: Codec) -> ReplyContent:
+    """Return what a group of one gets back for its contribution, as by way of `reduce_part` and the bytes of both."""
+    kept = _frozen([sent], np.ones(1, np.float32), codec, sent.start, sent.end)
+    return wire.reply_content(kept, sent.start, frozenset({0}), {})
 
 
-def _frozen(
-    parts: Sequence[Coefficients], shares: _Values, topk: Sequence[int], limits: Sequence[int]
-) -> tuple[_Numbers, _Numbers, _Numbers, NDArray[np.uint8]]:
-    """Sum `parts`, each times its share, and keep at most `limits` [chunks] coefficients a chunk, as signed bytes with
-    one scale; none that round to zero, and of equal ones those that come first.
-
-    Returns:
-        How many are kept of each chunk [chunks], their indices and bytes [kept], and the chunks' scale codes [chunks].
-    """
-    coming, most = np.array(topk, np.int64), np.array(limits, np.int64)
+def _frozen(parts: Sequence[Coefficients], shares: _Values, codec: Codec, start: int, end: int) -> Kept:
+    """Sum `parts`, each times its share, and keep at most `reply_topk` coefficients a chunk, as signed bytes with one
+    scale; none that round to zero, and of equal ones those that come first."""
+    coming, most = np.array(codec.topk[start:end], np.int64), np.array(codec.reply_topk[start:end], np.int64)
     room = int(np.minimum(coming * len(parts), most).sum())
     counts, codes = np.zeros(len(most), np.int64), np.zeros(len(most), np.uint8)
     index, byte = np.empty((2, room), np.int64)
@@ -114,7 +94,7 @@ def _frozen(
             codes,
         )
         index, byte = index[:kept], byte[:kept]
-    return counts, index, byte, codes
+    return Kept(counts, index, byte, codes)
 
 
 def _stacked(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
@@ -160,7 +140,7 @@ def _freeze(
                 largest = max(largest, magnitude[found])
                 found += 1
                 bits ^= lowest
-        code = min(int(np.searchsorted(table, np.float32(largest / np.float32(coding.BYTE_MAX)))), len(table) - 1)
+        code = coding.code_not_below(np.float32(largest / np.float32(coding.BYTE_MAX)), table)
         codes[chunk] = code
         # What rounds to zero is smaller than all that does not: dropping it last leaves the same as dropping it first.
         least, equal = np.float32(0), 0

@@ -44,7 +44,7 @@ def take(chunks: Tensor, count: int, value_bits: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         Their indices [n, count], ascending, and the values [n, count] that left, each the nearest that `value_bits`
-        allow: `wire.quantise`.
+        allow: see `quantise`.
     """
     if chunks.device.type == "cpu":
         place, sent = torch.empty(len(chunks), count, dtype=torch.int64), torch.empty(len(chunks), count)
@@ -163,7 +163,7 @@ def _keep_largest(where: Places, size: Magnitudes, found: int, count: int, bound
 
 @compiled
 def _quantise(values: Floats, value_bits: int, table: Floats) -> None:
-    """`wire.quantise` of one chunk's values [count], in place."""
+    """`quantise` of one chunk's values [count], in place."""
     if value_bits == 32:
         return
     largest, total = np.float32(0), 0.0
@@ -171,26 +171,18 @@ def _quantise(values: Floats, value_bits: int, table: Floats) -> None:
         largest = max(largest, abs(value))
         total += abs(value)
     if value_bits == 8:
-        scale = _nearest_scale(largest / np.float32(coding.BYTE_MAX), table)
+        scale = table[coding.nearest_code(largest / np.float32(coding.BYTE_MAX), table)]
         for number in range(len(values)):
             byte = np.rint(values[number] / scale) if scale > 0 else np.float32(0)
             values[number] = min(max(byte, np.float32(-coding.BYTE_MAX)), np.float32(coding.BYTE_MAX)) * scale
         return
-    scale = _nearest_scale(np.float32(total / len(values)), table)
+    scale = table[coding.nearest_code(np.float32(total / len(values)), table)]
     low, high, split = scale, scale, scale
     if value_bits == 2:
         low, high, split = scale * _LOW, scale * _HIGH, scale * coding.LEVEL_SPLIT_2BIT
     for number in range(len(values)):
         level = high if abs(values[number]) > split else low
         values[number] = -level if values[number] < 0 else level
-
-
-@compiled
-def _nearest_scale(size: np.float32, table: Floats) -> np.float32:
-    upper = min(int(np.searchsorted(table, size)), len(table) - 1)
-    lower = max(upper - 1, 1)
-    nearest: np.float32 = table[lower] if upper > 1 and size - table[lower] < table[upper] - size else table[upper]
-    return nearest
 
 
 def largest_by_passes(chunks: Tensor, count: int) -> Tensor:
@@ -212,7 +204,7 @@ def largest_by_passes(chunks: Tensor, count: int) -> Tensor:
 
 
 def quantise(value: Tensor, value_bits: int) -> Tensor:
-    """`wire.quantise` of float32 values [n, count], of n chunks, on their device."""
+    """Return what receivers will see of float32 values [n, count] of n chunks, on their device. 32 bits: all of it."""
     if value_bits == 32:
         return value
     magnitude = value.abs()

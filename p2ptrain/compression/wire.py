@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from p2ptrain.compression import coding
+from p2ptrain.compression import bitmaps, coding
 from p2ptrain.compression.bits import BitReader, BitWriter, WireError, sieve_max_bits, symbols_max_bits
+from p2ptrain.compression.codec import Codec
 from p2ptrain.compression.indices import indices_max_bits, read_indices, write_indices
 from p2ptrain.native.compiled import compiled
 
@@ -62,52 +63,30 @@ def join(parts: Sequence[Coefficients]) -> Coefficients:
     )
 
 
-def quantise(chunk: NDArray[np.int64], value: NDArray[np.float32], value_bits: int) -> NDArray[np.float32]:
-    """The values [n] that a receiver will see for these; `chunk` [n] non-decreasing. 32 bits: unchanged."""
-    if value_bits == FLOAT_BITS or not len(value):
-        return value.astype(np.float32)
-    starts = np.flatnonzero(np.r_[True, chunk[1:] != chunk[:-1]])
-    counts = np.diff(np.r_[starts, len(chunk)])
-    magnitude = np.abs(value)
-    if value_bits == 8:
-        scale = np.repeat(coding.scale_table()[coding.byte_scale(np.maximum.reduceat(magnitude, starts))], counts)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            byte = np.rint(np.where(scale > 0, value / scale, 0))
-        return (np.clip(byte, -coding.BYTE_MAX, coding.BYTE_MAX) * scale).astype(np.float32)
-    mean = (np.add.reduceat(magnitude.astype(np.float64), starts) / counts).astype(np.float32)
-    scale = np.repeat(coding.scale_table()[coding.nearest_scale(mean)], counts)
-    if value_bits == 1:
-        level = scale
-    else:
-        low, high = coding.LEVELS_2BIT
-        level = np.where(magnitude > scale * coding.LEVEL_SPLIT_2BIT, scale * high, scale * low).astype(np.float32)
-    return np.where(value < 0, -level, level).astype(np.float32)
-
-
-def contribution_max_bytes(topk: Sequence[int], start: int, end: int, value_bits: int) -> int:
-    """Largest length of a contribution for chunks [start, end)."""
-    counts = topk[start:end]
+def contribution_max_bytes(codec: Codec, start: int, end: int) -> int:
+    """Return the largest length of a contribution for chunks [start, end), in bytes."""
+    counts = codec.topk[start:end]
     count = int(sum(counts))
     bits = indices_max_bits(count, max(counts))
-    if value_bits == FLOAT_BITS:
+    if codec.value_bits == FLOAT_BITS:
         return _CONTRIBUTION.size + (bits + 7) // 8 + 4 * count
     bits += symbols_max_bits(end - start, coding.SCALE_BITS) + count
-    bits += {1: 0, 2: sieve_max_bits(count), 8: symbols_max_bits(count, coding.MAGNITUDE_BITS)}[value_bits]
+    bits += {1: 0, 2: sieve_max_bits(count), 8: symbols_max_bits(count, coding.MAGNITUDE_BITS)}[codec.value_bits]
     return _CONTRIBUTION.size + (bits + 7) // 8
 
 
-def encode_contribution(part: Coefficients, topk: Sequence[int], value_bits: int) -> bytes:
-    """Encode values that `quantise` has been through; every chunk holds exactly its top-k count."""
-    return _write_contribution(part, topk, value_bits)[0]
+def encode_contribution(part: Coefficients, codec: Codec) -> bytes:
+    """Encode values that were quantised as they were selected; every chunk holds exactly its top-k count."""
+    return _write_contribution(part, codec)[0]
 
 
-def section_bits(part: Coefficients, topk: Sequence[int], value_bits: int) -> dict[str, int]:
-    """How many bits of an encoded contribution are header (padding too), index, scale, sign, magnitude; 32: value."""
-    return _write_contribution(part, topk, value_bits)[1]
+def section_bits(part: Coefficients, codec: Codec) -> dict[str, int]:
+    """Count the bits of a contribution: header (padding too), index, scale, sign, magnitude; 32 bits a value: value."""
+    return _write_contribution(part, codec)[1]
 
 
-def _write_contribution(part: Coefficients, topk: Sequence[int], value_bits: int) -> tuple[bytes, dict[str, int]]:
-    count, counts = len(part.chunk), np.asarray(topk[part.start : part.end], np.int64)
+def _write_contribution(part: Coefficients, codec: Codec) -> tuple[bytes, dict[str, int]]:
+    count, counts, value_bits = len(part.chunk), np.array(codec.topk[part.start : part.end]), codec.value_bits
     header = _CONTRIBUTION.pack(CONTRIBUTION_MAGIC, VERSION, value_bits, part.start, part.end, count)
     writer = BitWriter()
     write_indices(writer, counts, part.index)
@@ -207,16 +186,16 @@ def _of_levels(
     return plain
 
 
-def decode_contribution(data: bytes, topk: Sequence[int], start: int, end: int, value_bits: int) -> Coefficients:
+def decode_contribution(data: bytes, codec: Codec, start: int, end: int) -> Coefficients:
     """Decode a contribution for chunks [start, end).
 
     Raises:
         WireError: anything but a well-formed contribution of exactly this part.
     """
-    counts = np.asarray(topk[start:end], np.int64)
+    counts, value_bits = np.array(codec.topk[start:end]), codec.value_bits
     count = int(counts.sum())
     float_bytes = 4 * count if value_bits == FLOAT_BITS else 0
-    longest = contribution_max_bytes(topk, start, end, value_bits)
+    longest = contribution_max_bytes(codec, start, end)
     if not _CONTRIBUTION.size + float_bytes <= len(data) <= longest:
         raise WireError(f"contribution of {len(data)} bytes")
     if _CONTRIBUTION.unpack_from(data) != (CONTRIBUTION_MAGIC, VERSION, value_bits, start, end, count):
@@ -257,6 +236,23 @@ def _read_bytes(reader: BitReader, scale: NDArray[np.float32]) -> NDArray[np.flo
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """What a reducer keeps of the chunks of a part.
+
+    Attributes:
+        counts: [chunks] coefficients of each, at most its `reply_topk`.
+        index: [n] index inside the chunk, strictly increasing inside a chunk.
+        byte: [n] value in units of its chunk's scale, never 0.
+        codes: [chunks] scale of each, as `coding` numbers them.
+    """
+
+    counts: NDArray[np.int64]
+    index: NDArray[np.int64]
+    byte: NDArray[np.int64]
+    codes: NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
 class ReplyContent:
     """A reply, decoded.
 
@@ -274,9 +270,9 @@ class ReplyContent:
     scale: NDArray[np.float32]
 
 
-def reply_max_bytes(reply_topk: Sequence[int], start: int, end: int, members: int) -> int:
-    """Largest length of a reply for chunks [start, end)."""
-    counts = reply_topk[start:end]
+def reply_max_bytes(codec: Codec, start: int, end: int, members: int) -> int:
+    """Return the largest length of a reply for chunks [start, end) of a round with `members` members, in bytes."""
+    counts = codec.reply_topk[start:end]
     count, chunks, most = int(sum(counts)), end - start, max(counts)
     bits = symbols_max_bits(chunks, most.bit_length()) + symbols_max_bits(chunks, coding.SCALE_BITS)
     bits += indices_max_bits(count, most) + count + symbols_max_bits(count, coding.MAGNITUDE_BITS)
@@ -284,41 +280,29 @@ def reply_max_bytes(reply_topk: Sequence[int], start: int, end: int, members: in
 
 
 def encode_reply(
-    start: int,
-    end: int,
-    members: int,
-    included: frozenset[int],
-    clips: dict[int, int],
-    reply_topk: Sequence[int],
-    counts: NDArray[np.int64],
-    index: NDArray[np.int64],
-    byte: NDArray[np.int64],
-    codes: NDArray[np.uint8],
+    kept: Kept, codec: Codec, start: int, members: int, included: frozenset[int], clips: dict[int, int]
 ) -> bytes:
-    """Encode a reply: `counts` [end - start] coefficients a chunk, at most its `reply_topk`; `index` and `byte`
-    [n] over all of them, no byte 0."""
-    bitmap = bytearray((members + 7) // 8)
-    for member in included:
-        bitmap[member // 8] |= 1 << (member % 8)
-    header = _REPLY.pack(REPLY_MAGIC, VERSION, start, end, len(index), members, len(clips))
+    """Encode a reply for the chunks from `start` on; see `ReplyContent` for the rest."""
+    end = start + len(kept.counts)
+    header = _REPLY.pack(REPLY_MAGIC, VERSION, start, end, len(kept.index), members, len(clips))
     exceptions = b"".join(struct.pack("<HB", member, factor) for member, factor in sorted(clips.items()))
-    limits = np.asarray(reply_topk[start:end], np.int64)
+    limits = np.array(codec.reply_topk[start:end])
     writer = BitWriter()
-    writer.symbols(limits - counts, int(limits.max()).bit_length())
-    coding.write_scales(writer, codes)
-    write_indices(writer, counts, index)
-    writer.flags(byte < 0)
-    writer.symbols((np.abs(byte) - 1).astype(np.uint8), coding.MAGNITUDE_BITS)
-    return b"".join([header, bytes(bitmap), exceptions, writer.to_bytes()])
+    writer.symbols(limits - kept.counts, int(limits.max()).bit_length())
+    coding.write_scales(writer, kept.codes)
+    write_indices(writer, kept.counts, kept.index)
+    writer.flags(kept.byte < 0)
+    writer.symbols((np.abs(kept.byte) - 1).astype(np.uint8), coding.MAGNITUDE_BITS)
+    return b"".join([header, bitmaps.pack(included, members), exceptions, writer.to_bytes()])
 
 
-def decode_reply(data: bytes, reply_topk: Sequence[int], start: int, end: int, members: int) -> ReplyContent:
+def decode_reply(data: bytes, codec: Codec, start: int, end: int, members: int) -> ReplyContent:
     """Decode the reply for chunks [start, end) of a round with `members` members.
 
     Raises:
         WireError: anything but a well-formed reply of exactly this part.
     """
-    if not _REPLY.size <= len(data) <= reply_max_bytes(reply_topk, start, end, members):
+    if not _REPLY.size <= len(data) <= reply_max_bytes(codec, start, end, members):
         raise WireError(f"reply of {len(data)} bytes")
     magic, version, first, last, count, told, exceptions = _REPLY.unpack_from(data)
     if (magic, version, first, last, told) != (REPLY_MAGIC, VERSION, start, end, members) or exceptions > members:
@@ -331,7 +315,7 @@ def decode_reply(data: bytes, reply_topk: Sequence[int], start: int, end: int, m
     clips = dict(told_clips)
     if sorted(clips.items()) != told_clips or not clips.keys() <= included:
         raise WireError("reply clips members out of order, or such as it does not include")
-    limits = np.asarray(reply_topk[start:end], np.int64)
+    limits = np.array(codec.reply_topk[start:end])
     reader = BitReader(data, position + 3 * exceptions)
     counts = limits - reader.symbols(end - start, int(limits.max()).bit_length())
     if counts.sum() != count or (counts < 0).any():
@@ -341,23 +325,16 @@ def decode_reply(data: bytes, reply_topk: Sequence[int], start: int, end: int, m
     negative = reader.flags(count)
     size = reader.symbols(count, coding.MAGNITUDE_BITS) + 1
     reader.close()
-    return reply_content(start, included, clips, counts, index, np.where(negative, -size, size), codes)
+    return reply_content(Kept(counts, index, np.where(negative, -size, size), codes), start, included, clips)
 
 
-def reply_content(
-    start: int,
-    included: frozenset[int],
-    clips: dict[int, int],
-    counts: NDArray[np.int64],
-    index: NDArray[np.int64],
-    byte: NDArray[np.int64],
-    codes: NDArray[np.uint8],
-) -> ReplyContent:
-    """What a reply of these holds, for chunks from `start` on; as `encode_reply` takes them."""
-    chunk = np.repeat(np.arange(start, start + len(counts)), counts)
-    scale = coding.scale_table()[codes]
-    value = (byte * np.repeat(scale, counts)).astype(np.float32)
-    return ReplyContent(included, clips, Coefficients(start, start + len(counts), chunk, index, value), byte, scale)
+def reply_content(kept: Kept, start: int, included: frozenset[int], clips: dict[int, int]) -> ReplyContent:
+    """Return what a reply of these holds, for the chunks from `start` on."""
+    end = start + len(kept.counts)
+    chunk = np.repeat(np.arange(start, end), kept.counts)
+    scale = coding.scale_table()[kept.codes]
+    value = (kept.byte * np.repeat(scale, kept.counts)).astype(np.float32)
+    return ReplyContent(included, clips, Coefficients(start, end, chunk, kept.index, value), kept.byte, scale)
 
 
 def reply_members(data: bytes, members: int) -> frozenset[int]:
@@ -369,11 +346,10 @@ def reply_members(data: bytes, members: int) -> frozenset[int]:
     end = _REPLY.size + (members + 7) // 8
     if len(data) < end or _REPLY.unpack_from(data)[5] != members:
         raise WireError("not a reply of this round")
-    bits = np.unpackbits(np.frombuffer(data[_REPLY.size : end], np.uint8), bitorder="little")
-    found = frozenset(int(i) for i in np.flatnonzero(bits))
-    if found and max(found) >= members:
-        raise WireError("reply includes members that are not there")
-    return found
+    try:
+        return bitmaps.unpack(data[_REPLY.size : end], members)
+    except ValueError as error:
+        raise WireError(f"reply includes members that are not there: {error}") from error
 
 
 def header_bytes(data: bytes) -> int:

@@ -29,7 +29,7 @@ from p2ptrain.calls.messages import (
 from p2ptrain.chain import ChainState
 from p2ptrain.chain.sealed import SealedRound, check_continues, decode_sealed
 from p2ptrain.compression import wire
-from p2ptrain.compression.layout import ChunkLayout
+from p2ptrain.compression.codec import Codec
 from p2ptrain.history.download import Download
 from p2ptrain.rounds.events import RoundsFetched
 from p2ptrain.rounds.inbox import Restore
@@ -59,7 +59,7 @@ class CatchingUp:
     def __init__(
         self,
         client: Client,
-        layout: ChunkLayout,
+        codec: Codec,
         journal: Journal,
         snapshots: SnapshotStore,
         partials: Partials,
@@ -69,7 +69,7 @@ class CatchingUp:
         snapshot_chain: Callable[[bytes], ChainState],
         progress: Callable[[str, int, int], None],
     ) -> None:
-        self._client, self._layout, self._journal, self._snapshots = client, layout, journal, snapshots
+        self._client, self._codec, self._journal, self._snapshots = client, codec, journal, snapshots
         self._partials, self._peers = partials, peers
         self._root_interval, self._snapshot_max_bytes = root_interval, snapshot_max_bytes
         self._snapshot_chain, self._progress = snapshot_chain, progress
@@ -83,7 +83,7 @@ class CatchingUp:
         for number in range(journal.first, journal.last + 1):
             self.note_root(journal.read(number))
         self._round_max_bytes = chain.SEAL_MAX_BYTES + 2 * wire.reply_max_bytes(
-            layout.reply_topk, 0, layout.chunks, chain.MEMBERS_MAX
+            codec, 0, codec.chunks, chain.MEMBERS_MAX
         )
 
     def note_root(self, sealed: SealedRound) -> None:
@@ -226,7 +226,7 @@ class CatchingUp:
     def _check(self, state: ChainState, rounds: tuple[SealedRound, ...]) -> ChainState:
         """The chain after `rounds`. Raises SealedRoundError."""
         for sealed in rounds:
-            state = check_continues(state, sealed, self._layout)
+            state = check_continues(state, sealed, self._codec)
         return state
 
     def _choose(self, offers: tuple[SnapshotOffer, ...], after: int) -> SnapshotOffer | None:

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from p2ptrain.compression import wire
+from p2ptrain.compression.codec import Codec
 from p2ptrain.compression.layout import CHUNK_SIZE, ChunkLayout, ParameterSpec, Treatment
 from p2ptrain.compression.reduce import reply_to_one
 from p2ptrain.compression.wire import Coefficients, ReplyContent
@@ -47,11 +48,11 @@ _COPIED = frozenset(
     {
         "_settings",
         "beta",
-        "value_bits",
         "_params",
         "_group_of",
         "_names",
         "layout",
+        "codec",
         "momentum",
         "_gatherer",
         "_stepper",
@@ -118,7 +119,7 @@ class DeMo(torch.optim.Optimizer):
             "learning_rate_scale": 1.0,
         }
         super().__init__(params, defaults)
-        self.beta, self.value_bits = beta, value_bits
+        self.beta = beta
         self._params: list[Tensor] = [parameter for group in self.param_groups for parameter in group["params"]]
         #: by parameter: the number of its group; the groups themselves are replaced by `load_state_dict`
         self._group_of = [number for number, group in enumerate(self.param_groups) for _ in group["params"]]
@@ -141,6 +142,8 @@ class DeMo(torch.optim.Optimizer):
             for name, parameter, number in zip(self._names, self._params, self._group_of, strict=True)
         ]
         self.layout = ChunkLayout(specs, treatments)
+        #: what is sent, and what comes back
+        self.codec = Codec(self.layout.topk, self.layout.reply_topk, value_bits)
         device = self._params[0].device
         self.momentum = torch.zeros(self.layout.chunks, CHUNK_SIZE, device=device)
         directions = [
@@ -181,14 +184,14 @@ class DeMo(torch.optim.Optimizer):
     @torch.no_grad()
     def select(self) -> Pending:
         """Move the top-k of every chunk, as quantised, out of the momentum."""
-        return Pending(self._gatherer.select(self.momentum, self.value_bits), self._decays)
+        return Pending(self._gatherer.select(self.momentum, self.codec.value_bits), self._decays)
 
     @torch.no_grad()
     def accumulate_and_select(self) -> Pending:
         """Do one after the other, in a single pass over the momentum."""
         groups.check_gradients(self._names, self._params)
         self._decays += 1
-        sent = self._gatherer.accumulate_and_select(self.momentum, self.beta, self.value_bits)
+        sent = self._gatherer.accumulate_and_select(self.momentum, self.beta, self.codec.value_bits)
         return Pending(sent, self._decays)
 
     def payloads(self, pending: Pending, ranges: Sequence[tuple[int, int]]) -> tuple[bytes, ...]:
@@ -196,8 +199,7 @@ class DeMo(torch.optim.Optimizer):
         payloads = [b""] * len(ranges)
 
         def encode(_: int, number: int) -> None:
-            part = pending.sent.cut(*ranges[number])
-            payloads[number] = wire.encode_contribution(part, self.layout.topk, self.value_bits)
+            payloads[number] = wire.encode_contribution(pending.sent.cut(*ranges[number]), self.codec)
 
         threads.for_each(range(len(ranges)), encode, min(threads.usable(), len(ranges)))
         return tuple(payloads)
@@ -314,7 +316,7 @@ class DeMo(torch.optim.Optimizer):
 
     def _reply_to_one(self, pending: Pending, start: int, end: int) -> ReplyContent:
         sent = pending.sent if end - start == self.layout.chunks else pending.sent.cut(start, end)
-        return reply_to_one(sent, self.layout.topk, self.layout.reply_topk)
+        return reply_to_one(sent, self.codec)
 
     # ---- state ------------------------------------------------------------------------------------------------
 

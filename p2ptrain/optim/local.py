@@ -67,15 +67,16 @@ class InnerSteps:
 
     Args:
         batch: sequences a step. The last one before `gather` takes what there is.
-        betas, epsilon, weight_decay: AdamW's.
+        beta1, beta2: decays a step of AdamW's first and second moment.
+        epsilon, weight_decay: AdamW's.
     """
 
     def __init__(
-        self, model: nn.Module, *, batch: int, betas: tuple[float, float], epsilon: float, weight_decay: float
+        self, model: nn.Module, *, batch: int, beta1: float, beta2: float, epsilon: float, weight_decay: float
     ) -> None:
         self._parameters, self._batch = list(model.parameters()), batch
         self._optimizer = torch.optim.AdamW(
-            self._parameters, betas=betas, eps=epsilon, weight_decay=weight_decay, fused=True
+            self._parameters, betas=(beta1, beta2), eps=epsilon, weight_decay=weight_decay, fused=True
         )
         #: by parameter, how far inner steps have gone
         self._moved = [torch.zeros_like(parameter) for parameter in self._parameters]
@@ -131,20 +132,20 @@ class LookAhead(InnerSteps):
     """Inner steps as above, and the mean gradient of all sequences, each taken where the steps before it had come to.
 
     Args:
-        scale: factor on the rate of inner steps.
+        rate_factor: learning rate of inner steps over the replica's.
     """
 
     def __init__(
-        self, model: nn.Module, *, scale: float, batch: int, betas: tuple[float, float], epsilon: float
+        self, model: nn.Module, *, rate_factor: float, batch: int, beta1: float, beta2: float, epsilon: float
     ) -> None:
-        super().__init__(model, batch=batch, betas=betas, epsilon=epsilon, weight_decay=0.0)
-        self._scale = scale
+        super().__init__(model, batch=batch, beta1=beta1, beta2=beta2, epsilon=epsilon, weight_decay=0.0)
+        self._rate_factor = rate_factor
         #: of the gradients met, each as often as it has sequences
         self._sums = [torch.zeros_like(parameter) for parameter in self._parameters]
         self._summed_sequences = 0
 
     def compute(self, loss: Callable[[], Tensor], sequences: int, rate: float) -> float:
-        return super().compute(loss, sequences, self._scale * rate)
+        return super().compute(loss, sequences, self._rate_factor * rate)
 
     def _step(self, shared: list[Tensor]) -> None:
         self._keep()

@@ -115,11 +115,11 @@ class Answering:
 
     def contribution_max_bytes(self, header: ContributionHeader) -> int:
         """Return the length that no payload for that part exceeds."""
-        start, end, bits = 0, self._p.layout.chunks, self._p.manifest.codec.value_bits
+        start, end = 0, self._p.codec.chunks
         shape = self._machine.shape
         if shape is not None and header.round == shape.round and header.part < len(shape.parts):
             start, end = shape.parts[header.part].start, shape.parts[header.part].end
-        return wire.contribution_max_bytes(self._p.layout.topk, start, end, bits)
+        return wire.contribution_max_bytes(self._p.codec, start, end)
 
     def take_contribution(self, header: ContributionHeader, peer: bytes, payload: bytes) -> str | None:
         """Take a contribution that arrived whole; return a refusal or None."""
@@ -142,7 +142,7 @@ class Answering:
             return True
         spec = shape.parts[part]
         try:
-            decoded.contribution(payload, self._p.layout.topk, spec.start, spec.end, self._p.manifest.codec.value_bits)
+            decoded.contribution(payload, self._p.codec, spec.start, spec.end)
         except wire.WireError:
             return False
         return True
@@ -156,23 +156,13 @@ class Answering:
 
     async def reduce(self, effect: events.Reduce) -> None:
         """Make the reply of a part, for all who sent something for it."""
-        config, layout, shape = self._p.manifest, self._p.layout, self._machine.shape
+        shape = self._machine.shape
         spec = shape.parts[effect.part] if shape is not None and effect.part < len(shape.parts) else None
         if spec is None or (spec.start, spec.end) != (effect.start, effect.end):
             return  # the round is over, or a fork has cut it otherwise
 
         def reduced(contributions: Sequence[tuple[int, int, bytes]]) -> bytes:
-            return reduce_part(
-                contributions,
-                topk=layout.topk,
-                reply_topk=layout.reply_topk,
-                start=effect.start,
-                end=effect.end,
-                members=effect.members,
-                value_bits=config.codec.value_bits,
-                clip_ratio=config.round.clip_ratio,
-                weight_cap_ratio=config.round.weight_cap_ratio,
-            )
+            return reduce_part(contributions, self._p.codec, effect.start, effect.end, effect.members)
 
         def work() -> bytes:
             try:

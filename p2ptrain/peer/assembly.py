@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from p2ptrain.calls.messages import Traffic
 from p2ptrain.calls.uplink import UplinkMeter
 from p2ptrain.chain import ChainState, Row
-from p2ptrain.compression.layout import ChunkLayout
+from p2ptrain.compression.codec import Codec
 from p2ptrain.config.home import Home
 from p2ptrain.config.manifest import DataConfig, Manifest, ModelConfig
 from p2ptrain.data.corpus import Corpus, pack
@@ -57,7 +57,7 @@ class Standpoint(Protocol):
     """Where a peer begins: what a driver needs of a replica."""
 
     @property
-    def layout(self) -> ChunkLayout: ...
+    def codec(self) -> Codec: ...
 
     @property
     def chain(self) -> ChainState: ...
@@ -91,7 +91,7 @@ def driver_parts(
     """
     machine = RoundMachine(
         node.peer_id,
-        rules_of(run.manifest, replica.layout.chunks),
+        rules_of(run.manifest, replica.codec.chunks),
         replica.chain,
         node.identity.sign,
         Row(0, 0, uplink.declared_kbit),
@@ -102,7 +102,7 @@ def driver_parts(
         manifest=run.manifest,
         signed_manifest=run.signed,
         run_id=run.run_id,
-        layout=replica.layout,
+        codec=replica.codec,
         machine=machine,
         journal=journal,
         own_log=own_log,

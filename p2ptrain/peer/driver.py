@@ -55,7 +55,7 @@ class RoundDriver:
         self.feed = NewsFeed(self._client, lambda: Tip.of(self.machine.head), self.dispatch, self._audience)
         self.catching_up = CatchingUp(
             self._client,
-            parts.layout,
+            parts.codec,
             parts.journal,
             parts.snapshots,
             Partials(parts.snapshots.folder),
@@ -282,7 +282,7 @@ class RoundDriver:
         if identifier == head.id:
             return head.now
         try:
-            chain.extend(head, identifier, seal, self._p.layout.chunks)
+            chain.extend(head, identifier, seal, self._p.codec.chunks)
         except SealError:
             return ()
         return head.following

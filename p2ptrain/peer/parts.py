@@ -9,7 +9,7 @@ from pathlib import Path
 from p2ptrain.calls.messages import Traffic
 from p2ptrain.calls.uplink import UplinkMeter
 from p2ptrain.chain import ChainState
-from p2ptrain.compression.layout import ChunkLayout
+from p2ptrain.compression.codec import Codec
 from p2ptrain.config.manifest import Manifest
 from p2ptrain.rounds.inbox import Inbox
 from p2ptrain.rounds.machine import RoundMachine
@@ -27,7 +27,7 @@ class DriverParts:
     manifest: Manifest
     signed_manifest: bytes
     run_id: bytes
-    layout: ChunkLayout
+    codec: Codec
     machine: RoundMachine
     journal: Journal
     own_log: OwnLog

@@ -71,7 +71,7 @@ class Sending:
             if sent is None or sent.decays != entry.decays:
                 self._p.inbox.put(Dropped(entry.key, entry.decays, entry.row.weight))
             return
-        row = msgspec.structs.replace(ready.row, uplink=self._p.uplink.declared_kbit)
+        row = msgspec.structs.replace(ready.row, uplink_kbit=self._p.uplink.declared_kbit)
         ready, entry = replace(ready, row=row), msgspec.structs.replace(entry, row=row)
         if self._p.own_log.find(ready.key) != entry:
             self._p.own_log.write(entry)
@@ -89,14 +89,9 @@ class Sending:
         parts = effect.shape.parts
         payloads = tuple(b"" for _ in parts)
         if not entry.stood_in:
-            topk, bits = self._p.layout.topk, self._p.manifest.codec.value_bits
-            sent = wire.join(
-                [
-                    wire.decode_contribution(payload, topk, *piece, bits)
-                    for payload, piece in zip(entry.payloads, entry.ranges, strict=True)
-                ]
-            )
-            payloads = tuple(wire.encode_contribution(sent.cut(p.start, p.end), topk, bits) for p in parts)
+            codec, before = self._p.codec, zip(entry.payloads, entry.ranges, strict=True)
+            sent = wire.join([wire.decode_contribution(payload, codec, *piece) for payload, piece in before])
+            payloads = tuple(wire.encode_contribution(sent.cut(p.start, p.end), codec) for p in parts)
             ranges = tuple((part.start, part.end) for part in parts)
             if ranges != entry.ranges:
                 self._p.own_log.write(msgspec.structs.replace(entry, ranges=ranges, payloads=payloads))
@@ -128,7 +123,7 @@ class Sending:
             return
         root_round, root = self._machine.newest_root
         spec = shape.parts[effect.part]
-        reply_max = wire.reply_max_bytes(self._p.layout.reply_topk, spec.start, spec.end, len(shape.members))
+        reply_max = wire.reply_max_bytes(self._p.codec, spec.start, spec.end, len(shape.members))
         rules = self._machine.rules
         reply_seconds = rules.max_seconds + rules.round_max_seconds + rules.grace_seconds + rules.reply_timeout_seconds
         burst = self._burst_of(effect.key, shape)
@@ -149,7 +144,7 @@ class Sending:
                 data = await self._client.contribute(
                     effect.reducer, header, effect.payload, reply_max, reply_seconds, turn, burst
                 )
-                reply = make_reply(data, self._p.layout, shape, effect.part)
+                reply = make_reply(data, self._p.codec, shape, effect.part)
                 if self._machine.shape is shape:
                     self._dispatch(events.ReplyHeld(effect.key, effect.part, reply))
                 return

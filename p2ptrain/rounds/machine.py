@@ -903,7 +903,7 @@ class RoundMachine:
             return
         exchange.stood_in_after = wait
         self._effects.append(events.StoodIn(exchange.key))
-        empty = Row(0, self.row.throughput, self.row.uplink)
+        empty = Row(0, self.row.sequences_per_kilosecond, self.row.uplink_kbit)
         self._send(exchange, empty, tuple(b"" for _ in exchange.shape.parts), now)
         self._close_parts(now)
 

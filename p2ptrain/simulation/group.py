@@ -67,7 +67,7 @@ class Group:
         initialise(self.model, bytes.fromhex(manifest.nonce))
         #: takes the steps; each member's own has its momentum
         self._replicated = build_optimizer(self.model, manifest)
-        self.layout = self._replicated.layout
+        self.codec = self._replicated.codec
         self._members: dict[bytes, _Member] = {}
         #: those sealed, so the number of the last
         self.rounds = 0
@@ -75,7 +75,7 @@ class Group:
     def equal_parts(self, members: int) -> list[Part]:
         """Parts for so many members whose lines are equally fast."""
         most = min(chain.PARTS_PER_REDUCER_MAX, max(1, chain.PARTS_MAX // members))
-        ranges = enumerate(chain.partition(self.layout.chunks, [1] * members))
+        ranges = enumerate(chain.partition(self.codec.chunks, [1] * members))
         return [Part(reducer, *part) for reducer, chunks in ranges for part in chain.cut(*chunks, most)]
 
     def play(self, members: Sequence[bytes], parts: Sequence[Part]) -> Round:
@@ -91,7 +91,7 @@ class Group:
             payloads.append(optimizer.payloads(pending[-1], ranges))
         replies = [self._reduce(part, [of[number] for of in payloads]) for number, part in enumerate(parts)]
         contents: list[PartReply] = [
-            (part.start, part.end, decoded.reply(data, self.layout.reply_topk, part.start, part.end, len(members)))
+            (part.start, part.end, decoded.reply(data, self.codec, part.start, part.end, len(members)))
             for part, data in zip(parts, replies, strict=True)
         ]
         config = self.manifest.optimizer
@@ -128,18 +128,9 @@ class Group:
         return float(np.mean(nats))
 
     def _reduce(self, part: Part, payloads: Sequence[bytes]) -> bytes:
-        rules = self.manifest.round
-        return reduce_part(
-            [(member, rules.sequences_per_peer, payload) for member, payload in enumerate(payloads)],
-            topk=self.layout.topk,
-            reply_topk=self.layout.reply_topk,
-            start=part.start,
-            end=part.end,
-            members=len(payloads),
-            value_bits=self.manifest.codec.value_bits,
-            clip_ratio=rules.clip_ratio,
-            weight_cap_ratio=rules.weight_cap_ratio,
-        )
+        weight = self.manifest.round.sequences_per_peer
+        contributions = [(member, weight, payload) for member, payload in enumerate(payloads)]
+        return reduce_part(contributions, self.codec, part.start, part.end, len(payloads))
 
 
 def _sent_bytes(parts: Sequence[Part], payloads: Sequence[Sequence[bytes]], replies: Sequence[bytes]) -> float:

@@ -15,7 +15,7 @@ from p2ptrain import chain
 from p2ptrain.chain import ChainState, RoundShape
 from p2ptrain.chain.sealed import Key, SealedRound
 from p2ptrain.compression import decoded
-from p2ptrain.compression.layout import ChunkLayout
+from p2ptrain.compression.codec import Codec
 from p2ptrain.config.manifest import Manifest
 from p2ptrain.optim.schedule import learning_rate
 from p2ptrain.rounds.events import ContributionReady
@@ -35,8 +35,8 @@ class _Node:
 class Oracle:
     """See the module docstring."""
 
-    def __init__(self, manifest: Manifest, run_id: bytes, layout: ChunkLayout, parameters: NDArray[np.float32]) -> None:
-        self._manifest, self._layout = manifest, layout
+    def __init__(self, manifest: Manifest, run_id: bytes, codec: Codec, parameters: NDArray[np.float32]) -> None:
+        self._manifest, self._codec = manifest, codec
         beginning = _Node(chain.genesis(run_id), parameters.copy(), {})
         self._nodes: dict[bytes, _Node] = {run_id: beginning}
         #: (peer, round key) -> [chunks, ENTRIES] that left it, and its weight
@@ -63,11 +63,10 @@ class Oracle:
     def saw_sent(self, peer: bytes, ready: ContributionReady, shape: RoundShape) -> None:
         """A contribution of weight above 0 leaves `peer`. Raises ViolationError when it is not what left it before."""
         key, payloads = ready.key, ready.payloads
-        rows = np.zeros((self._layout.chunks, ENTRIES))
+        rows = np.zeros((self._codec.chunks, ENTRIES))
         for part, payload in zip(shape.parts, payloads, strict=True):
-            bits = self._manifest.codec.value_bits
-            sent = decoded.contribution(payload, self._layout.topk, part.start, part.end, bits)
-            rows += dense(sent.chunk, sent.index, sent.value, self._layout.chunks)
+            sent = decoded.contribution(payload, self._codec, part.start, part.end)
+            rows += dense(sent.chunk, sent.index, sent.value, self._codec.chunks)
         if not np.array_equal(self._sent.setdefault((peer, key), (rows, ready.row.weight))[0], rows):
             raise ViolationError(f"round {key.round}: something else was sent again")
 
@@ -83,7 +82,7 @@ class Oracle:
             raise ViolationError(f"round {after.round}: the seal was applied to another state than its parent")
         if after.total != before.total + len(chain.bits(sealed.seal.included, len(before.now))):
             raise ViolationError(f"round {after.round}: total is wrong")
-        shape = chain.shape_of(before, self._layout.chunks)
+        shape = chain.shape_of(before, self._codec.chunks)
         if before.round > 1 and [m.peer_id for m in shape.members] != self._members_by_rule(before):
             raise ViolationError(f"round {after.round}: its members are not those of the seal two before")
         key = Key(shape.round, shape.base)
@@ -99,11 +98,11 @@ class Oracle:
         for part, data in zip(shape.parts, sealed.replies, strict=True):
             if data is None:
                 continue
-            reply = decoded.reply(data, self._layout.reply_topk, part.start, part.end, len(shape.members))
+            reply = decoded.reply(data, self._codec, part.start, part.end, len(shape.members))
             kept = reply.coefficients
-            step = np.sign(dense(kept.chunk, kept.index, reply.byte.astype(np.float32), self._layout.chunks))
+            step = np.sign(dense(kept.chunk, kept.index, reply.byte.astype(np.float32), self._codec.chunks))
             parameters = parameters - step.astype(np.float32) * np.float32(rate)
-            mask = np.zeros((self._layout.chunks, ENTRIES), bool)
+            mask = np.zeros((self._codec.chunks, ENTRIES), bool)
             inside = kept.index < ENTRIES
             mask[kept.chunk[inside], kept.index[inside]] = True
             # Who is included and has sent nothing sent a message of weight 0.
@@ -112,8 +111,8 @@ class Oracle:
             for member, peer, rows, _ in sent:
                 share = np.where(mask, rows, 0.0) * reply.clips.get(member, 256) / 256
                 consumed[peer] = consumed.get(peer, 0) + share
-            value = dense(kept.chunk, kept.index, kept.value, self._layout.chunks)
-            scale = np.zeros((self._layout.chunks, 1))
+            value = dense(kept.chunk, kept.index, kept.value, self._codec.chunks)
+            scale = np.zeros((self._codec.chunks, 1))
             scale[part.start : part.end, 0] = reply.scale
             mean = self._mean([(rows, weight, reply.clips.get(member, 256)) for member, _, rows, weight in sent])
             if (abs(value - mean)[mask] > 0.51 * np.broadcast_to(scale, mask.shape)[mask] + 1e-5).any():
@@ -130,12 +129,12 @@ class Oracle:
     def _mean(self, sent: list[tuple[Rows, int, int]]) -> Rows:
         """[chunks, ENTRIES] of (values, weight, clip factor): weights capped, divided by all the weight included."""
         if not sent:
-            return np.zeros((self._layout.chunks, ENTRIES))
-        cap = self._manifest.round.weight_cap_ratio * float(np.median([weight for _, weight, _ in sent]))
+            return np.zeros((self._codec.chunks, ENTRIES))
+        cap = self._codec.weight_cap_ratio * float(np.median([weight for _, weight, _ in sent]))
         weights = [min(float(weight), cap) for _, weight, _ in sent]
         total: Rows = sum(
             (rows * weight * clip / 256 for (rows, _, clip), weight in zip(sent, weights, strict=True)),
-            np.zeros((self._layout.chunks, ENTRIES)),
+            np.zeros((self._codec.chunks, ENTRIES)),
         )
         return total / sum(weights)
 
@@ -146,7 +145,7 @@ class Oracle:
 
     def consumed(self, identifier: bytes, peer: bytes) -> Rows:
         """[chunks, ENTRIES] of the peer's contributions that the chain up to this id has used."""
-        nothing = np.zeros((self._layout.chunks, ENTRIES))
+        nothing = np.zeros((self._codec.chunks, ENTRIES))
         return self._node(identifier).consumed.get(peer, nothing)
 
     def _node(self, identifier: bytes) -> _Node:

@@ -13,7 +13,7 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
-from p2ptrain.compression.layout import ChunkLayout
+from p2ptrain.compression.codec import Codec
 from p2ptrain.config.manifest import Manifest
 from p2ptrain.models.init import initialise
 from p2ptrain.swarm.identity import Identity
@@ -58,10 +58,10 @@ def dense(
     return rows
 
 
-def toy_beginning(manifest: Manifest, chunks: int) -> tuple[ChunkLayout, NDArray[np.float32]]:
-    """Return the toy's layout and its first parameters [chunks, ENTRIES]."""
+def toy_beginning(manifest: Manifest, chunks: int) -> tuple[Codec, NDArray[np.float32]]:
+    """Return the toy's codec and its first parameters [chunks, ENTRIES]."""
     model: Any = ToyModel(chunks)
     initialise(model, bytes.fromhex(manifest.nonce))
-    layout = build_optimizer(model, manifest).layout
+    codec = build_optimizer(model, manifest).codec
     with torch.no_grad():
-        return layout, np.stack([parameter.numpy().copy() for parameter in model.parameters()])
+        return codec, np.stack([parameter.numpy().copy() for parameter in model.parameters()])

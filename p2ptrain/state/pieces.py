@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from p2ptrain.compression import bitmaps
 from p2ptrain.state.files import atomic_write
 from p2ptrain.state.snapshot import PIECE_BYTES, root_of
 
@@ -31,7 +32,7 @@ def piece_length(length: int, number: int) -> int:
 
 def bit(bitmap: bytes | bytearray, number: int) -> bool:
     """Whether a bitmap, least significant bit first, has this bit; an empty one has all."""
-    return not bitmap or bool(bitmap[number >> 3] >> (number & 7) & 1)
+    return not bitmap or bitmaps.has(bitmap, number)
 
 
 class PieceFile:
@@ -85,7 +86,7 @@ class PieceFile:
                 view, position = view[written:], position + written
         finally:
             os.close(handle)
-        self._held[number >> 3] |= 1 << (number & 7)
+        bitmaps.add(self._held, number)
 
 
 class Partials:
@@ -114,12 +115,11 @@ class Partials:
             hashes = [joined[i : i + 32] for i in range(0, len(joined), 32)]
             if path.stat().st_size != length or root_of(length, hashes) != root:
                 return None
-            held = bytearray(-(-len(hashes) // 8))
-            for number, found in enumerate(PieceFile(path, length).read_hashes()):
-                held[number >> 3] |= (found == hashes[number]) << (number & 7)
+            found = enumerate(PieceFile(path, length).read_hashes())
+            held = bitmaps.pack((number for number, of in found if of == hashes[number]), len(hashes))
         except FileNotFoundError:
             return None
-        return PieceFile(path, length, hashes, bytes(held))
+        return PieceFile(path, length, hashes, held)
 
     def keep_only(self, path: Path | None) -> None:
         """Remove all unfinished files but this one and its hashes."""

@@ -7,7 +7,7 @@ peer's own. A step can be undone once: parameters from before the last seal are 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 from p2ptrain.chain import ChainState, RoundShape, genesis
 from p2ptrain.chain.sealed import SealedRound
 from p2ptrain.compression import decoded
+from p2ptrain.compression.codec import Codec
 from p2ptrain.compression.layout import ChunkLayout, Kind
 from p2ptrain.config.manifest import GroupConfig, Manifest
 from p2ptrain.models.gpt import GPT, kind_of
@@ -67,6 +68,11 @@ class Replica:
         return self.optimizer.layout
 
     @property
+    def codec(self) -> Codec:
+        """What all peers agree on about payloads."""
+        return self.optimizer.codec
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of what all replicas hold alike."""
         return self._shapes
@@ -86,7 +92,7 @@ class Replica:
         for part, data in zip(shape.parts, sealed.replies, strict=True):
             content = None
             if data is not None:
-                content = decoded.reply(data, self.layout.reply_topk, part.start, part.end, len(shape.members))
+                content = decoded.reply(data, self.codec, part.start, part.end, len(shape.members))
             replies.append((part.start, part.end, content))
         parameters = [parameter.detach().clone() for parameter in self.model.parameters()]
         # Directions replace their state and never change it in place, so references are copies enough.
@@ -185,7 +191,7 @@ def chain_of(meta: bytes, run_id: bytes) -> ChainState:
 
 
 def build_optimizer(model: torch.nn.Module, manifest: Manifest) -> DeMo:
-    """DeMo as the manifest sets it: one parameter group for each kind of parameter."""
+    """Return DeMo as the manifest sets it, one parameter group for each kind of parameter, with the run's codec."""
     config = manifest.optimizer
     groups = []
     for kind in _KINDS:
@@ -200,7 +206,7 @@ def build_optimizer(model: torch.nn.Module, manifest: Manifest) -> DeMo:
                 "learning_rate_scale": treatment.learning_rate_scale,
             }
         )
-    return DeMo(
+    optimizer = DeMo(
         groups,
         config.learning_rate,
         beta=config.beta,
@@ -210,22 +216,20 @@ def build_optimizer(model: torch.nn.Module, manifest: Manifest) -> DeMo:
         rms_epsilon=config.rms_epsilon,
         direction_momentum=config.direction_momentum,
     )
+    rules = manifest.round
+    optimizer.codec = replace(optimizer.codec, clip_ratio=rules.clip_ratio, weight_cap_ratio=rules.weight_cap_ratio)
+    return optimizer
 
 
 def build_local(model: torch.nn.Module, manifest: Manifest) -> Local:
     """What the manifest's strategy has a peer do on its own."""
     config = manifest.optimizer
-    betas = (config.direction_momentum, config.rms_beta)
-    if config.look_ahead:
-        return LookAhead(
-            model, scale=config.look_ahead, batch=config.inner_batch, betas=betas, epsilon=config.rms_epsilon
-        )
+    # Keys of a manifest keep their names, which a run's id hashes. These three are AdamW's, and a factor on its rate.
+    beta1, beta2, epsilon = config.direction_momentum, config.rms_beta, config.rms_epsilon
+    rate_factor, batch = config.look_ahead, config.inner_batch
+    if rate_factor:
+        return LookAhead(model, rate_factor=rate_factor, batch=batch, beta1=beta1, beta2=beta2, epsilon=epsilon)
     if not config.gathers_way:
         return MeanGradient(model)
-    return InnerSteps(
-        model,
-        batch=config.inner_batch,
-        betas=betas,
-        epsilon=config.rms_epsilon,
-        weight_decay=config.weight_decay,
-    )
+    decay = config.weight_decay
+    return InnerSteps(model, batch=batch, beta1=beta1, beta2=beta2, epsilon=epsilon, weight_decay=decay)

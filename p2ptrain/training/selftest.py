@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from p2ptrain.compression import decoded, wire
+from p2ptrain.compression.codec import Codec
 from p2ptrain.compression.layout import CHUNK_SIZE, SIDE
 from p2ptrain.compression.reduce import reduce_part
 from p2ptrain.errors import DivergenceError
@@ -96,27 +97,17 @@ def _member(device: torch.device) -> DeMo:
 
 def _take_part(optimizer: DeMo) -> None:
     """As a reducer of what it sent itself, of that with what another sent, and as one who reads what others reduced."""
-    chunks, topk, reply_topk = optimizer.layout.chunks, optimizer.layout.topk, optimizer.layout.reply_topk
+    codec, chunks = optimizer.codec, optimizer.codec.chunks
     pending = optimizer.accumulate_and_select()
     (payload,) = optimizer.payloads(pending, [(0, chunks)])
-    wire.decode_contribution(payload, topk, 0, chunks, _VALUE_BITS)
+    wire.decode_contribution(payload, codec, 0, chunks)
     reduced = [
-        reduce_part(
-            [(member, 1, payload) for member in range(senders)],
-            topk=topk,
-            reply_topk=reply_topk,
-            start=0,
-            end=chunks,
-            members=_MEMBERS,
-            value_bits=_VALUE_BITS,
-            clip_ratio=1.0,
-            weight_cap_ratio=1.0,
-        )
+        reduce_part([(member, 1, payload) for member in range(senders)], codec, 0, chunks, _MEMBERS)
         for senders in range(1, _MEMBERS + 1)
     ]
     for content in (
-        wire.decode_reply(reduced[0], reply_topk, 0, chunks, _MEMBERS),
-        decoded.reply(reduced[1], reply_topk, 0, chunks, _MEMBERS),
+        wire.decode_reply(reduced[0], codec, 0, chunks, _MEMBERS),
+        decoded.reply(reduced[1], codec, 0, chunks, _MEMBERS),
     ):
         optimizer.apply([(0, chunks, content)])
         optimizer.unsettle(optimizer.settle(pending, [(0, chunks, content)], 0))
@@ -166,7 +157,7 @@ class _Toy(nn.Module):
         return DeMo(groups, topk=_TOPK, reply_topk=CHUNK_SIZE)
 
 
-def _reply(made_up: NDArray[np.int64], step: int, start: int, end: int, members: int) -> bytes:
+def _reply(made_up: NDArray[np.int64], codec: Codec, step: int, start: int, end: int, members: int) -> bytes:
     """A reply of `made_up` integers [rows, 64 * 64]: full chunks of the largest values, sparse ones, of scale 0."""
     counts, index, byte, codes = [], [], [], []
     for chunk in range(start, end):
@@ -179,27 +170,17 @@ def _reply(made_up: NDArray[np.int64], step: int, start: int, end: int, members:
         index.append(taken)
         byte.append(np.where(integers[taken] < 0, -size, size))
         codes.append((31 * chunk + 97 * step) % 256 if few > 1 else 150 + chunk % 50)
-    return wire.encode_reply(
-        start,
-        end,
-        members,
-        frozenset({0, members - 1}),
-        {members - 1: 100 + step},
-        [CHUNK_SIZE] * end,
-        np.array(counts),
-        np.concatenate(index),
-        np.concatenate(byte),
-        np.array(codes, np.uint8),
-    )
+    kept = wire.Kept(np.array(counts), np.concatenate(index), np.concatenate(byte), np.array(codes, np.uint8))
+    return wire.encode_reply(kept, codec, start, members, frozenset({0, members - 1}), {members - 1: 100 + step})
 
 
-def _replies(step: int, chunks: int) -> list[tuple[int, int, bytes | None]]:
+def _replies(step: int, codec: Codec) -> list[tuple[int, int, bytes | None]]:
     """For the parts of a step; from the second step on one is skipped, in which parameters begin or end."""
     made_up = unit_normal_integers(_NONCE, 11 * CHUNK_SIZE).reshape(-1, CHUNK_SIZE)
-    edges = [part * chunks // _PARTS for part in range(_PARTS + 1)]
+    edges = [part * codec.chunks // _PARTS for part in range(_PARTS + 1)]
     skipped = 2 * step if step else None
     return [
-        (start, end, None if part == skipped else _reply(made_up, step, start, end, _MEMBERS + step))
+        (start, end, None if part == skipped else _reply(made_up, codec, step, start, end, _MEMBERS + step))
         for part, (start, end) in enumerate(itertools.pairwise(edges))
     ]
 
@@ -241,10 +222,10 @@ def self_test(device: torch.device) -> str:
     digest.update(_root(model, optimizer))
     for step in range(_STEPS):
         replies: list[PartReply] = []
-        for start, end, data in _replies(step, optimizer.layout.chunks):
+        for start, end, data in _replies(step, optimizer.codec):
             content = None
             if data is not None:
-                content = wire.decode_reply(data, optimizer.layout.reply_topk, start, end, _MEMBERS + step)
+                content = wire.decode_reply(data, optimizer.codec, start, end, _MEMBERS + step)
                 digest.update(hashlib.sha256(data).digest() + _content_hash(content))
             replies.append((start, end, content))
         optimizer.apply(replies, rates[3 * step])

@@ -99,7 +99,7 @@ class Books:
         left = {(entry.key, entry.decays) for entry in entries}
         for sent in unsettled:
             if (Key(sent.round, sent.base), sent.decays) not in left:
-                coefficients = self._decode(sent.payload, 0, self.replica.layout.chunks)
+                coefficients = wire.decode_contribution(sent.payload, self.replica.codec, 0, self.replica.codec.chunks)
                 self.replica.optimizer.give_back(Pending(coefficients, sent.decays))
         ledger.outcomes = list(outcomes)
         for entry in entries:
@@ -131,11 +131,8 @@ class Books:
 
     def sent_by(self, entry: OwnEntry) -> wire.Coefficients:
         """Return what an entry's payloads say."""
-        return wire.join([self._decode(p, *r) for p, r in zip(entry.payloads, entry.ranges, strict=True)])
-
-    def _decode(self, payload: bytes, start: int, end: int) -> wire.Coefficients:
-        bits = self.replica.manifest.codec.value_bits
-        return wire.decode_contribution(payload, self.replica.layout.topk, start, end, bits)
+        codec, parts = self.replica.codec, zip(entry.payloads, entry.ranges, strict=True)
+        return wire.join([wire.decode_contribution(payload, codec, *piece) for payload, piece in parts])
 
     # ---- round by round ---------------------------------------------------------------------------------------
 
@@ -186,13 +183,13 @@ class Books:
     def save(self) -> None:
         """Write the checkpoint now."""
         optimizer = self.replica.optimizer
-        bits, chunks = self.replica.manifest.codec.value_bits, self.replica.layout.chunks
+        codec = self.replica.codec
         pending = tuple(
             SentUnsettled(
                 key.round,
                 key.base,
                 sent.decays,
-                wire.encode_contribution(sent.sent.cut(0, chunks), self.replica.layout.topk, bits),
+                wire.encode_contribution(sent.sent.cut(0, codec.chunks), codec),
             )
             for key, sent in self.ledger.pending.items()
         )

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from p2ptrain.chain import THROUGHPUT_MAX_MILLI, RoundShape, Row
+from p2ptrain.chain import SEQUENCES_PER_KILOSECOND_MAX, RoundShape, Row
 from p2ptrain.chain.sealed import SealedRound
 from p2ptrain.compression import decoded
 from p2ptrain.data.assignment import sequence_offsets
@@ -323,7 +323,7 @@ class Trainer:
         for part, payload in zip(start.shape.parts, payloads, strict=True):
             if start.shape.members[part.reducer].peer_id == self._peer_id:
                 sent = pending.sent.cut(part.start, part.end)
-                decoded.wrote_contribution(payload, optimizer.layout.topk, optimizer.value_bits, sent)
+                decoded.wrote_contribution(payload, optimizer.codec, sent)
         seconds = self._computing_seconds + self._clock() - began
         if self._sequences:
             rate = self._sequences / max(seconds, 1e-6)
@@ -332,8 +332,8 @@ class Trainer:
         # How fast the line is, the network thread knows, and says.
         row = Row(
             weight=min(self._sequences + self._overdue, _WEIGHT_MAX),
-            throughput=min(int(1000 * self._sequences_per_second), THROUGHPUT_MAX_MILLI),
-            uplink=0,
+            sequences_per_kilosecond=min(int(1000 * self._sequences_per_second), SEQUENCES_PER_KILOSECOND_MAX),
+            uplink_kbit=0,
         )
         entry = self.books.send(start.key, pending, row, ranges, payloads)
         swarm.contribute(events.ContributionReady(start.key, row, payloads), entry)

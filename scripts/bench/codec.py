@@ -21,6 +21,7 @@ Takes under a minute on two cores; progress on stderr, one JSON object last on s
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import math
@@ -133,29 +134,19 @@ def encoded(optimizer: DeMo, pending: Pending, ranges: Ranges) -> tuple[bytes, .
     payloads = optimizer.payloads(pending, ranges)
     for chunks, payload in zip(ranges, payloads, strict=True):
         sent = pending.sent.cut(*chunks)
-        decoded.wrote_contribution(payload, optimizer.layout.topk, optimizer.value_bits, sent)
+        decoded.wrote_contribution(payload, optimizer.codec, sent)
     return payloads
 
 
 def reduced(optimizer: DeMo, chunks: tuple[int, int], payload: bytes) -> bytes:
     """The reply to one contribution of chunks [start, end)."""
-    return reduce_part(
-        [(0, 1, payload)],
-        topk=optimizer.layout.topk,
-        reply_topk=optimizer.layout.reply_topk,
-        start=chunks[0],
-        end=chunks[1],
-        members=1,
-        value_bits=optimizer.value_bits,
-        clip_ratio=1.0,
-        weight_cap_ratio=1.0,
-    )
+    return reduce_part([(0, 1, payload)], optimizer.codec, *chunks, 1)
 
 
 def replies_of(optimizer: DeMo, ranges: Ranges, replies: Iterable[bytes]) -> list[PartReply]:
     """What they hold."""
     return [
-        (start, end, decoded.reply(data, optimizer.layout.reply_topk, start, end, 1))
+        (start, end, decoded.reply(data, optimizer.codec, start, end, 1))
         for (start, end), data in zip(ranges, replies, strict=True)
     ]
 
@@ -309,7 +300,7 @@ def message_bytes(payload: bytes, part: int) -> int:
     """Bytes of the frames that carry a contribution."""
     traffic, digest = Traffic(), bytes(range(32))
     tip = Tip(100_000, digest, 10_000_000)
-    row = Row(weight=64, throughput=20_000, uplink=10_000)
+    row = Row(weight=64, sequences_per_kilosecond=20_000, uplink_kbit=10_000)
     traffic.message(ContributionHeader(digest, 100_001, digest, part, row, 99_968, digest, tip))
     for _ in traffic.blob(payload):
         pass
@@ -325,7 +316,7 @@ def codec_figures() -> dict[str, Any]:
     for bits in (1, 2):
         note(f"codec: {bits} bits a value")
         optimizer = build_optimizer(model, manifest(CODEC_MODEL))
-        optimizer.value_bits = bits
+        optimizer.codec = dataclasses.replace(optimizer.codec, value_bits=bits)
         figures = contribution_figures(optimizer, optimizer.accumulate_and_select())
         out[f"bits_per_coefficient_{bits}bit"] = round(8 * figures["message_bytes"] / figures["coefficients"], 3)
         out[f"codec_{bits}bit"] = figures
@@ -334,7 +325,7 @@ def codec_figures() -> dict[str, Any]:
 
 def contribution_figures(optimizer: DeMo, pending: Pending) -> dict[str, Any]:
     """What these contributions weigh, a part each, and how long one of all chunks takes."""
-    bits, topk, chunks = optimizer.value_bits, optimizer.layout.topk, optimizer.layout.chunks
+    codec, chunks = optimizer.codec, optimizer.codec.chunks
     count = len(pending.sent.index)
     by_section: Counter[str] = Counter()
     message_total, payload_total = 0, 0
@@ -342,11 +333,11 @@ def contribution_figures(optimizer: DeMo, pending: Pending) -> dict[str, Any]:
         (payload,) = optimizer.payloads(pending, [(start, end)])
         payload_total += len(payload)
         message_total += message_bytes(payload, number)
-        by_section.update(wire.section_bits(pending.sent.cut(start, end), topk, bits))
+        by_section.update(wire.section_bits(pending.sent.cut(start, end), codec))
     by_section["messages"] = 8 * (message_total - payload_total)
     (whole,) = optimizer.payloads(pending, [(0, chunks)])
     encode = statistics.median(timed(lambda: optimizer.payloads(pending, [(0, chunks)])) for _ in range(9))
-    decode = statistics.median(timed(lambda: wire.decode_contribution(whole, topk, 0, chunks, bits)) for _ in range(9))
+    decode = statistics.median(timed(lambda: wire.decode_contribution(whole, codec, 0, chunks)) for _ in range(9))
     return {
         "bits_per_coefficient_by_section": {name: round(value / count, 4) for name, value in by_section.items()},
         "coefficients": count,

@@ -37,9 +37,10 @@ from p2ptrain.calls.messages import Traffic
 from p2ptrain.calls.uplink import UplinkMeter
 from p2ptrain.chain import ChainState, Member, Row
 from p2ptrain.compression import wire
-from p2ptrain.compression.layout import ChunkLayout
+from p2ptrain.compression.codec import Codec
 from p2ptrain.config.home import Home
 from p2ptrain.config.manifest import Manifest, ModelConfig, RoundConfig, canonical_bytes, run_id
+from p2ptrain.optim import reference
 from p2ptrain.peer.assembly import Run, driver_parts
 from p2ptrain.peer.driver import RoundDriver
 from p2ptrain.rounds.events import Apply, ContributionReady, StartRound
@@ -73,7 +74,7 @@ class CountedTraffic(Traffic):
 class Beginning:
     """Where every member begins, in place of a replica."""
 
-    layout: ChunkLayout
+    codec: Codec
     chain: ChainState
     snapshot_max_bytes = 1
 
@@ -110,7 +111,7 @@ class ScalePeer:
             Run(swarm.manifest, swarm.run_id, signed=b"", founder=False),
             Home(self.home),
             cast(SwarmNode, node),
-            Beginning(swarm.layout, state),
+            Beginning(swarm.codec, state),
             journal=self.journal,
             own_log=OwnLog(self.home / "own"),
             inbox=self,
@@ -143,10 +144,9 @@ class ScalePeer:
                 self.swarm.counted[type(message).__name__] += 1
 
     def _contribute(self, start: StartRound) -> None:
-        layout, bits = self.swarm.layout, self.swarm.manifest.codec.value_bits
         chosen = self.swarm.coefficients(self.number)
         ranges = tuple((part.start, part.end) for part in start.shape.parts)
-        payloads = tuple(wire.encode_contribution(chosen.cut(*piece), layout.topk, bits) for piece in ranges)
+        payloads = tuple(wire.encode_contribution(chosen.cut(*piece), self.swarm.codec) for piece in ranges)
         row = Row(16, 3200, self.swarm.kbit)
         entry = OwnEntry(start.key.round, start.key.base, row, ranges, payloads, start.key.round, 0)
         self.driver.contribute(ContributionReady(start.key, row, payloads), entry)
@@ -166,7 +166,7 @@ class Scale:
             round=RoundConfig(min_seconds=COMPUTE_SECONDS, max_seconds=COMPUTE_SECONDS, root_interval=1000),
         )
         self.run_id = run_id(canonical_bytes(self.manifest))
-        self.layout: ChunkLayout = Replica(self.manifest, self.run_id, torch.device("cpu")).layout
+        self.codec: Codec = Replica(self.manifest, self.run_id, torch.device("cpu")).codec
         self.loop = VirtualLoop()
         self.network = Network(self.loop, random.Random(2), delay_seconds=delay_seconds, jitter_seconds=0.01)
         self.counted: Counter[str] = Counter()
@@ -175,13 +175,13 @@ class Scale:
 
     @functools.cache  # noqa: B019
     def coefficients(self, number: int) -> wire.Coefficients:
-        """What a peer sends in every round: as many as the layout's top-k, anywhere, quantised."""
+        """What a peer sends in every round: as many as the codec's top-k, anywhere, quantised."""
         chance = np.random.default_rng(number)
-        topk = np.asarray(self.layout.topk)
+        topk = self.codec.topk
         index = np.concatenate([np.sort(chance.choice(4096, k, replace=False)) for k in topk])
         chunk = np.repeat(np.arange(len(topk)), topk)
-        value = wire.quantise(chunk, chance.standard_normal(len(index)).astype(np.float32), 2)
-        return wire.Coefficients(0, len(topk), chunk, index, value)
+        value = [reference.quantise(chance.standard_normal(k).astype(np.float32), self.codec.value_bits) for k in topk]
+        return wire.Coefficients(0, len(topk), chunk, index, np.concatenate(value))
 
     def run(self, rounds: int) -> dict[str, Any]:
         """Figures of the rounds after the warm-up."""

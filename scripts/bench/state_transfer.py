@@ -84,7 +84,7 @@ class Peer:
         tiny = Manifest(name="tiny", nonce="0" * 32, model=ModelConfig(layers=1, heads=2, embedding=16, context=16))
         self.catching_up = CatchingUp(
             self.client,
-            Replica(tiny, run_id, torch.device("cpu")).layout,
+            Replica(tiny, run_id, torch.device("cpu")).codec,
             Journal(folder, run_id, verify),
             self.store,
             self.partials,

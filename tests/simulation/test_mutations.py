@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +136,8 @@ def shape_the_round_from_the_seal_before(patch: Patch) -> None:
 
 
 def uncapped_weight(patch: Patch) -> None:
-    reduce_part = answering.reduce_part
-    patch.setattr(answering, "reduce_part", lambda *a, **o: reduce_part(*a, **{**o, "weight_cap_ratio": 1e9}))
+    reduce_part, uncapped = answering.reduce_part, partial(dataclasses.replace, weight_cap_ratio=1e9)
+    patch.setattr(answering, "reduce_part", lambda sent, codec, *a: reduce_part(sent, uncapped(codec), *a))
 
 
 def send_before_the_own_log_knows(patch: Patch) -> None:

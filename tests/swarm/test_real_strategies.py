@@ -80,8 +80,8 @@ def test_real_peers_come_to_what_a_group_in_one_process_comes_to(strategy: str, 
     journal, state = Journal(first.home / "journal", run_id, verify), chain.genesis(run_id)
     compared = 0
     for number in range(1, journal.last + 1):
-        sealed, shape = journal.read(number), chain.shape_of(state, group.layout.chunks)
-        state = chain.extend(state, sealed.id, sealed.seal, group.layout.chunks)
+        sealed, shape = journal.read(number), chain.shape_of(state, group.codec.chunks)
+        state = chain.extend(state, sealed.id, sealed.seal, group.codec.chunks)
         group.rounds = number - 1
         if not shape.members:
             continue  # the founder's first seal

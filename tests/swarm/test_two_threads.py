@@ -208,4 +208,4 @@ def test_neither_thread_touches_what_is_the_others(
     assert trespasses == set()
     assert errors(caplog) == []
     # The trainer does not know the line; what it hands over says what the network thread knows.
-    assert rounds[-1].seal.rows[0].uplink == CAREFUL_KBIT
+    assert rounds[-1].seal.rows[0].uplink_kbit == CAREFUL_KBIT

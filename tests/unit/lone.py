@@ -89,18 +89,8 @@ class Lone:
 
     def reply(self, sent: Pending) -> bytes:
         """What a reducer makes of this contribution alone."""
-        layout = self.replica.layout
-        return reduce_part(
-            [(0, 4, self.replica.optimizer.payloads(sent, [(0, self.chunks)])[0])],
-            topk=layout.topk,
-            reply_topk=layout.reply_topk,
-            start=0,
-            end=self.chunks,
-            members=1,
-            value_bits=2,
-            clip_ratio=3.0,
-            weight_cap_ratio=4.0,
-        )
+        (payload,) = self.replica.optimizer.payloads(sent, [(0, self.chunks)])
+        return reduce_part([(0, 4, payload)], self.replica.codec, 0, self.chunks, 1)
 
     def seal(self, sealed: SealedRound) -> None:
         """Apply a sealed round."""

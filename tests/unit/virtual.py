@@ -17,7 +17,7 @@ from p2ptrain.calls.client import Client
 from p2ptrain.calls.handout import Handout
 from p2ptrain.calls.messages import Traffic
 from p2ptrain.calls.servicer import PeerServicer
-from p2ptrain.compression.layout import ChunkLayout
+from p2ptrain.compression.codec import Codec
 from p2ptrain.errors import P2PTrainError
 from p2ptrain.history.catching_up import CatchingUp
 from p2ptrain.state.journal import Journal
@@ -114,7 +114,7 @@ class Peer:
         number: int,
         folder: Path,
         run_id: bytes,
-        layout: ChunkLayout,
+        codec: Codec,
         *,
         snapshot_chain: Callable[[bytes], Any],
         kbit: int = FAST_KBIT,
@@ -135,7 +135,7 @@ class Peer:
         self.client = Client(node, self.traffic, run_id, self.handout)
         self.catching_up = CatchingUp(
             self.client,
-            layout,
+            codec,
             self.journal,
             self.store,
             self.partials,

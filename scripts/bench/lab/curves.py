@@ -192,21 +192,11 @@ class Members:
         return float(loss.detach())
 
     def _reduce(self, pending: list[Pending], start: int, end: int) -> PartReply:
-        layout, rules = self._optimizers[0].layout, MANIFEST.round
-        weight = sequences_per_member()
+        codec, weight = self._optimizers[0].codec, sequences_per_member()
         payloads = [o.payloads(p, [(start, end)])[0] for o, p in zip(self._optimizers, pending, strict=True)]
-        reply = reduce_part(
-            [(member, weight, payload) for member, payload in enumerate(payloads)],
-            topk=layout.topk,
-            reply_topk=layout.reply_topk,
-            start=start,
-            end=end,
-            members=MEMBERS,
-            value_bits=MANIFEST.codec.value_bits,
-            clip_ratio=rules.clip_ratio,
-            weight_cap_ratio=rules.weight_cap_ratio,
-        )
-        return start, end, decoded.reply(reply, layout.reply_topk, start, end, MEMBERS)
+        contributions = [(member, weight, payload) for member, payload in enumerate(payloads)]
+        reply = reduce_part(contributions, codec, start, end, MEMBERS)
+        return start, end, decoded.reply(reply, codec, start, end, MEMBERS)
 
     def _apply(self, rate: float) -> None:
         if self._sealed is None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_codec import quantised, sending
 
 from p2ptrain.compression import decoded, wire
 from p2ptrain.compression.bits import WireError
@@ -17,31 +18,31 @@ def payload(topk: tuple[int, ...], seed: int) -> bytes:
     rng = np.random.default_rng(seed)
     chunk = np.repeat(np.arange(len(topk)), topk)
     index = np.concatenate([np.sort(rng.choice(CHUNK_SIZE, count, replace=False)) for count in topk])
-    value = wire.quantise(chunk, rng.normal(size=len(chunk)).astype(np.float32), 2)
-    return wire.encode_contribution(Coefficients(0, len(topk), chunk, index, value), topk, 2)
+    value = quantised(chunk, rng.normal(size=len(chunk)).astype(np.float32), 2)
+    return wire.encode_contribution(Coefficients(0, len(topk), chunk, index, value), sending(topk, 2))
 
 
 def reply(limits: tuple[int, ...]) -> bytes:
     index, byte = np.arange(len(limits)), np.full(len(limits), -5)
     codes = np.full(len(limits), 100, np.uint8)
     counts = np.ones(len(limits), np.int64)
-    return wire.encode_reply(0, len(limits), 2, frozenset({1}), {}, limits, counts, index, byte, codes)
+    return wire.encode_reply(wire.Kept(counts, index, byte, codes), sending(limits, 2), 0, 2, frozenset({1}), {})
 
 
 def test_the_second_time_gives_the_first_ones_arrays_which_nobody_can_change() -> None:
     topk = (4, 7)
-    data = payload(topk, 1)
-    first = decoded.contribution(data, topk, 0, 2, 2)
-    assert decoded.contribution(bytes(bytearray(data)), topk, 0, 2, 2) is first
-    plain = wire.decode_contribution(data, topk, 0, 2, 2)
+    data, codec = payload(topk, 1), sending(topk, 2)
+    first = decoded.contribution(data, codec, 0, 2)
+    assert decoded.contribution(bytes(bytearray(data)), codec, 0, 2) is first
+    plain = wire.decode_contribution(data, codec, 0, 2)
     for ours, theirs in ((first.chunk, plain.chunk), (first.index, plain.index), (first.value, plain.value)):
         assert np.array_equal(ours, theirs)
         with pytest.raises(ValueError, match="read-only"):
             ours[0] = 0
     answer = reply(topk)
-    content = decoded.reply(answer, topk, 0, 2, 2)
-    assert decoded.reply(answer, topk, 0, 2, 2) is content
-    assert np.array_equal(content.byte, wire.decode_reply(answer, topk, 0, 2, 2).byte)
+    content = decoded.reply(answer, codec, 0, 2, 2)
+    assert decoded.reply(answer, codec, 0, 2, 2) is content
+    assert np.array_equal(content.byte, wire.decode_reply(answer, codec, 0, 2, 2).byte)
     with pytest.raises(ValueError, match="read-only"):
         content.coefficients.value[0] = 0
 
@@ -54,11 +55,12 @@ def test_what_a_peer_wrote_it_reads_without_decoding_and_as_others_do(
     rng, topk = np.random.default_rng(seed), (4, 7, 1)
     chunk = np.repeat(np.arange(3), topk)
     index = np.concatenate([np.sort(rng.choice(CHUNK_SIZE, count, replace=False)) for count in topk])
-    value = wire.quantise(chunk, (rng.normal(size=len(chunk)) * 2.0**exponent).astype(np.float32), value_bits)
+    value = quantised(chunk, (rng.normal(size=len(chunk)) * 2.0**exponent).astype(np.float32), value_bits)
     sent = Coefficients(0, 3, chunk, index, value).cut(1, 3)
-    data = wire.encode_contribution(sent, topk, value_bits)
-    decoded.wrote_contribution(data, topk, value_bits, sent)
-    read, plain = (f(data, topk, 1, 3, value_bits) for f in (decoded.contribution, wire.decode_contribution))
+    codec = sending(topk, value_bits)
+    data = wire.encode_contribution(sent, codec)
+    decoded.wrote_contribution(data, codec, sent)
+    read, plain = (f(data, sending(topk, value_bits), 1, 3) for f in (decoded.contribution, wire.decode_contribution))
     assert read is sent
     for ours, theirs in ((read.chunk, plain.chunk), (read.index, plain.index), (read.value, plain.value)):
         assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs)
@@ -66,26 +68,26 @@ def test_what_a_peer_wrote_it_reads_without_decoding_and_as_others_do(
 
 def test_what_was_well_formed_as_one_thing_is_refused_as_another() -> None:
     topk = (4, 4)
-    data, answer = payload(topk, 2), reply(topk)
-    # Two bits a value, two members: all arguments are equal.
-    decoded.contribution(data, topk, 0, 2, 2)
-    decoded.reply(answer, topk, 0, 2, 2)
+    data, answer, codec = payload(topk, 2), reply(topk), sending(topk, 2)
+    decoded.contribution(data, codec, 0, 2)
+    decoded.reply(answer, codec, 0, 2, 2)
     for _ in range(2):
         with pytest.raises(WireError):
-            decoded.reply(data, topk, 0, 2, 2)
+            decoded.reply(data, codec, 0, 2, 2)
         with pytest.raises(WireError):
-            decoded.contribution(answer, topk, 0, 2, 2)
+            decoded.contribution(answer, codec, 0, 2)
         with pytest.raises(WireError):
-            decoded.contribution(data, (4, 5), 0, 2, 2)
+            decoded.contribution(data, sending((4, 5), 2), 0, 2)
         with pytest.raises(WireError):
-            decoded.contribution(data[:-1], topk, 0, 2, 2)
+            decoded.contribution(data[:-1], codec, 0, 2)
 
 
 def test_it_keeps_no_more_than_it_says() -> None:
     topk = (CHUNK_SIZE,) * 64
-    first = decoded.contribution(payload(topk, 0), topk, 0, 64, 2)
-    assert decoded.contribution(payload(topk, 0), topk, 0, 64, 2) is first
+    codec = sending(topk, 2)
+    first = decoded.contribution(payload(topk, 0), codec, 0, 64)
+    assert decoded.contribution(payload(topk, 0), codec, 0, 64) is first
     for seed in range(1, decoded.MEMORY_BYTES // (20 * sum(topk)) + 2):
-        decoded.contribution(payload(topk, seed), topk, 0, 64, 2)
+        decoded.contribution(payload(topk, seed), codec, 0, 64)
         assert sum(map(decoded._bytes, decoded._kept.values())) <= decoded.MEMORY_BYTES
-    assert decoded.contribution(payload(topk, 0), topk, 0, 64, 2) is not first
+    assert decoded.contribution(payload(topk, 0), codec, 0, 64) is not first

@@ -7,11 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from plain_codec import quantised
 
 from p2ptrain.compression import coding, decoded, wire
+from p2ptrain.compression.codec import Codec
 from p2ptrain.compression.layout import CHUNK_SIZE
 from p2ptrain.compression.reduce import reduce_part, reply_to_one
-from p2ptrain.compression.wire import Coefficients, ReplyContent
+from p2ptrain.compression.wire import Coefficients, Kept, ReplyContent
 
 TOPK = (6, 6, 3, 10)
 START, END, MEMBERS = 1, 4, 7
@@ -28,7 +30,7 @@ def coefficients(seed: int, value_bits: int = 32, size: float = 1.0) -> Coeffici
     chunk = np.repeat(np.arange(START, END), counts)
     index = np.concatenate([np.sort(rng.choice(np.arange(20, 4000, 199), count, replace=False)) for count in counts])
     value = (rng.standard_normal(len(chunk)) * size).astype(np.float32)
-    return Coefficients(START, END, chunk, index, wire.quantise(chunk, value, value_bits))
+    return Coefficients(START, END, chunk, index, quantised(chunk, value, value_bits))
 
 
 def reduced(
@@ -39,22 +41,12 @@ def reduced(
     clip_ratio: float = 1000.0,
     weight_cap_ratio: float = 1000.0,
 ) -> ReplyContent:
-    limits = (reply_topk,) * END
-    data = reduce_part(
-        [
-            (member, weight, wire.encode_contribution(part, TOPK, value_bits) if weight else b"")
-            for member, weight, part in sent
-        ],
-        topk=TOPK,
-        reply_topk=limits,
-        start=START,
-        end=END,
-        members=MEMBERS,
-        value_bits=value_bits,
-        clip_ratio=clip_ratio,
-        weight_cap_ratio=weight_cap_ratio,
-    )
-    return wire.decode_reply(data, limits, START, END, MEMBERS)
+    codec = Codec(TOPK, (reply_topk,) * END, value_bits, clip_ratio, weight_cap_ratio)
+    contributions = [
+        (member, weight, wire.encode_contribution(part, codec) if weight else b"") for member, weight, part in sent
+    ]
+    data = reduce_part(contributions, codec, START, END, MEMBERS)
+    return wire.decode_reply(data, codec, START, END, MEMBERS)
 
 
 def assert_same(one: ReplyContent, other: ReplyContent) -> None:
@@ -88,34 +80,34 @@ def reference(
     return total / sum(min(weight, cap) for _, weight, _ in sent), clips
 
 
-def dense_reply(
-    sent: list[Sent], value_bits: int, limits: tuple[int, ...], clip_ratio: float, cap_ratio: float
-) -> bytes:
+def dense_reply(sent: list[Sent], codec: Codec) -> bytes:
     """The same reply by way of every entry of the part: float32 sums in the order sent, one sort a chunk."""
     work = [(member, weight, part) for member, weight, part in sent if weight]
     norms = [float(np.sqrt(np.square(part.value, dtype=np.float64).sum())) for _, _, part in work]
-    weights = np.minimum([weight for _, weight, _ in work], cap_ratio * np.median([weight for _, weight, _ in work]))
+    weights = np.minimum(
+        [weight for _, weight, _ in work], codec.weight_cap_ratio * np.median([weight for _, weight, _ in work])
+    )
     total, clips = np.zeros((END - START, CHUNK_SIZE), np.float32), {}
     for (member, _, part), norm, weight in zip(work, norms, weights, strict=True):
         factor = 256
-        if norm > clip_ratio * float(np.median(norms)):
-            factor = clips[member] = int(256 * clip_ratio * float(np.median(norms)) / norm)
+        if norm > codec.clip_ratio * float(np.median(norms)):
+            factor = clips[member] = int(256 * codec.clip_ratio * float(np.median(norms)) / norm)
         share = np.float32(float(weight) / sum(weights.tolist()) * factor / 256)
         total[part.chunk - START, part.index] += part.value * share
     counts, indices, values, codes = [], [], [], []
     for row, one in enumerate(total):
-        code = coding.encode_scale(np.asarray([np.abs(one).max() / 127], np.float32))
-        scale = coding.scale_table()[code][0]
+        code = min(int(np.searchsorted(coding.scale_table(), np.float32(np.abs(one).max() / 127))), 255)
+        scale = coding.scale_table()[code]
         byte = np.clip(np.rint(one / scale if scale else one * 0), -127, 127).astype(np.int64)
         order = np.argsort(-np.abs(one), kind="stable")
-        kept = np.sort([index for index in order if byte[index]][: limits[START + row]]).astype(np.int64)
+        kept = np.sort([index for index in order if byte[index]][: codec.reply_topk[START + row]]).astype(np.int64)
         counts.append(len(kept))
         indices.append(kept)
         values.append(byte[kept])
         codes.append(code)
-    joined = [np.concatenate(arrays) for arrays in (indices, values, codes)]
+    kept = Kept(np.asarray(counts), np.concatenate(indices), np.concatenate(values), np.asarray(codes, np.uint8))
     included = frozenset(member for member, _, _ in sent)
-    return wire.encode_reply(START, END, MEMBERS, included, clips, limits, np.asarray(counts), *joined)
+    return wire.encode_reply(kept, codec, START, MEMBERS, included, clips)
 
 
 def assert_quantises(content: ReplyContent, exact: NDArray[np.float64], reply_topk: int = CHUNK_SIZE) -> None:
@@ -181,21 +173,12 @@ def test_a_reply_is_the_bytes_that_a_dense_sum_gives(
 ) -> None:
     """Equal magnitudes, which 1 and 2 bits make many of, are kept from the first on."""
     sent = [(member, weight, coefficients(seed + member, value_bits)) for member, weight in enumerate(weights)]
-    limits = (reply_topk,) * END
-    data = reduce_part(
-        [(member, weight, wire.encode_contribution(part, TOPK, value_bits)) for member, weight, part in sent],
-        topk=TOPK,
-        reply_topk=limits,
-        start=START,
-        end=END,
-        members=MEMBERS,
-        value_bits=value_bits,
-        clip_ratio=ratio,
-        weight_cap_ratio=ratio,
-    )
-    assert data == dense_reply(sent, value_bits, limits, ratio, ratio)
+    codec = Codec(TOPK, (reply_topk,) * END, value_bits, ratio, ratio)
+    contributions = [(member, weight, wire.encode_contribution(part, codec)) for member, weight, part in sent]
+    data = reduce_part(contributions, codec, START, END, MEMBERS)
+    assert data == dense_reply(sent, codec)
     # Its reducer reads it without decoding it.
-    assert_same(decoded.reply(data, limits, START, END, MEMBERS), wire.decode_reply(data, limits, START, END, MEMBERS))
+    assert_same(decoded.reply(data, codec, START, END, MEMBERS), wire.decode_reply(data, codec, START, END, MEMBERS))
 
 
 @given(seed=st.integers(0, 2**32 - 1), value_bits=st.sampled_from([1, 2, 32]), reply_topk=st.integers(1, 12))
@@ -203,7 +186,7 @@ def test_a_reply_is_the_bytes_that_a_dense_sum_gives(
 def test_a_group_of_one_gets_the_reply_that_bytes_would_carry(seed: int, value_bits: int, reply_topk: int) -> None:
     part = coefficients(seed, value_bits)
     direct, through = (
-        reply_to_one(part, TOPK, [reply_topk] * END),
+        reply_to_one(part, Codec(TOPK, (reply_topk,) * END, value_bits)),
         reduced([(0, 1, part)], value_bits=value_bits, reply_topk=reply_topk),
     )
     assert_same(direct, through)
@@ -292,14 +275,4 @@ def test_values_at_the_end_of_float32_give_a_reply_in_bounds() -> None:
 
 def test_a_malformed_payload_is_not_summed() -> None:
     with pytest.raises(wire.WireError):
-        reduce_part(
-            [(0, 1, b"nonsense")],
-            topk=TOPK,
-            reply_topk=TOPK,
-            start=START,
-            end=END,
-            members=MEMBERS,
-            value_bits=2,
-            clip_ratio=3.0,
-            weight_cap_ratio=4.0,
-        )
+        reduce_part([(0, 1, b"nonsense")], Codec(TOPK, TOPK, 2), START, END, MEMBERS)

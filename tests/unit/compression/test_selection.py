@@ -7,9 +7,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from plain_codec import quantised
 from torch import Tensor
 
-from p2ptrain.compression import selection, wire
+from p2ptrain.compression import selection
 from p2ptrain.compression.layout import CHUNK_SIZE
 
 CHUNKS = 7
@@ -67,7 +68,7 @@ def test_what_is_not_a_number_is_taken_first(search: Callable[[Tensor, int], Ten
 @pytest.mark.parametrize("made", list(MADE))
 def test_values_are_quantised_as_the_codec_says(made: str, count: int, value_bits: int) -> None:
     value = MADE[made]()[:, :count]
-    expected = wire.quantise(np.repeat(np.arange(CHUNKS), count), value.flatten().numpy(), value_bits)
+    expected = quantised(np.repeat(np.arange(CHUNKS), count), value.flatten().numpy(), value_bits)
     assert np.array_equal(selection.quantise(value, value_bits).flatten().numpy(), expected)
 
 
@@ -79,6 +80,6 @@ def test_what_is_taken_leaves_the_chunks_as_the_codec_says(made: str, count: int
     after = before.clone()
     place, sent = selection.take(after, count, value_bits)
     value = before.gather(1, place)
-    expected = wire.quantise(np.repeat(np.arange(CHUNKS), count), value.flatten().numpy(), value_bits)
+    expected = quantised(np.repeat(np.arange(CHUNKS), count), value.flatten().numpy(), value_bits)
     assert np.array_equal(sent.flatten().numpy(), expected)
     assert torch.equal(after, before.scatter(1, place, value - sent))

@@ -61,7 +61,7 @@ class World:
             number,
             self.folder / str(number),
             RUN_ID,
-            self.lone.replica.layout,
+            self.lone.replica.codec,
             snapshot_chain=lambda data: self.lone.states[4],
             kbit=kbit,
         )

@@ -43,7 +43,7 @@ def offering(folder: Path, lone: Lone) -> tuple[CatchingUp, Journal, SnapshotSto
         journal.append(sealed)
     made = CatchingUp(
         Client(FakeNode(Network(), name_of(1)), Traffic(), RUN_ID),  # type: ignore[arg-type]
-        lone.replica.layout,
+        lone.replica.codec,
         journal,
         snapshots,
         Partials(snapshots.folder),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import math
 from typing import Any
@@ -74,24 +75,15 @@ def exchange(
     """The replies of one round, through bytes. Who is absent is a member that no reducer heard."""
     replies: list[PartReply] = []
     cut = ranges(group[0], parts)
+    codec = dataclasses.replace(group[0].codec, clip_ratio=clip_ratio, weight_cap_ratio=4.0)
     payloads = [one.payloads(sent, cut) for one, sent in zip(group, pending, strict=True)]
     for part, (start, end) in enumerate(cut):
         if part in skip:
             replies.append((start, end, None))
             continue
-        data = reduce_part(
-            [(member, member + 1, of[part]) for member, of in enumerate(payloads) if member not in absent],
-            topk=group[0].layout.topk,
-            reply_topk=group[0].layout.reply_topk,
-            start=start,
-            end=end,
-            members=len(group),
-            value_bits=group[0].value_bits,
-            clip_ratio=clip_ratio,
-            weight_cap_ratio=4.0,
-        )
-        content = wire.decode_reply(data, group[0].layout.reply_topk, start, end, len(group))
-        replies.append((start, end, content))
+        heard = [(member, member + 1, of[part]) for member, of in enumerate(payloads) if member not in absent]
+        data = reduce_part(heard, codec, start, end, len(group))
+        replies.append((start, end, wire.decode_reply(data, codec, start, end, len(group))))
     return replies
 
 

@@ -25,11 +25,11 @@ def loss_of(net: nn.Module, seed: int) -> Callable[[], Tensor]:
 
 
 def inner(net: nn.Module, batch: int = 4, weight_decay: float = 0.0) -> InnerSteps:
-    return InnerSteps(net, batch=batch, betas=BETAS, epsilon=EPSILON, weight_decay=weight_decay)
+    return InnerSteps(net, batch=batch, beta1=BETAS[0], beta2=BETAS[1], epsilon=EPSILON, weight_decay=weight_decay)
 
 
-def look_ahead(net: nn.Module, batch: int = 4, scale: float = 0.5) -> LookAhead:
-    return LookAhead(net, scale=scale, batch=batch, betas=BETAS, epsilon=EPSILON)
+def look_ahead(net: nn.Module, batch: int = 4, rate_factor: float = 0.5) -> LookAhead:
+    return LookAhead(net, rate_factor=rate_factor, batch=batch, beta1=BETAS[0], beta2=BETAS[1], epsilon=EPSILON)
 
 
 def gradients(net: nn.Module) -> list[Tensor]:
@@ -104,7 +104,7 @@ def test_what_is_left_over_at_the_end_is_a_step_too() -> None:
 @pytest.mark.parametrize("micro_batches", [5, 6], ids=["a step begun", "whole steps"])
 def test_a_look_ahead_gathers_the_mean_of_gradients_met_on_adamws_way(micro_batches: int) -> None:
     net, plain = model(), model()
-    local = look_ahead(net, batch=8, scale=0.5)
+    local = look_ahead(net, batch=8, rate_factor=0.5)
     optimizer = torch.optim.AdamW(plain.parameters(), 0.5 * RATE, BETAS, EPSILON, 0.0)
     start = copy.deepcopy(net.state_dict())
     for round in range(2):

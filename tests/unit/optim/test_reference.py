@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -134,24 +134,14 @@ def test_a_round_of_two_is_that_of_the_reference(case: Case) -> None:
         norms = [float(np.sqrt(np.square(one.sent.value, dtype=np.float64).sum())) for one in pending]
         share, clips = reference.shares(norms, list(case.weights), 1.5, 4.0)
         reply = reference.reduce(index, value, share, limit)
-        counts, layout = np.array([len(place) for place in reply[0]]), group[0].layout
+        codec = replace(group[0].codec, clip_ratio=1.5, weight_cap_ratio=4.0)
         payloads = [one.payloads(sent, [(0, chunks)])[0] for one, sent in zip(group, pending, strict=True)]
-        data = reduce_part(
-            [(member, case.weights[member], payload) for member, payload in enumerate(payloads)],
-            topk=layout.topk,
-            reply_topk=layout.reply_topk,
-            start=0,
-            end=chunks,
-            members=2,
-            value_bits=case.value_bits,
-            clip_ratio=1.5,
-            weight_cap_ratio=4.0,
-        )
+        contributions = [(member, case.weights[member], payload) for member, payload in enumerate(payloads)]
+        data = reduce_part(contributions, codec, 0, chunks, 2)
         places, bytes_ = (np.concatenate(reply[which]) for which in (0, 1))
-        assert data == wire.encode_reply(
-            0, chunks, 2, frozenset({0, 1}), clips, layout.reply_topk, counts, places, bytes_, reply[2]
-        )
-        content = wire.decode_reply(data, layout.reply_topk, 0, chunks, 2)
+        kept = wire.Kept(np.array([len(place) for place in reply[0]]), places, bytes_, reply[2])
+        assert data == wire.encode_reply(kept, codec, 0, 2, frozenset({0, 1}), clips)
+        content = wire.decode_reply(data, codec, 0, chunks, 2)
         expected = reference.step(of, expected, reply, direct, 0.01, 0.1)
         for member, one in enumerate(group):
             one.apply([(0, chunks, content)])

@@ -166,7 +166,7 @@ class Peer:
         self._in_hand = False
         self.sent.add(start.key)
         payloads = tuple(f"{self.name}/{start.key.round}/{n}".encode() for n in range(len(start.shape.parts)))
-        self.later(0.0, events.ContributionReady(start.key, Row(4, 16_000, self.machine.row.uplink), payloads))
+        self.later(0.0, events.ContributionReady(start.key, Row(4, 16_000, self.machine.row.uplink_kbit), payloads))
 
     def _deliver(self, message: events.SendContribution) -> None:
         """Send, and again until the reply is there or the round is over."""

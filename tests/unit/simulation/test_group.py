@@ -57,25 +57,18 @@ def test_it_is_what_replicas_of_their_own_come_to(strategy: str) -> None:
             pending.append(optimizer.select())
             optimizer.zero_grad()
             # One part: chunks of a reply do not depend on the parts they lie in, where nobody is clipped.
-            payloads.append(wire.encode_contribution(pending[-1].sent, optimizer.layout.topk, config.codec.value_bits))
-        layout = replicas[0].layout
-        reply = reduce_part(
+            payloads.append(wire.encode_contribution(pending[-1].sent, optimizer.codec))
+        codec, contributions = (
+            replicas[0].codec,
             [(member, SEQUENCES, payload) for member, payload in enumerate(payloads)],
-            topk=layout.topk,
-            reply_topk=layout.reply_topk,
-            start=0,
-            end=layout.chunks,
-            members=3,
-            value_bits=config.codec.value_bits,
-            clip_ratio=config.round.clip_ratio,
-            weight_cap_ratio=config.round.weight_cap_ratio,
         )
-        content = wire.decode_reply(reply, layout.reply_topk, 0, layout.chunks, 3)
+        reply = reduce_part(contributions, codec, 0, codec.chunks, 3)
+        content = wire.decode_reply(reply, codec, 0, codec.chunks, 3)
         inner = config.optimizer.gathers_way
         for member, replica in enumerate(replicas):
             rate = config.optimizer.outer_learning_rate if inner else replica.rate_at(round)
-            replica.optimizer.apply([(0, layout.chunks, content)], rate)
-            replica.optimizer.settle(pending[member], [(0, layout.chunks, content)], member)
+            replica.optimizer.apply([(0, codec.chunks, content)], rate)
+            replica.optimizer.settle(pending[member], [(0, codec.chunks, content)], member)
         assert played.loss == pytest.approx(np.mean(losses), rel=1e-6)
         assert not content.clips
         assert {replica.parameters_sha256() for replica in replicas} == {_hash(group)}

@@ -115,16 +115,17 @@ def test_no_zero_that_is_hashed_has_a_sign(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_replies_hold_the_largest_values_few_and_none_and_parts_are_skipped() -> None:
-    layout = selftest._Toy().optimizer().layout
+    optimizer = selftest._Toy().optimizer()
+    layout, codec = optimizer.layout, optimizer.codec
     assert set(directions.DIRECTIONS) == {segment.treatment.direction for segment in layout.segments}
     assert all(len(chunks) for chunks in (layout.matrix_chunks, layout.row_chunks, layout.plain_chunks))
     skipped = 0
     for step in range(selftest._STEPS):
-        for start, end, data in selftest._replies(step, layout.chunks):
+        for start, end, data in selftest._replies(step, codec):
             skipped += data is None
             if data is not None:
                 members = selftest._MEMBERS + step
-                content = selftest.wire.decode_reply(data, layout.reply_topk, start, end, members)
+                content = selftest.wire.decode_reply(data, codec, start, end, members)
                 counts = np.bincount(content.coefficients.chunk - start, minlength=end - start)
                 assert counts.max() == CHUNK_SIZE
                 assert counts.min() < 5

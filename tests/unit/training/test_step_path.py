@@ -179,17 +179,8 @@ def begin_and_step(optimizer: dict[str, object]) -> Callable[[], None]:
     states.append(chain.extend(states[0], sealed[0].id, sealed[0].seal, chunks))
     for number in range(2):
         gradient(one, number)
-        reply = reduce_part(
-            [(0, 4, one.optimizer.payloads(one.optimizer.select(), [(0, chunks)])[0])],
-            topk=one.layout.topk,
-            reply_topk=one.layout.reply_topk,
-            start=0,
-            end=chunks,
-            members=1,
-            value_bits=manifest.codec.value_bits,
-            clip_ratio=3.0,
-            weight_cap_ratio=4.0,
-        )
+        (payload,) = one.optimizer.payloads(one.optimizer.select(), [(0, chunks)])
+        reply = reduce_part([(0, 4, payload)], one.codec, 0, chunks, 1)
         sealed.append(seal(states[-1], ada, chunks, (reply,)))
         states.append(chain.extend(states[-1], sealed[-1].id, sealed[-1].seal, chunks))
 
@@ -269,6 +260,7 @@ WRONG: dict[str, Change] = {
     "BitReader.symbols": result,
     "read_indices": result,
     "read_scales": result,
+    "unpack": lambda arguments, of: of ^ {0},
     "reply_members": lambda arguments, of: of ^ {0},
     "reply_content": content_of,
     "decode_reply": content_of,
@@ -344,6 +336,8 @@ NO_NUMBERS: dict[str, str] = {
     "reply": "keeps what `decode_reply` gave",
     "_arrays": "for `reply`: names the arrays",
     "_bytes": "for `reply`: how much it keeps",
+    "Codec.__hash__": "for `reply`: what it looks up by",
+    "Codec._hash": "for `reply`: what it looks up by",
     "_shared": "for `reply`: forbids writing",
     "ChunkLayout.__init__": _ROOM,
     "ChunkLayout._of_form": "for tests and tools; no step asks for it",
@@ -374,7 +368,7 @@ NO_NUMBERS: dict[str, str] = {
     "Replica.__init__": _ROOM,
     "Replica.apply": _HANDS_ON,
     "Replica.rate_at": _HANDS_ON,
-    "Replica.layout": _HANDS_ON,
+    "Replica.codec": _HANDS_ON,
     "Replica.arrays": "views",
     "Replica._replicated": "names",
     "Replica.snapshot": _HANDS_ON,

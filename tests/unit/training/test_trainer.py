@@ -135,8 +135,8 @@ def home(tmp_path: Path, lone: Lone) -> Home:
 def test_a_round_is_computed_handed_over_applied_and_settled(home: Home) -> None:
     home.hand(home.start())
     (ready,) = home.swarm.handed
-    assert ready.key == home.lone.key and ready.row.weight == 4 and ready.row.throughput > 0
-    assert ready.row.uplink == 0, "the network thread knows the line"
+    assert ready.key == home.lone.key and ready.row.weight == 4 and ready.row.sequences_per_kilosecond > 0
+    assert ready.row.uplink_kbit == 0, "the network thread knows the line"
     home.hand(home.apply(home.sealed(), contributed=True))
     assert not home.trainer.ledger.pending
     assert home.trainer.replica.snapshot() == home.lone.replica.snapshot()
