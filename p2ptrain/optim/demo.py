@@ -12,9 +12,11 @@ not the gradient, which is the same under a constant rate, because the sign drop
 As an optimizer of torch it keeps torch's conventions: closures, hooks, schedulers, named parameters, copies, and a
 state that goes through `torch.save`. Two things are its own.
 
-- A frozen parameter stays exactly as it is: no step, no decay. Frozen is one that does not require a gradient, and in a
-  lone step also one without a gradient. What its momentum holds decays and waits. In a swarm a peer without a gradient
-  follows what the others found, so there only `requires_grad` counts, and all peers hold it alike.
+- A frozen parameter, one that does not require a gradient, adds nothing to its momentum and sends nothing of it: what
+  the momentum holds decays and waits. A lone step leaves it, and a parameter without a gradient, exactly as it is: no
+  step, no decay. In a swarm all replicas hold the same parameters, so `apply` does what the replies say, whatever is
+  frozen here: a peer that freezes a parameter follows what the others found. What a whole run holds fixed is not given
+  to the optimizer.
 - Groups are those that the optimizer is made with: chunks are numbered through all parameters, and every peer, every
   contribution under way and every saved state counts on these numbers.
 
