@@ -4,8 +4,11 @@ For each batch of chunks: decode, direction, decay, step. There are three ways t
 chunks (`Stepper._step_batch`), each chunk of signs where its parameter lies, and, of chunks that are not transformed
 and step by rms, only the entries that move. What they compute every replica computes alike, to the bit.
 
-Cost: each parameter, and what its direction keeps, is read and written once, in batches that a cache holds. A parameter
-of fewer bits than float32 has a master, and one that is not contiguous is copied there and back.
+Cost: each parameter, and what its direction keeps, is read and written once, in batches that a cache holds. One that is
+not contiguous is copied there and back. A parameter of fewer bits than float32 has a master, of four more bytes an
+entry, and each step passes over both twice more: before, to see whether anybody else has written to the parameter,
+and after, to round the master into it. Torch's count of writes would not do for the first: writes through `data` do
+not count.
 """
 
 from __future__ import annotations
