@@ -31,7 +31,7 @@ def gradient_of(parameter: Tensor) -> Tensor | None:
 
 
 def _send_nothing(index: Tensor, value: Tensor, count: int) -> None:
-    """Write what is selected from chunks of a frozen parameter, `count` of each: zeros, as every chunk sends as many."""
+    """Write what is selected from a frozen parameter: zeros, as every chunk sends the same `count`."""
     index.view(-1, count).copy_(torch.arange(count, device=index.device))
     value.zero_()
 
