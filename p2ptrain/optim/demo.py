@@ -12,9 +12,11 @@ not the gradient, which is the same under a constant rate, because the sign drop
 As an optimizer of torch it keeps torch's conventions: closures, hooks, schedulers, named parameters, copies, and a
 state that goes through `torch.save`. Two things are its own.
 
-- A frozen parameter stays exactly as it is: no step, no decay. Frozen is one that does not require a gradient, and in a
-  lone step also one without a gradient. What its momentum holds decays and waits. In a swarm a peer without a gradient
-  follows what the others found, so there only `requires_grad` counts, and all peers hold it alike.
+- A frozen parameter, one that does not require a gradient, adds nothing to its momentum and sends nothing of it: what
+  the momentum holds decays and waits. A lone step leaves it, and a parameter without a gradient, exactly as it is: no
+  step, no decay. In a swarm all replicas hold the same parameters, so `apply` does what the replies say, whatever is
+  frozen here: a peer that freezes a parameter follows what the others found. What a whole run holds fixed is not given
+  to the optimizer.
 - Groups are those that the optimizer is made with: chunks are numbered through all parameters, and every peer, every
   contribution under way and every saved state counts on these numbers.
 
@@ -25,7 +27,7 @@ momentum, and from the reply to the parameters; threads take whole batches (`thr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -364,7 +366,7 @@ class DeMo(torch.optim.Optimizer):
         own = state_dict.get("demo")
         if own is None or "of" not in own:
             raise ValueError("this is no state of DeMo")
-        self._check_loaded(own, state_dict["param_groups"])
+        self._check_loaded(own, state_dict)
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "demo"})
         self.momentum.copy_(own["momentum"])
         self._decays = own["decays"]
@@ -373,8 +375,11 @@ class DeMo(torch.optim.Optimizer):
             # Of a parameter of float32 the value itself is its master.
             master.copy_(own["masters"].get(str(number), self._params[number].detach()))
 
-    def _check_loaded(self, own: dict[str, Any], param_groups: list[dict[str, Any]]) -> None:
+    def _check_loaded(self, own: dict[str, Any], state_dict: dict[str, Any]) -> None:
         ours, theirs = self._shape_of_state(), own["of"]
+        _check_there("", state_dict, ("state", "param_groups"))
+        _check_there("'s demo", own, ("momentum", "decays", "replicated", "masters"))
+        _check_there("'s demo.of", theirs, ours)
         if len(ours["parameters"]) != len(theirs["parameters"]):
             raise ValueError(f"the state is of {len(theirs['parameters'])} parameters, not {len(ours['parameters'])}")
         what = "shape, transform, direction, topk, reply_topk"
@@ -386,10 +391,24 @@ class DeMo(torch.optim.Optimizer):
                 raise ValueError(f"the state is of {key}={theirs[key]!r}; here it is {ours[key]!r}")
         if own["momentum"].shape != self.momentum.shape:
             raise ValueError(f"the state's momentum is {list(own['momentum'].shape)}, not {list(self.momentum.shape)}")
-        for number, group in enumerate(param_groups):
+        replicated = self.replicated_state()
+        _check_there("'s demo.replicated", own["replicated"], replicated)
+        for key, tensor in replicated.items():
+            if own["replicated"][key].shape != tensor.shape:
+                there = list(own["replicated"][key].shape)
+                raise ValueError(f"the state's demo.replicated has {key} of {there}, not {list(tensor.shape)}")
+        for number, group in enumerate(state_dict["param_groups"]):
+            _check_there(f"'s group {number}", group, ("params", *self.defaults))
             groups.check_group(number, group, self.defaults)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return all that a copy needs; like torch's own, without hooks and what schedulers put around `step`."""
         held = {key: value for key, value in self.__dict__.items() if key in _COPIED}
         return {**super().__getstate__(), **held}
+
+
+def _check_there(where: str, held: Collection[str], needed: Iterable[str]) -> None:
+    """Refuse a state of which something is missing. Raises ValueError."""
+    missing = [key for key in needed if key not in held]
+    if missing:
+        raise ValueError(f"the state{where} lacks {', '.join(missing)}")

@@ -1,7 +1,7 @@
 """Gather gradients in the momentum, and select the largest coefficients of every chunk, which leave it.
 
 Both happen at once (`Gatherer.accumulate_and_select`) or one after the other. What leaves is the quantised value, so
-the rounding stays in the momentum for another round.
+the rounding stays in the momentum for another round. Of a frozen parameter nothing leaves.
 
 Cost: the momentum is passed through once, for both phases where they come together, and the gradient once. Kernels
 (`compression/kernels/`) read the gradient where it lies, if it is of float32 and whole chunks can be seen in it;
@@ -28,6 +28,12 @@ from p2ptrain.optim.threads import Workers, to_device
 def gradient_of(parameter: Tensor) -> Tensor | None:
     """Return what the momentum gets of a parameter: of a frozen one nothing."""
     return parameter.grad if parameter.requires_grad else None
+
+
+def _send_nothing(index: Tensor, value: Tensor, count: int) -> None:
+    """Write what is selected from a frozen parameter: zeros, as every chunk sends the same `count`."""
+    index.view(-1, count).copy_(torch.arange(count, device=index.device))
+    value.zero_()
 
 
 class Gatherer:
@@ -77,10 +83,14 @@ class Gatherer:
                     self._accumulate_and_take(kernels, thread, batch, momentum, beta, value_bits, *into)
                     return
                 self._accumulate_batch(thread, batch, momentum, beta)
-            chunks, count = momentum[batch.start : batch.end], topk[batch.start]  # of all chunks of a batch
-            here = slice(low, low + len(chunks) * count)
-            place, sent = selection.take(chunks, count, value_bits)
-            index[here], value[here] = place.flatten(), sent.flatten()
+            count = topk[batch.start]  # of all chunks of a batch
+            for start, end, frozen in self._stretches(batch):
+                here = slice(low + (start - batch.start) * count, low + (end - batch.start) * count)
+                if frozen:
+                    _send_nothing(index[here], value[here], count)
+                    continue
+                place, sent = selection.take(momentum[start:end], count, value_bits)
+                index[here], value[here] = place.flatten(), sent.flatten()
 
         batches = self._workers.batches
         edges = np.searchsorted(self._chunk, [batch.start for batch in batches]).tolist()
@@ -91,6 +101,13 @@ class Gatherer:
                 host.copy_(tensor)
             index, value = hosts
         return Coefficients(0, self._layout.chunks, self._chunk, index.numpy(), value.numpy())
+
+    def _stretches(self, batch: Batch) -> list[tuple[int, int, bool]]:
+        """Return a batch's chunks [start, end) and whether their parameter is frozen: one stretch where none is."""
+        frozen = [not self._params[piece.number].requires_grad for piece in batch.pieces]
+        if not any(frozen):
+            return [(batch.start, batch.end, False)]
+        return [(piece.start, piece.end, still) for piece, still in zip(batch.pieces, frozen, strict=True)]
 
     def _accumulate_batch(self, thread: int, batch: Batch, momentum: Tensor, beta: float) -> None:
         if momentum.device.type == "cpu":
@@ -117,18 +134,22 @@ class Gatherer:
         """Do both for a batch in one pass; what is taken goes to the beginning of `index` and `value`."""
         low, count = 0, self._layout.topk[batch.start]
         for piece in batch.pieces:
-            here = slice(low, low + (piece.end - piece.start) * count)
+            here, of_piece = slice(low, low + (piece.end - piece.start) * count), momentum[piece.start : piece.end]
+            low = here.stop
+            if not self._params[piece.number].requires_grad:
+                of_piece.mul_(beta)
+                _send_nothing(index[here], value[here], count)
+                continue
             kernels.accumulate_and_take(
                 batch.form,
                 self._gradient(thread, piece),
-                momentum[piece.start : piece.end],
+                of_piece,
                 beta,
                 count,
                 value_bits,
                 index[here],
                 value[here],
             )
-            low = here.stop
 
     def _read(self, piece: Piece, chunks: Tensor) -> None:
         """Copy a piece's gradient to `chunks` [piece.end - piece.start, 64 * 64]."""

@@ -106,8 +106,12 @@ def add_returned(momentum: Tensor, settled: Settled, factor: float, chunk_there:
 
 
 def forget_sent(momentum: Tensor, sent: Coefficients) -> None:
-    """Zero the entries that were sent: of them only the rounding would have stayed behind, which nobody knows."""
-    momentum[torch.from_numpy(sent.chunk), torch.from_numpy(sent.index)] = 0
+    """Zero the entries that were sent: of them only the rounding would have stayed behind, which nobody knows.
+
+    Where zero was sent, nothing left the momentum: of a frozen parameter all of it stays.
+    """
+    left = sent.value != 0
+    momentum[torch.from_numpy(sent.chunk[left]), torch.from_numpy(sent.index[left])] = 0
 
 
 @compiled

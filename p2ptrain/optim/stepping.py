@@ -4,8 +4,11 @@ For each batch of chunks: decode, direction, decay, step. There are three ways t
 chunks (`Stepper._step_batch`), each chunk of signs where its parameter lies, and, of chunks that are not transformed
 and step by rms, only the entries that move. What they compute every replica computes alike, to the bit.
 
-Cost: each parameter, and what its direction keeps, is read and written once, in batches that a cache holds. A parameter
-of fewer bits than float32 has a master, and one that is not contiguous is copied there and back.
+Cost: each parameter, and what its direction keeps, is read and written once, in batches that a cache holds. One that is
+not contiguous is copied there and back. A parameter of fewer bits than float32 has a master, of four more bytes an
+entry, and each step passes over both twice more: before, to see whether anybody else has written to the parameter,
+and after, to round the master into it. Torch's count of writes would not do for the first: writes through `data` do
+not count.
 """
 
 from __future__ import annotations
@@ -77,7 +80,9 @@ class Stepper:
         self._targets: list[Tensor] = []
 
     def apply(self, replies: Sequence[PartReply], rates: Sequence[Rate]) -> None:
-        """Take the step that the replies decide; no gradient may be recorded.
+        """Take the step that the replies decide, and nothing else: whether a parameter is frozen here is no matter.
+
+        No gradient may be recorded.
 
         Args:
             replies: covering all chunks; None where the seal says SKIP, which leaves those chunks where they are.
@@ -90,9 +95,6 @@ class Stepper:
         place, value = self._workers.host_entries(int(edges[-1]))
         for start, end, content in held:
             scale[start:end], live[start:end] = content.scale, True
-        for segment, parameter in zip(self._layout.segments, self._params, strict=True):
-            if not parameter.requires_grad:
-                scale[segment.start : segment.end], live[segment.start : segment.end] = 0, False
 
         def fill(_: int, number: int) -> None:
             _, _, content = held[number]

@@ -404,6 +404,76 @@ def test_after_a_crash_only_the_rounding_of_what_was_sent_is_gone() -> None:
     np.testing.assert_allclose(missing, rounding, atol=1e-6)
 
 
+def frozen_pair(who: tuple[int, ...], value_bits: int) -> tuple[list[DeMo], torch.Tensor]:
+    """Two replicas after a round, of which `who` then freeze the second parameter; and its momentum at the first."""
+    pair = [mixed(beta=0.9, weight_decay=0.1, value_bits=value_bits) for _ in range(2)]
+    swarm_round(pair, 0)
+    for number in who:
+        parameters_of_group(pair[number])[1].requires_grad_(False)
+    segment = pair[0].layout.segments[1]
+    return pair, pair[0].momentum[segment.start : segment.end].clone()
+
+
+def parameters_of_group(optimizer: DeMo) -> list[torch.Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def swarm_round(pair: list[DeMo], number: int, *, at_once: bool = True) -> list[Pending]:
+    pending = []
+    for place, one in enumerate(pair):
+        set_gradients(one, 10 * number + place)
+        if at_once:
+            pending.append(one.accumulate_and_select())
+        else:
+            one.accumulate()
+            pending.append(one.select())
+    replies = exchange(pair, pending)
+    for place, (one, sent) in enumerate(zip(pair, pending, strict=True)):
+        one.apply(replies)
+        one.settle(sent, replies, place)
+    return pending
+
+
+@pytest.mark.parametrize("value_bits", [1, 2, 8])
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("who", [(0,), (0, 1)])
+def test_in_a_swarm_a_frozen_parameter_sends_nothing_and_its_momentum_decays_and_waits(
+    who: tuple[int, ...], at_once: bool, value_bits: int
+) -> None:
+    pair, waiting = frozen_pair(who, value_bits)
+    assert waiting.any()
+    segment = pair[0].layout.segments[1]
+    for number in (1, 2):
+        before = parameters_of(pair[0])[1].clone()
+        pending = swarm_round(pair, number, at_once=at_once)
+        inside = (pending[0].sent.chunk >= segment.start) & (pending[0].sent.chunk < segment.end)
+        assert inside.any() and not pending[0].sent.value[inside].any()
+        assert pending[0].sent.value[~inside].any()
+        # What replicas hold alike does not depend on who freezes what: a round's step is that of its replies.
+        assert_same_parameters(*pair)
+        for one, other in zip(pair[0].replicated_state().values(), pair[1].replicated_state().values(), strict=True):
+            assert torch.equal(one, other)
+        moved = parameters_of(pair[0])[1] - before * (1 - 0.01 * 0.1)
+        assert (moved.abs().max() > 1e-3) == (who == (0,))
+    left = pair[0].momentum[segment.start : segment.end]
+    torch.testing.assert_close(left, waiting * 0.9**2, rtol=1e-6, atol=0)
+    parameters_of_group(pair[0])[1].requires_grad_(True)
+    again = swarm_round(pair, 3)[0].sent
+    assert again.value[(again.chunk >= segment.start) & (again.chunk < segment.end)].any()
+    assert_same_parameters(*pair)
+
+
+def test_a_frozen_parameters_momentum_survives_a_crash_after_sending() -> None:
+    pair, waiting = frozen_pair((0,), 2)
+    segment = pair[0].layout.segments[1]
+    saved, saved_decays = pair[0].momentum.clone(), pair[0].decays
+    pending = pair[0].accumulate_and_select()
+    pair[0].momentum.copy_(saved)
+    pair[0].decays = saved_decays
+    pair[0].restore_sent(pending.sent, pending.decays)
+    torch.testing.assert_close(pair[0].momentum[segment.start : segment.end], waiting * 0.9, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("chunks_at_once", [1, 2, 5])
 @pytest.mark.parametrize("thread_count", [1, 3])
 def test_batches_and_threads_change_no_bit(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -256,6 +257,33 @@ def test_states_of_other_shapes_and_of_other_optimizers_are_refused() -> None:
     turned = [nn.Parameter(parameter.detach().T) if parameter.dim() > 1 else parameter for parameter in parameters()]
     with pytest.raises(ValueError, match=r"\[65, 70\]"):
         DeMo(parameters()).load_state_dict(DeMo(turned).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        (("param_groups",), "the state lacks param_groups"),
+        (("param_groups", 1, "topk"), "the state's group 1 lacks topk"),
+        (("demo", "momentum"), "the state's demo lacks momentum"),
+        (("demo", "decays"), "the state's demo lacks decays"),
+        (("demo", "masters"), "the state's demo lacks masters"),
+        (("demo", "of", "parameters"), "the state's demo.of lacks parameters"),
+        (("demo", "of", "beta"), "the state's demo.of lacks beta"),
+        (("demo", "replicated", "2.second"), "the state's demo.replicated lacks 2.second"),
+    ],
+)
+def test_what_a_state_lacks_is_named_and_nothing_of_it_is_loaded(path: tuple[Any, ...], says: str) -> None:
+    one, other = made(), made()
+    steps(one, 1)
+    steps(other, 2)
+    state, before = copy.deepcopy(one.state_dict()), copy.deepcopy(other)
+    inside: Any = state
+    for key in path[:-1]:
+        inside = inside[key]
+    del inside[path[-1]]
+    with pytest.raises(ValueError, match=f"^{re.escape(says)}$"):
+        other.load_state_dict(state)
+    assert_same(other, before)
 
 
 def _deep(of: Any) -> Any:
