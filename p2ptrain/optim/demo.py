@@ -12,11 +12,10 @@ not the gradient, which is the same under a constant rate, because the sign drop
 As an optimizer of torch it keeps torch's conventions: closures, hooks, schedulers, named parameters, copies, and a
 state that goes through `torch.save`. Two things are its own.
 
-- A frozen parameter, one that does not require a gradient, adds nothing to its momentum and sends nothing of it: what
-  the momentum holds decays and waits. A lone step leaves it, and a parameter without a gradient, exactly as it is: no
-  step, no decay. In a swarm all replicas hold the same parameters, so `apply` does what the replies say, whatever is
-  frozen here: a peer that freezes a parameter follows what the others found. What a whole run holds fixed is not given
-  to the optimizer.
+- A frozen parameter, one that does not require a gradient, stays exactly as it is: no step, no decay. It adds nothing
+  to its momentum and sends nothing of it: what the momentum holds decays and waits. A lone step leaves a parameter
+  without a gradient alone, too; in a swarm it follows what the others found. As all replicas are to be alike, the peers
+  of a swarm freeze the same parameters, from the same round on.
 - Groups are those that the optimizer is made with: chunks are numbered through all parameters, and every peer, every
   contribution under way and every saved state counts on these numbers.
 

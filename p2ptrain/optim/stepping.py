@@ -80,9 +80,7 @@ class Stepper:
         self._targets: list[Tensor] = []
 
     def apply(self, replies: Sequence[PartReply], rates: Sequence[Rate]) -> None:
-        """Take the step that the replies decide, and nothing else: whether a parameter is frozen here is no matter.
-
-        No gradient may be recorded.
+        """Take the step that the replies decide, of all parameters but frozen ones; no gradient may be recorded.
 
         Args:
             replies: covering all chunks; None where the seal says SKIP, which leaves those chunks where they are.
@@ -95,6 +93,9 @@ class Stepper:
         place, value = self._workers.host_entries(int(edges[-1]))
         for start, end, content in held:
             scale[start:end], live[start:end] = content.scale, True
+        for segment, parameter in zip(self._layout.segments, self._params, strict=True):
+            if not parameter.requires_grad:
+                scale[segment.start : segment.end], live[segment.start : segment.end] = 0, False
 
         def fill(_: int, number: int) -> None:
             _, _, content = held[number]
