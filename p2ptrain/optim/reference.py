@@ -20,11 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-SIDE, ENTRIES = 64, 4096
+SIDE, ENTRIES, f32 = 64, 4096, np.float32
 Array = NDArray[Any]
 Reply = tuple[list[Array], list[Array], Array]
 """Of each chunk where its coefficients are, ascending, and their signed bytes; and the scale codes of all chunks."""
-f32 = np.float32
 SCALES = np.array([0.0] + [2.0 ** (code / 8 - 28) for code in range(255)]).astype(f32)
 """The 256 scales of a chunk: steps of 2**(1/8) from 2**-28 on, and code 0 for a chunk of zeros."""
 COSINES = np.cos(math.pi / SIDE * np.outer(np.arange(SIDE), np.arange(SIDE) + 0.5)) * math.sqrt(2 / SIDE)
@@ -64,8 +63,7 @@ def accumulate(of: Chunks, m: Array, gradient: Array, beta: float) -> Array:
     """The momentum after a decay and the transformed gradient."""
     blocks = of.cut(gradient.astype(np.float64)).reshape(-1, SIDE, SIDE)
     blocks = blocks if of.form == "none" else blocks @ COSINES.T
-    blocks = COSINES @ blocks if of.form == "both" else blocks
-    return beta * m.astype(np.float64) + blocks.reshape(-1, ENTRIES)
+    return beta * m.astype(np.float64) + (COSINES @ blocks if of.form == "both" else blocks).reshape(-1, ENTRIES)
 
 
 def nearest_scale(size: np.float32) -> np.float32:
@@ -92,9 +90,8 @@ def quantise(value: Array, bits: int) -> Array:
 
 def select(m: Array, topk: int, bits: int) -> tuple[Array, Array, Array]:
     """The momentum without what is sent of it; where that is, ascending [chunks, topk]; and its values, quantised."""
-    index = np.sort(np.argsort(-np.abs(m), axis=1, kind="stable")[:, :topk], axis=1)
+    left, index = m.copy(), np.sort(np.argsort(-np.abs(m), axis=1, kind="stable")[:, :topk], axis=1)
     value = np.array([quantise(chunk[place].astype(f32), bits) for chunk, place in zip(m, index, strict=True)])
-    left = m.copy()
     np.put_along_axis(left, index, np.take_along_axis(m, index, 1) - value, 1)
     return left, index, value
 
@@ -159,9 +156,7 @@ def directed(way: str, u: Array, state: dict[str, Array], constants: tuple[float
     """The step [chunks, 4096] that a direction makes of an update, all in float32; `state` goes on to the next step.
 
     A mean begins at zero, for which its divisor makes up. `constants`: decay of squares, epsilon, decay of updates.
-
-    Raises:
-        ValueError: there is no direction `way` here.
+    Raises ValueError for a direction that is not here.
     """
     beta, epsilon, momentum = constants
 
@@ -189,13 +184,12 @@ def directed(way: str, u: Array, state: dict[str, Array], constants: tuple[float
 
 def step(of: Chunks, parameter: Array, reply: Reply, direct: Any, rate: float, decay: float) -> Array:
     """The parameter after the step that `direct` makes of a reply's update, with weight decay: `rate` times `decay`."""
-    byte, codes = np.zeros((len(reply[2]), ENTRIES), np.int64), reply[2]
+    byte = np.zeros((len(reply[2]), ENTRIES), np.int64)
     for chunk, (place, number) in enumerate(zip(reply[0], reply[1], strict=True)):
         byte[chunk, place] = number
     integers, unit = decode(of.form, byte)
-    update = integers.astype(f32) * (unit * SCALES[codes])[:, None]
-    moved = of.joined(direct(update)) * f32(rate)
-    return (parameter * f32(1 - rate * decay) - moved).astype(f32)
+    update = integers.astype(f32) * (unit * SCALES[reply[2]])[:, None]
+    return (parameter * f32(1 - rate * decay) - of.joined(direct(update)) * f32(rate)).astype(f32)
 
 
 def settle(m: Array, index: Array, value: Array, places: list[Array], clip: int) -> Array:

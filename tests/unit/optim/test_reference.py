@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -184,3 +185,7 @@ def test_a_lone_step_is_that_of_the_reference(case: Case) -> None:
         for key, held in state.items():
             assert np.array_equal(lone.replicated_state()[f"0.{key}"].numpy(), held), key
         assert np.array_equal(lone.momentum.numpy(), settled)
+
+
+def test_the_reference_is_short_enough_to_be_read_at_one_sitting() -> None:
+    assert len(Path(reference.__file__).read_text().splitlines()) <= 200
