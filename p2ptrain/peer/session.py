@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import queue
 import signal
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -94,6 +96,8 @@ class PeerSession:
         self._driver: RoundDriver | None = None
         self._stopping = False
         self._finished = False
+        #: when something of the chain was fetched last, by the network thread's clock
+        self._fetched_at = -math.inf
         self._inbox: queue.SimpleQueue[TrainerMessage | None] = queue.SimpleQueue()
 
     def __enter__(self) -> PeerSession:
@@ -223,6 +227,7 @@ class PeerSession:
         Raises:
             DivergenceError: this device does not compute the run's bits.
             HomeError: the checkpoint cannot be used.
+            UnreachableError: before this peer had any round, all who had one were gone.
         """
         device = choose_device(self.settings.device)
         threads = self.settings.threads or (os.cpu_count() or 1)
@@ -281,7 +286,7 @@ class PeerSession:
             inbox=self._inbox,
             uplink=uplink,
             packed_corpus=PackedCorpus(self.home, run.manifest.data, corpus).read,
-            sync_progress=self.display.transfer,
+            sync_progress=self._fetching,
         )
 
         async def start() -> RoundDriver:
@@ -291,6 +296,28 @@ class PeerSession:
 
         self._driver = self.network.run(start(), START_SECONDS)
         return self._driver
+
+    def _fetching(self, what: str, done: int, total: int) -> None:
+        self._fetched_at = self.network.loop.time()
+        self.display.transfer(what, done, total)
+
+    def _await_chain(self, driver: RoundDriver, manifest: Manifest) -> Future[None]:
+        """Begin to watch, until there are rounds, whether anyone has them; if nobody has, the trainer ends."""
+
+        machine = driver.machine
+        waiting = self.network.spawn(
+            joining.await_chain(
+                manifest, driver.feed, lambda: machine.head.round, lambda: self._fetched_at, self.display.say
+            )
+        )
+
+        def ended(waiting: Future[None]) -> None:
+            # Not before the error is there for the trainer's thread to find.
+            if not waiting.cancelled() and waiting.exception() is not None:
+                self._inbox.put(None)
+
+        waiting.add_done_callback(ended)
+        return waiting
 
     def _run(self, trainer: Trainer, driver: RoundDriver, presence: Presence, status: Status) -> None:
         swarm = Link(self.network.loop.call_soon_threadsafe, driver)
@@ -307,6 +334,7 @@ class PeerSession:
                 self._remember_peers()
             return not self._stopping and not ended
 
+        waiting = self._await_chain(driver, trainer.replica.manifest)
         try:
             trainer.run(swarm, after_round)
         except Exception as error:
@@ -315,6 +343,8 @@ class PeerSession:
         failure = driver.standing.failure
         if failure is not None:
             raise HomeError(f"cannot write to home {self.home.path}: {failure}", hint="make room, then start again")
+        if not waiting.cancel():
+            waiting.result()
 
     def _tell(self, driver: RoundDriver, presence: Presence, status: Status) -> Standing:
         """Each thread hears, in a value that is its own, what the other knows."""
