@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -104,20 +104,33 @@ class PeerSession:
         self.home.lock()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.display.close()
-        try:
-            if self._network is not None:
-                if self._driver is not None:
-                    with contextlib.suppress(TimeoutError):
-                        self._network.run(self._driver.stop(), STOP_SECONDS)
-                if self._node is not None:
-                    self._remember_peers()
-                    with contextlib.suppress(TimeoutError):
-                        self._network.run(self._node.close(), STOP_SECONDS)
-                self._network.stop()
-        finally:
-            self.home.unlock()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        first = error
+        for what, step in self._steps_to_close():
+            try:
+                step()
+            except TimeoutError:
+                _logger.debug("%s takes too long: going on without", what)
+            except BaseException as failure:
+                # Ctrl-C, too, ends but one step: what comes after it leaves no daemon, and no home in use.
+                if first is None:
+                    first = failure
+                else:
+                    _logger.warning("%s has failed, too: %r", what, failure)
+        if first is not None and first is not error:
+            raise first
+
+    def _steps_to_close(self) -> Iterator[tuple[str, Callable[[], None]]]:
+        network, driver, node = self._network, self._driver, self._node
+        yield "leaving the terminal", self.display.close
+        if network is not None and driver is not None:
+            yield "saying goodbye", lambda: network.run(driver.stop(), STOP_SECONDS)
+        if network is not None and node is not None:
+            yield "writing down the peers once seen", lambda: network.run(self._remember_peers(), ASK_SECONDS)
+            yield "ending the node", lambda: network.run(node.close(), STOP_SECONDS)
+        if network is not None:
+            yield "ending the network thread", network.stop
+        yield "leaving the home", self.home.unlock
 
     @property
     def network(self) -> NetworkThread:
@@ -331,7 +344,8 @@ class PeerSession:
                 self.display.round(status)
             if time.monotonic() - saved_at > PEERS_SECONDS:
                 saved_at = time.monotonic()
-                self._remember_peers()
+                # Not waited for: a network thread that is busy must not hold up training.
+                self.network.spawn(self._remember_peers())
             return not self._stopping and not ended
 
         waiting = self._await_chain(driver, trainer.replica.manifest)
@@ -418,14 +432,9 @@ class PeerSession:
             return []
         return [text for text in found if isinstance(text, str)][:32] if isinstance(found, list) else []
 
-    def _remember_peers(self) -> None:
-        async def known_addresses() -> list[str]:
-            return self.node.known_addresses()
-
-        try:
-            known = self.network.run(known_addresses(), ASK_SECONDS)[:64]
-        except TimeoutError:
-            return
+    async def _remember_peers(self) -> None:
+        """Write them down; on the network thread."""
+        known = self.node.known_addresses()[:64]
         if known:
             with contextlib.suppress(OSError):
                 atomic_write(self.home.peers, json.dumps(known).encode())
