@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 
@@ -68,6 +69,10 @@ class NewsFeed:
         self._passing: set[asyncio.Task[None]] = set()
         #: where others said they stand
         self.tips: dict[bytes, Tip] = {}
+        #: the furthest round that anyone ever said it has
+        self.furthest = 0
+        #: the loop's time when one who has any round was there last
+        self.heard_at = -math.inf
 
     async def close(self) -> None:
         """Say goodbye, and follow nobody any more."""
@@ -199,7 +204,14 @@ class NewsFeed:
         self.tips[peer] = tip
         while len(self.tips) > FOLLOWERS_MAX:
             del self.tips[next(iter(self.tips))]
+        if tip.round:
+            # Newcomers that hear each other are not what a newcomer waits for.
+            self.furthest = max(self.furthest, tip.round)
+            self._note_life()
         self._heard(TipHeard(peer, tip.round, tip.id, tip.total))
+
+    def _note_life(self) -> None:
+        self.heard_at = asyncio.get_running_loop().time()
 
     async def connect(self, peer: bytes) -> None:
         """Try to be connected to `peer`."""
@@ -220,6 +232,7 @@ class NewsFeed:
                         return
             except RefusedError as error:
                 _logger.debug("%s cannot be followed: %s", format_peer_id(peer)[-8:], error)
+                self._note_life()
                 await asyncio.sleep(RETRY_SECONDS[-1])
                 return
             except CallError as error:
@@ -227,6 +240,9 @@ class NewsFeed:
             await asyncio.sleep(RETRY_SECONDS[failures])
             failures += 1
             await self.connect(peer)
+        if peer not in self._followers:
+            # Nothing says any more that it stands anywhere.
+            self.tips.pop(peer, None)
 
     def _take(self, peer: bytes, news: News) -> None:
         if news.seal is not None:

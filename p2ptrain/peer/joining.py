@@ -1,4 +1,4 @@
-"""Ask the swarm what a newcomer must know before it can follow the chain: which run there is, and its text."""
+"""What a newcomer needs before it can follow the chain: which run there is, its text, and somebody who has rounds."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from p2ptrain.calls import client
 from p2ptrain.calls.client import Client
 from p2ptrain.calls.messages import CallError, Traffic
+from p2ptrain.calls.news import NewsFeed
 from p2ptrain.config.manifest import DataConfig, Manifest, open_manifest
 from p2ptrain.errors import DataError, ManifestError, RunChoiceError, UnreachableError
 from p2ptrain.swarm.addresses import parse_addresses
@@ -20,6 +21,12 @@ RETRY_SECONDS = 1.0
 """A peer that has just started, or a DHT that has just lost one, may need a moment."""
 PACKING_SLACK_BYTES = 1024 * 1024
 """A packed corpus is never longer than the text and this."""
+SILENCE_SECONDS = 180.0
+"""A newcomer that hears nobody who has rounds of its run gives up after so long: time enough to start a peer again."""
+SAY_AFTER_SECONDS = 10.0
+SAY_EVERY_SECONDS = 30.0
+"""How often it says what it waits for."""
+LOOK_SECONDS = 0.5
 
 _logger = logging.getLogger(__name__)
 
@@ -113,6 +120,57 @@ async def fetch_corpus(
     raise DataError(
         f"none of {len(peers)} peers hands out the run's text ({config.name})",
         hint="get the text elsewhere and join with --data PATH, or try again later",
+    )
+
+
+async def await_chain(
+    manifest: Manifest,
+    feed: NewsFeed,
+    head_round: Callable[[], int],
+    fetched_at: Callable[[], float],
+    say: Callable[[str], None],
+) -> None:
+    """Return once this peer has rounds of the run, which nobody but its founder can begin; say what is waited for.
+
+    Whoever says that it has rounds, and whatever is fetched, is a sign of life, however long the rest takes.
+
+    Args:
+        head_round: where this peer stands.
+        fetched_at: the loop's time when something of the chain came last.
+        say: shows a line.
+
+    Raises:
+        UnreachableError: no sign of life for `SILENCE_SECONDS`.
+    """
+    now = asyncio.get_running_loop().time
+    began, say_due = now(), now() + SAY_AFTER_SECONDS
+    while not head_round():
+        silent = now() - max(began, feed.heard_at, fetched_at())
+        if silent >= SILENCE_SECONDS:
+            raise _nobody_left(manifest, feed.furthest)
+        # What is being fetched is on show already.
+        if now() >= say_due and now() - fetched_at() >= SAY_AFTER_SECONDS:
+            say_due = now() + SAY_EVERY_SECONDS
+            if silent < SAY_AFTER_SECONDS:
+                say(f"waiting for the run's rounds: others have them, up to round {feed.furthest:,}")
+            else:
+                say(
+                    f"waiting for the run's rounds: no answer for {silent:.0f} s from anyone who has them; "
+                    f"giving up after {SILENCE_SECONDS:.0f} s"
+                )
+        await asyncio.sleep(LOOK_SECONDS)
+
+
+def _nobody_left(manifest: Manifest, furthest: int) -> UnreachableError:
+    nobody = f"no answer from anyone who has its rounds for {SILENCE_SECONDS:.0f} s"
+    if manifest.last_round and furthest >= manifest.last_round:
+        return UnreachableError(
+            f"the run {manifest.name!r} is finished, at round {furthest:,}, and {nobody}",
+            hint="whoever took part has the model; there: p2ptrain sample",
+        )
+    return UnreachableError(
+        f"the run {manifest.name!r} has no peer left that we can find: {nobody}",
+        hint="start a peer that was in it again, and take the line that it prints: p2ptrain join ADDR",
     )
 
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import queue
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -94,26 +96,41 @@ class PeerSession:
         self._driver: RoundDriver | None = None
         self._stopping = False
         self._finished = False
+        #: when something of the chain was fetched last, by the network thread's clock
+        self._fetched_at = -math.inf
         self._inbox: queue.SimpleQueue[TrainerMessage | None] = queue.SimpleQueue()
 
     def __enter__(self) -> PeerSession:
         self.home.lock()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.display.close()
-        try:
-            if self._network is not None:
-                if self._driver is not None:
-                    with contextlib.suppress(TimeoutError):
-                        self._network.run(self._driver.stop(), STOP_SECONDS)
-                if self._node is not None:
-                    self._remember_peers()
-                    with contextlib.suppress(TimeoutError):
-                        self._network.run(self._node.close(), STOP_SECONDS)
-                self._network.stop()
-        finally:
-            self.home.unlock()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        first = error
+        for what, step in self._steps_to_close():
+            try:
+                step()
+            except TimeoutError:
+                _logger.debug("%s takes too long: going on without", what)
+            except BaseException as failure:
+                # Ctrl-C, too, ends but one step: what comes after it leaves no daemon, and no home in use.
+                if first is None:
+                    first = failure
+                else:
+                    _logger.warning("%s has failed, too: %r", what, failure)
+        if first is not None and first is not error:
+            raise first
+
+    def _steps_to_close(self) -> Iterator[tuple[str, Callable[[], None]]]:
+        network, driver, node = self._network, self._driver, self._node
+        yield "leaving the terminal", self.display.close
+        if network is not None and driver is not None:
+            yield "saying goodbye", lambda: network.run(driver.stop(), STOP_SECONDS)
+        if network is not None and node is not None:
+            yield "writing down the peers once seen", lambda: network.run(self._remember_peers(), ASK_SECONDS)
+            yield "ending the node", lambda: network.run(node.close(), STOP_SECONDS)
+        if network is not None:
+            yield "ending the network thread", network.stop
+        yield "leaving the home", self.home.unlock
 
     @property
     def network(self) -> NetworkThread:
@@ -223,6 +240,7 @@ class PeerSession:
         Raises:
             DivergenceError: this device does not compute the run's bits.
             HomeError: the checkpoint cannot be used.
+            UnreachableError: before this peer had any round, all who had one were gone.
         """
         device = choose_device(self.settings.device)
         threads = self.settings.threads or (os.cpu_count() or 1)
@@ -281,7 +299,7 @@ class PeerSession:
             inbox=self._inbox,
             uplink=uplink,
             packed_corpus=PackedCorpus(self.home, run.manifest.data, corpus).read,
-            sync_progress=self.display.transfer,
+            sync_progress=self._fetching,
         )
 
         async def start() -> RoundDriver:
@@ -291,6 +309,28 @@ class PeerSession:
 
         self._driver = self.network.run(start(), START_SECONDS)
         return self._driver
+
+    def _fetching(self, what: str, done: int, total: int) -> None:
+        self._fetched_at = self.network.loop.time()
+        self.display.transfer(what, done, total)
+
+    def _await_chain(self, driver: RoundDriver, manifest: Manifest) -> Future[None]:
+        """Begin to watch, until there are rounds, whether anyone has them; if nobody has, the trainer ends."""
+
+        machine = driver.machine
+        waiting = self.network.spawn(
+            joining.await_chain(
+                manifest, driver.feed, lambda: machine.head.round, lambda: self._fetched_at, self.display.say
+            )
+        )
+
+        def ended(waiting: Future[None]) -> None:
+            # Not before the error is there for the trainer's thread to find.
+            if not waiting.cancelled() and waiting.exception() is not None:
+                self._inbox.put(None)
+
+        waiting.add_done_callback(ended)
+        return waiting
 
     def _run(self, trainer: Trainer, driver: RoundDriver, presence: Presence, status: Status) -> None:
         swarm = Link(self.network.loop.call_soon_threadsafe, driver)
@@ -304,9 +344,11 @@ class PeerSession:
                 self.display.round(status)
             if time.monotonic() - saved_at > PEERS_SECONDS:
                 saved_at = time.monotonic()
-                self._remember_peers()
+                # Not waited for: a network thread that is busy must not hold up training.
+                self.network.spawn(self._remember_peers())
             return not self._stopping and not ended
 
+        waiting = self._await_chain(driver, trainer.replica.manifest)
         try:
             trainer.run(swarm, after_round)
         except Exception as error:
@@ -315,6 +357,8 @@ class PeerSession:
         failure = driver.standing.failure
         if failure is not None:
             raise HomeError(f"cannot write to home {self.home.path}: {failure}", hint="make room, then start again")
+        if not waiting.cancel():
+            waiting.result()
 
     def _tell(self, driver: RoundDriver, presence: Presence, status: Status) -> Standing:
         """Each thread hears, in a value that is its own, what the other knows."""
@@ -388,14 +432,9 @@ class PeerSession:
             return []
         return [text for text in found if isinstance(text, str)][:32] if isinstance(found, list) else []
 
-    def _remember_peers(self) -> None:
-        async def known_addresses() -> list[str]:
-            return self.node.known_addresses()
-
-        try:
-            known = self.network.run(known_addresses(), ASK_SECONDS)[:64]
-        except TimeoutError:
-            return
+    async def _remember_peers(self) -> None:
+        """Write them down; on the network thread."""
+        known = self.node.known_addresses()[:64]
         if known:
             with contextlib.suppress(OSError):
                 atomic_write(self.home.peers, json.dumps(known).encode())

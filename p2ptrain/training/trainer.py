@@ -139,7 +139,7 @@ class Trainer:
     # ---- the loop ---------------------------------------------------------------------------------------------
 
     def run(self, swarm: Swarm, after_round: Callable[[], bool]) -> None:
-        """Train until `after_round`, called when a round was applied, is false, or None is in the queue."""
+        """Train until `after_round`, called when rounds were applied, is false, or None is in the queue."""
         going_on = True
         while going_on:
             if self.has_work and self._inbox.empty():
@@ -152,7 +152,8 @@ class Trainer:
             if message is None:
                 return
             self.take(message, swarm)
-            if isinstance(message, events.Apply):
+            if isinstance(message, events.Apply | Restore):
+                # What was restored may be where the run ends, and no round comes after it.
                 going_on = after_round()
 
     def take(self, message: TrainerMessage, swarm: Swarm) -> None:

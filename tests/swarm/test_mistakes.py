@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import shutil
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +16,12 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from peers import Swarm, run
+
+from p2ptrain.config.node import NodeSettings
+from p2ptrain.errors import UnreachableError
+from p2ptrain.peer import joining
+from p2ptrain.peer.progress import Display
+from p2ptrain.peer.session import PeerSession
 
 if TYPE_CHECKING:
     from conftest import PeerProcess
@@ -109,6 +117,35 @@ def test_a_network_with_several_runs_lists_them_and_one_can_be_chosen(swarm: Swa
     linus = swarm.join("linus", address, "--run", "other").started()
     linus.reaches(3)
     assert run("inspect", address, "--run", "other").stdout.startswith("run other")
+
+
+@pytest.mark.parametrize("goodbye", [True, False])
+def test_the_only_peer_is_gone_before_a_newcomer_has_its_rounds(
+    swarm: Swarm, sockets_in: Path, monkeypatch: pytest.MonkeyPatch, goodbye: bool
+) -> None:
+    monkeypatch.setattr(joining, "SILENCE_SECONDS", 4.0)
+    monkeypatch.setattr(joining, "SAY_AFTER_SECONDS", 2.0)
+    swarm.write_manifest()
+    ada = swarm.bootstrap("ada")
+    address = ada.address()
+    shown = io.StringIO()
+    settings = NodeSettings(home=swarm.folder / "bob", origins={}, host="127.0.0.1", threads=1)
+    with (
+        pytest.raises(UnreachableError, match="no answer from") as caught,
+        PeerSession(settings, Display(stream=shown), None) as session,
+    ):
+        session.connect([address])
+        run = session.find_run([address], None)
+        session.enter_run(run)
+        corpus = session.fetch_corpus(run, None)
+        if goodbye:
+            ada.process.send_signal(signal.SIGINT)
+            ada.ended(30)
+        else:
+            ada.kill()
+        session.train(run, corpus)
+    assert "p2ptrain join ADDR" in caught.value.hint
+    assert "waiting for the run's rounds: no answer for" in shown.getvalue()
 
 
 def test_a_home_that_is_in_use_or_in_another_run(swarm: Swarm) -> None:

@@ -1,8 +1,9 @@
-"""Claims: whoever hears a peer's news can count on being heard by it."""
+"""Claims: whoever hears a peer's news can count on being heard by it, and nobody takes the dead for living."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -54,5 +55,32 @@ def test_a_follower_that_could_not_be_reached_is_heard_once_it_can_be() -> None:
         await asyncio.sleep(2 * sum(RETRY_SECONDS) + ATTEMPTS)
         assert TipHeard(solitary.id, 7, RUN_ID, 7) in hub.heard
         await asyncio.gather(hub.feed.close(), solitary.feed.close())
+
+    virtual.run(scenario())
+
+
+def test_a_peer_that_is_given_up_stands_nowhere_and_was_last_heard_when_it_was_there() -> None:
+    async def scenario() -> None:
+        now = asyncio.get_running_loop().time
+        network = virtual.Network()
+        hub, newcomer = Peer(network, 1), Peer(network, 2)
+        network.servicers = {peer.id: peer.servicer for peer in (hub, newcomer)}
+        newcomer.feed.follow(hub.id)
+        await asyncio.sleep(5)
+        assert newcomer.feed.tips and newcomer.feed.heard_at == -math.inf, "who has no round is none to wait for"
+        hub.round = 7
+        await asyncio.sleep(5)
+        assert newcomer.feed.furthest == 7 and now() - newcomer.feed.heard_at < 2
+        # It dies: what it listened to and what it told ends, and it answers nobody.
+        died_at = now()
+        del network.servicers[hub.id]
+        for listening in hub.feed._followed.values():
+            listening.cancel()
+        for follower in hub.feed._followers.values():
+            follower.put_nowait(None)
+        await asyncio.sleep(2 * sum(RETRY_SECONDS) + ATTEMPTS)
+        assert newcomer.feed.tips == {}
+        assert newcomer.feed.heard_at <= died_at
+        await asyncio.gather(hub.feed.close(), newcomer.feed.close())
 
     virtual.run(scenario())

@@ -310,5 +310,20 @@ def test_a_restored_replica_is_where_the_fetched_rounds_lead(home: Home) -> None
     assert not home.trainer.ledger.pending
 
 
+def test_a_restored_replica_may_be_where_the_run_ends(home: Home) -> None:
+    other = Lone("grace")
+    other.train(6)
+    home.inbox.put(Restore(None, other.states[0], tuple(other.rounds)))
+    home.inbox.put(None)  # for who does not stop there
+    heard: list[int] = []
+
+    def after_round() -> bool:
+        heard.append(home.trainer.replica.chain.round)
+        return False
+
+    home.trainer.run(home.swarm, after_round)
+    assert heard == [7]
+
+
 def test_the_parts_of_a_round_name_all_chunks(home: Home) -> None:
     assert ranges_of(home.start().shape) == ((0, home.lone.chunks),)
