@@ -52,7 +52,7 @@ class CatchingUp:
         peers: who may have a snapshot too.
         root_interval: rounds between snapshots.
         snapshot_max_bytes: no snapshot of this run is longer.
-        snapshot_chain: where on the chain a snapshot's bytes stand; raises TensorFileError.
+        snapshot_chain: where on the chain a snapshot's bytes stand; raises TensorFileError. Any thread.
         progress: hears (what, done, of).
     """
 
@@ -158,10 +158,10 @@ class CatchingUp:
             # For a newcomer a snapshot is less to fetch and to compute than all the rounds. Who has sent something
             # needs the rounds: they say what became of it.
             return RoundsFetched(donor, None, ())
-        rounds = await asyncio.to_thread(self._decode, encoded)
+        rounds = await asyncio.to_thread(_decode, encoded)
         state = known_state(header.ancestor)
         if state is not None:
-            await asyncio.to_thread(self._check, state, rounds)
+            await asyncio.to_thread(_check, state, rounds, self._codec)
         return RoundsFetched(donor, header.ancestor, rounds)
 
     async def change_chain(self, donor: bytes) -> tuple[Restore, ChainState]:
@@ -220,15 +220,6 @@ class CatchingUp:
     def _is_far(self, tip: Tip, round: int) -> bool:
         return tip.round - round > 2 * self._root_interval
 
-    def _decode(self, encoded: list[bytes]) -> tuple[SealedRound, ...]:
-        return tuple(decode_sealed(one, verify) for one in encoded)
-
-    def _check(self, state: ChainState, rounds: tuple[SealedRound, ...]) -> ChainState:
-        """The chain after `rounds`. Raises SealedRoundError."""
-        for sealed in rounds:
-            state = check_continues(state, sealed, self._codec)
-        return state
-
     def _choose(self, offers: tuple[SnapshotOffer, ...], after: int) -> SnapshotOffer | None:
         """The one after that round which we have begun to fetch, else the newest."""
         begun = [o for o in offers if o.round > after and self._partials.path(o.round, o.id, o.root).exists()]
@@ -250,7 +241,7 @@ class CatchingUp:
         try:
             path = (await download.run(donor)).path
             try:
-                state = await asyncio.to_thread(lambda: self._snapshot_chain(path.read_bytes()))
+                state = await asyncio.to_thread(_chain_at, path, self._snapshot_chain)
                 if (state.round, state.id) != (offer.round, offer.id):
                     raise CallError("the snapshot stands elsewhere than announced")
             except (CallError, TensorFileError):
@@ -269,8 +260,8 @@ class CatchingUp:
         rounds: list[SealedRound] = []
         state, size = base, 0
         while encoded:
-            batch = await asyncio.to_thread(self._decode, encoded)
-            state = await asyncio.to_thread(self._check, state, batch)
+            batch = await asyncio.to_thread(_decode, encoded)
+            state = await asyncio.to_thread(_check, state, batch, self._codec)
             rounds += batch
             size += sum(map(len, encoded))
             self._progress("rounds", state.round, max(state.round, tip_round))
@@ -280,6 +271,23 @@ class CatchingUp:
             if header.ancestor != state.id:
                 raise CallError("its chain changed meanwhile")
         return tuple(rounds), state
+
+
+def _decode(encoded: list[bytes]) -> tuple[SealedRound, ...]:
+    """Raises SealedRoundError."""
+    return tuple(decode_sealed(one, verify) for one in encoded)
+
+
+def _check(state: ChainState, rounds: tuple[SealedRound, ...], codec: Codec) -> ChainState:
+    """The chain after `rounds`. Raises SealedRoundError."""
+    for sealed in rounds:
+        state = check_continues(state, sealed, codec)
+    return state
+
+
+def _chain_at(path: Path, snapshot_chain: Callable[[bytes], ChainState]) -> ChainState:
+    """Where on the chain the snapshot in a file stands. Raises TensorFileError."""
+    return snapshot_chain(path.read_bytes())
 
 
 def _read_offer(

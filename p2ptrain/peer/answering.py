@@ -8,15 +8,16 @@ or the round is over.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from p2ptrain import chain
 from p2ptrain.calls.handout import Handout
 from p2ptrain.calls.messages import ContributionHeader, JoinRequest, Tip, Welcome
 from p2ptrain.calls.news import NewsFeed
-from p2ptrain.chain import RoundShape
+from p2ptrain.chain import Part
 from p2ptrain.chain.sealed import Key, Reply, reply_digest
 from p2ptrain.compression import decoded, wire
+from p2ptrain.compression.codec import Codec
 from p2ptrain.compression.reduce import reduce_part
 from p2ptrain.config.manifest import PROTOCOL_VERSION
 from p2ptrain.history.catching_up import CatchingUp
@@ -126,26 +127,15 @@ class Answering:
         key = Key(header.round, header.base)
         refusal = self._refusal(key, header.part, peer)
         shape = self._machine.shape if header.round == self._machine.head.round + 1 else None
-        if refusal is None and not self._well_formed(shape, header.part, header.row.weight, payload):
+        # Without a shape it is looked at later.
+        spec = None if refusal is not None or shape is None else shape.parts[header.part]
+        if refusal is None and not _well_formed(self._p.codec, spec, header.row.weight, payload):
             refusal = "malformed"
         if refusal is None:
             self._dispatch(
                 events.ContributionReceived(key, header.part, peer, header.row, header.root_round, header.root, payload)
             )
         return refusal
-
-    def _well_formed(self, shape: RoundShape | None, part: int, weight: int, payload: bytes) -> bool:
-        """Say whether a payload is what its part takes; without a shape it is looked at later. Any thread."""
-        if bool(payload) != bool(weight):
-            return False
-        if not payload or shape is None:
-            return True
-        spec = shape.parts[part]
-        try:
-            decoded.contribution(payload, self._p.codec, spec.start, spec.end)
-        except wire.WireError:
-            return False
-        return True
 
     def hear_tip(self, peer: bytes, tip: Tip) -> None:
         """Hear where a peer stands."""
@@ -160,18 +150,7 @@ class Answering:
         spec = shape.parts[effect.part] if shape is not None and effect.part < len(shape.parts) else None
         if spec is None or (spec.start, spec.end) != (effect.start, effect.end):
             return  # the round is over, or a fork has cut it otherwise
-
-        def reduced(contributions: Sequence[tuple[int, int, bytes]]) -> bytes:
-            return reduce_part(contributions, self._p.codec, effect.start, effect.end, effect.members)
-
-        def work() -> bytes:
-            try:
-                return reduced(effect.contributions)
-            except wire.WireError:
-                # What came a round early was not looked at yet.
-                return reduced([c for c in effect.contributions if self._well_formed(shape, effect.part, *c[1:])])
-
-        data = await asyncio.to_thread(work)
+        data = await asyncio.to_thread(_reduced, effect, self._p.codec, spec)
         if self._machine.shape is not shape:
             return  # the round is over, or its parts are others now
         reply = Reply(reply_digest(data), wire.reply_members(data, effect.members), data)
@@ -204,3 +183,27 @@ class Answering:
 
     def _future(self) -> asyncio.Future[Reply]:
         return asyncio.get_running_loop().create_future()
+
+
+def _well_formed(codec: Codec, part: Part | None, weight: int, payload: bytes) -> bool:
+    """Say whether a payload is what its part takes, as far as that can be said without the part."""
+    if bool(payload) != bool(weight):
+        return False
+    if not payload or part is None:
+        return True
+    try:
+        decoded.contribution(payload, codec, part.start, part.end)
+    except wire.WireError:
+        return False
+    return True
+
+
+def _reduced(effect: events.Reduce, codec: Codec, part: Part) -> bytes:
+    """Return the reply of a part, as bytes."""
+    contributions = effect.contributions
+    try:
+        return reduce_part(contributions, codec, part.start, part.end, effect.members)
+    except wire.WireError:
+        # What came a round early was not looked at yet.
+        good = [sent for sent in contributions if _well_formed(codec, part, *sent[1:])]
+        return reduce_part(good, codec, part.start, part.end, effect.members)

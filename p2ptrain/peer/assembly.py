@@ -65,7 +65,8 @@ class Standpoint(Protocol):
     @property
     def snapshot_max_bytes(self) -> int: ...
 
-    def snapshot_chain(self, data: bytes) -> ChainState: ...
+    @property
+    def snapshot_chain(self) -> Callable[[bytes], ChainState]: ...
 
 
 def driver_parts(

@@ -21,7 +21,7 @@ from p2ptrain.calls.handout import Handout
 from p2ptrain.calls.messages import NAMESPACE, CallError, RefusedError, Tip
 from p2ptrain.calls.news import NewsFeed
 from p2ptrain.calls.servicer import PeerServicer
-from p2ptrain.chain import ChainState, Member, Seal, SealError
+from p2ptrain.chain import Member, Seal, SealError
 from p2ptrain.chain.sealed import Key, SealedRoundError
 from p2ptrain.history.catching_up import CatchingUp
 from p2ptrain.observe.status import Standing
@@ -310,18 +310,12 @@ class RoundDriver:
         else:
             self.dispatch(fetched)
 
-    def _worth_changing_to(self, state: ChainState) -> bool:
-        """Whether a fetched chain is better than ours, continues it, or is ours, which our replica fell out of."""
-        head = self.machine.head
-        ahead = state.round > head.round and state.total >= head.total
-        return ahead or state.id == head.id or chain.better(state.total, state.id, head.total, head.id)
-
     async def _resync(self, effect: events.Resync) -> None:
         """Go over to a donor's chain: on disk first, then in the trainer's queue, then in the machine."""
         self.syncing = True
         try:
             restore, state = await self.catching_up.change_chain(effect.donor)
-            if not self._worth_changing_to(state):
+            if not self.machine.worth_changing_to(restore, state):
                 raise CallError("its chain is not the better one after all")
             self.catching_up.adopt(restore)
             self._p.inbox.put(restore)

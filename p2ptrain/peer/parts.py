@@ -37,6 +37,7 @@ class DriverParts:
     traffic: Traffic
     snapshot_max_bytes: int
     snapshot_chain: Callable[[bytes], ChainState]
+    """Any thread."""
     packed_corpus: Callable[[], bytes | None]
     sync_progress: Callable[[str, int, int], None]
     decisions_log: Path

@@ -24,6 +24,7 @@ from p2ptrain.chain.sealed import Key, Reply, SealedRound
 from p2ptrain.rounds import events
 from p2ptrain.rounds.deadlines import Deadlines
 from p2ptrain.rounds.decisions import Decisions
+from p2ptrain.rounds.inbox import Restore
 
 JOINS_PENDING_MAX = 256
 JOIN_ROUNDS = 3  # rounds after which a join that was not repeated is forgotten
@@ -553,6 +554,34 @@ class RoundMachine:
         total = first.total if total is None else total
         return first.solo and self.is_member and first.sealer != self.me and total <= self.head.total
 
+    def _follows(self, total: int, identifier: bytes, *, continues: bool, first: Seal | None = None) -> bool:
+        """Fork choice (rule 9): whether to go over to a chain that ends like this.
+
+        Args:
+            continues: it has our head; `first` is its seal after that, where it is known.
+        """
+        if not continues:
+            return chain.better(total, identifier, self.head.total, self.head.id)
+        return total >= self.head.total and (first is None or not self._idle_solo(first, total))
+
+    def _may_follow(self, round: int, total: int, identifier: bytes) -> bool:
+        """Fork choice where the end alone is known: a longer chain may continue ours."""
+        longer = round > self.head.round
+        return any(self._follows(total, identifier, continues=c) for c in ((False, True) if longer else (False,)))
+
+    def worth_changing_to(self, restore: Restore, state: ChainState) -> bool:
+        """Whether to go over to a chain that was fetched whole and stands at `state` (rule 9)."""
+        if state.id == self.head.id:
+            return True  # our own, which our replica fell out of
+        ids = [restore.chain.id, *(sealed.id for sealed in restore.rounds)]
+        if self.head.id in ids:
+            first = restore.rounds[ids.index(self.head.id)].seal
+            return self._follows(state.total, state.id, continues=True, first=first)
+        if restore.common:
+            return self._follows(state.total, state.id, continues=False)
+        # It starts behind our head, or off our chain: which of the two is not known.
+        return self._may_follow(state.round, state.total, state.id)
+
     def _on_rounds(self, event: events.RoundsFetched, now: float) -> None:
         if self._following.resyncing is not None:
             return
@@ -586,11 +615,7 @@ class RoundMachine:
                 self._shun(event.donor, now + FETCH_TIMEOUT_SECONDS)
                 return
             states.append((state, shape))
-        if base is self.head:
-            worth = not self._idle_solo(rounds[0].seal, state.total)
-        else:
-            worth = chain.better(state.total, state.id, self.head.total, self.head.id)
-        if not worth:
+        if not self._follows(state.total, state.id, continues=base is self.head, first=rounds[0].seal):
             if tip is not None and tip.round > state.round and self._wants(tip):
                 # A long fork comes in pieces, and the first piece alone may be worth less than what we have.
                 self._want_snapshot(event.donor, "its better chain does not fit into one answer")
@@ -782,11 +807,8 @@ class RoundMachine:
         self._begin_round(now)
 
     def _wants(self, tip: events.TipHeard) -> bool:
-        """Whether what this tip names is better than our chain, or continues it (rule 9)."""
-        if self.known_state(tip.id) is not None:
-            return False
-        ahead = tip.round > self.head.round and tip.total >= self.head.total
-        return ahead or chain.better(tip.total, tip.id, self.head.total, self.head.id)
+        """Whether what this tip names is better than our chain, or may continue it (rule 9)."""
+        return self.known_state(tip.id) is None and self._may_follow(tip.round, tip.total, tip.id)
 
     def _follow_better(self, now: float) -> None:
         """Ask for what a better tip has and we lack (rule 9). Never adopts by itself."""

@@ -7,7 +7,9 @@ peer's own. A step can be undone once: parameters from before the last seal are 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import msgspec
 import numpy as np
@@ -163,9 +165,10 @@ class Replica:
         meta, arrays = unpack_tensors(data, self._shapes)
         self.load_arrays(arrays, chain_of(meta, self.run_id))
 
-    def snapshot_chain(self, data: bytes) -> ChainState:
-        """Where on the chain a snapshot stands. Raises TensorFileError."""
-        return chain_of(unpack_tensors(data, self._shapes)[0], self.run_id)
+    @property
+    def snapshot_chain(self) -> Callable[[bytes], ChainState]:
+        """Says where on the chain a snapshot's bytes stand, on any thread; it raises TensorFileError."""
+        return partial(_chain_of_snapshot, dict(self._shapes), self.run_id)
 
     def parameters_sha256(self) -> str:
         """Hash of all parameters in the model's order."""
@@ -177,6 +180,10 @@ class Replica:
     def _replicated(self) -> dict[str, Tensor]:
         named = {f"p.{name}": parameter.data for name, parameter in self.model.named_parameters()}
         return named | {f"r.{name}": tensor for name, tensor in self.optimizer.replicated_state().items()}
+
+
+def _chain_of_snapshot(shapes: dict[str, tuple[int, ...]], run_id: bytes, data: bytes) -> ChainState:
+    return chain_of(unpack_tensors(data, shapes)[0], run_id)
 
 
 def chain_of(meta: bytes, run_id: bytes) -> ChainState:

@@ -31,6 +31,9 @@ FAST_KBIT = 10**6
 class VirtualLoop(asyncio.SelectorEventLoop):
     """Threads' work is done at once, in no time."""
 
+    #: in the middle of what a worker thread would do
+    working = False
+
     def __init__(self) -> None:
         super().__init__()
         self._ahead = 0.0
@@ -40,10 +43,13 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def run_in_executor(self, executor: Any, function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
         done = self.create_future()
+        VirtualLoop.working = True
         try:
             done.set_result(function(*arguments))
         except Exception as error:
             done.set_exception(error)
+        finally:
+            VirtualLoop.working = False
         return done
 
     def _run_once(self) -> None:

@@ -16,14 +16,17 @@ from google.protobuf.wrappers_pb2 import BytesValue
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lone import RUN_ID, Lone, seal
-from virtual import FAST_KBIT, Network, Peer, name_of, run
+from virtual import FAST_KBIT, Network, Peer, VirtualLoop, name_of, run
 
 from p2ptrain import chain
+from p2ptrain.calls.client import Client
 from p2ptrain.calls.handout import STREAM_SECONDS, STREAMS_MAX, STREAMS_PER_PEER
 from p2ptrain.calls.messages import TOO_MANY_CALLS, CallError, RefusedError, SnapshotOffer, Tip
 from p2ptrain.chain.sealed import SealedRound
+from p2ptrain.history.catching_up import CatchingUp
 from p2ptrain.history.download import STALL_SECONDS, Download
 from p2ptrain.rounds.inbox import Restore
+from p2ptrain.state.journal import Journal
 from p2ptrain.state.snapshot import PIECE_BYTES, piece_hashes, root_of
 
 PIECES = 12
@@ -115,6 +118,34 @@ def frames_touched(
             yield frame
 
     return touched
+
+
+def test_worker_threads_touch_nothing_of_the_network_threads(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    trespasses: set[tuple[str, str]] = set()
+
+    def belongs(kind: type) -> None:
+        def look_up(self: Any, name: str) -> Any:
+            if VirtualLoop.working and not name.startswith("__"):
+                trespasses.add((kind.__name__, name))
+            return object.__getattribute__(self, name)
+
+        monkeypatch.setattr(kind, "__getattribute__", look_up, raising=False)
+
+    donor, learner, behind = world.donor(1), world.peer(2), world.peer(3)
+    for sealed in world.lone.rounds[:4]:
+        behind.journal.append(sealed)
+    state = world.lone.states[4]
+    for kind in (CatchingUp, Download, Client, Journal):
+        belongs(kind)
+
+    async def scenario() -> None:
+        await world.fetch(learner, donor)
+        fetched = await behind.catching_up.fetch(donor.id, (state.id,), state.round, {state.id: state}.get)
+        assert list(fetched.rounds) == world.lone.rounds[4:]
+        assert (await donor.catching_up.offer_rounds((state.id,)))[0] == state.id
+
+    run(scenario())
+    assert trespasses == set()
 
 
 def test_the_state_is_that_of_the_donors_with_the_rounds_since(world: World) -> None:

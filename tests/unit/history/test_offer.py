@@ -16,10 +16,11 @@ from virtual import FakeNode, Network, name_of
 
 from p2ptrain import chain
 from p2ptrain.calls.client import Client
-from p2ptrain.calls.messages import Traffic
+from p2ptrain.calls.messages import SnapshotOffer, Traffic
 from p2ptrain.chain.sealed import decode_sealed
 from p2ptrain.history import catching_up
 from p2ptrain.history.catching_up import CatchingUp
+from p2ptrain.history.download import Download
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.pieces import Partials
 from p2ptrain.state.snapshot import SnapshotStore, piece_hashes, root_of
@@ -120,3 +121,42 @@ def test_a_snapshot_that_the_trainer_removes_meanwhile_is_left_out(
     ancestor, rounds, offers = asyncio.run(made.offer_rounds((RUN_ID,)))
     assert (ancestor, len(rounds), offers) == (RUN_ID, 5, ())
     assert asyncio.run(made.open_snapshot(saved.id, root)) is None
+
+
+def test_what_is_being_fetched_is_handed_out_though_it_is_whole_before_the_worker_has_looked(
+    tmp_path: Path, lone: Lone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, _, snapshots = offering(tmp_path, lone)
+    hashes = piece_hashes(DATA)
+    offer = SnapshotOffer(4, lone.states[4].id, root_of(len(DATA), hashes), len(DATA))
+    partials = Partials(snapshots.folder)
+    download = Download(made._client, offer, partials, list, lambda done, of: None)
+    path = partials.path(offer.round, offer.id, offer.root)
+    download.file = partials.begin(path, offer.length, hashes)
+    download.file.write(0, DATA)
+    made._download = download
+    look = catching_up._find_whole
+
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+
+        async def end() -> None:
+            # As where a download ends: it is in the store first.
+            snapshots.take(path, offer.round, offer.id, offer.root)
+            made._download = None
+
+        def slow(*arguments: object) -> object:
+            found = look(*arguments)  # type: ignore[arg-type]
+            asyncio.run_coroutine_threadsafe(end(), loop).result(10)
+            return found
+
+        monkeypatch.setattr(catching_up, "_find_whole", slow)
+        there = await made.open_snapshot(offer.id, offer.root)
+        assert there is not None and there.has(0)
+        monkeypatch.setattr(catching_up, "_find_whole", look)
+        if made._download is not None:
+            await end()
+        whole = await made.open_snapshot(offer.id, offer.root)
+        assert whole is not None and whole.read(0) == DATA
+
+    asyncio.run(scenario())

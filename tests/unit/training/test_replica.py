@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 from pathlib import Path
 
 import msgspec
@@ -48,6 +50,16 @@ def test_a_snapshot_stands_in_for_all_rounds_before_it(lone: Lone) -> None:
     follow(late, lone.rounds[4:])
     assert late.snapshot() == lone.replica.snapshot()
     assert len(late.snapshot()) <= late.snapshot_max_bytes
+
+
+def test_where_a_snapshot_stands_can_be_told_without_the_replica(lone: Lone) -> None:
+    """Another thread asks: it must hold nothing that the trainer changes."""
+    made = replica()
+    where, held = made.snapshot_chain, weakref.ref(made)
+    del made
+    gc.collect()
+    assert held() is None
+    assert where(lone.replica.snapshot()) == lone.states[-1]
 
 
 def test_the_last_step_can_be_undone_once_and_taken_anew(lone: Lone) -> None:
