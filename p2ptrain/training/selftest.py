@@ -82,10 +82,14 @@ def make_ready(device: torch.device) -> None:
 def _member(device: torch.device) -> DeMo:
     """A chunk of each form, and of one that steps by other than signs."""
     forms = (
-        {"params": [torch.zeros(SIDE, SIDE, device=device)]},
-        {"params": [torch.zeros(SIDE, SIDE, device=device)], "direction": "muon"},
-        {"params": [torch.zeros(SIDE, device=device)]},
-        {"params": [torch.zeros(SIDE, SIDE, device=device)], "transform": "none", "direction": "rms"},
+        {"params": [torch.zeros(SIDE, SIDE, device=device, requires_grad=True)]},
+        {"params": [torch.zeros(SIDE, SIDE, device=device, requires_grad=True)], "direction": "muon"},
+        {"params": [torch.zeros(SIDE, device=device, requires_grad=True)]},
+        {
+            "params": [torch.zeros(SIDE, SIDE, device=device, requires_grad=True)],
+            "transform": "none",
+            "direction": "rms",
+        },
     )
     for form in forms:
         for parameter in form["params"]:
