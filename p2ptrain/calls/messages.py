@@ -30,6 +30,7 @@ ROUNDS_MAX = 64
 SNAPSHOTS_MAX = 8
 SNAPSHOT_PIECES_MAX = 2**20
 TOO_MANY_CALLS = "too many calls at once"
+TOO_MANY_FOLLOWERS = "too many follow this peer already"
 """The refusal that means: later."""
 _FRAME_OVERHEAD_BYTES = 9  # length and marker that hivemind puts before each message
 

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from p2ptrain import chain
 from p2ptrain.calls.client import Client
-from p2ptrain.calls.messages import CallError, News, RefusedError, Tip
+from p2ptrain.calls.messages import TOO_MANY_CALLS, TOO_MANY_FOLLOWERS, CallError, News, RefusedError, Tip
 from p2ptrain.chain import Member, Seal, SealError, SignedSeal, relay
 from p2ptrain.errors import P2PTrainError
 from p2ptrain.rounds.events import PeerLeft, SealHeard, TipHeard
@@ -92,7 +92,7 @@ class NewsFeed:
     def refusal(self, peer: bytes) -> str | None:
         """Why a peer may not follow, or None."""
         if peer not in self._followers and len(self._followers) >= FOLLOWERS_MAX:
-            return "too many follow this peer already"
+            return TOO_MANY_FOLLOWERS
         return None
 
     async def serve(self, peer: bytes) -> AsyncIterator[News]:
@@ -232,7 +232,8 @@ class NewsFeed:
                         return
             except RefusedError as error:
                 _logger.debug("%s cannot be followed: %s", format_peer_id(peer)[-8:], error)
-                self._note_life()
+                if str(error) in (TOO_MANY_CALLS, TOO_MANY_FOLLOWERS):
+                    self._note_life()
                 await asyncio.sleep(RETRY_SECONDS[-1])
                 return
             except CallError as error:

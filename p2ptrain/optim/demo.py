@@ -15,7 +15,8 @@ state that goes through `torch.save`. Two things are its own.
 - A frozen parameter, one that does not require a gradient, stays exactly as it is: no step, no decay. It adds nothing
   to its momentum and sends nothing of it: what the momentum holds decays and waits. A lone step leaves a parameter
   without a gradient alone, too; in a swarm it follows what the others found. As all replicas are to be alike, the peers
-  of a swarm freeze the same parameters, from the same round on.
+  of a swarm freeze the same parameters, from the same round on. Else their replicas differ, and where most members send
+  zeros for a part, the norms of the others are clipped to nothing.
 - Groups are those that the optimizer is made with: chunks are numbered through all parameters, and every peer, every
   contribution under way and every saved state counts on these numbers.
 
@@ -343,6 +344,7 @@ class DeMo(torch.optim.Optimizer):
                 for segment in self.layout.segments
             ],
             **self._settings,
+            "value_bits": self.codec.value_bits,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -363,7 +365,7 @@ class DeMo(torch.optim.Optimizer):
             ValueError: the state of another optimizer, or of other parameters, treatments or settings.
         """
         own = state_dict.get("demo")
-        if own is None or "of" not in own:
+        if not isinstance(own, dict) or not isinstance(own.get("of"), dict):
             raise ValueError("this is no state of DeMo")
         self._check_loaded(own, state_dict)
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "demo"})
@@ -388,14 +390,19 @@ class DeMo(torch.optim.Optimizer):
         for key in self._settings:
             if ours[key] != theirs[key]:
                 raise ValueError(f"the state is of {key}={theirs[key]!r}; here it is {ours[key]!r}")
-        if own["momentum"].shape != self.momentum.shape:
-            raise ValueError(f"the state's momentum is {list(own['momentum'].shape)}, not {list(self.momentum.shape)}")
+        _check_tensor("momentum", own["momentum"], self.momentum)
+        if not isinstance(own["decays"], int):
+            raise ValueError(f"the state's demo has decays={own['decays']!r}, which is no integer")
+        for where in ("replicated", "masters"):
+            if not isinstance(own[where], dict):
+                raise ValueError(f"the state's demo has {where}={own[where]!r}, which is no dictionary")
         replicated = self.replicated_state()
         _check_there("'s demo.replicated", own["replicated"], replicated)
         for key, tensor in replicated.items():
-            if own["replicated"][key].shape != tensor.shape:
-                there = list(own["replicated"][key].shape)
-                raise ValueError(f"the state's demo.replicated has {key} of {there}, not {list(tensor.shape)}")
+            _check_tensor(f"replicated {key}", own["replicated"][key], tensor)
+        for number, master in self._stepper.masters.items():
+            if str(number) in own["masters"]:
+                _check_tensor(f"masters {number}", own["masters"][str(number)], master)
         for number, group in enumerate(state_dict["param_groups"]):
             _check_there(f"'s group {number}", group, ("params", *self.defaults))
             groups.check_group(number, group, self.defaults)
@@ -411,3 +418,11 @@ def _check_there(where: str, held: Collection[str], needed: Iterable[str]) -> No
     missing = [key for key in needed if key not in held]
     if missing:
         raise ValueError(f"the state{where} lacks {', '.join(missing)}")
+
+
+def _check_tensor(name: str, held: object, like: Tensor) -> None:
+    """Refuse what cannot be loaded into a tensor like this one. Raises ValueError."""
+    if not isinstance(held, Tensor):
+        raise ValueError(f"the state's {name} is no tensor")
+    if held.shape != like.shape:
+        raise ValueError(f"the state's {name} is {list(held.shape)}, not {list(like.shape)}")

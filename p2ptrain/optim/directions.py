@@ -61,8 +61,8 @@ class _Moment:
         return (1 - self.decayed[first : first + len(live)]).clamp(min=1e-6)
 
     def load(self, value: Tensor, decayed: Tensor) -> None:
-        self.value = value.to(self.value.device, copy=True)
-        self.decayed = decayed.to(self.decayed.device, copy=True)
+        self.value = value.to(self.value, copy=True)
+        self.decayed = decayed.to(self.decayed, copy=True)
 
 
 def _alive(of: Tensor, live: Tensor) -> Tensor:

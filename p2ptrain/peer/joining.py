@@ -152,7 +152,7 @@ async def await_chain(
         if now() >= say_due and now() - fetched_at() >= SAY_AFTER_SECONDS:
             say_due = now() + SAY_EVERY_SECONDS
             if silent < SAY_AFTER_SECONDS:
-                say(f"waiting for the run's rounds: others have them, up to round {feed.furthest:,}")
+                say(f"waiting for the run's rounds: others say that they have them, up to round {feed.furthest:,}")
             else:
                 say(
                     f"waiting for the run's rounds: no answer for {silent:.0f} s from anyone who has them; "
@@ -165,7 +165,7 @@ def _nobody_left(manifest: Manifest, furthest: int) -> UnreachableError:
     nobody = f"no answer from anyone who has its rounds for {SILENCE_SECONDS:.0f} s"
     if manifest.last_round and furthest >= manifest.last_round:
         return UnreachableError(
-            f"the run {manifest.name!r} is finished, at round {furthest:,}, and {nobody}",
+            f"the run {manifest.name!r} is finished, as others said, and {nobody}",
             hint="whoever took part has the model; there: p2ptrain sample",
         )
     return UnreachableError(

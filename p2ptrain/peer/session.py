@@ -44,6 +44,7 @@ from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import OwnLog
 from p2ptrain.swarm.identity import format_peer_id, verify
 from p2ptrain.swarm.node import SwarmNode
+from p2ptrain.swarm.tasks import failure_logged
 from p2ptrain.swarm.thread import NetworkThread
 from p2ptrain.training.device import choose_device
 from p2ptrain.training.replica import Replica
@@ -345,20 +346,25 @@ class PeerSession:
             if time.monotonic() - saved_at > PEERS_SECONDS:
                 saved_at = time.monotonic()
                 # Not waited for: a network thread that is busy must not hold up training.
-                self.network.spawn(self._remember_peers())
+                self.network.spawn(self._remember_peers()).add_done_callback(
+                    failure_logged(_logger, "writing down the peers once seen has failed")
+                )
             return not self._stopping and not ended
 
         waiting = self._await_chain(driver, trainer.replica.manifest)
         try:
-            trainer.run(swarm, after_round)
-        except Exception as error:
-            self.network.loop.call_soon_threadsafe(driver.write_decisions, repr(error))
-            raise
-        failure = driver.standing.failure
-        if failure is not None:
-            raise HomeError(f"cannot write to home {self.home.path}: {failure}", hint="make room, then start again")
-        if not waiting.cancel():
-            waiting.result()
+            try:
+                trainer.run(swarm, after_round)
+            except Exception as error:
+                self.network.loop.call_soon_threadsafe(driver.write_decisions, repr(error))
+                raise
+            failure = driver.standing.failure
+            if failure is not None:
+                raise HomeError(f"cannot write to home {self.home.path}: {failure}", hint="make room, then start again")
+            if not waiting.cancel():
+                waiting.result()
+        finally:
+            waiting.cancel()
 
     def _tell(self, driver: RoundDriver, presence: Presence, status: Status) -> Standing:
         """Each thread hears, in a value that is its own, what the other knows."""

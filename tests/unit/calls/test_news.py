@@ -10,10 +10,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import pytest
 import virtual
 
 from p2ptrain.calls.client import Client
-from p2ptrain.calls.messages import Tip, Traffic
+from p2ptrain.calls.messages import TOO_MANY_CALLS, TOO_MANY_FOLLOWERS, Tip, Traffic
 from p2ptrain.calls.news import ATTEMPTS, RETRY_SECONDS, NewsFeed
 from p2ptrain.calls.servicer import PeerServicer
 from p2ptrain.rounds.events import TipHeard
@@ -81,6 +82,23 @@ def test_a_peer_that_is_given_up_stands_nowhere_and_was_last_heard_when_it_was_t
         await asyncio.sleep(2 * sum(RETRY_SECONDS) + ATTEMPTS)
         assert newcomer.feed.tips == {}
         assert newcomer.feed.heard_at <= died_at
+        await asyncio.gather(hub.feed.close(), newcomer.feed.close())
+
+    virtual.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("refusal", "alive"), [("this peer is in another run", False), (TOO_MANY_FOLLOWERS, True), (TOO_MANY_CALLS, True)]
+)
+def test_who_refuses_is_alive_for_a_newcomer_only_if_it_is_in_this_run(refusal: str, alive: bool) -> None:
+    async def scenario() -> None:
+        network = virtual.Network()
+        hub, newcomer = Peer(network, 1), Peer(network, 2)
+        hub.wrong_run = lambda run_id: refusal  # type: ignore[method-assign]
+        network.servicers = {peer.id: peer.servicer for peer in (hub, newcomer)}
+        newcomer.feed.follow(hub.id)
+        await asyncio.sleep(5)
+        assert (newcomer.feed.heard_at > -math.inf) == alive
         await asyncio.gather(hub.feed.close(), newcomer.feed.close())
 
     virtual.run(scenario())

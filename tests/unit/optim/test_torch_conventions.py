@@ -286,6 +286,40 @@ def test_what_a_state_lacks_is_named_and_nothing_of_it_is_loaded(path: tuple[Any
     assert_same(other, before)
 
 
+@pytest.mark.parametrize(
+    ("path", "bad", "says"),
+    [
+        (("of",), None, "this is no state of DeMo"),
+        (("momentum",), None, "the state's momentum is no tensor"),
+        (("decays",), "3", "the state's demo has decays='3', which is no integer"),
+        (("masters",), None, "the state's demo has masters=None, which is no dictionary"),
+        (("masters", "0"), torch.ones(1), "the state's masters 0 is [1], not [70, 65]"),
+        (("replicated", "2.second"), 7, "the state's replicated 2.second is no tensor"),
+    ],
+)
+def test_a_malformed_state_is_refused_whole(path: tuple[str, ...], bad: Any, says: str) -> None:
+    one, other = made(torch.bfloat16), made(torch.bfloat16)
+    steps(one, 1)
+    steps(other, 2)
+    state, before = copy.deepcopy(one.state_dict()), copy.deepcopy(other)
+    inside: Any = state["demo"]
+    for key in path[:-1]:
+        inside = inside[key]
+    inside[path[-1]] = bad
+    with pytest.raises(ValueError, match=f"^{re.escape(says)}$"):
+        other.load_state_dict(state)
+    assert_same(other, before)
+
+
+def test_a_state_that_was_cast_is_cast_back() -> None:
+    one, other = made(), made()
+    steps(one, 1)
+    state = copy.deepcopy(one.state_dict())
+    state["demo"]["replicated"] = {key: tensor.double() for key, tensor in state["demo"]["replicated"].items()}
+    other.load_state_dict(state)
+    assert all(tensor.dtype == torch.float32 for tensor in other.replicated_state().values())
+
+
 def _deep(of: Any) -> Any:
     return copy.deepcopy(of)
 

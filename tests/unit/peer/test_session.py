@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import threading
@@ -58,6 +59,14 @@ class Parts:
     def _known_addresses(self) -> list[str]:
         self._do("peers")
         return [PEER]
+
+    def run(self, train: Any) -> None:
+        """Run the session with a trainer that does `train(swarm, after_round)`."""
+        manifest = SimpleNamespace(last_round=0)
+        replica = SimpleNamespace(manifest=manifest, chain=SimpleNamespace(round=1))
+        trainer: Any = SimpleNamespace(run=train, replica=replica, rounds_applied=1)
+        session: Any = self.session
+        session._run(trainer, session._driver, SimpleNamespace(hear=lambda status: None), Status())
 
     def all_was_closed(self) -> bool:
         """Every step was gone through, and another process may have the home."""
@@ -131,16 +140,48 @@ def test_training_does_not_wait_for_a_busy_network_thread(parts: Parts, monkeypa
         took.append(time.monotonic() - began)
         free.set()
 
-    manifest = SimpleNamespace(last_round=0)
-    replica = SimpleNamespace(manifest=manifest, chain=SimpleNamespace(round=1))
-    trainer: Any = SimpleNamespace(run=train, replica=replica, rounds_applied=1)
-    presence: Any = SimpleNamespace(hear=lambda status: None)
     with parts.session as session:
-        driver: Any = session._driver
-        session._run(trainer, driver, presence, Status())
+        parts.run(train)
         assert took[0] < 2.0
         parts.network.run(_turns())
         assert json.loads(session.home.peers.read_text()) == [PEER], "it is written all the same"
+
+
+def test_when_training_fails_nothing_waits_for_rounds_any_more(parts: Parts) -> None:
+    session: Any = parts.session
+    session._driver.machine.head.round = 0
+    session._driver.feed = SimpleNamespace(heard_at=0.0, furthest=0)
+    session._driver.write_decisions = lambda why: None
+
+    def train(swarm: Any, after_round: Any) -> None:
+        raise RuntimeError("broken")
+
+    with session:
+        with pytest.raises(RuntimeError, match="broken"):
+            parts.run(train)
+        assert parts.network.run(_waiting()) == []
+
+
+def test_that_peers_cannot_be_written_down_is_told(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(session_module, "PEERS_SECONDS", -1.0)
+    parts.failing["peers"] = RuntimeError("broken")
+
+    def train(swarm: Any, after_round: Any) -> None:
+        assert after_round()
+        parts.network.run(_turns())
+
+    with pytest.raises(RuntimeError, match="broken"), parts.session:
+        parts.run(train)
+        assert "writing down the peers once seen has failed" in caplog.text
+
+
+async def _waiting() -> list[str]:
+    """Return which tasks wait for rounds, once those that were cancelled have ended."""
+    await asyncio.sleep(0)
+    names = [getattr(task.get_coro(), "__name__", "") for task in asyncio.all_tasks()]
+    return [name for name in names if name == "await_chain"]
 
 
 async def _turns() -> None:
