@@ -21,7 +21,7 @@ from p2ptrain.chain import Member, Seal, SealError, SignedSeal, relay
 from p2ptrain.errors import P2PTrainError
 from p2ptrain.rounds.events import PeerLeft, SealHeard, TipHeard
 from p2ptrain.swarm.identity import format_peer_id, verify
-from p2ptrain.swarm.tasks import failure_logged
+from p2ptrain.swarm.tasks import cancel_and_wait, failure_logged
 
 FOLLOWERS_MAX = 256
 FOLLOWED_MAX = 64
@@ -82,10 +82,7 @@ class NewsFeed:
             news.put_nowait(None)
         # The followers' streams take their frames in this loop's next turns.
         await asyncio.sleep(0.2 if self._followers else 0)
-        tasks = [*self._followed.values(), *self._passing]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_and_wait([*self._followed.values(), *self._passing])
 
     # ---- those who follow us ----------------------------------------------------------------------------------
 

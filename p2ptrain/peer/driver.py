@@ -34,7 +34,7 @@ from p2ptrain.state.own_log import OwnEntry
 from p2ptrain.state.pieces import Partials
 from p2ptrain.state.tensors import TensorFileError
 from p2ptrain.swarm.identity import format_peer_id
-from p2ptrain.swarm.tasks import failure_logged
+from p2ptrain.swarm.tasks import cancel_and_wait, failure_logged
 
 LOOK_SECONDS = 0.1
 """Between two looks at what others say, while the run's end is waited for."""
@@ -105,10 +105,7 @@ class RoundDriver:
         if self.answering.handing_out:
             await asyncio.wait(self.answering.handing_out, timeout=_GOODBYE_SECONDS)
         await self.feed.close()
-        tasks = [*self._tasks, *self.sending.deliveries]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_and_wait([*self._tasks, *self.sending.deliveries])
 
     def leave(self) -> None:
         """Take no part any more; `stop` ends what is under way."""

@@ -70,7 +70,8 @@ async def crawl(node: DHTNode, routes: Mapping[bytes, Sequence[str]], timeout_se
 
     # When the time is over, what has been seen so far is the answer.
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(spread(), timeout_seconds)
+        async with asyncio.timeout(timeout_seconds):
+            await spread()
     return Census(
         frozenset(peer_id for peer_id, answered in asked.items() if answered),
         frozenset(peer_id for peer_id, answered in asked.items() if not answered),

@@ -110,15 +110,23 @@ class Daemon:
         try:
             return cls(await asyncio.shield(creation))
         except asyncio.CancelledError:
-            # Given up half way, it would leave its child behind.
-            with contextlib.suppress(P2PDaemonError, OSError, ValueError, EOFError):
-                await cls(await creation).stop()
+            # Given up half way, it would leave its child behind: neither creating nor stopping it is cut short, even by
+            # another cancellation.
+            giving_up = asyncio.create_task(cls._stop_created(creation))
+            while not giving_up.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait({giving_up})
             raise
         except (P2PDaemonError, OSError, ValueError, EOFError) as error:
             raise DaemonError(
                 f"the libp2p daemon does not start: {error}",
                 hint="run again with -v; if the program itself is at fault: pip install --force-reinstall hivemind",
             ) from error
+
+    @classmethod
+    async def _stop_created(cls, creation: asyncio.Future[P2P]) -> None:
+        with contextlib.suppress(P2PDaemonError, OSError, ValueError, EOFError):
+            await cls(await creation).stop()
 
     @property
     def pid(self) -> int:
@@ -139,7 +147,8 @@ class Daemon:
             if not call.done():
                 call.set_exception(P2PDaemonError("the libp2p daemon has ended"))
         try:
-            await asyncio.wait_for(self.p2p.shutdown(), STOP_SECONDS)
+            async with asyncio.timeout(STOP_SECONDS):
+                await self.p2p.shutdown()
         except TimeoutError:
             self.p2p._child.kill()
             await self.p2p._child.wait()

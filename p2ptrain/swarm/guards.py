@@ -1,15 +1,18 @@
-"""Limits that hivemind 1.1.12 lacks and that a stranger could use to crash or fill a node. Install before any node.
+"""What hivemind 1.1.12 lacks and a stranger, or bad luck, could use to crash or fill a node. Install before any node.
 
 1. msgpack extension types that nest recurse through Python and C without bound: one 4 KB message ends the process with
    a segmentation fault. Nesting is cut at `MAX_EXTENSION_DEPTH`.
 2. A stream frame states its own length, and the reader buffers until it is there. Frames are cut at `MAX_FRAME_BYTES`.
 3. A node stores whatever it is asked to, for as long as it is asked to. Keys, and bytes under one key, are capped.
+4. An answer that comes just as its call was cancelled or timed out ends the task that reads the daemon's answers, and
+   with it the daemon's use. Such an answer is dropped.
 
 They change hivemind's classes in place, because the node creates these objects itself, deep inside `DHTNode.create`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 from typing import Any
@@ -18,6 +21,7 @@ import hivemind.dht.protocol as dht_protocol
 import msgpack
 from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
 from hivemind.p2p import P2P
+from hivemind.p2p.p2p_daemon_bindings.control import ControlClient
 from hivemind.utils.logging import use_hivemind_log_handler
 from hivemind.utils.serializer import MSGPackSerializer
 
@@ -75,6 +79,22 @@ async def _receive_raw_data(reader: Any) -> bytes:
     return bytes(await reader.readexactly(length))
 
 
+class _OpenCalls(dict[Any, "asyncio.Future[Any]"]):
+    """{call id: its future}; a call that has ended already is not in it, though its caller has yet to take it out."""
+
+    def __contains__(self, call_id: object) -> bool:
+        future = self.get(call_id)
+        return future is not None and not future.done()
+
+
+async def _ensure_persistent_conn(control: ControlClient) -> None:
+    control._pending_calls = _OpenCalls()
+    await _connect_to_daemon(control)
+
+
+_connect_to_daemon = ControlClient._ensure_persistent_conn
+
+
 def install_guards() -> None:
     """Puts the limits in place and hands hivemind's log to ours. Idempotent; any thread."""
     with _installed:
@@ -82,6 +102,7 @@ def install_guards() -> None:
             return
         MSGPackSerializer._decode_ext_types = classmethod(_decode_extension)
         P2P.receive_raw_data = staticmethod(_receive_raw_data)
+        ControlClient._ensure_persistent_conn = _ensure_persistent_conn
         dht_protocol.DHTLocalStorage = BoundedStorage
         use_hivemind_log_handler("nowhere")
         # Its import renames the level for the whole process.

@@ -34,7 +34,8 @@ async def dial(p2p: P2P, peer_id: bytes, routes: Sequence[str], timeout_seconds:
     try:
         # hivemind's own multiaddr class cannot encode Ed25519 ids; the daemon only wants the bytes.
         addresses = [Multiaddr(route) for route in routes]
-        await asyncio.wait_for(p2p._client.connect(PeerID(peer_id), addresses), timeout_seconds)
+        async with asyncio.timeout(timeout_seconds):
+            await p2p._client.connect(PeerID(peer_id), addresses)
     except TimeoutError:
         raise UnreachableError(f"no answer from {goal} within {timeout_seconds:.0f} s", hint=_UNREACHABLE) from None
     except (P2PDaemonError, OSError, EOFError) as error:

@@ -53,7 +53,7 @@ from p2ptrain.swarm.records import (
     peers_key,
     subkey_of,
 )
-from p2ptrain.swarm.tasks import failure_logged
+from p2ptrain.swarm.tasks import cancel_and_wait, failure_logged
 from p2ptrain.swarm.validator import SignedRecordValidator
 
 UPKEEP_SECONDS = 10.0
@@ -158,9 +158,7 @@ class SwarmNode:
 
     async def close(self) -> None:
         """Ends the daemon and removes its sockets. Idempotent."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await cancel_and_wait(self._tasks)
         self._tasks = []
         self.dht.is_alive = False
         await self._daemon.stop()
@@ -229,7 +227,8 @@ class SwarmNode:
 
     async def add_servicer(self, servicer: ServicerBase, namespace: str | None = None) -> None:
         """Lets others call the rpc_* methods of `servicer` in `namespace`, also after the daemon was restarted."""
-        await asyncio.wait_for(servicer.add_p2p_handlers(self._daemon.p2p, namespace=namespace), _REGISTER_SECONDS)
+        async with asyncio.timeout(_REGISTER_SECONDS):
+            await servicer.add_p2p_handlers(self._daemon.p2p, namespace=namespace)
         self._servicers.append((servicer, namespace))
 
     def stub(self, servicer_type: type[ServicerBase], peer_id: bytes, namespace: str | None = None) -> Any:
@@ -298,16 +297,19 @@ class SwarmNode:
 
     async def _store(self, key: str, value: bytes, expires: float, subkey: bytes, timeout_seconds: float) -> bool:
         # An observer's own storage is one that nobody can ask.
-        storing = self.dht.store(key.encode(), value, expires, subkey=subkey, exclude_self=self.observer)
         try:
-            return bool(await asyncio.wait_for(storing, timeout_seconds))
+            async with asyncio.timeout(timeout_seconds):
+                return bool(
+                    await self.dht.store(key.encode(), value, expires, subkey=subkey, exclude_self=self.observer)
+                )
         except TimeoutError:
             return False
 
     async def _get(self, key: str, timeout_seconds: float) -> dict[Any, Any]:
         """{subkey: value} under `key`, unchecked."""
         try:
-            found = await asyncio.wait_for(self.dht.get(key.encode(), latest=True), timeout_seconds)
+            async with asyncio.timeout(timeout_seconds):
+                found = await self.dht.get(key.encode(), latest=True)
         except TimeoutError:
             return {}
         if found is None or not isinstance(found.value, dict):
@@ -341,7 +343,8 @@ class SwarmNode:
         registrations = [servicer.add_p2p_handlers(p2p, namespace=namespace) for servicer, namespace in self._servicers]
         if not self.observer:
             registrations.append(protocol.add_p2p_handlers(p2p, AuthRPCWrapper(protocol, AuthRole.SERVICER, None)))
-        await asyncio.wait_for(asyncio.gather(*registrations), _REGISTER_SECONDS)
+        async with asyncio.timeout(_REGISTER_SECONDS):
+            await asyncio.gather(*registrations)
         self.restarts += 1
         # The new daemon knows no addresses but those that we remember.
         await asyncio.gather(*(self._greet(peer_id) for peer_id in list(self.known_peers)[-16:]))
@@ -368,6 +371,7 @@ class SwarmNode:
 
     async def _explore(self, timeout_seconds: float) -> None:
         """Fills the routing table with the neighbours of this node and of a random place."""
+        places = [self.dht.node_id, DHTID.generate()]
         with contextlib.suppress(TimeoutError):
-            places = [self.dht.node_id, DHTID.generate()]
-            await asyncio.wait_for(self.dht.find_nearest_nodes(places), timeout_seconds)
+            async with asyncio.timeout(timeout_seconds):
+                await self.dht.find_nearest_nodes(places)

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 import uvloop
 
+from p2ptrain.swarm.tasks import cancel_and_wait
+
 T = TypeVar("T")
 
 _logger = logging.getLogger(__name__)
@@ -87,8 +89,5 @@ class NetworkThread:
 
     async def _cancel_all(self) -> None:
         mine = asyncio.current_task()
-        others = [task for task in asyncio.all_tasks() if task is not mine]
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        await cancel_and_wait([task for task in asyncio.all_tasks() if task is not mine])
         self.loop.call_soon(self.loop.stop)

@@ -81,11 +81,21 @@ def swarm(sockets_in: Path) -> Iterator[Swarm]:
     network = NetworkThread()
     swarm = Swarm(network)
     yield swarm
-    network.run(swarm.close(), 60)
-    network.stop()
+    try:
+        network.run(swarm.close(), 60)
+    finally:
+        network.stop()
+        left_behind = [
+            child
+            for child in psutil.Process().children(recursive=True)
+            if child.status() != psutil.STATUS_ZOMBIE and child.name() in ("p2pd", "sh")
+        ]
+        command_lines = [child.cmdline() for child in left_behind]
+        # The next test is not to blame for them.
+        for child in left_behind:
+            child.kill()
+    assert command_lines == []
     assert list(sockets_in.glob("p2ptrain-*")) == []
-    children = [child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
-    assert [child.cmdline() for child in children if child.name() in ("p2pd", "sh")] == []
 
 
 @pytest.fixture

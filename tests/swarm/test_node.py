@@ -215,6 +215,33 @@ def test_a_frame_that_claims_a_terabyte_is_refused(swarm: Swarm) -> None:
     swarm.run(scenario())
 
 
+def test_an_answer_to_a_call_that_has_ended_harms_no_other_call(swarm: Swarm) -> None:
+    async def scenario() -> None:
+        held, release = asyncio.Event(), asyncio.Event()
+
+        class Holding(ServicerBase):
+            async def rpc_echo(self, request: BytesValue, context: P2PContext) -> BytesValue:
+                held.set()
+                await release.wait()
+                return request
+
+        first = await swarm.node()
+        second = await swarm.node(first)
+        await first.add_servicer(Holding(), "run")
+        calling = second.stub(Holding, first.peer_id, "run").rpc_echo(BytesValue(value=b"?"))
+        answer = calling.send(None)
+        await held.wait()
+        # The answer comes after the call's end and before its caller's next turn.
+        answer.cancel()
+        release.set()
+        assert await second.ping(first.peer_id)
+        assert not second.dht.p2p._client.control._read_task.done()
+        calling.close()
+        assert second.restarts == 0
+
+    swarm.run(scenario())
+
+
 # Upkeep
 
 
@@ -396,7 +423,10 @@ def test_a_start_that_is_given_up_leaves_nothing(swarm: Swarm, sockets_in: Path)
     async def scenario() -> None:
         starting = asyncio.create_task(SwarmNode.create(None))
         await swarm.eventually(lambda: any(child.name() == "p2pd" for child in psutil.Process().children()))
-        starting.cancel()
+        # Whoever gives up may do so again before all is cleared away.
+        for _ in range(3):
+            starting.cancel()
+            await asyncio.wait({starting}, timeout=0.01)
         with pytest.raises(asyncio.CancelledError):
             await starting
         assert not any(sockets_in.iterdir())
