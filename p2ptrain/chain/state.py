@@ -10,6 +10,7 @@ program: it must come out the same on every machine, and floating-point solvers 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -141,6 +142,7 @@ def coming_shape(state: ChainState, chunks: int) -> RoundShape:
     return _shape(state.round + 2, state.id, state.following, chunks)
 
 
+@functools.lru_cache(maxsize=16)  # asked for at every event of a round
 def _shape(number: int, base: bytes, members: tuple[Member, ...], chunks: int) -> RoundShape:
     dialable = [i for i, m in enumerate(members) if m.dialable]
     first = [i for i in dialable if members[i].included]

@@ -529,10 +529,12 @@ def simulate(scenario: Scenario) -> Report:
     """Play one scenario in a folder of its own."""
     base = "/dev/shm" if Path("/dev/shm").is_dir() else None
     folder = Path(tempfile.mkdtemp(prefix="p2ptrain-sim-", dir=base))
+    gc.freeze()  # the collection afterwards need not walk through what was there before
     try:
         return World(scenario, folder).run()
     finally:
         _forget_what_is_half_done()
+        gc.unfreeze()
         shutil.rmtree(folder, ignore_errors=True)
 
 
