@@ -31,7 +31,7 @@ def inspect(
         typer.Argument(metavar="ADDR...", help="Address of any peer of the swarm; default: the peer of this home."),
     ] = None,
     run: Annotated[
-        str | None, typer.Option("--run", metavar="NAME|ID", help="Which run, where the network has several.")
+        str | None, typer.Option("--run", metavar="NAME|ID", help="Another run than that of the peer at ADDR.")
     ] = None,
     format: Annotated[Literal["table", "json"], typer.Option("--format", help="Form of the output.")] = "table",
     watch: Annotated[bool, typer.Option("--watch", help="Look again every two seconds, until Ctrl-C.")] = False,
@@ -45,11 +45,12 @@ def inspect(
 
     here = Home(home or default_home())
     given = addresses or _addresses_of(here)
+    own = here.manifest.read_bytes() if not addresses and here.manifest.exists() else None
     parse_addresses(given)
     from p2ptrain.swarm.thread import new_network_loop
 
     with asyncio.Runner(loop_factory=new_network_loop) as runner:
-        if not runner.run(_until_interrupted(_inspect(given, run, format, watch))):
+        if not runner.run(_until_interrupted(_inspect(given, run, own, format, watch))):
             raise typer.Abort
 
 
@@ -87,7 +88,7 @@ def _addresses_of(home: Home) -> list[str]:
     return found
 
 
-async def _inspect(addresses: list[str], choice: str | None, format: str, watch: bool) -> None:
+async def _inspect(addresses: list[str], choice: str | None, own: bytes | None, format: str, watch: bool) -> None:
     from p2ptrain.swarm.node import SwarmNode
 
     try:
@@ -95,7 +96,7 @@ async def _inspect(addresses: list[str], choice: str | None, format: str, watch:
     except UnreachableError as error:
         raise UnreachableError(str(error), hint="is a peer running there? Try the address of another") from error
     try:
-        run_id, name = await _choose_run(node, addresses, choice)
+        run_id, name = await _choose_run(node, addresses, choice, own)
         while True:
             began = time.monotonic()
             seen = await look(node, run_id, name)
@@ -115,11 +116,13 @@ async def look(node: SwarmNode, run_id: bytes, name: str) -> Inspection:
     return inspect_run(run_id, name, records, await node.crawl())
 
 
-async def _choose_run(node: SwarmNode, addresses: list[str], choice: str | None) -> tuple[bytes, str]:
+async def _choose_run(
+    node: SwarmNode, addresses: list[str], choice: str | None, own: bytes | None
+) -> tuple[bytes, str]:
     from p2ptrain.config.manifest import open_manifest
     from p2ptrain.peer.joining import find_run
 
-    manifest, run_id = open_manifest(await find_run(node, addresses, choice))
+    manifest, run_id = open_manifest(await find_run(node, addresses, choice, own))
     return run_id, manifest.name
 
 

@@ -36,7 +36,7 @@ def join(
         ),
     ] = None,
     run: Annotated[
-        str | None, typer.Option("--run", metavar="NAME|ID", help="Which run, where the network has several.")
+        str | None, typer.Option("--run", metavar="NAME|ID", help="Another run than that of the peer at ADDR.")
     ] = None,
     data: Annotated[
         list[Path] | None,

@@ -15,6 +15,7 @@ from p2ptrain.errors import DataError, ManifestError, RunChoiceError, Unreachabl
 from p2ptrain.swarm.addresses import parse_addresses
 from p2ptrain.swarm.identity import format_peer_id
 from p2ptrain.swarm.node import SwarmNode
+from p2ptrain.swarm.records import RunRecord
 
 ATTEMPTS = 3
 RETRY_SECONDS = 1.0
@@ -27,26 +28,38 @@ SAY_AFTER_SECONDS = 10.0
 SAY_EVERY_SECONDS = 30.0
 """How often it says what it waits for."""
 LOOK_SECONDS = 0.5
+LISTED_RUNS = 20
+"""Runs that a message lists."""
 
 _logger = logging.getLogger(__name__)
 
 
-async def find_run(node: SwarmNode, addresses: list[str], choice: str | None) -> bytes:
-    """The signed manifest of the run at `addresses`, or of the one in their DHT that `choice` (name or id) names.
+async def find_run(node: SwarmNode, addresses: list[str], choice: str | None, own: bytes | None = None) -> bytes:
+    """The signed manifest of the run that the peers at `addresses` are in, or of the one that `choice` names.
+
+    What others publish in the same DHT counts only where those peers are in no run, or not in the one named. Of two
+    runs of one name theirs is meant.
+
+    Args:
+        choice: name or id of a run.
+        own: signed manifest of the run that this home is in. Without a choice the home goes back to it, unless all of
+            those peers are in others.
 
     Raises:
         RunChoiceError: no run, several and no choice, or none of that name.
-        ManifestError: what peers hand out as the run's manifest is none.
+        ManifestError: what a peer hands out as the run's manifest is none.
     """
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            await asyncio.sleep(RETRY_SECONDS)
-        manifests, records = await _ask(node, addresses), await node.read_runs()
-        if manifests or records:
-            break
-    names = {run_id: listed[0].name for run_id, listed in records.items()}
-    names |= {run_id: open_manifest(signed, run_id)[0].name for run_id, signed in manifests.items()}
-    chosen = _choose(names, choice)
+    manifests, records = await _look_for_runs(node, addresses)
+    theirs = {run_id: open_manifest(signed, run_id)[0].name for run_id, signed in manifests.items()}
+    asked = parse_addresses(addresses).keys()
+    for run_id, listed in records.items():
+        if any(record.peer_id in asked for record in listed):
+            theirs.setdefault(run_id, listed[0].name)
+    if choice is None and own is not None and (not theirs or open_manifest(own)[1] in theirs):
+        return own
+    everyone = {run_id: listed[0].name for run_id, listed in records.items()} | theirs
+    at_hand = theirs if choice is None else _named(theirs, choice)
+    chosen = _choose(at_hand or everyone, choice)
     if chosen in manifests:
         return manifests[chosen]
     signed = await node.get_manifest(chosen)
@@ -62,9 +75,24 @@ async def find_run(node: SwarmNode, addresses: list[str], choice: str | None) ->
             signed = None
     if signed is None:
         raise RunChoiceError(
-            f"the manifest of run {names[chosen]!r} cannot be had from anyone", hint="give the address of a peer in it"
+            f"the manifest of run {everyone[chosen]!r} cannot be had from anyone",
+            hint="give the address of a peer in it",
         )
     return signed
+
+
+async def _look_for_runs(
+    node: SwarmNode, addresses: list[str]
+) -> tuple[dict[bytes, bytes], dict[bytes, list[RunRecord]]]:
+    """{run id: signed manifest} of the peers at `addresses`, and {run id: its records} of all runs in their DHT."""
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            await asyncio.sleep(RETRY_SECONDS)
+        manifests = await _ask(node, addresses)
+        records = await node.read_runs()
+        if manifests or (records and not addresses):
+            break
+    return manifests, records
 
 
 async def _ask(node: SwarmNode, addresses: list[str]) -> dict[bytes, bytes]:
@@ -87,17 +115,28 @@ def _choose(names: dict[bytes, str], choice: str | None) -> bytes:
         raise RunChoiceError(
             "there is no run in this network", hint="start one: p2ptrain init run.toml; p2ptrain bootstrap run.toml"
         )
-    listing = "".join(f"\n  {run_id.hex()[:16]}  {name}" for run_id, name in sorted(names.items(), key=lambda i: i[1]))
+    # Anyone can publish any number of runs.
+    lines = [f"\n  {run_id.hex()[:16]}  {name}" for run_id, name in sorted(names.items(), key=lambda i: i[1])]
+    listing = "".join(lines[:LISTED_RUNS]) + (f"\n  and {len(lines) - LISTED_RUNS} more" * (len(lines) > LISTED_RUNS))
     if choice is None:
         if len(names) > 1:
             raise RunChoiceError(f"there are several runs in this network:{listing}", hint="again with --run NAME|ID")
         return next(iter(names))
-    wanted = choice.lower()
-    found = [r for r, name in names.items() if name == choice or (len(wanted) >= 4 and r.hex().startswith(wanted))]
+    found = _named(names, choice)
     if len(found) != 1:
         problem = "no run" if not found else "several runs"
         raise RunChoiceError(f"{problem} called {choice!r}; there are:{listing}", hint="again with --run ID")
-    return found[0]
+    return next(iter(found))
+
+
+def _named(names: dict[bytes, str], choice: str) -> dict[bytes, str]:
+    """Those of `names` {run id: name} that `choice` (a name, or the beginning of an id) may mean."""
+    wanted = choice.lower()
+    return {
+        run_id: name
+        for run_id, name in names.items()
+        if name == choice or (len(wanted) >= 4 and run_id.hex().startswith(wanted))
+    }
 
 
 async def fetch_corpus(

@@ -214,12 +214,15 @@ class PeerSession:
         return Run(opened, run_id, signed, founder=not lives)
 
     def find_run(self, addresses: list[str], choice: str | None) -> Run:
-        """Ask the peers at `addresses`, and the DHT, which run there is.
+        """Find the run that the peers at `addresses` are in, or the one of that name or id.
+
+        Without a choice this home goes back to its own, unless all of them are in others.
 
         Raises:
             RunChoiceError: none, or several and no choice made.
         """
-        finding = joining.find_run(self.node, addresses, choice)
+        own = self.own_run()
+        finding = joining.find_run(self.node, addresses, choice, None if own is None else own.signed)
         signed = self.network.run(finding, FIND_RUN_SECONDS)
         manifest, run_id = open_manifest(signed)
         return Run(manifest, run_id, signed, founder=False)

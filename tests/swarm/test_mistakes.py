@@ -101,7 +101,7 @@ def test_a_network_without_a_run(peer_process: Callable[..., PeerProcess], tmp_p
     assert "no run" in refused(8, "join", peer.report["addresses"][0], *flags)
 
 
-def test_a_network_with_several_runs_lists_them_and_one_can_be_chosen(swarm: Swarm) -> None:
+def test_in_a_network_with_several_runs_an_address_means_the_run_of_its_peer(swarm: Swarm) -> None:
     swarm.write_manifest()
     address = swarm.bootstrap("ada").address()
     text = swarm.manifest.read_text()
@@ -110,13 +110,15 @@ def test_a_network_with_several_runs_lists_them_and_one_can_be_chosen(swarm: Swa
     shutil.copytree(swarm.folder / "ada" / "data", swarm.folder / "grace" / "data")
     other = swarm.bootstrap("grace", "--initial-peers", address).address()
     flags = ("--home", str(swarm.folder / "linus"), "--host", "127.0.0.1")
-    for asked in (address, other):
-        message = refused(8, "join", asked, *flags)
-        assert "test" in message and "other" in message and "--run" in message
+    message = refused(8, "join", address, other, *flags)
+    assert "test" in message and "other" in message and "--run" in message
     refused(8, "join", address, "--run", "third", *flags)
     linus = swarm.join("linus", address, "--run", "other").started()
     linus.reaches(3)
+    assert run("inspect", address).stdout.startswith("run test")
+    assert run("inspect", other).stdout.startswith("run other")
     assert run("inspect", address, "--run", "other").stdout.startswith("run other")
+    assert run("inspect", "--home", str(linus.home)).stdout.startswith("run other")
 
 
 @pytest.mark.parametrize("goodbye", [True, False])
