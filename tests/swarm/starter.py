@@ -1,4 +1,4 @@
-"""Starts `p2ptrain` processes that need not load torch and hivemind, which takes seconds: each is forked from this one.
+"""Starts `p2ptrain` processes as forks of itself, which need not load torch, hivemind and compiled loops for seconds.
 
 Reads requests from a socket, the number of which it is given: arguments and environment as JSON, with the new process's
 stdout and stderr. Answers {"started": pid}, and says {"ended": [pid, exit code]} when it has. Ends with the other end
@@ -53,12 +53,15 @@ def serve(requests: socket.socket) -> list[str] | None:
 
 if __name__ == "__main__":
     import hivemind  # noqa: F401
-    import torch  # noqa: F401
+    import torch
 
     import p2ptrain.cli.main
     import p2ptrain.observe.census
     import p2ptrain.peer.session  # noqa: F401
+    from p2ptrain.training.selftest import make_ready
 
+    torch.set_num_threads(1)
+    make_ready(torch.device("cpu"))
     assert len(os.listdir("/proc/self/task")) == 1, "a fork has none of the other threads"
     arguments = serve(socket.socket(fileno=int(sys.argv[1])))
     if arguments is not None:

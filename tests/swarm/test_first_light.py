@@ -71,8 +71,9 @@ def test_the_others_train_on_when_the_bootstrap_peer_is_killed(swarm: Swarm, mom
     swarm.write_manifest(last_round=90)
     ada = swarm.bootstrap("ada", failpoint="reply_half_sent")
     address = ada.address()
-    grace = swarm.join("grace", address).started()
-    linus = swarm.join("linus", address).started()
+    grace, linus = (swarm.join(name, address) for name in ("grace", "linus"))
+    grace.started()
+    linus.started()
     observer = swarm.watch(joined_address(grace))
     observer.sees({"ada": "training", "grace": "training", "linus": "training"}, 60)
     if moment == "a reply half sent":
