@@ -1,19 +1,26 @@
 """Peers as a user runs them: one `p2ptrain` process each, over real sockets, with a home of its own.
 
-What a test waits for is what a user could see: the peer's log, its journal, `p2ptrain inspect`.
+What a test waits for is what a user could see: the peer's log, its journal, `p2ptrain inspect`. Processes are forked
+from one that has loaded what they need (`starter.py`), or, where a test says so, are `python -m p2ptrain`.
 """
 
 from __future__ import annotations
 
+import atexit
+import functools
+import itertools
 import json
 import os
 import re
+import select
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -56,9 +63,121 @@ root_interval = {root_interval}
 """
 
 
-def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """One command to its end."""
-    return subprocess.run([*P2PTRAIN, *arguments], capture_output=True, text=True, timeout=120, **options)
+class Starter:
+    """`starter.py`."""
+
+    def __init__(self) -> None:
+        self._socket, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        script = str(Path(__file__).with_name("starter.py"))
+        # With one thread, as peers have: a pool of them would not live on in a fork.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, script, str(other.fileno())],
+            pass_fds=[other.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env=environment,
+        )
+        other.close()
+        self._started: list[int] = []
+        #: pid -> exit code
+        self._ended: dict[int, int] = {}
+
+    def start(self, arguments: tuple[str, ...], environment: dict[str, str], stdout: int, stderr: int) -> int:
+        """Returns the pid."""
+        asked = {"arguments": arguments, "environment": environment}
+        socket.send_fds(self._socket, [json.dumps(asked).encode()], [stdout, stderr])
+        while not self._started:
+            self._hear()
+        return self._started.pop()
+
+    def ended(self, pid: int, seconds: float) -> int | None:
+        """The exit code of a process that ends within that time."""
+        deadline = time.monotonic() + seconds
+        while pid not in self._ended:
+            if not select.select([self._socket], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                return None
+            self._hear()
+        return self._ended[pid]
+
+    def _hear(self) -> None:
+        message = self._socket.recv(1000)
+        assert message, f"the starter of peers has ended with {self._process.wait()}"
+        match json.loads(message):
+            case {"started": pid}:
+                self._started.append(pid)
+            case {"ended": [pid, code]}:
+                self._ended[pid] = code
+
+    def close(self) -> None:
+        """End it; not what it has started."""
+        self._socket.close()
+        self._process.wait()
+
+
+@functools.cache
+def starters() -> Iterator[Starter]:
+    """By turns: each has strings' hashes, and so the order of sets, of its own, as two processes of users have."""
+    made = [Starter(), Starter()]
+    for starter in made:
+        atexit.register(starter.close)
+    return itertools.cycle(made)
+
+
+class Forked:
+    """A forked process: what tests use of `subprocess.Popen`."""
+
+    def __init__(self, *arguments: str, stdout: int | IO[str], stderr: IO[str], env: dict[str, str]) -> None:
+        self.stdout: IO[str] | None = None
+        self._starter = next(starters())
+        if stdout == subprocess.PIPE:
+            reading, writing = os.pipe()
+            self.stdout = os.fdopen(reading)
+            self.pid = self._starter.start(arguments, env, writing, stderr.fileno())
+            os.close(writing)
+        else:
+            assert not isinstance(stdout, int)
+            self.pid = self._starter.start(arguments, env, stdout.fileno(), stderr.fileno())
+
+    def poll(self) -> int | None:
+        return self._starter.ended(self.pid, 0.0)
+
+    def wait(self, timeout: float = 120.0) -> int:
+        code = self._starter.ended(self.pid, timeout)
+        if code is None:
+            raise subprocess.TimeoutExpired("p2ptrain", timeout)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def start(*arguments: str, stderr: IO[str], env: dict[str, str], fresh: bool) -> Forked | subprocess.Popen[str]:
+    """One command, with its output in a pipe; `fresh`: in a process that loads all itself."""
+    if not fresh:
+        return Forked(*arguments, stdout=subprocess.PIPE, stderr=stderr, env=env)
+    return subprocess.Popen([*P2PTRAIN, *arguments], stdout=subprocess.PIPE, stderr=stderr, text=True, env=env)
+
+
+def run(*arguments: str, fresh: bool = False) -> subprocess.CompletedProcess[str]:
+    """One command to its end; `fresh`: in a process that loads all itself."""
+    if fresh:
+        return subprocess.run([*P2PTRAIN, *arguments], capture_output=True, text=True, timeout=120)
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        process = Forked(*arguments, stdout=out, stderr=errors, env=dict(os.environ))
+        try:
+            code = process.wait()
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise
+        out.seek(0)
+        errors.seek(0)
+        return subprocess.CompletedProcess(arguments, code, out.read(), errors.read())
 
 
 def eventually(condition: Callable[[], Any], seconds: float, what: str) -> Any:
@@ -82,12 +201,8 @@ class Peer:
         self._trigger = swarm.folder / f"{name}-dies"
         environment = {**os.environ, "P2PTRAIN_FAILPOINT": f"{failpoint}@{self._trigger}", "OMP_NUM_THREADS": "1"}
         flags = ["--home", str(self.home), "--name", name, "--host", "127.0.0.1", "--threads", "1", "-v"]
-        self.process = subprocess.Popen(
-            [*P2PTRAIN, *command, *flags, "--log-format", "json"],
-            stdout=subprocess.PIPE,
-            stderr=self._err,
-            text=True,
-            env=environment,
+        self.process = start(
+            *command, *flags, "--log-format", "json", stderr=self._err, env=environment, fresh=swarm.fresh
         )
         self._swarm = swarm
 
@@ -164,15 +279,11 @@ class Peer:
 class Observer:
     """`p2ptrain inspect --watch --format json`: what it printed last."""
 
-    def __init__(self, address: str, log: Path) -> None:
+    def __init__(self, address: str, log: Path, *, fresh: bool) -> None:
         self._log = log
+        command = ("inspect", address, "--watch", "--format", "json", "-v")
         with log.open("w") as errors:
-            self.process = subprocess.Popen(
-                [*P2PTRAIN, "inspect", address, "--watch", "--format", "json", "-v"],
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-            )
+            self.process = start(*command, stderr=errors, env=dict(os.environ), fresh=fresh)
         self._latest: dict[str, Any] | None = None
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -204,13 +315,15 @@ class Observer:
             self.process.send_signal(signal.SIGINT)
             self.process.wait(15)
         self._reader.join()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
 
 
 class Swarm:
-    """The peers of one test, and the manifest of their run."""
+    """The peers of one test, and the manifest of their run; `fresh`: each process loads all itself."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, fresh: bool = False) -> None:
+        self.folder, self.fresh = folder, fresh
         self.peers: list[Peer] = []
         self.observers: list[Observer] = []
         #: every process that a peer started
@@ -232,7 +345,7 @@ class Swarm:
         self.text.write_bytes(load_embedded().train[:400_000])
         made = self.folder / "made.toml"
         flags = ["--license", "LicenseRef-Public-Domain", "--home", str(self.folder / name)]
-        done = run("init", str(made), "--data", str(self.text), *flags)
+        done = run("init", str(made), "--data", str(self.text), *flags, fresh=self.fresh)
         assert done.returncode == 0, done.stderr
         return re.split(r"\n\[", made.read_text().split("[data]\n")[1])[0]
 
@@ -250,7 +363,8 @@ class Swarm:
 
     def watch(self, address: str) -> Observer:
         """Have somebody look on from now on."""
-        self.observers.append(Observer(address, self.folder / f"observer-{len(self.observers)}.log"))
+        log = self.folder / f"observer-{len(self.observers)}.log"
+        self.observers.append(Observer(address, log, fresh=self.fresh))
         return self.observers[-1]
 
     def close(self) -> None:

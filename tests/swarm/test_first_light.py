@@ -42,6 +42,7 @@ def same_replica(*peers: Peer) -> None:
 
 
 def test_a_late_peer_ends_bit_identical_and_inspect_tells_the_truth_all_along(swarm: Swarm) -> None:
+    swarm.fresh = True  # as users start them
     swarm.write_manifest(last_round=120)
     ada = swarm.bootstrap("ada")
     address = ada.address()
@@ -59,9 +60,9 @@ def test_a_late_peer_ends_bit_identical_and_inspect_tells_the_truth_all_along(sw
         assert peer["tokens_per_second"] > 0 or peer["name"] == "linus"
         assert peer["last_seen_seconds"] < 10
     same_replica(ada, grace, linus)
-    result = run("eval", "--home", str(linus.home), "--format", "json", "--max-tokens", "500")
+    result = run("eval", "--home", str(linus.home), "--format", "json", "--max-tokens", "500", fresh=True)
     assert json.loads(result.stdout)["parameters_sha256"] == linus.replica()[1]
-    text = run("sample", "--home", str(linus.home), "--prompt", "Fellow citizens", "--tokens", "5").stdout
+    text = run("sample", "--home", str(linus.home), "--prompt", "Fellow citizens", "--tokens", "5", fresh=True).stdout
     assert text.startswith("Fellow citizens")
 
 
@@ -70,8 +71,9 @@ def test_the_others_train_on_when_the_bootstrap_peer_is_killed(swarm: Swarm, mom
     swarm.write_manifest(last_round=90)
     ada = swarm.bootstrap("ada", failpoint="reply_half_sent")
     address = ada.address()
-    grace = swarm.join("grace", address).started()
-    linus = swarm.join("linus", address).started()
+    grace, linus = (swarm.join(name, address) for name in ("grace", "linus"))
+    grace.started()
+    linus.started()
     observer = swarm.watch(joined_address(grace))
     observer.sees({"ada": "training", "grace": "training", "linus": "training"}, 60)
     if moment == "a reply half sent":
