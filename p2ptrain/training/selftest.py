@@ -73,6 +73,7 @@ def make_ready(device: torch.device) -> None:
         check(device)
     finally:
         say.cancel()
+        say.join()
     _logger.debug("codec warm and its bits checked after %.1f s", time.monotonic() - began)
 
 
