@@ -47,6 +47,8 @@ class Home:
         self.checkpoints = path / "checkpoints"
         #: own contributions that are not settled yet
         self.own = path / "own"
+        #: members of the last state that this peer shared with another
+        self.company = path / "company"
         #: what this peer heard and decided before its last failure
         self.decisions = path / "decisions.log"
         #: corpora and their tokens

@@ -2,8 +2,8 @@
 
 The same calls serve a peer one seal behind, a newcomer, and one that changes to another chain: rounds that continue an
 id both know, or a snapshot with the rounds since. Everything is checked before it counts: seals and replies one by one,
-pieces under the root, the root against a later seal. What is trusted is that the donor's chain is the swarm's; its
-`total` must be larger than ours, and only signed seals of its own members make one.
+pieces under the root, the root against a later seal. Whether the donor's chain is the swarm's is for fork choice to
+say (`chain/forks.py`).
 
 Lives on the network thread. Worker threads read and hash for it: what they need is given to them whole, and what they
 find is returned.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from p2ptrain.calls.messages import (
     Tip,
 )
 from p2ptrain.chain import ChainState
+from p2ptrain.chain.forks import PAST_MAX, Mark
 from p2ptrain.chain.sealed import SealedRound, check_continues, decode_sealed
 from p2ptrain.compression import wire
 from p2ptrain.compression.codec import Codec
@@ -164,8 +166,8 @@ class CatchingUp:
             await asyncio.to_thread(_check, state, rounds, self._codec)
         return RoundsFetched(donor, header.ancestor, rounds)
 
-    async def change_chain(self, donor: bytes) -> tuple[Restore, ChainState]:
-        """What it takes to go over to the donor's chain, and where that stands.
+    async def change_chain(self, donor: bytes) -> tuple[Restore, ChainState, tuple[Mark, ...]]:
+        """What it takes to go over to the donor's chain, where that stands, and its last marks, oldest first.
 
         Starts from what both have: the newest snapshot of ours that the donor's journal continues, or the run's
         beginning; else, or as a newcomer to a long chain, from a snapshot of the donor's.
@@ -196,11 +198,11 @@ class CatchingUp:
         if snapshot is not None:
             data = await asyncio.to_thread(snapshot.read)
             base = self._snapshot_chain(data)
-        rounds, state = await self._to_tip(donor, base, header.tip.round, encoded)
+        rounds, state, marks = await self._to_tip(donor, base, header.tip.round, encoded)
         if snapshot is not None and downloaded and not self._root_is_sealed(snapshot, rounds):
             snapshot.path.unlink(missing_ok=True)
             raise CallError("the root of its snapshot is not sealed")
-        return Restore(data, base, rounds, not downloaded), state
+        return Restore(data, base, rounds, not downloaded), state, marks
 
     def adopt(self, restore: Restore) -> None:
         """Make the fetched chain ours on disk."""
@@ -255,13 +257,16 @@ class CatchingUp:
 
     async def _to_tip(
         self, donor: bytes, base: ChainState, tip_round: int, encoded: list[bytes]
-    ) -> tuple[tuple[SealedRound, ...], ChainState]:
-        """All rounds from `base` on, checked, and the chain after them."""
+    ) -> tuple[tuple[SealedRound, ...], ChainState, tuple[Mark, ...]]:
+        """All rounds from `base` on, checked, the chain after them, and the last marks on the way there."""
         rounds: list[SealedRound] = []
+        marks = deque([Mark.of(base)], maxlen=PAST_MAX)
         state, size = base, 0
         while encoded:
             batch = await asyncio.to_thread(_decode, encoded)
-            state = await asyncio.to_thread(_check, state, batch, self._codec)
+            for sealed, after in zip(batch, await asyncio.to_thread(_check, state, batch, self._codec), strict=True):
+                state = after
+                marks.append(Mark.of(state, sealed.seal, marks[-1]))
             rounds += batch
             size += sum(map(len, encoded))
             self._progress("rounds", state.round, max(state.round, tip_round))
@@ -270,7 +275,7 @@ class CatchingUp:
             header, encoded = await self._client.rounds(donor, (state.id,), self._round_max_bytes)
             if header.ancestor != state.id:
                 raise CallError("its chain changed meanwhile")
-        return tuple(rounds), state
+        return tuple(rounds), state, tuple(marks)
 
 
 def _decode(encoded: list[bytes]) -> tuple[SealedRound, ...]:
@@ -278,11 +283,13 @@ def _decode(encoded: list[bytes]) -> tuple[SealedRound, ...]:
     return tuple(decode_sealed(one, verify) for one in encoded)
 
 
-def _check(state: ChainState, rounds: tuple[SealedRound, ...], codec: Codec) -> ChainState:
-    """The chain after `rounds`. Raises SealedRoundError."""
+def _check(state: ChainState, rounds: tuple[SealedRound, ...], codec: Codec) -> list[ChainState]:
+    """The chain after each of `rounds`. Raises SealedRoundError."""
+    states = []
     for sealed in rounds:
         state = check_continues(state, sealed, codec)
-    return state
+        states.append(state)
+    return states
 
 
 def _chain_at(path: Path, snapshot_chain: Callable[[bytes], ChainState]) -> ChainState:

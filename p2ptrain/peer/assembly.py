@@ -19,6 +19,7 @@ from p2ptrain.config.home import Home
 from p2ptrain.config.manifest import DataConfig, Manifest, ModelConfig
 from p2ptrain.data.corpus import Corpus, pack
 from p2ptrain.data.obtaining import shared_sha256
+from p2ptrain.history.remembered import past_of, read_company
 from p2ptrain.models.gpt import GPT
 from p2ptrain.peer.driver import RoundDriver
 from p2ptrain.peer.parts import DriverParts
@@ -90,6 +91,7 @@ def driver_parts(
         sync_progress: hears (what, bytes done, bytes in all) while a snapshot is fetched.
         traffic: counts what is sent and received.
     """
+    snapshots = SnapshotStore(home.checkpoints)
     machine = RoundMachine(
         node.peer_id,
         rules_of(run.manifest, replica.codec.chunks),
@@ -97,6 +99,8 @@ def driver_parts(
         node.identity.sign,
         Row(0, 0, uplink.declared_kbit),
         founder=run.founder,
+        past=past_of(replica.chain, journal, snapshots, replica.snapshot_chain, replica.codec.chunks),
+        company=read_company(home.company),
     )
     return DriverParts(
         node=node,
@@ -107,7 +111,7 @@ def driver_parts(
         machine=machine,
         journal=journal,
         own_log=own_log,
-        snapshots=SnapshotStore(home.checkpoints),
+        snapshots=snapshots,
         inbox=inbox,
         uplink=uplink,
         traffic=Traffic() if traffic is None else traffic,
@@ -116,6 +120,7 @@ def driver_parts(
         packed_corpus=packed_corpus,
         sync_progress=sync_progress,
         decisions_log=home.decisions,
+        company=home.company,
     )
 
 

@@ -24,6 +24,7 @@ from p2ptrain.calls.servicer import PeerServicer
 from p2ptrain.chain import Member, Seal, SealError
 from p2ptrain.chain.sealed import Key, SealedRoundError
 from p2ptrain.history.catching_up import CatchingUp
+from p2ptrain.history.remembered import write_company
 from p2ptrain.observe.status import Standing
 from p2ptrain.peer.answering import Answering
 from p2ptrain.peer.parts import DriverParts
@@ -89,6 +90,8 @@ class RoundDriver:
         self.syncing = False
         self.leaving = False
         self._decisions_written = False
+        #: as it is on disk
+        self._company = self.machine.company
         #: how it is with this peer: replaced whole, never changed. Any thread may read it
         self.standing = Standing(head_round=self.machine.head.round)
 
@@ -174,6 +177,9 @@ class RoundDriver:
         try:
             while self._effects:
                 self._perform(self._effects.popleft())
+            if self.machine.company is not self._company:
+                self._company = self.machine.company
+                write_company(self._p.company, self._company)
         except OSError as error:
             self._fail(error)
         finally:
@@ -311,12 +317,12 @@ class RoundDriver:
         """Go over to a donor's chain: on disk first, then in the trainer's queue, then in the machine."""
         self.syncing = True
         try:
-            restore, state = await self.catching_up.change_chain(effect.donor)
-            if not self.machine.worth_changing_to(restore, state):
+            restore, state, marks = await self.catching_up.change_chain(effect.donor)
+            if not self.machine.worth_changing_to(marks, effect.donor, self._now()):
                 raise CallError("its chain is not the better one after all")
             self.catching_up.adopt(restore)
             self._p.inbox.put(restore)
-            self.dispatch(events.Synced(state))
+            self.dispatch(events.Synced(state, marks))
             self.follow_members()
         except (CallError, SealedRoundError, TensorFileError, OSError) as error:
             _logger.warning("could not fetch the state of %s: %s", format_peer_id(effect.donor)[-8:], error)

@@ -40,5 +40,7 @@ class DriverParts:
     """Any thread."""
     packed_corpus: Callable[[], bytes | None]
     sync_progress: Callable[[str, int, int], None]
+    company: Path
+    """Keeps with whom this peer was last on one chain."""
     decisions_log: Path
     """Where a failure leaves what the machine heard and decided last."""

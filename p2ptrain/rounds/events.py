@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from p2ptrain.chain import ChainState, RoundShape, Row, Seal, SignedSeal
+from p2ptrain.chain.forks import Mark
 from p2ptrain.chain.sealed import Key, Reply, SealedRound
 
 # ---- events ---------------------------------------------------------------------------------------------------
@@ -112,6 +113,8 @@ class Synced:
     """A snapshot was loaded and checked: the chain stands here now."""
 
     state: ChainState
+    past: tuple[Mark, ...] = ()
+    """Marks of that chain up to `state`, as far as they were fetched."""
 
 
 @dataclass(frozen=True, slots=True)

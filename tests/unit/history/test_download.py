@@ -87,7 +87,7 @@ class World:
 
     async def fetch(self, learner: Peer, donor: Peer, *others: Peer) -> Restore:
         learner.knows = [other.id for other in others]
-        restore, state = await learner.catching_up.change_chain(donor.id)
+        restore, state, _ = await learner.catching_up.change_chain(donor.id)
         assert state == self.lone.states[-1]
         assert restore.snapshot is not None and restore.snapshot == DATA
         assert not list(learner.store.folder.glob("partial-*"))

@@ -18,6 +18,7 @@ from virtual import FakeNode, Network, run
 from p2ptrain import chain
 from p2ptrain.calls.uplink import UplinkMeter
 from p2ptrain.chain import ChainState
+from p2ptrain.chain.forks import Mark
 from p2ptrain.chain.sealed import SealedRound
 from p2ptrain.config.home import Home
 from p2ptrain.peer.assembly import Run, driver_parts
@@ -77,6 +78,16 @@ def driver_of(home: Home, lone: Lone) -> tuple[RoundDriver, Journal, Inbox]:
     return RoundDriver(parts), journal, inbox
 
 
+def marks_of(lone: Lone, rounds: list[SealedRound]) -> tuple[Mark, ...]:
+    """Of the chain of these rounds from the beginning on."""
+    state = lone.states[0]
+    marks = [Mark.of(state)]
+    for sealed in rounds:
+        state = chain.extend(state, sealed.id, sealed.seal, lone.chunks)
+        marks.append(Mark.of(state, sealed.seal, marks[-1]))
+    return tuple(marks)
+
+
 def goes_over(home: Home, lone: Lone, rounds: list[SealedRound], state: ChainState, *, common: bool = True) -> bool:
     """Whether the driver follows these rounds, the first of all to the last, once they are fetched."""
 
@@ -85,8 +96,8 @@ def goes_over(home: Home, lone: Lone, rounds: list[SealedRound], state: ChainSta
         driver._do(driver.machine.start(driver._now()))
         restore = Restore(None, lone.states[0], tuple(rounds), common)
 
-        async def fetched(donor: bytes) -> tuple[Restore, ChainState]:
-            return restore, state
+        async def fetched(donor: bytes) -> tuple[Restore, ChainState, tuple[Mark, ...]]:
+            return restore, state, marks_of(lone, rounds)
 
         driver.catching_up.change_chain = fetched  # type: ignore[method-assign]
         head = driver.machine.head
@@ -102,19 +113,24 @@ def goes_over(home: Home, lone: Lone, rounds: list[SealedRound], state: ChainSta
     return result
 
 
-def test_a_member_does_not_change_to_its_own_chain_with_anothers_solo_seal_of_no_more_work(
-    home: Home, lone: Lone
-) -> None:
+@pytest.mark.parametrize("work", [0, 1, 5])
+def test_a_member_does_not_change_to_its_own_chain_with_a_strangers_seals(home: Home, lone: Lone, work: int) -> None:
     solo = seal(lone.states[-1], ZOE, lone.chunks, (None,), solo=True)
-    after = chain.extend(lone.states[-1], solo.id, solo.seal, lone.chunks)
-    assert not goes_over(home, lone, [*lone.rounds, solo], after)
+    state, rounds = chain.extend(lone.states[-1], solo.id, solo.seal, lone.chunks), [*lone.rounds, solo]
+    for _ in range(work):
+        rounds.append(seal(state, ZOE, lone.chunks, (lone.reply(lone.replica.optimizer.select()),)))
+        state = chain.extend(state, rounds[-1].id, rounds[-1].seal, lone.chunks)
+    assert not goes_over(home, lone, rounds, state)
 
 
-def test_it_does_once_there_is_more_work_after_the_solo_seal(home: Home, lone: Lone) -> None:
-    solo = seal(lone.states[-1], ZOE, lone.chunks, (None,), solo=True)
-    after = chain.extend(lone.states[-1], solo.id, solo.seal, lone.chunks)
-    work = seal(after, ZOE, lone.chunks, (lone.reply(lone.replica.optimizer.select()),))
-    assert goes_over(home, lone, [*lone.rounds, solo, work], chain.extend(after, work.id, work.seal, lone.chunks))
+def test_a_member_does_not_leave_its_own_seals_for_a_strangers(home: Home, lone: Lone) -> None:
+    state, rounds = lone.states[-2], lone.rounds[:-1]
+    for number in range(9):
+        replies = (lone.reply(lone.replica.optimizer.select()),) if number else (None,)
+        rounds = [*rounds, seal(state, ZOE, lone.chunks, replies, solo=not number)]
+        state = chain.extend(state, rounds[-1].id, rounds[-1].seal, lone.chunks)
+    assert state.total > lone.states[-1].total
+    assert not goes_over(home, lone, rounds, state)
 
 
 def test_a_seal_of_its_own_group_is_followed_with_no_more_work_too(home: Home, lone: Lone) -> None:
@@ -123,30 +139,14 @@ def test_a_seal_of_its_own_group_is_followed_with_no_more_work_too(home: Home, l
     assert goes_over(home, lone, [*lone.rounds, skip], after)
 
 
-@pytest.mark.parametrize("smaller", [True, False])
-def test_a_longer_fork_of_as_much_work_is_followed_by_its_id_alone(home: Home, lone: Lone, smaller: bool) -> None:
-    """Each side would change to the other's chain, if one went by length and the other by id."""
-    ours, payload = lone.states[-1], lone.reply(lone.replica.optimizer.select())
-    for name in "abcdefghijklmnop":
-        other, state = identity_of(name), lone.states[-2]
-        solo = seal(state, other, lone.chunks, (None,), solo=True)
-        state = chain.extend(state, solo.id, solo.seal, lone.chunks)
-        work = seal(state, other, lone.chunks, (payload,))
-        state = chain.extend(state, work.id, work.seal, lone.chunks)
-        if (state.id < ours.id) == smaller:
-            break
-    assert (state.total, state.round, state.id < ours.id) == (ours.total, ours.round + 1, smaller)
-    assert goes_over(home, lone, [*lone.rounds[:-1], solo, work], state) == smaller
-
-
 def test_its_own_chain_is_fetched_anew_for_a_replica_gone_wrong(home: Home, lone: Lone) -> None:
     async def scenario() -> None:
         driver, _, inbox = driver_of(home, lone)
         driver._do(driver.machine.start(driver._now()))
         restore = Restore(None, lone.states[0], tuple(lone.rounds))
 
-        async def fetched(donor: bytes) -> tuple[Restore, ChainState]:
-            return restore, lone.states[-1]
+        async def fetched(donor: bytes) -> tuple[Restore, ChainState, tuple[Mark, ...]]:
+            return restore, lone.states[-1], marks_of(lone, lone.rounds)
 
         driver.catching_up.change_chain = fetched  # type: ignore[method-assign]
         await driver._resync(events.Resync(ZOE.peer_id, "as the test wants it"))

@@ -251,21 +251,49 @@ def test_a_chain_that_is_not_better_is_not_fetched_over_and_over() -> None:
     assert asked <= 1
 
 
-def test_a_solo_seal_of_nobodys_work_does_not_take_the_group_apart() -> None:
+def test_a_members_solo_seal_of_nobodys_work_does_not_take_the_group_apart() -> None:
     state = standing("a", "b")
     machine = machine_of("a", state)
-    stranger, after = seal_after(state, "z", {}, solo=True)
-    effects = machine.handle(heard(stranger, "z"), 0.5)
-    effects += machine.handle(tip("z", after), 0.6)
+    alone, after = seal_after(state, "b", {}, solo=True)
+    effects = machine.handle(heard(alone, "b"), 0.5)
+    effects += machine.handle(RoundsFetched(identity_of("b").peer_id, state.id, (alone,)), 0.7)
     assert not of(Apply, effects) and machine.is_member
-    effects = machine.handle(RoundsFetched(identity_of("z").peer_id, state.id, (stranger,)), 0.7)
-    assert not of(Apply, effects) and not of(FetchRounds, effects) and machine.is_member
-    # Its next round has work in it: now it is the better chain.
-    following, _ = seal_after(after, "z", {0: reply_of(Key(12, state.id), 0, 0)})
-    effects = machine.handle(heard(following, "z"), 3.0)
-    assert of(FetchRounds, effects)
-    effects = machine.handle(RoundsFetched(identity_of("z").peer_id, state.id, (stranger, following)), 3.1)
+    # Its next round has work in it, and nobody else is heard: one stands against one.
+    following, _ = seal_after(after, "b", {0: reply_of(Key(12, state.id), 0, 0)})
+    effects = machine.handle(RoundsFetched(identity_of("b").peer_id, state.id, (alone, following)), 3.1)
     assert len(of(Apply, effects)) == 2
+
+
+def test_a_member_that_leaves_alone_takes_none_along_from_those_that_stay() -> None:
+    state = standing("a", "b", "c")
+    machine = machine_of("a", state)
+    machine.handle(tip("c", state), 0.5)
+    alone, after = seal_after(state, "b", {}, solo=True)
+    branch = [alone]
+    for number in range(12, 20):
+        sealed, after = seal_after(after, "b", {0: reply_of(Key(number, after.parent), 0, 0)})
+        branch.append(sealed)
+    effects = machine.handle(RoundsFetched(identity_of("b").peer_id, state.id, tuple(branch)), 1.0)
+    assert not of(Apply, effects)
+    assert machine.refused_branch is not None and machine.refused_branch.total == after.total > state.total + 3
+
+
+@pytest.mark.parametrize("joins", [0, 30])
+def test_a_strangers_solo_seals_take_nobody_along_whatever_they_count(joins: int) -> None:
+    state = standing("a", "b")
+    machine = machine_of("a", state)
+    made_up = tuple(Join(identity_of(f"made up {n}").peer_id, ROW) for n in range(joins))
+    alone, after = seal_after(state, "z", {}, solo=True, joins=made_up)
+    branch = [alone]
+    for number in range(12, 40):
+        key = Key(number, after.parent)
+        count = len(chain.shape_of(after, CHUNKS).members)
+        sealed, after = seal_after(after, "z", {0: reply_of(key, 0, *range(count))})
+        branch.append(sealed)
+    effects = machine.handle(heard(alone, "z"), 0.5) + machine.handle(tip("z", after), 0.6)
+    effects += machine.handle(RoundsFetched(identity_of("z").peer_id, state.id, tuple(branch)), 0.7)
+    assert after.total >= state.total + 28
+    assert not of(Apply, effects) and not of(Rollback, effects) and not of(Resync, effects)
 
 
 def test_a_learner_does_not_seal_alone_while_it_catches_up() -> None:
