@@ -94,9 +94,14 @@ class RoundShape:
         return None
 
 
-def genesis(run_id: bytes) -> ChainState:
-    """The chain before its first seal: nobody is a member, so the first seal is a solo seal by whoever bootstraps."""
-    return ChainState(run_id=run_id, round=0, id=run_id, parent=run_id, total=0, now=(), following=())
+def genesis(run_id: bytes, founder: bytes = b"") -> ChainState:
+    """The chain before its first seal: round 1 has no members, so that seal is a solo seal, by the founder.
+
+    Args:
+        founder: peer id; empty: whoever bootstraps first.
+    """
+    following = (Member(founder, Row(0, 0, 1), absent=0, included=False),) if founder else ()
+    return ChainState(run_id=run_id, round=0, id=run_id, parent=run_id, total=0, now=(), following=following)
 
 
 def partition(chunks: int, uplinks: Sequence[int]) -> list[tuple[int, int]]:
@@ -184,6 +189,8 @@ def extend(state: ChainState, identifier: bytes, seal: Seal, chunks: int) -> Cha
     if seal.total != state.total + len(included):
         raise SealError("seal's total is not its parent's plus the members included")
     sealer = shape.index(seal.sealer)
+    if not state.round and state.following and seal.sealer != state.following[0].peer_id:
+        raise SealError("the first seal is not the founder's")
     if seal.solo:
         if included - {sealer}:
             raise SealError("a solo seal includes its sealer alone")

@@ -141,7 +141,7 @@ def new_manifest(name: str, strategy: Strategy = "demo") -> Manifest:
 def render(manifest: Manifest) -> str:
     """The commented run.toml of a manifest: every key with its meaning; `load_manifest` gives the manifest back.
 
-    The owner is left out: `bootstrap` fills it in with the key of the home that signs.
+    Owner and founder are left out: `bootstrap` fills them in with the keys of the home that signs.
     """
     head = (
         "# What all peers of this run agree on. Its hash is the run's id: once bootstrapped,\n"
@@ -157,7 +157,7 @@ def _render(table: msgspec.Struct, prefix: str) -> Iterator[str]:
         value = getattr(table, name)
         if isinstance(value, msgspec.Struct):
             inner.append((name, value))
-        elif name != "owner":
+        elif name not in ("owner", "founder"):
             yield from _comment(docs[name])
             yield f"{name} = {toml_value(value)}"
     # In TOML, what follows a table's header belongs to it: keys first.

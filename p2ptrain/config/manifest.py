@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from typing import Annotated, Literal
 
+import base58
 import msgspec
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -240,6 +241,8 @@ class Manifest(_Table, frozen=True, kw_only=True):
     """Random; makes the run unique and seeds its initialisation and its data order."""
     owner: Hex256 = ""
     """Public key that signs the manifest; filled in by `bootstrap`."""
+    founder: PeerId | msgspec.UnsetType = msgspec.UNSET
+    """Peer that makes the run's first seal, as nobody else may; filled in by `bootstrap`."""
     last_round: Annotated[int, Meta(ge=0, le=2**40)] = 0
     """Stop after this round; 0: never."""
     model: ModelConfig = ModelConfig()
@@ -254,6 +257,11 @@ class Manifest(_Table, frozen=True, kw_only=True):
             raise ValueError(
                 f"model.vocabulary = {self.model.vocabulary} is below the tokenizer's {TOKENIZER_VOCABULARY} tokens"
             )
+
+    @property
+    def founder_id(self) -> bytes:
+        """Peer id of the founder; empty where the manifest names none, and whoever bootstraps first is."""
+        return b"" if isinstance(self.founder, msgspec.UnsetType) else base58.b58decode(self.founder)
 
 
 class SignedManifest(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -273,7 +281,7 @@ _protocol_decoder = msgspec.msgpack.Decoder(_ProtocolOnly)
 
 
 def canonical_bytes(manifest: Manifest) -> bytes:
-    """The one encoding of a manifest: every field, in the order declared."""
+    """The one encoding of a manifest: every field that is set, in the order declared."""
     return msgspec.msgpack.encode(manifest)
 
 
@@ -282,14 +290,17 @@ def run_id(body: bytes) -> bytes:
     return hashlib.sha256(b"p2ptrain manifest 1\0" + body).digest()
 
 
-def sign_manifest(manifest: Manifest, key: Ed25519PrivateKey) -> bytes:
-    """Fill in the owner, sign, and encode for travel.
+def sign_manifest(manifest: Manifest, key: Ed25519PrivateKey, founder: str) -> bytes:
+    """Fill in the owner and the founder, sign, and encode for travel.
+
+    Args:
+        founder: id of the peer that makes the run's first seal.
 
     Raises:
         ManifestError: larger than peers accept.
     """
     owner = key.public_key().public_bytes_raw().hex()
-    body = canonical_bytes(msgspec.structs.replace(manifest, owner=owner))
+    body = canonical_bytes(msgspec.structs.replace(manifest, owner=owner, founder=founder))
     encoded = msgspec.msgpack.encode(SignedManifest(body, key.sign(run_id(body))))
     if len(encoded) > MANIFEST_MAX_BYTES:
         raise ManifestError(

@@ -52,6 +52,7 @@ class CatchingUp:
 
     Args:
         peers: who may have a snapshot too.
+        beginning: the chain before its first seal.
         root_interval: rounds between snapshots.
         snapshot_max_bytes: no snapshot of this run is longer.
         snapshot_chain: where on the chain a snapshot's bytes stand; raises TensorFileError. Any thread.
@@ -66,6 +67,7 @@ class CatchingUp:
         snapshots: SnapshotStore,
         partials: Partials,
         peers: Callable[[], list[bytes]],
+        beginning: ChainState,
         root_interval: int,
         snapshot_max_bytes: int,
         snapshot_chain: Callable[[bytes], ChainState],
@@ -73,6 +75,7 @@ class CatchingUp:
     ) -> None:
         self._client, self._codec, self._journal, self._snapshots = client, codec, journal, snapshots
         self._partials, self._peers = partials, peers
+        self._beginning = beginning
         self._root_interval, self._snapshot_max_bytes = root_interval, snapshot_max_bytes
         self._snapshot_chain, self._progress = snapshot_chain, progress
         #: what is being fetched, which others may have of us already
@@ -194,7 +197,7 @@ class CatchingUp:
             header, encoded = await self._client.rounds(donor, (snapshot.id,), self._round_max_bytes)
         if not header.ancestor:
             raise CallError("it has neither our history nor a snapshot to start from")
-        base, data = chain.genesis(run_id), None
+        base, data = self._beginning, None
         if snapshot is not None:
             data = await asyncio.to_thread(snapshot.read)
             base = self._snapshot_chain(data)

@@ -27,14 +27,20 @@ _decoder = msgspec.msgpack.Decoder(tuple[PeerId, ...])
 
 def past_of(
     head: ChainState,
+    beginning: ChainState,
     journal: Journal,
     snapshots: SnapshotStore,
     snapshot_chain: Callable[[bytes], ChainState],
     chunks: int,
 ) -> list[Mark]:
-    """Return the marks of the chain that ends at `head`, oldest first, as far back as journal and snapshots reach."""
+    """Return the marks of the chain that ends at `head`, oldest first, as far back as journal and snapshots reach.
+
+    Args:
+        beginning: the chain before its first seal.
+        snapshot_chain: where on the chain a snapshot's bytes stand; raises TensorFileError.
+    """
     try:
-        marks = _from_journal(journal, _base(journal, snapshots, snapshot_chain, head.run_id), chunks)
+        marks = _from_journal(journal, _base(journal, snapshots, snapshot_chain, beginning), chunks)
     except (SealError, TensorFileError, OSError) as error:
         _logger.warning("of the chain up to here nothing but its end is known: %s", error)
         marks = []
@@ -42,11 +48,11 @@ def past_of(
 
 
 def _base(
-    journal: Journal, snapshots: SnapshotStore, snapshot_chain: Callable[[bytes], ChainState], run_id: bytes
+    journal: Journal, snapshots: SnapshotStore, snapshot_chain: Callable[[bytes], ChainState], beginning: ChainState
 ) -> ChainState | None:
     """The oldest state that the journal continues and of which the members are at hand."""
-    if journal.position(run_id) == 0:
-        return chain.genesis(run_id)
+    if journal.position(beginning.id) == 0:
+        return beginning
     ours = [snapshot for snapshot in snapshots.all() if journal.position(snapshot.id) == snapshot.round]
     return snapshot_chain(ours[-1].read()) if ours else None
 

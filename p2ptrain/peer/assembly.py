@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from p2ptrain.calls.messages import Traffic
 from p2ptrain.calls.uplink import UplinkMeter
-from p2ptrain.chain import ChainState, Row
+from p2ptrain.chain import ChainState, Row, genesis
 from p2ptrain.compression.codec import Codec
 from p2ptrain.config.home import Home
 from p2ptrain.config.manifest import DataConfig, Manifest, ModelConfig
@@ -43,6 +43,8 @@ class Run:
     signed: bytes
     founder: bool
     """Whether the first seal is this peer's to make."""
+    introducers: frozenset[bytes] = frozenset()
+    """Peers whose addresses a person gave."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,7 @@ def driver_parts(
         traffic: counts what is sent and received.
     """
     snapshots = SnapshotStore(home.checkpoints)
+    beginning = genesis(run.run_id, run.manifest.founder_id)
     machine = RoundMachine(
         node.peer_id,
         rules_of(run.manifest, replica.codec.chunks),
@@ -99,8 +102,9 @@ def driver_parts(
         node.identity.sign,
         Row(0, 0, uplink.declared_kbit),
         founder=run.founder,
-        past=past_of(replica.chain, journal, snapshots, replica.snapshot_chain, replica.codec.chunks),
+        past=past_of(replica.chain, beginning, journal, snapshots, replica.snapshot_chain, replica.codec.chunks),
         company=read_company(home.company),
+        introducers=run.introducers,
     )
     return DriverParts(
         node=node,
@@ -115,6 +119,7 @@ def driver_parts(
         inbox=inbox,
         uplink=uplink,
         traffic=Traffic() if traffic is None else traffic,
+        beginning=beginning,
         snapshot_max_bytes=replica.snapshot_max_bytes,
         snapshot_chain=replica.snapshot_chain,
         packed_corpus=packed_corpus,

@@ -61,6 +61,7 @@ class RoundDriver:
             parts.snapshots,
             Partials(parts.snapshots.folder),
             lambda: list(self.feed.tips),
+            parts.beginning,
             parts.manifest.round.root_interval,
             parts.snapshot_max_bytes,
             parts.snapshot_chain,

@@ -35,6 +35,7 @@ class DriverParts:
     inbox: Inbox
     uplink: UplinkMeter
     traffic: Traffic
+    beginning: ChainState
     snapshot_max_bytes: int
     snapshot_chain: Callable[[bytes], ChainState]
     """Any thread."""

@@ -42,6 +42,7 @@ from p2ptrain.rounds.inbox import TrainerMessage
 from p2ptrain.state.files import atomic_write
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import OwnLog
+from p2ptrain.swarm.addresses import parse_addresses
 from p2ptrain.swarm.identity import format_peer_id, verify
 from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.swarm.tasks import failure_logged
@@ -205,7 +206,8 @@ class PeerSession:
 
     def found_run(self, manifest: Manifest) -> Run:
         """Sign a manifest with this home's owner key; if such a run lives in the DHT already, this peer joins it."""
-        signed = sign_manifest(manifest, self.home.load_or_create_owner_key())
+        key = self.home.load_or_create_owner_key()
+        signed = sign_manifest(manifest, key, format_peer_id(self.node.peer_id))
         opened, run_id = open_manifest(signed)
         records = self.network.run(self.node.read_runs(), READ_RUNS_SECONDS).get(run_id, [])
         lives = any(record.peer_id != self.node.peer_id for record in records)
@@ -225,7 +227,8 @@ class PeerSession:
         finding = joining.find_run(self.node, addresses, choice, None if own is None else own.signed)
         signed = self.network.run(finding, FIND_RUN_SECONDS)
         manifest, run_id = open_manifest(signed)
-        return Run(manifest, run_id, signed, founder=False)
+        introducers = frozenset(parse_addresses(addresses, own_peer_id=self.node.peer_id))
+        return Run(manifest, run_id, signed, founder=False, introducers=introducers)
 
     def fetch_corpus(self, run: Run, data: list[Path] | None) -> Corpus:
         """The run's text: from here, from `data`, or from the swarm by its hash. Raises DataError."""

@@ -36,6 +36,7 @@ VOICE_IDS = 4  # the last states that a peer said it stands at: the newest may b
 SHUNNED_MAX = 256
 SHUN_DOUBLINGS = {False: 2, True: 8}  # by whether the donor is a stranger
 SHUN_REMEMBERED_SECONDS = 120.0
+INTRODUCER_SECONDS = 10.0  # that a newcomer leaves to those whose addresses a person gave it
 STRANGERS_ASKED_MAX, NEWCOMER_ASKS_MAX = 1, 3  # strangers that rounds are fetched from at one time
 
 
@@ -279,6 +280,7 @@ class RoundMachine:
         self.company = company or self._past.head.members
         #: nothing was adopted since the start: others may have gone on for long
         self._returning = True
+        self._started_at = -math.inf
         self._exchanges = _Exchanges()
         self._following = _Following()
         self._group = _Group()
@@ -451,6 +453,7 @@ class RoundMachine:
     def start(self, now: float) -> list[events.Effect]:
         """Begin at the chain state given to the constructor."""
         self.decisions.hear(None, now)
+        self._started_at = now
         self._begin_round(now)
         return self._settle_effects(now)
 
@@ -1079,11 +1082,12 @@ class RoundMachine:
             return math.inf
         if not self._is_stranger(peer):
             return -math.inf if all(fetch.stranger for fetch in asked.values()) else math.inf
+        earliest = self._started_at + INTRODUCER_SECONDS if not self.head.round and self._introducers else -math.inf
         strangers = [fetch.since for fetch in asked.values() if fetch.stranger]
         if len(strangers) >= (STRANGERS_ASKED_MAX if self.head.round else NEWCOMER_ASKS_MAX):
             return math.inf
         # A newcomer asks the next one when the one before is slow to answer.
-        return max((since + self.rules.reply_timeout_seconds for since in strangers), default=-math.inf)
+        return max([earliest, *(since + self.rules.reply_timeout_seconds for since in strangers)])
 
     def _replies_expected_until(self, waiting: _Waiting) -> float:
         """A seal often overtakes the last reply that it names: until when to wait before asking for the whole round."""

@@ -36,8 +36,9 @@ from p2ptrain.simulation.loop import VirtualLoop
 from p2ptrain.simulation.network import Line, Network
 from p2ptrain.simulation.oracle import Oracle
 from p2ptrain.simulation.peer import RECORD_FRESH_SECONDS, SimPeer
-from p2ptrain.simulation.toy import PeerCrashed, ViolationError, toy_beginning
+from p2ptrain.simulation.toy import PeerCrashed, ViolationError, identity_of, toy_beginning
 from p2ptrain.state.journal import Journal
+from p2ptrain.swarm.identity import format_peer_id
 
 CONVERGENCE_SECONDS = 90.0
 SETTLED_ROUNDS = 8
@@ -102,7 +103,8 @@ class World:
 
     def __init__(self, scenario: Scenario, folder: Path) -> None:
         self.scenario, self.folder, self.seed = scenario, folder, scenario.seed
-        self.manifest = toy_manifest(scenario.manifest)
+        founder = format_peer_id(identity_of("p0", self.seed).peer_id)
+        self.manifest = msgspec.structs.replace(toy_manifest(scenario.manifest), founder=founder)
         self.run_id = run_id(canonical_bytes(self.manifest))
         self.chunks = scenario.chunks
         self.random = random.Random(scenario.seed)

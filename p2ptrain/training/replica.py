@@ -60,9 +60,14 @@ class Replica:
         self.model.to(device)
         self.optimizer = build_optimizer(self.model, manifest)
         #: where the parameters stand
-        self.chain: ChainState = genesis(run_id)
+        self.chain: ChainState = self.beginning
         self._before: _Before | None = None
         self._shapes = {name: tuple(tensor.shape) for name, tensor in self._replicated().items()}
+
+    @property
+    def beginning(self) -> ChainState:
+        """The chain before its first seal."""
+        return genesis(self.run_id, self.manifest.founder_id)
 
     @property
     def layout(self) -> ChunkLayout:
@@ -84,7 +89,7 @@ class Replica:
         initialise(self.model, bytes.fromhex(self.manifest.nonce))
         fresh = build_optimizer(self.model, self.manifest)
         self.optimizer.load_replicated_state(fresh.replicated_state())
-        self.chain, self._before = genesis(self.run_id), None
+        self.chain, self._before = self.beginning, None
 
     # ---- steps ------------------------------------------------------------------------------------------------
 

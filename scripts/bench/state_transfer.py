@@ -36,6 +36,7 @@ from p2ptrain.calls.handout import RATE_MAX_BYTES, SHARE, Handout
 from p2ptrain.calls.messages import NAMESPACE, SnapshotOffer, Traffic
 from p2ptrain.calls.servicer import PeerServicer
 from p2ptrain.calls.uplink import USUAL_KBIT
+from p2ptrain.chain import genesis
 from p2ptrain.config.manifest import Manifest, ModelConfig, open_manifest
 from p2ptrain.history.catching_up import CatchingUp
 from p2ptrain.history.download import Download
@@ -89,6 +90,7 @@ class Peer:
             self.store,
             self.partials,
             lambda: self.knows,
+            genesis(run_id),
             64,
             2**40,
             lambda data: None,  # type: ignore[arg-type, return-value]

@@ -16,7 +16,7 @@ from p2ptrain.config.manifest import PROTOCOL_VERSION, Manifest, open_manifest, 
 from p2ptrain.errors import RunChoiceError
 from p2ptrain.peer import joining
 from p2ptrain.peer.joining import LISTED_RUNS, find_run
-from p2ptrain.swarm.identity import Identity, new_identity
+from p2ptrain.swarm.identity import Identity, format_peer_id, new_identity
 from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.swarm.records import RUNS_KEY, RunRecord, encode_record, subkey_of
 
@@ -27,7 +27,9 @@ STRANGERS = 120
 
 
 def signed(name: str) -> bytes:
-    return sign_manifest(Manifest(name=name, nonce="0" * 32), Ed25519PrivateKey.generate())
+    return sign_manifest(
+        Manifest(name=name, nonce="0" * 32), Ed25519PrivateKey.generate(), format_peer_id(new_identity().peer_id)
+    )
 
 
 async def serve(node: SwarmNode, manifest: bytes) -> None:

@@ -64,7 +64,9 @@ def peer_record(identity: Identity, **changes: Any) -> PeerRecord:
 
 @pytest.fixture
 def manifest() -> bytes:
-    return sign_manifest(Manifest(name="test", nonce="0" * 32), Ed25519PrivateKey.generate())
+    return sign_manifest(
+        Manifest(name="test", nonce="0" * 32), Ed25519PrivateKey.generate(), format_peer_id(new_identity().peer_id)
+    )
 
 
 class Echo(ServicerBase):

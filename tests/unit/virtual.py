@@ -13,6 +13,7 @@ from typing import Any
 from google.protobuf.wrappers_pb2 import BytesValue
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 
+from p2ptrain import chain
 from p2ptrain.calls.client import Client
 from p2ptrain.calls.handout import Handout
 from p2ptrain.calls.messages import Traffic
@@ -146,6 +147,7 @@ class Peer:
             self.store,
             self.partials,
             lambda: self.knows,
+            chain.genesis(run_id),
             root_interval,
             2**40,
             snapshot_chain,

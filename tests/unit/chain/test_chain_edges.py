@@ -165,3 +165,13 @@ def test_the_first_seal_is_a_solo_seal_by_whoever_bootstraps() -> None:
     assert [m.peer_id for m in first.now] == [ADA.peer_id]
     with pytest.raises(SealError, match="stranger"):
         extend(start, seal_on(start))
+
+
+def test_nobody_but_the_founder_makes_the_first_seal() -> None:
+    start = chain.genesis(RUN, ADA.peer_id)
+    first = seal_on(start, solo=True)
+    assert [m.peer_id for m in extend(start, first).now] == [ADA.peer_id]
+    with pytest.raises(SealError, match="founder"):
+        extend(start, msgspec.structs.replace(first, sealer=GRACE.peer_id))
+    # A run whose manifest names nobody is begun by whoever comes first.
+    extend(chain.genesis(RUN), msgspec.structs.replace(first, sealer=GRACE.peer_id))

@@ -28,6 +28,7 @@ from p2ptrain.config.manifest import (
 from p2ptrain.data.tokenizer import load_tokenizer
 from p2ptrain.errors import ManifestError
 from p2ptrain.models.gpt import GPT
+from p2ptrain.swarm.identity import format_peer_id
 
 NONCE = "0123456789abcdef" * 2
 PEER = "12D3KooWGC6TvWhfapngX6wvJHMYvKpDMXPb3ZnCZ6dMoaMtimQ5"
@@ -58,14 +59,16 @@ def tables(kind: type[msgspec.Struct], path: tuple[str, ...] = ()) -> Iterator[t
             yield (*path, field.name), field.type
 
 
-def test_what_is_signed_opens_as_it_was_with_the_owner_filled_in() -> None:
-    manifest, identifier = open_manifest(sign_manifest(small(), KEY))
-    assert manifest == msgspec.structs.replace(small(), owner=KEY.public_key().public_bytes_raw().hex())
+def test_what_is_signed_opens_as_it_was_with_owner_and_founder_filled_in() -> None:
+    manifest, identifier = open_manifest(sign_manifest(small(), KEY, PEER))
+    owner = KEY.public_key().public_bytes_raw().hex()
+    assert manifest == msgspec.structs.replace(small(), owner=owner, founder=PEER)
+    assert format_peer_id(manifest.founder_id) == PEER and small().founder_id == b""
     assert identifier == hashlib.sha256(b"p2ptrain manifest 1\0" + canonical_bytes(manifest)).digest()
 
 
 def test_every_key_is_part_of_the_hash() -> None:
-    body = msgspec.msgpack.decode(canonical_bytes(small()))
+    body = msgspec.msgpack.decode(canonical_bytes(msgspec.structs.replace(small(), founder=PEER)))
     for path, _ in tables(Manifest):
         inner = body
         for name in path:
@@ -75,7 +78,7 @@ def test_every_key_is_part_of_the_hash() -> None:
 
 @given(st.data())
 def test_no_changed_byte_goes_unnoticed(data: st.DataObject) -> None:
-    encoded = bytearray(sign_manifest(small(), KEY))
+    encoded = bytearray(sign_manifest(small(), KEY, PEER))
     position = data.draw(st.integers(0, len(encoded) - 1))
     encoded[position] ^= data.draw(st.integers(1, 255))
     with pytest.raises(ManifestError):
@@ -98,7 +101,7 @@ def test_deep_nesting_is_refused(nested: bytes) -> None:
 
 
 def test_another_runs_manifest_is_refused() -> None:
-    encoded = sign_manifest(small(), KEY)
+    encoded = sign_manifest(small(), KEY, PEER)
     _, identifier = open_manifest(encoded)
     open_manifest(encoded, identifier)
     with pytest.raises(ManifestError, match="hashes to"):
@@ -134,9 +137,9 @@ def test_a_manifest_too_large_for_peers_is_refused_before_it_is_read_and_before_
     with pytest.raises(ManifestError, match="at most"):
         open_manifest(bytes(MANIFEST_MAX_BYTES + 1))
     full = msgspec.structs.replace(small(), access=AccessConfig(mode="list", peers=(PEER,) * 150))
-    open_manifest(sign_manifest(full, KEY))
+    open_manifest(sign_manifest(full, KEY, PEER))
     with pytest.raises(ManifestError) as caught:
-        sign_manifest(msgspec.structs.replace(full, access=AccessConfig(mode="list", peers=(PEER,) * 400)), KEY)
+        sign_manifest(msgspec.structs.replace(full, access=AccessConfig(mode="list", peers=(PEER,) * 400)), KEY, PEER)
     assert "access.peers" in caught.value.hint
 
 

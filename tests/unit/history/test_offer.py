@@ -49,6 +49,7 @@ def offering(folder: Path, lone: Lone) -> tuple[CatchingUp, Journal, SnapshotSto
         snapshots,
         Partials(snapshots.folder),
         list,
+        chain.genesis(RUN_ID),
         4,
         1_000_000,
         lambda data: lone.states[4],

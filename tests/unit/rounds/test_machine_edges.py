@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,6 +16,7 @@ from cluster import RULES, RUN_ID, Cluster, Peer, identity_of, roots
 
 from p2ptrain import chain
 from p2ptrain.chain import ChainState, Join, Member, Row, Seal, SignedSeal
+from p2ptrain.chain.forks import Mark
 from p2ptrain.chain.sealed import Key, Reply, SealedRound
 from p2ptrain.rounds.events import (
     Apply,
@@ -542,3 +544,106 @@ def test_a_seal_that_includes_others_than_its_replies_is_refused() -> None:
     honest.hears(SealHeard(chain.seal_id(signed.body), seal, signed, sealer.id))
     assert honest.head.round == shape.round - 1
     assert honest.notes[-1].kind == "refused"
+
+
+# ---- whom to follow -------------------------------------------------------------------------------------------
+
+
+def machine_with(name: str, state: ChainState, *introducers: str, **options: Any) -> RoundMachine:
+    identity = identity_of(name)
+    given = [identity_of(introducer).peer_id for introducer in introducers]
+    machine = RoundMachine(
+        identity.peer_id, RoundRules(**RULES), state, identity.sign, ROW, introducers=given, **options
+    )
+    machine.start(0.0)
+    return machine
+
+
+def far(name: str) -> TipHeard:
+    """It says that it stands at a round far ahead."""
+    return TipHeard(identity_of(name).peer_id, 900, hashlib.sha256(name.encode()).digest(), 10_000)
+
+
+def test_a_newcomer_asks_those_it_was_sent_to_before_anyone_else() -> None:
+    machine = machine_with("z", chain.genesis(RUN_ID), "b")
+    assert not of(FetchRounds, machine.handle(far("a"), 0.5))
+    (asked,) = of(FetchRounds, machine.handle(far("b"), 1.0))
+    assert asked.donor == identity_of("b").peer_id  # type: ignore[attr-defined]
+    # Where that one does not answer, others may.
+    machine.handle(FetchFailed(identity_of("b").peer_id), 9.0)
+    assert of(FetchRounds, machine.handle(Tick(), 10.5))
+
+
+def test_a_tip_that_is_never_delivered_keeps_nothing_from_a_member() -> None:
+    state = standing("a", "b", "c")
+    machine = machine_of("a", state)
+    assert of(FetchRounds, machine.handle(far("z"), 0.5))
+    ahead = ChainState(RUN_ID, 13, bytes(31) + b"3", bytes(31) + b"2", 29, (), ())
+    (asked,) = of(FetchRounds, machine.handle(tip("b", ahead), 0.6))
+    assert asked.donor == identity_of("b").peer_id  # type: ignore[attr-defined]
+    # Nor does it stand between a survivor and its solo seal.
+    machine.handle(FetchFailed(identity_of("b").peer_id), 0.7)
+    contribute(machine, 1.0)
+    key = machine.exchange_key
+    assert key is not None
+    for now in (3.0, 8.0, 12.0, 20.0, 30.0, 40.0):
+        effects = machine.handle(far("z"), now)
+        for wanted in of(Reduce, effects):
+            effects += machine.handle(ReplyHeld(key, wanted.part, reply_of(key, wanted.part, 0)), now)  # type: ignore[attr-defined]
+        if of(PublishSeal, effects):
+            break
+    assert machine.head.round == 11
+
+
+def test_a_stranger_that_delivers_nothing_is_asked_less_and_less() -> None:
+    machine = machine_of("a", standing("a", "b"), alone_after_seconds=10_000.0, round_max_seconds=10_000.0)
+    asked, now = [], 0.0
+    while now < 2000.0:
+        now += 1.0
+        if of(FetchRounds, machine.handle(far("z"), now)):
+            asked.append(now)
+            machine.handle(FetchFailed(identity_of("z").peer_id), now)
+    assert len(asked) < 12
+
+
+def test_no_snapshot_is_fetched_from_a_stranger_while_those_we_know_stand_with_us() -> None:
+    state = standing("a", "b", "c")
+    machine = machine_of("a", state)
+    machine.handle(tip("b", state), 0.4)
+    machine.handle(far("z"), 0.5)
+    effects = machine.handle(RoundsFetched(identity_of("z").peer_id, None, ()), 0.6)
+    assert not of(Resync, effects)
+    assert machine.refused_branch is not None and "0 of 3 members" in machine.refused_branch.why
+
+
+def test_who_was_away_for_long_goes_where_those_are_that_it_knew() -> None:
+    machine = machine_of("a", standing("a", "b", "c"))
+    end = hashlib.sha256(b"far on").digest()
+    for name in ("b", "c"):
+        machine.handle(TipHeard(identity_of(name).peer_id, 900, end, 2000), 0.5)
+    effects = machine.handle(RoundsFetched(identity_of("b").peer_id, None, ()), 0.6)
+    assert of(Resync, effects)
+    marks = [Mark(n, n.to_bytes(32, "big"), 2 * n, b"", False, frozenset()) for n in range(800, 900)]
+    there = [*marks, Mark(900, end, 2000, b"", False, frozenset())]
+    assert machine.worth_changing_to(there, identity_of("b").peer_id, 0.9)
+    assert not machine.worth_changing_to(marks, identity_of("b").peer_id, 0.9), "nobody stands there"
+
+
+def test_who_comes_back_where_it_was_sent_goes_over_though_it_knows_nobody_there() -> None:
+    for introducers, follows in (((), False), (("z",), True)):
+        machine = machine_with("a", standing("a"), *introducers)
+        machine.handle(far("z"), 0.5)
+        effects = machine.handle(RoundsFetched(identity_of("z").peer_id, None, ()), 0.6)
+        assert bool(of(Resync, effects)) == follows
+
+
+def test_through_a_restart_it_is_remembered_with_whom_a_chain_was_shared() -> None:
+    """After a restart in the middle of rounds that it sealed alone."""
+    company = frozenset(identity_of(name).peer_id for name in "abc")
+    for kept, follows in ((frozenset[bytes](), False), (company, True)):
+        machine = machine_with("a", standing("a"), company=kept)
+        end = hashlib.sha256(b"far on").digest()
+        for name in ("b", "c"):
+            machine.handle(TipHeard(identity_of(name).peer_id, 900, end, 2000), 0.5)
+        effects = machine.handle(RoundsFetched(identity_of("b").peer_id, None, ()), 0.6)
+        assert bool(of(Resync, effects)) == follows
