@@ -130,7 +130,9 @@ def judge(common: Mark, ours: Branch, theirs: Branch) -> Verdict:
     """Decide between two branches that part after `common`; `theirs` has one mark or more.
 
     More of the common state's members behind it wins; a tie goes to the larger total, then to the smaller id. A seal
-    against a seal is no more than two sealers that did not hear of each other: who says what is not counted yet.
+    against a seal is no more than two sealers that did not hear of each other: who says what is not counted yet. Where
+    ours has no mark, so that theirs continues our chain, a tie goes to theirs; where that begins with a solo seal, only
+    if there is work in it.
     """
     seals = len(ours.marks), len(theirs.marks)
     hear = seals != (1, 1) and seals[0] <= max(HEARD_SEALS_MIN, 2 * len(common.members))
@@ -144,5 +146,5 @@ def judge(common: Mark, ours: Branch, theirs: Branch) -> Verdict:
         return Verdict(*standing, follow=standing[1] > standing[0])
     end, head = theirs.marks[-1], ours.marks[-1] if ours.marks else None
     if head is None:
-        return Verdict(*standing, follow=end.total > common.total)
+        return Verdict(*standing, follow=end.total >= common.total + theirs.marks[0].solo)
     return Verdict(*standing, follow=better(end.total, end.id, head.total, head.id))

@@ -658,7 +658,9 @@ class RoundMachine:
         ours = self._past.after(common.id)
         if common.round and self._by_a_stranger(common, theirs, now):
             return self._refuse(donor, theirs[-1], "a solo seal by one that was no member")
-        if not ours and not (common.round and theirs[0].solo and theirs[0].sealer != self.me):
+        if not ours and (not common.round or theirs[0].sealer == self.me):
+            return theirs[-1].total >= common.total
+        if not ours and len(theirs) == 1 and not theirs[0].solo and now >= self._seal_expected_from():
             return theirs[-1].total >= common.total
         on, off = self._voices({mark.id for mark in theirs}, since=common.round, now=now)
         verdict = forks.judge(common, Branch(ours, on | {self.me}), Branch(theirs, off))
@@ -666,6 +668,17 @@ class RoundMachine:
             why = f"{verdict.theirs} of {len(common.members)} members behind it, {verdict.ours} behind ours"
             return self._refuse(donor, theirs[-1], why)
         return True
+
+    def _seal_expected_from(self) -> float:
+        """Before when a seal of the round under way is too early to be followed on its sealer's word alone.
+
+        Whoever is a round behind learns of seals early; so do all of one that a sealer makes without waiting for them.
+        The others' voices tell which it is.
+        """
+        exchange = self._exchanges.current
+        if exchange is None or exchange.index is None or self.rules.fixed_pace:
+            return -math.inf
+        return exchange.computing_since + self._computing_seconds(exchange) / 2
 
     def _by_a_stranger(self, common: Mark, theirs: Sequence[Mark], now: float) -> bool:
         """Whether a solo seal by one that was no member would take members apart that are there."""
@@ -793,7 +806,9 @@ class RoundMachine:
             else:
                 self._shun(event.donor, now)
         else:
-            self._shun(event.donor, now)
+            # Of the round under way: others will tell in a moment.
+            early = common.id == self.head.id and len(marks) == 1
+            self._shun(event.donor, now, self.rules.seal_timeout_seconds / 4 if early else None)
 
     def _extended(self, base: ChainState, rounds: Sequence[SealedRound]) -> list[tuple[ChainState, RoundShape]]:
         """The chain after each of these rounds, and the round's shape. Raises SealError."""
@@ -1023,6 +1038,9 @@ class RoundMachine:
         best = min(ready, key=lambda heard: (-heard.seal.total, heard.id))
         shape = chain.shape_of(self.head, self.rules.chunks)
         state = chain.extend(self.head, best.id, best.seal, self.rules.chunks)
+        if not self._follows(self._past.head, [Mark.of(state, best.seal)], best.source, now):
+            self._wake(self._seal_expected_from())
+            return
         replies = tuple(held[n].data if digest else None for n, digest in enumerate(best.seal.parts))
         self._adopt(SealedRound(best.id, best.seal, best.signed, replies), state, shape)
         self._begin_round(now)

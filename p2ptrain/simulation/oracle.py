@@ -42,6 +42,11 @@ class Oracle:
         #: (peer, round key) -> [chunks, ENTRIES] that left it, and its weight
         self._sent: dict[tuple[bytes, Key], tuple[Rows, int]] = {}
 
+    @property
+    def codec(self) -> Codec:
+        """What all peers agree on about payloads."""
+        return self._codec
+
     def state(self, identifier: bytes) -> ChainState:
         """The chain state that an id stands for. Raises ViolationError where nobody applied it."""
         return self._node(identifier).state

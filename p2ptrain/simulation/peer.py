@@ -283,6 +283,8 @@ class SimPeer:
         #: decays of the momentum -> [chunks, ENTRIES] gradients then produced and not lost
         self.retained_at: dict[int, Rows] = {0: self.lost}
         self.total = 0
+        #: its head after the last event
+        self.stood_at = world.oracle.state(world.run_id)
         #: the state id that its trainer is leaving, while it takes a message
         self.leaves = b""
         #: a change of chains has lost something
@@ -400,7 +402,7 @@ class SimPeer:
         )
         self.driver = SimDriver(parts)
         self.driver.peer = self
-        self.total = replica.chain.total
+        self.total, self.stood_at = replica.chain.total, replica.chain
         await self.driver.start()
         meeting = loop.create_task(self._meet())
         await self._train(inbox)

@@ -31,6 +31,7 @@ from p2ptrain.chain.sealed import Key, SealedRound, reply_digest
 from p2ptrain.config.manifest import CodecConfig, GroupConfig, Manifest, OptimizerConfig, canonical_bytes, run_id
 from p2ptrain.rounds import events
 from p2ptrain.rounds.inbox import Restore
+from p2ptrain.simulation.adversaries import Adversary
 from p2ptrain.simulation.faults import FAULTS, Faults
 from p2ptrain.simulation.loop import VirtualLoop
 from p2ptrain.simulation.network import Line, Network
@@ -58,6 +59,8 @@ class Scenario:
     rounds: int = 40
     """Rounds with faults, about; the calm after them is extra."""
     faults: tuple[str, ...] = tuple(FAULTS)
+    adversaries: tuple[str, ...] = ()
+    """Of `adversaries.ADVERSARIES`; each is there to the end, in the calm too."""
     chunks: int = 12
     uplink_bytes_per_second: float = 1.25e6
     delay_seconds: float = 0.04
@@ -116,6 +119,9 @@ class World:
         self.peers: list[SimPeer] = []
         self.records: dict[bytes, float] = {}
         self.calm = not scenario.faults
+        #: ids of states that adversaries made up
+        self.forged: set[bytes] = set()
+        self.adversary_random = random.Random(scenario.seed + 3)
         self._history = hashlib.sha256()
         self._apply_random = random.Random(scenario.seed + 2)
         #: peer -> what the momentum's owner knows it has produced, and the state id it stood at, at its death
@@ -158,6 +164,8 @@ class World:
             self.loop.call_later(self.random.uniform(0.0, 15.0), self._start, peer)
         limit = self.loop.time() + 60.0 * scenario.rounds
         suffering = self.loop.create_task(faults.run())
+        hostile = [Adversary(self, kind, number) for number, kind in enumerate(scenario.adversaries)]
+        attacks = [self.loop.create_task(adversary.run()) for adversary in hostile]
         try:
             await self._until(lambda: self._highest() >= scenario.rounds, limit, "")
         finally:
@@ -185,6 +193,8 @@ class World:
                 self.violate(f"{peer.name} holds a replica gone wrong, and has not noticed")
             if peer.id not in members:
                 self.violate(f"{peer.name} is connected and not a member")
+        for attack in attacks:
+            attack.cancel()
         self.report.rounds = self._highest()
         self.report.state_id = living[0].machine.head.id.hex()
 
@@ -271,6 +281,8 @@ class World:
         if len(heads) < sum(peer.alive for peer in self.peers):
             return False
         best = max(heads, key=lambda head: (head.total, head.round))
+        if best.id in self.forged:
+            return False
         path = self.oracle.path_tail(best.id, 2)
         return all(head.id in path for head in heads)
 
@@ -358,6 +370,7 @@ class World:
 
     def after_event(self, peer: SimPeer) -> None:
         """A peer has done all that one event asked for."""
+        self._check_taken_over(peer)
         total = peer.machine.head.total
         if total < peer.total:
             self.report.coverage["left_more_work_for_more_members"] += 1
@@ -367,6 +380,17 @@ class World:
         except AssertionError as error:
             self.violate(f"{peer.name}: {error}")
         self._check_bounds(peer)
+
+    def _check_taken_over(self, peer: SimPeer) -> None:
+        """No member leaves its chain for one that an adversary made up; a newcomer may be misled, and comes back."""
+        before, head = peer.stood_at, peer.machine.head
+        if head is before:
+            return
+        if head.id in self.forged and before.id not in self.forged:
+            self.report.coverage["misled"] += 1
+            if any(member.peer_id == peer.id for member in before.now + before.following):
+                self.violate(f"{peer.name} was taken over at round {head.round}")
+        peer.stood_at = head
 
     def took(self, peer: SimPeer, message: object) -> None:
         """A trainer is about to take a message."""

@@ -1,0 +1,90 @@
+"""Chains that nobody worked for: what an attacker makes up, in the form that honest peers accept."""
+
+from __future__ import annotations
+
+from p2ptrain import chain
+from p2ptrain.calls.messages import ROUNDS_MAX, Tip
+from p2ptrain.chain import ChainState, Join, Seal
+from p2ptrain.chain.sealed import SealedRound, decode_sealed, encode_sealed, reply_digest
+from p2ptrain.compression.codec import Codec
+from p2ptrain.compression.reduce import reduce_part
+from p2ptrain.swarm.identity import Identity
+
+
+class Branch:
+    """A chain from a state that honest peers have: rounds that were handed out, and further ones that are made up."""
+
+    def __init__(self, base: ChainState, codec: Codec) -> None:
+        self._codec = codec
+        self._states = [base]
+        self._encoded = [b""]
+        self._places = {base.id: 0}
+
+    @property
+    def state(self) -> ChainState:
+        """Where it stands."""
+        return self._states[-1]
+
+    @property
+    def tip(self) -> Tip:
+        """The same, as it is said to others."""
+        return Tip.of(self.state)
+
+    def take(self, encoded: bytes) -> SealedRound:
+        """Continue it by a round that somebody handed out. Raises SealError."""
+        sealed = decode_sealed(encoded, lambda *_: True)
+        self._append(sealed.id, sealed.seal, encoded)
+        return sealed
+
+    def back_to_parent(self) -> None:
+        """Forget the last round, which others have undone. Raises IndexError at the base."""
+        if len(self._states) == 1:
+            raise IndexError("at the base")
+        del self._places[self._states.pop().id], self._encoded[-1]
+
+    def forge(self, sealer: Identity, *, solo: bool = False, joins: tuple[Join, ...] = ()) -> bytes:
+        """Seal the next round: it includes all its members, or the sealer alone, and changes no parameter. The id.
+
+        Raises:
+            SealError: the rules allow no such seal.
+        """
+        shape = chain.shape_of(self.state, self._codec.chunks)
+        count, mine = len(shape.members), shape.index(sealer.peer_id)
+        everyone = frozenset(range(count))
+        included = everyone if not solo else frozenset() if mine is None else frozenset({mine})
+        nothing = [(member, 0, b"") for member in sorted(included)]
+        replies = tuple(
+            reduce_part(nothing, self._codec, part.start, part.end, count) if included else None for part in shape.parts
+        )
+        seal = Seal(
+            version=chain.SEAL_VERSION,
+            run_id=self.state.run_id,
+            round=shape.round,
+            parent=self.state.id,
+            total=self.state.total + len(included),
+            sealer=sealer.peer_id,
+            solo=solo,
+            included=chain.bitmap(included, count),
+            parts=tuple(b"" if reply is None else reply_digest(reply) for reply in replies),
+            rows=tuple(member.row for member in shape.members),
+            joins=joins,
+            root=b"",
+        )
+        signed = chain.encode_seal(seal, sealer.sign)
+        identifier = chain.seal_id(signed.body)
+        self._append(identifier, seal, encode_sealed(SealedRound(identifier, seal, signed, replies)))
+        return identifier
+
+    def after(self, locator: tuple[bytes, ...]) -> tuple[bytes, list[bytes]]:
+        """What a donor of this chain answers: the ancestor, and encoded rounds after it."""
+        for identifier in locator:
+            place = self._places.get(identifier)
+            if place is not None:
+                return identifier, self._encoded[place + 1 : place + 1 + ROUNDS_MAX]
+        return b"", []
+
+    def _append(self, identifier: bytes, seal: Seal, encoded: bytes) -> None:
+        state = chain.extend(self.state, identifier, seal, self._codec.chunks)
+        self._places[identifier] = len(self._states)
+        self._states.append(state)
+        self._encoded.append(encoded)
