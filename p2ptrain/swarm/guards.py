@@ -19,6 +19,7 @@ from typing import Any
 
 import hivemind.dht.protocol as dht_protocol
 import msgpack
+from google.protobuf.message import Message
 from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
 from hivemind.p2p import P2P
 from hivemind.p2p.p2p_daemon_bindings.control import ControlClient
@@ -27,8 +28,8 @@ from hivemind.utils.serializer import MSGPackSerializer
 
 MAX_EXTENSION_DEPTH = 8
 """Extension types inside extension types; honest records need two."""
-MAX_FRAME_BYTES = 1024 * 1024 + 64 * 1024
-"""One protobuf message in a stream: 1 MiB of payload and some slack for its fields."""
+MAX_FRAME_BYTES = 256 * 1024 + 4 * 1024
+"""One protobuf message in a stream: a piece of a blob or a seal, 256 KiB each, and some slack for the fields around."""
 MAX_UNARY_BYTES = 2 * 1024 * 1024
 """One unary request or response, as libp2p's daemon counts it."""
 MAX_STORED_KEYS = 4096
@@ -72,11 +73,27 @@ def _decode_extension(cls: type[MSGPackSerializer], type_code: int, data: bytes)
         _depth.value = depth
 
 
-async def _receive_raw_data(reader: Any) -> bytes:
+async def _receive_raw_data(reader: Any, max_bytes: int = MAX_FRAME_BYTES) -> bytes:
     length = int.from_bytes(await reader.readexactly(P2P.HEADER_LEN), P2P.BYTEORDER)
-    if length > MAX_FRAME_BYTES:
-        raise ValueError(f"a stream frame of {length} bytes, where at most {MAX_FRAME_BYTES} are allowed")
+    if length > max_bytes:
+        raise ValueError(f"a stream frame of {length} bytes, where at most {max_bytes} are allowed")
     return bytes(await reader.readexactly(length))
+
+
+async def receive_message(kind: type[Message], reader: Any, max_bytes: int | None = None) -> Message | None:
+    """One frame as a message of type `kind`; None at the end of what the other side sends.
+
+    Raises ValueError, TypeError, DecodeError for what is no frame or too long a one, IncompleteReadError.
+    """
+    marker = await reader.readexactly(1)
+    if marker not in (P2P.MESSAGE_MARKER, P2P.ERROR_MARKER):
+        raise TypeError("no frame")
+    data = await _receive_raw_data(reader, max_bytes or MAX_FRAME_BYTES)
+    if marker == P2P.ERROR_MARKER:
+        return None
+    message = kind()
+    message.ParseFromString(data)
+    return message
 
 
 class _OpenCalls(dict[Any, "asyncio.Future[Any]"]):

@@ -1,0 +1,156 @@
+"""Real daemons on loopback: a stranger who calls, stores and publishes without end, and the others who go on."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from typing import TYPE_CHECKING, AsyncIterator  # noqa: UP035 - hivemind knows a stream by this type alone
+
+import pytest
+from google.protobuf.wrappers_pb2 import BytesValue
+from hivemind.p2p import P2P, P2PContext, P2PHandlerError, PeerID, ServicerBase
+
+from p2ptrain.swarm.node import SwarmNode
+from p2ptrain.swarm.streams import CALLS_BURST, REQUEST_MAX_BYTES, STREAMS_PER_PEER
+
+if TYPE_CHECKING:
+    from conftest import Swarm
+
+
+class Talk(ServicerBase):
+    """What strangers call. Counts what gets through to it."""
+
+    def __init__(self) -> None:
+        self.calls = self.under_way = 0
+
+    async def rpc_unary(self, request: BytesValue, context: P2PContext) -> BytesValue:
+        self.calls += 1
+        return request
+
+    async def rpc_one(self, request: BytesValue, context: P2PContext) -> AsyncIterator[BytesValue]:
+        self.under_way += 1
+        try:
+            yield request
+            await asyncio.Event().wait()
+        finally:
+            self.under_way -= 1
+
+    async def rpc_many(self, stream: AsyncIterator[BytesValue], context: P2PContext) -> AsyncIterator[BytesValue]:
+        async for message in stream:
+            yield BytesValue(value=b"%d" % len(message.value))
+
+
+Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+async def talks(swarm: Swarm) -> tuple[SwarmNode, Talk]:
+    node, talk = await swarm.node(), Talk()
+    await node.add_servicer(talk, "run")
+    return node, talk
+
+
+async def opened(caller: SwarmNode, callee: SwarmNode, method: str) -> Stream:
+    name = Talk._get_handle_name("run", method)
+    _, reader, writer = await caller.dht.p2p.call_binary_stream_handler(PeerID(callee.peer_id), name)
+    return reader, writer
+
+
+def frame(length: int, sent: int) -> bytes:
+    """The beginning of a frame that says `length` and has `sent` bytes."""
+    return P2P.MESSAGE_MARKER + length.to_bytes(P2P.HEADER_LEN, P2P.BYTEORDER) + bytes(sent)
+
+
+async def hung_up(reader: asyncio.StreamReader, seconds: float = 5.0) -> bool:
+    """Whether the other side ends the stream, without a word, within so many seconds."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await reader.read() == b""
+    except ConnectionError:
+        return True
+    except TimeoutError:
+        return False
+
+
+async def still_open(streams: list[Stream], seconds: float = 2.0) -> int:
+    return (await asyncio.gather(*(hung_up(reader, seconds) for reader, _ in streams))).count(False)
+
+
+async def answers(caller: SwarmNode, callee: SwarmNode) -> bool:
+    """Whether a call of each form is answered."""
+    stub = caller.stub(Talk, callee.peer_id, "run")
+    replies = await stub.rpc_one(BytesValue(value=b"!"))
+    first = await asyncio.wait_for(anext(replies), 5)
+    await replies.aclose()
+    return bool(first.value == b"!" == (await stub.rpc_unary(BytesValue(value=b"!"), timeout=5)).value)
+
+
+@pytest.mark.parametrize("method", ["rpc_one", "rpc_many"])
+def test_a_first_frame_longer_than_any_request_ends_its_stream(swarm: Swarm, method: str) -> None:
+    async def scenario() -> None:
+        victim, _ = await talks(swarm)
+        outsider = await swarm.node(victim)
+        reader, writer = await opened(outsider, victim, method)
+        writer.write(frame(2**20, 2**16))
+        assert await hung_up(reader)
+        writer.close()
+
+        async def frames() -> AsyncIterator[BytesValue]:
+            yield BytesValue(value=b"header")
+            yield BytesValue(value=bytes(256 * 1024))
+
+        replies = await outsider.stub(Talk, victim.peer_id, "run").rpc_many(frames())
+        assert [reply.value async for reply in replies] == [b"6", b"262144"], "a whole piece after a header is taken"
+
+    swarm.run(scenario())
+
+
+def test_streams_that_never_finish_their_request_are_few_and_hinder_nobody(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("p2ptrain.swarm.streams.SILENT_MAX", 80)
+
+    async def scenario() -> None:
+        victim, talk = await talks(swarm)
+        other = await swarm.node(victim)
+        outsiders = [await swarm.node(victim) for _ in range(2)]
+        streams = []
+        for outsider in outsiders:
+            mine = [await opened(outsider, victim, "rpc_one") for _ in range(STREAMS_PER_PEER + 50)]
+            for _, writer in mine:
+                writer.write(frame(REQUEST_MAX_BYTES, REQUEST_MAX_BYTES - 1))
+            streams.append(mine)
+        assert await answers(other, victim)
+        left = [await still_open(mine) for mine in streams]
+        assert max(left) <= STREAMS_PER_PEER and sum(left) <= 80
+        assert talk.under_way == 0
+        for _, writer in itertools.chain(*streams):
+            writer.close()
+
+    swarm.run(scenario())
+
+
+def test_a_request_that_does_not_come_ends_its_stream(swarm: Swarm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("p2ptrain.swarm.streams.REQUEST_SECONDS", 0.5)
+
+    async def scenario() -> None:
+        victim, _ = await talks(swarm)
+        outsider = await swarm.node(victim)
+        reader, writer = await opened(outsider, victim, "rpc_one")
+        await asyncio.wait_for(reader.read(), 5)
+        writer.close()
+
+    swarm.run(scenario())
+
+
+def test_calls_without_end_are_refused_to_their_peer_alone(swarm: Swarm) -> None:
+    async def scenario() -> None:
+        victim, talk = await talks(swarm)
+        outsider, other = await swarm.node(victim), await swarm.node(victim)
+        stub = outsider.stub(Talk, victim.peer_id, "run")
+        calls = int(2 * CALLS_BURST)
+        results = await asyncio.gather(*(stub.rpc_unary(BytesValue()) for _ in range(calls)), return_exceptions=True)
+        assert sum(isinstance(result, P2PHandlerError) for result in results) > 0
+        assert CALLS_BURST / 2 < talk.calls < calls
+        assert await answers(other, victim)
+
+    swarm.run(scenario())
