@@ -21,6 +21,7 @@ from p2ptrain.chain import Member, Seal, SealError, SignedSeal, relay
 from p2ptrain.errors import P2PTrainError
 from p2ptrain.rounds.events import PeerLeft, SealHeard, TipHeard
 from p2ptrain.swarm.identity import format_peer_id, verify
+from p2ptrain.swarm.limits import Allowance, once_a_minute
 from p2ptrain.swarm.tasks import cancel_and_wait, failure_logged
 
 FOLLOWERS_MAX = 256
@@ -33,6 +34,8 @@ CONNECT_SECONDS = 3.0
 RETRY_SECONDS = (0.25, 0.5, 1.0, 2.0)
 SEALS_REMEMBERED = 32
 """That were passed on, and are not again."""
+SEALS_PER_SECOND, SEALS_BURST = 10.0, 2.0 * QUEUED_MAX
+"""Of one peer, to be verified."""
 
 _logger = logging.getLogger(__name__)
 _failure_logged = failure_logged(_logger, "following a peer has failed")
@@ -67,6 +70,7 @@ class NewsFeed:
         #: ids of seals passed on
         self._passed_on: deque[bytes] = deque(maxlen=SEALS_REMEMBERED)
         self._passing: set[asyncio.Task[None]] = set()
+        self._seals, self._lines = Allowance(SEALS_PER_SECOND, SEALS_BURST), once_a_minute()
         #: where others said they stand
         self.tips: dict[bytes, Tip] = {}
         #: the furthest round that anyone ever said it has
@@ -163,10 +167,13 @@ class NewsFeed:
             self._pass_below(order, position, signed)
 
     def _open(self, peer: bytes, signed: SignedSeal) -> SealHeard | None:
+        if not self._seals.take(peer):
+            return None
         try:
             identifier, seal = chain.open_seal(signed, verify)
         except SealError as error:
-            _logger.info("%s sent a bad seal: %s", format_peer_id(peer)[-8:], error)
+            if self._lines.take(peer):
+                _logger.info("%s sent a bad seal: %s", format_peer_id(peer)[-8:], error)
             return None
         return SealHeard(identifier, seal, signed, peer)
 

@@ -4,7 +4,9 @@
    a segmentation fault. Nesting is cut at `MAX_EXTENSION_DEPTH`.
 2. A stream frame states its own length, and the reader buffers until it is there. Frames are cut at `MAX_FRAME_BYTES`.
 3. A node stores whatever it is asked to, for as long as it is asked to. Keys, and bytes under one key, are capped.
-4. An answer that comes just as its call was cancelled or timed out ends the task that reads the daemon's answers, and
+4. A request may name any number of keys: to store under, a signature each, or to find, up to 1 MiB each. Both are
+   capped, and so is how often one peer may look for keys.
+5. An answer that comes just as its call was cancelled or timed out ends the task that reads the daemon's answers, and
    with it the daemon's use. Such an answer is dropped.
 
 They change hivemind's classes in place, because the node creates these objects itself, deep inside `DHTNode.create`.
@@ -13,6 +15,7 @@ They change hivemind's classes in place, because the node creates these objects 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import threading
 from typing import Any
@@ -20,11 +23,14 @@ from typing import Any
 import hivemind.dht.protocol as dht_protocol
 import msgpack
 from google.protobuf.message import Message
+from hivemind.dht.protocol import DHTProtocol
 from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
 from hivemind.p2p import P2P
 from hivemind.p2p.p2p_daemon_bindings.control import ControlClient
 from hivemind.utils.logging import use_hivemind_log_handler
 from hivemind.utils.serializer import MSGPackSerializer
+
+from p2ptrain.swarm.limits import Allowance
 
 MAX_EXTENSION_DEPTH = 8
 """Extension types inside extension types; honest records need two."""
@@ -36,6 +42,11 @@ MAX_STORED_KEYS = 4096
 """Keys one node stores for others; the ones that expire first go first."""
 MAX_DICTIONARY_BYTES = 1024 * 1024
 """All records under one key: a reader asks for them in one unary response."""
+
+MAX_KEYS_STORED_AT_ONCE = 64
+MAX_KEYS_SOUGHT_AT_ONCE = 8
+SEARCHES_PER_SECOND, SEARCHES_BURST = 20.0, 100.0
+"""Of one peer. An honest one, which reads and publishes every 2 s, searches once or twice a second."""
 
 _depth = threading.local()
 _installed = threading.Lock()
@@ -96,6 +107,25 @@ async def receive_message(kind: type[Message], reader: Any, max_bytes: int | Non
     return message
 
 
+@functools.wraps(DHTProtocol.rpc_store)
+async def _rpc_store(protocol: Any, request: Any, context: Any) -> Any:
+    if len(request.keys) > MAX_KEYS_STORED_AT_ONCE:
+        raise ValueError("too many keys at once")
+    return await _store(protocol, request, context)
+
+
+@functools.wraps(DHTProtocol.rpc_find)
+async def _rpc_find(protocol: Any, request: Any, context: Any) -> Any:
+    if not hasattr(protocol, "searches"):
+        protocol.searches = Allowance(SEARCHES_PER_SECOND, SEARCHES_BURST)
+    if len(request.keys) > MAX_KEYS_SOUGHT_AT_ONCE or not protocol.searches.take(context.remote_id.to_bytes()):
+        raise ValueError("too many keys at once, or too many searches")
+    return await _find(protocol, request, context)
+
+
+_store, _find = DHTProtocol.rpc_store, DHTProtocol.rpc_find
+
+
 class _OpenCalls(dict[Any, "asyncio.Future[Any]"]):
     """{call id: its future}; a call that has ended already is not in it, though its caller has yet to take it out."""
 
@@ -121,6 +151,7 @@ def install_guards() -> None:
         P2P.receive_raw_data = staticmethod(_receive_raw_data)
         ControlClient._ensure_persistent_conn = _ensure_persistent_conn
         dht_protocol.DHTLocalStorage = BoundedStorage
+        DHTProtocol.rpc_store, DHTProtocol.rpc_find = _rpc_store, _rpc_find
         use_hivemind_log_handler("nowhere")
         # Its import renames the level for the whole process.
         logging.addLevelName(logging.WARNING, "WARNING")

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable
+from contextvars import ContextVar
 
 KEYS_MAX = 4096
+
+caller: ContextVar[bytes | None] = ContextVar("caller", default=None)
+"""The peer whose unary call is being answered; None: what happens is our own doing."""
 
 
 class Allowance:

@@ -15,7 +15,6 @@ import contextlib
 import functools
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextvars import ContextVar
 from typing import Any
 
 from google.protobuf.message import DecodeError, Message
@@ -24,7 +23,7 @@ from hivemind.proto.p2pd_pb2 import RPCError
 from hivemind.utils.asyncio import asingle
 
 from p2ptrain.swarm.guards import receive_message
-from p2ptrain.swarm.limits import Allowance
+from p2ptrain.swarm.limits import Allowance, caller
 
 REQUEST_MAX_BYTES = 4 * 1024
 """The first frame of a stream; the longest, a request for rounds, has 0.6 KiB."""
@@ -41,9 +40,6 @@ SILENT_MAX = 128
 """Streams without a first frame; when there are more, the oldest ends."""
 CALLS_PER_SECOND, CALLS_BURST = 100.0, 400.0
 """Of one peer, unary calls and streams together."""
-
-caller: ContextVar[bytes | None] = ContextVar("caller", default=None)
-"""The peer whose unary call is being answered; None: what happens is our own doing."""
 
 _logger = logging.getLogger(__name__)
 

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from typing import TYPE_CHECKING, AsyncIterator  # noqa: UP035 - hivemind knows a stream by this type alone
 
+import msgpack
 import pytest
 from google.protobuf.wrappers_pb2 import BytesValue
+from hivemind.dht import DHTID
 from hivemind.p2p import P2P, P2PContext, P2PHandlerError, PeerID, ServicerBase
 
+from p2ptrain.swarm import validator
+from p2ptrain.swarm.guards import MAX_KEYS_SOUGHT_AT_ONCE, MAX_KEYS_STORED_AT_ONCE
+from p2ptrain.swarm.identity import Identity, new_identity
 from p2ptrain.swarm.node import SwarmNode
+from p2ptrain.swarm.records import PEER_RECORD_SECONDS, PeerRecord, encode_record, peers_key, subkey_of
 from p2ptrain.swarm.streams import CALLS_BURST, REQUEST_MAX_BYTES, STREAMS_PER_PEER
+
+RUN = bytes(range(32))
 
 if TYPE_CHECKING:
     from conftest import Swarm
@@ -84,6 +93,49 @@ async def answers(caller: SwarmNode, callee: SwarmNode) -> bool:
     return bool(first.value == b"!" == (await stub.rpc_unary(BytesValue(value=b"!"), timeout=5)).value)
 
 
+def record(identity: Identity) -> PeerRecord:
+    return PeerRecord(
+        peer_id=identity.peer_id,
+        run_id=RUN,
+        time=time.time(),
+        name="peer",
+        state="training",
+        role="member",
+        round=1,
+        state_id=bytes(32),
+        total=1,
+    )
+
+
+Item = tuple[str, bytes, bytes, float]
+
+
+def items(identities: list[Identity], *, genuine: bool = True, seconds: float = PEER_RECORD_SECONDS) -> list[Item]:
+    """(key, subkey, value, expiry) of a peer record for each identity."""
+    key, expires = peers_key(RUN), time.time() + seconds
+    made = []
+    for identity in identities:
+        data = encode_record(identity, key, record(identity), expires)
+        made.append((key, subkey_of(identity.peer_id), data if genuine else data[:-1] + b"x", expires))
+    return made
+
+
+async def stores(caller: SwarmNode, callee: SwarmNode, made: list[Item], *, at_once: int = 50) -> int:
+    """How many of these the callee says that it has stored."""
+    stored = 0
+    for start in range(0, len(made), at_once):
+        keys, subkeys, values, expires = zip(*made[start : start + at_once], strict=True)
+        answer = await caller.dht.protocol.call_store(
+            PeerID(callee.peer_id),
+            [DHTID.generate(key.encode()) for key in keys],
+            [msgpack.packb(value) for value in values],
+            list(expires),
+            list(subkeys),
+        )
+        stored += sum(answer or [])
+    return stored
+
+
 @pytest.mark.parametrize("method", ["rpc_one", "rpc_many"])
 def test_a_first_frame_longer_than_any_request_ends_its_stream(swarm: Swarm, method: str) -> None:
     async def scenario() -> None:
@@ -152,5 +204,39 @@ def test_calls_without_end_are_refused_to_their_peer_alone(swarm: Swarm) -> None
         assert sum(isinstance(result, P2PHandlerError) for result in results) > 0
         assert CALLS_BURST / 2 < talk.calls < calls
         assert await answers(other, victim)
+
+    swarm.run(scenario())
+
+
+def test_wrongly_signed_records_are_verified_for_a_while_only(swarm: Swarm, monkeypatch: pytest.MonkeyPatch) -> None:
+    verified: list[bytes] = []
+    verify = validator.check_record
+
+    def counted(value: bytes, key_id: bytes, peer_id: bytes) -> float:
+        verified.append(peer_id)
+        return verify(value, key_id, peer_id)
+
+    monkeypatch.setattr(validator, "check_record", counted)
+
+    async def scenario() -> None:
+        victim = await swarm.node()
+        outsider, other = await swarm.node(victim), await swarm.node(victim)
+        wrong = items([new_identity() for _ in range(1000)], genuine=False)
+        assert await stores(outsider, victim, wrong) == 0
+        assert 0 < len(verified) < 2 * validator.VERIFIED_BURST
+        assert await stores(other, victim, items([other.identity])) == 1, "another peer's is verified"
+
+    swarm.run(scenario())
+
+
+def test_a_request_names_few_keys(swarm: Swarm) -> None:
+    async def scenario() -> None:
+        victim = await swarm.node()
+        outsider = await swarm.node(victim)
+        many = items([new_identity() for _ in range(MAX_KEYS_STORED_AT_ONCE + 1)])
+        assert await stores(outsider, victim, many, at_once=len(many)) == 0
+        keys = [DHTID.generate() for _ in range(MAX_KEYS_SOUGHT_AT_ONCE + 1)]
+        assert await outsider.dht.protocol.call_find(PeerID(victim.peer_id), keys) is None
+        assert await outsider.dht.protocol.call_find(PeerID(victim.peer_id), keys[1:]) is not None
 
     swarm.run(scenario())
