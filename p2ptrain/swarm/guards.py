@@ -3,9 +3,9 @@
 1. msgpack extension types that nest recurse through Python and C without bound: one 4 KB message ends the process with
    a segmentation fault. Nesting is cut at `MAX_EXTENSION_DEPTH`.
 2. A stream frame states its own length, and the reader buffers until it is there. Frames are cut at `MAX_FRAME_BYTES`.
-3. A node stores whatever it is asked to, for as long as it is asked to. Keys, and bytes under one key, are capped.
+3. A node stores whatever it is asked to, for as long as it is asked to. `storage` caps that.
 4. A request may name any number of keys: to store under, a signature each, or to find, up to 1 MiB each. Both are
-   capped, and so is how often one peer may look for keys.
+   capped, and so is how often one peer may ask.
 5. An answer that comes just as its call was cancelled or timed out ends the task that reads the daemon's answers, and
    with it the daemon's use. Such an answer is dropped.
 
@@ -24,13 +24,13 @@ import hivemind.dht.protocol as dht_protocol
 import msgpack
 from google.protobuf.message import Message
 from hivemind.dht.protocol import DHTProtocol
-from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
 from hivemind.p2p import P2P
 from hivemind.p2p.p2p_daemon_bindings.control import ControlClient
 from hivemind.utils.logging import use_hivemind_log_handler
 from hivemind.utils.serializer import MSGPackSerializer
 
 from p2ptrain.swarm.limits import Allowance
+from p2ptrain.swarm.storage import BoundedStorage
 
 MAX_EXTENSION_DEPTH = 8
 """Extension types inside extension types; honest records need two."""
@@ -38,34 +38,13 @@ MAX_FRAME_BYTES = 256 * 1024 + 4 * 1024
 """One protobuf message in a stream: a piece of a blob or a seal, 256 KiB each, and some slack for the fields around."""
 MAX_UNARY_BYTES = 2 * 1024 * 1024
 """One unary request or response, as libp2p's daemon counts it."""
-MAX_STORED_KEYS = 4096
-"""Keys one node stores for others; the ones that expire first go first."""
-MAX_DICTIONARY_BYTES = 1024 * 1024
-"""All records under one key: a reader asks for them in one unary response."""
-
 MAX_KEYS_STORED_AT_ONCE = 64
 MAX_KEYS_SOUGHT_AT_ONCE = 8
-SEARCHES_PER_SECOND, SEARCHES_BURST = 20.0, 100.0
-"""Of one peer. An honest one, which reads and publishes every 2 s, searches once or twice a second."""
+REQUESTS_PER_SECOND, REQUESTS_BURST = 20.0, 100.0
+"""To store and to search, of one peer. An honest one, which reads and publishes every 2 s, asks once or twice."""
 
 _depth = threading.local()
 _installed = threading.Lock()
-
-
-class BoundedStorage(DHTLocalStorage):
-    """hivemind's storage with a limit on keys, and on bytes under one key; what is listed already may refresh."""
-
-    def __init__(self, maxsize: int | None = None) -> None:
-        super().__init__(maxsize or MAX_STORED_KEYS)
-
-    def store_subkey(self, key: Any, subkey: Any, value: bytes, expiration_time: float) -> bool:
-        """As in hivemind; False when a new record does not fit under its key."""
-        present = self.get(key)
-        if present is not None and isinstance(present.value, DictionaryDHTValue) and subkey not in present.value:
-            used = sum(len(item.value) for _, item in present.value.items())
-            if used + len(value) > MAX_DICTIONARY_BYTES:
-                return False
-        return bool(super().store_subkey(key, subkey, value, expiration_time))
 
 
 def _decode_extension(cls: type[MSGPackSerializer], type_code: int, data: bytes) -> Any:
@@ -107,19 +86,24 @@ async def receive_message(kind: type[Message], reader: Any, max_bytes: int | Non
     return message
 
 
+def _may_ask(protocol: Any, context: Any) -> bool:
+    """Whether a peer may store or search once more; each node counts for itself."""
+    if not hasattr(protocol, "allowance"):
+        protocol.allowance = Allowance(REQUESTS_PER_SECOND, REQUESTS_BURST)
+    return bool(protocol.allowance.take(context.remote_id.to_bytes()))
+
+
 @functools.wraps(DHTProtocol.rpc_store)
 async def _rpc_store(protocol: Any, request: Any, context: Any) -> Any:
-    if len(request.keys) > MAX_KEYS_STORED_AT_ONCE:
-        raise ValueError("too many keys at once")
+    if len(request.keys) > MAX_KEYS_STORED_AT_ONCE or not _may_ask(protocol, context):
+        raise ValueError("too many keys at once, or too many requests")
     return await _store(protocol, request, context)
 
 
 @functools.wraps(DHTProtocol.rpc_find)
 async def _rpc_find(protocol: Any, request: Any, context: Any) -> Any:
-    if not hasattr(protocol, "searches"):
-        protocol.searches = Allowance(SEARCHES_PER_SECOND, SEARCHES_BURST)
-    if len(request.keys) > MAX_KEYS_SOUGHT_AT_ONCE or not protocol.searches.take(context.remote_id.to_bytes()):
-        raise ValueError("too many keys at once, or too many searches")
+    if len(request.keys) > MAX_KEYS_SOUGHT_AT_ONCE or not _may_ask(protocol, context):
+        raise ValueError("too many keys at once, or too many requests")
     return await _find(protocol, request, context)
 
 

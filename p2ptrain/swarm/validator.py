@@ -18,6 +18,7 @@ from p2ptrain.errors import ManifestError
 from p2ptrain.swarm.limits import Allowance, caller
 from p2ptrain.swarm.records import (
     CLOCK_TOLERANCE_SECONDS,
+    MANIFEST_SECONDS,
     MANIFEST_SUBKEY,
     MAX_RECORD_BYTES,
     MAX_RECORD_SECONDS,
@@ -48,14 +49,16 @@ class SignedRecordValidator(RecordValidatorBase):
 
     def validate(self, record: DHTRecord) -> bool:
         """Whether to store or believe `record`; never raises, as hivemind expects."""
-        remaining = record.expiration_time - time.time()
-        if not 0 < remaining <= MAX_RECORD_SECONDS + CLOCK_TOLERANCE_SECONDS or len(record.value) > _MAX_VALUE_BYTES:
+        if len(record.value) > _MAX_VALUE_BYTES:
             return False
         try:
             # hivemind hands over subkey and value as it packed them; both of ours are plain bytes.
             subkey = msgspec.msgpack.decode(record.subkey, type=bytes)
             value = msgspec.msgpack.decode(record.value, type=bytes)
         except (msgspec.MsgspecError, ValueError):
+            return False
+        longest = MANIFEST_SECONDS if subkey == MANIFEST_SUBKEY else MAX_RECORD_SECONDS
+        if not 0 < record.expiration_time - time.time() <= longest + CLOCK_TOLERANCE_SECONDS:
             return False
         expires = self._latest_expiry(subkey, value, record.key)
         return expires is not None and (subkey == MANIFEST_SUBKEY or expires == record.expiration_time)

@@ -13,11 +13,12 @@ from google.protobuf.wrappers_pb2 import BytesValue
 from hivemind.dht import DHTID
 from hivemind.p2p import P2P, P2PContext, P2PHandlerError, PeerID, ServicerBase
 
-from p2ptrain.swarm import validator
+from p2ptrain.swarm import guards, validator
 from p2ptrain.swarm.guards import MAX_KEYS_SOUGHT_AT_ONCE, MAX_KEYS_STORED_AT_ONCE
 from p2ptrain.swarm.identity import Identity, new_identity
 from p2ptrain.swarm.node import SwarmNode
-from p2ptrain.swarm.records import PEER_RECORD_SECONDS, PeerRecord, encode_record, peers_key, subkey_of
+from p2ptrain.swarm.records import PEER_RECORD_SECONDS, PeerRecord, RunRecord, encode_record, peers_key, subkey_of
+from p2ptrain.swarm.storage import KEYS_PER_SIGNER, MAX_STORED_KEYS, RECORDS_PER_CALLER
 from p2ptrain.swarm.streams import CALLS_BURST, REQUEST_MAX_BYTES, STREAMS_PER_PEER
 
 RUN = bytes(range(32))
@@ -110,9 +111,11 @@ def record(identity: Identity) -> PeerRecord:
 Item = tuple[str, bytes, bytes, float]
 
 
-def items(identities: list[Identity], *, genuine: bool = True, seconds: float = PEER_RECORD_SECONDS) -> list[Item]:
+def items(
+    identities: list[Identity], *, genuine: bool = True, seconds: float = PEER_RECORD_SECONDS, key: str = peers_key(RUN)
+) -> list[Item]:
     """(key, subkey, value, expiry) of a peer record for each identity."""
-    key, expires = peers_key(RUN), time.time() + seconds
+    expires = time.time() + seconds
     made = []
     for identity in identities:
         data = encode_record(identity, key, record(identity), expires)
@@ -238,5 +241,38 @@ def test_a_request_names_few_keys(swarm: Swarm) -> None:
         keys = [DHTID.generate() for _ in range(MAX_KEYS_SOUGHT_AT_ONCE + 1)]
         assert await outsider.dht.protocol.call_find(PeerID(victim.peer_id), keys) is None
         assert await outsider.dht.protocol.call_find(PeerID(victim.peer_id), keys[1:]) is not None
+
+    swarm.run(scenario())
+
+
+def test_keys_of_a_stranger_drive_out_nobodys_run(swarm: Swarm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validator, "VERIFIED_PER_SECOND", 1e6)
+    monkeypatch.setattr(guards, "REQUESTS_PER_SECOND", 1e6)
+
+    async def scenario() -> None:
+        victim = await swarm.node()
+        outsider, other = await swarm.node(victim), await swarm.node(victim)
+        run = RunRecord(
+            peer_id=other.peer_id, run_id=RUN, time=time.time(), name="a", protocol=1, round=3, state_id=RUN, members=2
+        )
+        assert await other.publish_run(run)
+        made = [items([outsider.identity], key=f"key {n}", seconds=50)[0] for n in range(MAX_STORED_KEYS + 100)]
+        assert await stores(outsider, victim, items([outsider.identity], key="long", seconds=3600)) == 0
+        assert await stores(outsider, victim, made) == KEYS_PER_SIGNER
+        assert await victim.read_runs() == {RUN: [run]}
+        assert await other.publish_run(run)
+        assert await victim.read_runs() == {RUN: [run]}
+
+    swarm.run(scenario())
+
+
+def test_records_of_made_up_peers_are_few_and_no_address_of_theirs_is_kept(swarm: Swarm) -> None:
+    async def scenario() -> None:
+        victim = await swarm.node()
+        outsider, other = await swarm.node(victim), await swarm.node(victim)
+        assert await stores(outsider, victim, items([new_identity() for _ in range(2000)])) <= RECORDS_PER_CALLER
+        assert await other.publish_peer(record(other.identity))
+        peers = await victim.read_peers(RUN)
+        assert other.peer_id in peers and len(peers) <= RECORDS_PER_CALLER + 1
 
     swarm.run(scenario())
