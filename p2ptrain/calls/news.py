@@ -92,7 +92,7 @@ class NewsFeed:
 
     def refusal(self, peer: bytes) -> str | None:
         """Why a peer may not follow, or None."""
-        if peer not in self._followers and len(self._followers) >= FOLLOWERS_MAX:
+        if peer not in self._followers and peer not in self._group and len(self._followers) >= FOLLOWERS_MAX:
             return TOO_MANY_FOLLOWERS
         return None
 
@@ -181,14 +181,21 @@ class NewsFeed:
 
     def follow(self, peer: bytes) -> None:
         """Keep hearing news of `peer` for as long as it gives any; of members of a large group, of the near ones."""
-        if peer == self._me or peer in self._followed or len(self._followed) >= FOLLOWED_MAX or self._leaving:
-            return
-        if self._is_far(peer):
+        if not self.would_follow(peer):
             return
         task = asyncio.create_task(self._listen(peer))
         self._followed[peer] = task
         task.add_done_callback(lambda _: self._followed.pop(peer, None))
         task.add_done_callback(_failure_logged)
+
+    def would_follow(self, peer: bytes) -> bool:
+        """Whether `follow` would begin to; there is always room for members that are near."""
+        full = len(self._followed) >= FOLLOWED_MAX and peer not in self._near
+        return not (peer == self._me or peer in self._followed or full or self._leaving or self._is_far(peer))
+
+    def is_member(self, peer: bytes) -> bool:
+        """Whether `peer` is a member now."""
+        return peer in self._group
 
     def follow_group(self, members: Sequence[Member]) -> None:
         """These are the members now: follow those of them that are near, and no others of them."""

@@ -6,7 +6,8 @@
 3. A node stores whatever it is asked to, for as long as it is asked to. `storage` caps that.
 4. A request may name any number of keys: to store under, a signature each, or to find, up to 1 MiB each. Both are
    capped, and so is how often one peer may ask.
-5. An answer that comes just as its call was cancelled or timed out ends the task that reads the daemon's answers, and
+5. A dictionary may have any number of records, a signature each. More than a node of ours would store are refused.
+6. An answer that comes just as its call was cancelled or timed out ends the task that reads the daemon's answers, and
    with it the daemon's use. Such an answer is dropped.
 
 They change hivemind's classes in place, because the node creates these objects itself, deep inside `DHTNode.create`.
@@ -30,7 +31,7 @@ from hivemind.utils.logging import use_hivemind_log_handler
 from hivemind.utils.serializer import MSGPackSerializer
 
 from p2ptrain.swarm.limits import Allowance
-from p2ptrain.swarm.storage import BoundedStorage
+from p2ptrain.swarm.storage import RECORDS_PER_KEY, BoundedStorage
 
 MAX_EXTENSION_DEPTH = 8
 """Extension types inside extension types; honest records need two."""
@@ -107,6 +108,11 @@ async def _rpc_find(protocol: Any, request: Any, context: Any) -> Any:
     return await _find(protocol, request, context)
 
 
+def _validate_dictionary(protocol: Any, key: bytes, dictionary: Any) -> bool:
+    return len(dictionary.data) <= RECORDS_PER_KEY and bool(_validate(protocol, key, dictionary))
+
+
+_validate = DHTProtocol._validate_dictionary
 _store, _find = DHTProtocol.rpc_store, DHTProtocol.rpc_find
 
 
@@ -135,6 +141,7 @@ def install_guards() -> None:
         P2P.receive_raw_data = staticmethod(_receive_raw_data)
         ControlClient._ensure_persistent_conn = _ensure_persistent_conn
         dht_protocol.DHTLocalStorage = BoundedStorage
+        DHTProtocol._validate_dictionary = _validate_dictionary
         DHTProtocol.rpc_store, DHTProtocol.rpc_find = _rpc_store, _rpc_find
         use_hivemind_log_handler("nowhere")
         # Its import renames the level for the whole process.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, AsyncIterator  # noqa: UP035 - hivemind knows a stream by this type alone
 
 import msgpack
@@ -13,9 +15,13 @@ from google.protobuf.wrappers_pb2 import BytesValue
 from hivemind.dht import DHTID
 from hivemind.p2p import P2P, P2PContext, P2PHandlerError, PeerID, ServicerBase
 
+from p2ptrain.calls.client import Client
+from p2ptrain.calls.messages import Tip, Traffic
+from p2ptrain.calls.news import NewsFeed
+from p2ptrain.peer.presence import Presence
 from p2ptrain.swarm import guards, validator
 from p2ptrain.swarm.guards import MAX_KEYS_SOUGHT_AT_ONCE, MAX_KEYS_STORED_AT_ONCE
-from p2ptrain.swarm.identity import Identity, new_identity
+from p2ptrain.swarm.identity import Identity, format_peer_id, new_identity
 from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.swarm.records import PEER_RECORD_SECONDS, PeerRecord, RunRecord, encode_record, peers_key, subkey_of
 from p2ptrain.swarm.storage import KEYS_PER_SIGNER, MAX_STORED_KEYS, RECORDS_PER_CALLER
@@ -94,7 +100,7 @@ async def answers(caller: SwarmNode, callee: SwarmNode) -> bool:
     return bool(first.value == b"!" == (await stub.rpc_unary(BytesValue(value=b"!"), timeout=5)).value)
 
 
-def record(identity: Identity) -> PeerRecord:
+def record(identity: Identity, addresses: Sequence[str] = ()) -> PeerRecord:
     return PeerRecord(
         peer_id=identity.peer_id,
         run_id=RUN,
@@ -105,6 +111,7 @@ def record(identity: Identity) -> PeerRecord:
         round=1,
         state_id=bytes(32),
         total=1,
+        addresses=list(addresses),
     )
 
 
@@ -112,13 +119,19 @@ Item = tuple[str, bytes, bytes, float]
 
 
 def items(
-    identities: list[Identity], *, genuine: bool = True, seconds: float = PEER_RECORD_SECONDS, key: str = peers_key(RUN)
+    identities: list[Identity],
+    *,
+    genuine: bool = True,
+    seconds: float = PEER_RECORD_SECONDS,
+    key: str = peers_key(RUN),
+    route: str = "",
 ) -> list[Item]:
     """(key, subkey, value, expiry) of a peer record for each identity."""
     expires = time.time() + seconds
     made = []
     for identity in identities:
-        data = encode_record(identity, key, record(identity), expires)
+        addresses = [f"{route}/p2p/{format_peer_id(identity.peer_id)}"] if route else []
+        data = encode_record(identity, key, record(identity, addresses), expires)
         made.append((key, subkey_of(identity.peer_id), data if genuine else data[:-1] + b"x", expires))
     return made
 
@@ -270,9 +283,47 @@ def test_records_of_made_up_peers_are_few_and_no_address_of_theirs_is_kept(swarm
     async def scenario() -> None:
         victim = await swarm.node()
         outsider, other = await swarm.node(victim), await swarm.node(victim)
-        assert await stores(outsider, victim, items([new_identity() for _ in range(2000)])) <= RECORDS_PER_CALLER
-        assert await other.publish_peer(record(other.identity))
+        made_up = items([new_identity() for _ in range(2000)], route="/ip4/127.0.0.1/tcp/1")
+        assert await stores(outsider, victim, made_up) <= RECORDS_PER_CALLER
+        assert await other.publish_peer(record(other.identity, await other.join_addresses()))
         peers = await victim.read_peers(RUN)
         assert other.peer_id in peers and len(peers) <= RECORDS_PER_CALLER + 1
+        await victim.connect(other.peer_id)
+        assert victim.known_addresses() == await other.join_addresses()
+
+    swarm.run(scenario())
+
+
+def test_records_of_made_up_peers_cause_few_dials_and_honest_peers_are_met_all_the_same(swarm: Swarm) -> None:
+    async def scenario() -> None:
+        victim = await swarm.node()
+        other = await swarm.node(victim)
+        outsiders = [await swarm.node(victim) for _ in range(2)]
+        dials = 0
+
+        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal dials
+            dials += 1
+            writer.close()
+
+        server = await asyncio.start_server(accept, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        client = Client(victim, Traffic(), RUN)
+        feed = NewsFeed(client, lambda: Tip(0, RUN, 0), lambda event: None, lambda *_: ())
+        driver, status = SimpleNamespace(feed=feed), SimpleNamespace()
+        names = {"run_id": RUN, "run_name": "a", "signed_manifest": b"", "name": "a", "device": "", "addresses": []}
+        presence = Presence(victim, driver, status, **names)  # type: ignore[arg-type]
+        for outsider in outsiders:
+            made_up = items([new_identity() for _ in range(60)], route=f"/ip4/127.0.0.1/tcp/{port}")
+            assert await stores(outsider, victim, made_up) > 30
+        assert await other.publish_peer(record(other.identity, await other.join_addresses()))
+        followed = False
+        for _ in range(10):
+            await presence._meet()
+            await asyncio.sleep(0.5)
+            followed = followed or other.peer_id in feed._followed
+        assert followed and dials <= 4, f"{dials} dials"
+        server.close()
+        await feed.close()
 
     swarm.run(scenario())
