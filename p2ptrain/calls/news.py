@@ -21,6 +21,7 @@ from p2ptrain.chain import Member, Seal, SealError, SignedSeal, relay
 from p2ptrain.errors import P2PTrainError
 from p2ptrain.rounds.events import PeerLeft, SealHeard, TipHeard
 from p2ptrain.swarm.identity import format_peer_id, verify
+from p2ptrain.swarm.limits import Allowance, once_a_minute
 from p2ptrain.swarm.tasks import cancel_and_wait, failure_logged
 
 FOLLOWERS_MAX = 256
@@ -33,6 +34,8 @@ CONNECT_SECONDS = 3.0
 RETRY_SECONDS = (0.25, 0.5, 1.0, 2.0)
 SEALS_REMEMBERED = 32
 """That were passed on, and are not again."""
+SEALS_PER_SECOND, SEALS_BURST = 10.0, 2.0 * QUEUED_MAX
+"""Of one peer, to be verified."""
 
 _logger = logging.getLogger(__name__)
 _failure_logged = failure_logged(_logger, "following a peer has failed")
@@ -67,6 +70,7 @@ class NewsFeed:
         #: ids of seals passed on
         self._passed_on: deque[bytes] = deque(maxlen=SEALS_REMEMBERED)
         self._passing: set[asyncio.Task[None]] = set()
+        self._seals, self._lines = Allowance(SEALS_PER_SECOND, SEALS_BURST), once_a_minute()
         #: where others said they stand
         self.tips: dict[bytes, Tip] = {}
         #: the furthest round that anyone ever said it has
@@ -88,7 +92,7 @@ class NewsFeed:
 
     def refusal(self, peer: bytes) -> str | None:
         """Why a peer may not follow, or None."""
-        if peer not in self._followers and len(self._followers) >= FOLLOWERS_MAX:
+        if peer not in self._followers and peer not in self._group and len(self._followers) >= FOLLOWERS_MAX:
             return TOO_MANY_FOLLOWERS
         return None
 
@@ -163,10 +167,13 @@ class NewsFeed:
             self._pass_below(order, position, signed)
 
     def _open(self, peer: bytes, signed: SignedSeal) -> SealHeard | None:
+        if not self._seals.take(peer):
+            return None
         try:
             identifier, seal = chain.open_seal(signed, verify)
         except SealError as error:
-            _logger.info("%s sent a bad seal: %s", format_peer_id(peer)[-8:], error)
+            if self._lines.take(peer):
+                _logger.info("%s sent a bad seal: %s", format_peer_id(peer)[-8:], error)
             return None
         return SealHeard(identifier, seal, signed, peer)
 
@@ -174,14 +181,21 @@ class NewsFeed:
 
     def follow(self, peer: bytes) -> None:
         """Keep hearing news of `peer` for as long as it gives any; of members of a large group, of the near ones."""
-        if peer == self._me or peer in self._followed or len(self._followed) >= FOLLOWED_MAX or self._leaving:
-            return
-        if self._is_far(peer):
+        if not self.would_follow(peer):
             return
         task = asyncio.create_task(self._listen(peer))
         self._followed[peer] = task
         task.add_done_callback(lambda _: self._followed.pop(peer, None))
         task.add_done_callback(_failure_logged)
+
+    def would_follow(self, peer: bytes) -> bool:
+        """Whether `follow` would begin to; there is always room for members that are near."""
+        full = len(self._followed) >= FOLLOWED_MAX and peer not in self._near
+        return not (peer == self._me or peer in self._followed or full or self._leaving or self._is_far(peer))
+
+    def is_member(self, peer: bytes) -> bool:
+        """Whether `peer` is a member now."""
+        return peer in self._group
 
     def follow_group(self, members: Sequence[Member]) -> None:
         """These are the members now: follow those of them that are near, and no others of them."""

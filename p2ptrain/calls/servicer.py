@@ -15,6 +15,7 @@ from typing import AsyncIterator, Protocol  # noqa: UP035 - hivemind knows a str
 from google.protobuf.wrappers_pb2 import BytesValue
 from hivemind.p2p import P2PContext, ServicerBase
 
+from p2ptrain.calls.downloads import Downloads
 from p2ptrain.calls.handout import Handout
 from p2ptrain.calls.messages import (
     TOO_MANY_CALLS,
@@ -131,6 +132,7 @@ class PeerServicer(ServicerBase):
     def __init__(self, answering: AnsweringPeer, traffic: Traffic) -> None:
         self._answering, self._traffic = answering, traffic
         self._calls: Counter[bytes] = Counter()
+        self._downloads = Downloads()
 
     async def rpc_hello(self, request: BytesValue, context: P2PContext) -> BytesValue:
         """Which run this peer is in, and its manifest."""
@@ -172,7 +174,7 @@ class PeerServicer(ServicerBase):
 
     async def rpc_data(self, request: BytesValue, context: P2PContext) -> AsyncIterator[BytesValue]:
         """The run's corpus."""
-        async for frame in self._serve(context, lambda peer: self._data(request.value)):
+        async for frame in self._serve(context, lambda peer: self._data(request.value, peer)):
             yield frame
 
     # ---- what they do -----------------------------------------------------------------------------------------
@@ -286,10 +288,17 @@ class PeerServicer(ServicerBase):
                 raise CallError("it takes too long")
             yield frame
 
-    async def _data(self, request: bytes) -> Frames:
+    async def _data(self, request: bytes, peer: bytes) -> Frames:
         wanted = decode_message(request, DataRequest)
         refusal = self._answering.wrong_run(wanted.run_id)
-        packed = None if refusal else await asyncio.to_thread(self._answering.packed_corpus)
+        with self._downloads.place(peer) as free:
+            if refusal is None and not free:
+                refusal = TOO_MANY_CALLS
+            async for frame in self._packed(refusal):
+                yield frame
+
+    async def _packed(self, refusal: str | None) -> Frames:
+        packed = None if refusal else await self._downloads.packed(self._answering.packed_corpus)
         yield self._traffic.message(Answer(refusal or ("" if packed else "this peer has no copy to hand out yet")))
         if packed:
             for frame in self._traffic.blob(packed):

@@ -1,7 +1,8 @@
 """Keeps a peer's records in the DHT up to date, and finds others by theirs.
 
 Every `PUBLISH_SECONDS` a peer says how it is, so that one who was killed is missed within seconds. Others of the run
-are followed as soon as their record is seen: two parts of a run that know nothing of each other meet here.
+are dialled when their record is seen and followed when they answer: two parts of a run that know nothing of each other
+meet here. Whoever makes up records chooses what we dial, so we dial few of them at once, and leave alone what fails.
 
 Lives on the network thread. What the trainer's thread knows comes in `hear`, as a copy that is nobody else's.
 """
@@ -10,14 +11,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
+from collections.abc import Mapping, Sequence
 
 from p2ptrain import __version__
 from p2ptrain.config.manifest import PROTOCOL_VERSION
+from p2ptrain.errors import P2PTrainError
 from p2ptrain.observe.status import Status
 from p2ptrain.peer.driver import RoundDriver
+from p2ptrain.swarm.identity import format_peer_id
+from p2ptrain.swarm.limits import Allowance, Backoff
 from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.swarm.records import PeerRecord, RunRecord
+from p2ptrain.swarm.tasks import cancel_and_wait, failure_logged
 
 PUBLISH_SECONDS = 2.0
 RUN_SECONDS = 15.0
@@ -25,7 +32,17 @@ MANIFEST_SECONDS = 600.0
 FRESH_SECONDS = 8.0
 """A record older than this is of a peer that is gone."""
 
+DIALS_AT_ONCE = 8
+DIAL_SECONDS = 3.0
+DIAL_AGAIN_SECONDS = 15.0, 600.0
+"""The first and the longest pause after a peer, or an address, did not answer."""
+DIALS_PER_SECOND, DIALS_BURST = 1.0, 16.0
+"""To one host, for peers that are no members."""
+ADDRESSES_DIALLED = 4
+"""Of one record, at a time."""
+
 _logger = logging.getLogger(__name__)
+_failure_logged = failure_logged(_logger, "dialling peers has failed")
 
 
 class Presence:
@@ -53,6 +70,10 @@ class Presence:
         self._node, self._driver, self._status = node, driver, status
         self._run_id, self._run_name, self._signed_manifest = run_id, run_name, signed_manifest
         self._name, self._device, self._addresses = name, device, addresses
+        #: of peers, and of addresses
+        self._failures = Backoff(*DIAL_AGAIN_SECONDS)
+        self._hosts = Allowance(DIALS_PER_SECOND, DIALS_BURST)
+        self._meeting: asyncio.Task[None] | None = None
 
     def hear(self, status: Status) -> None:
         """The trainer's thread says how it is, in a copy for this object alone."""
@@ -60,6 +81,13 @@ class Presence:
 
     async def run(self) -> None:
         """Until cancelled."""
+        try:
+            await self._run()
+        finally:
+            if self._meeting is not None:
+                await cancel_and_wait([self._meeting])
+
+    async def _run(self) -> None:
         run_due = manifest_due = 0.0
         while True:
             began = time.monotonic()
@@ -116,8 +144,47 @@ class Presence:
         )
 
     async def _meet(self) -> None:
-        """Follow whoever is alive in this run."""
-        now = time.time()
-        for peer, record in (await self._node.read_peers(self._run_id)).items():
-            if peer != self._node.peer_id and record.last_seen_seconds(now) < FRESH_SECONDS and record.addresses:
-                self._driver.feed.follow(peer)
+        """Dial some of those who seem alive in this run, members first, and follow who answers."""
+        now, feed = time.time(), self._driver.feed
+        records = await self._node.read_peers(self._run_id)
+        if self._meeting is not None and not self._meeting.done():
+            return
+        alive = [
+            peer
+            for peer, record in records.items()
+            if record.last_seen_seconds(now) < FRESH_SECONDS and self._failures.ready(peer) and feed.would_follow(peer)
+        ]
+        random.shuffle(alive)
+        alive.sort(key=lambda peer: not feed.is_member(peer))
+        dials: dict[bytes, list[str]] = {}
+        # Addresses that are chosen in this turn are not dialled twice in it either.
+        chosen: set[str] = set()
+        for peer in alive:
+            routes = [address.rpartition("/p2p/")[0] for address in records[peer].addresses[:ADDRESSES_DIALLED]]
+            routes = [route for route in routes if route and route not in chosen and self._failures.ready(route)]
+            if not feed.is_member(peer):
+                routes = [route for route in routes if self._hosts.take(route.split("/")[:3][-1])]
+            if routes:
+                chosen.update(routes)
+                dials[peer] = routes
+            if len(dials) == DIALS_AT_ONCE:
+                break
+        if dials:
+            self._meeting = asyncio.create_task(self._dial(dials))
+            self._meeting.add_done_callback(_failure_logged)
+
+    async def _dial(self, dials: Mapping[bytes, Sequence[str]]) -> None:
+        await asyncio.gather(*(self._dial_one(peer, routes) for peer, routes in dials.items()))
+
+    async def _dial_one(self, peer: bytes, routes: Sequence[str]) -> None:
+        addresses = [f"{route}/p2p/{format_peer_id(peer)}" for route in routes]
+        try:
+            await self._node.connect(peer, addresses, timeout_seconds=DIAL_SECONDS)
+        except P2PTrainError as error:
+            _logger.debug("%s does not answer where its record says: %s", format_peer_id(peer)[-8:], error)
+            for tried in (peer, *routes):
+                self._failures.failed(tried)
+        else:
+            for tried in (peer, *routes):
+                self._failures.succeeded(tried)
+            self._driver.feed.follow(peer)

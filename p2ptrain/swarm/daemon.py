@@ -22,6 +22,7 @@ from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 from p2ptrain.errors import DaemonError
 from p2ptrain.swarm.addresses import listening_address
 from p2ptrain.swarm.guards import MAX_UNARY_BYTES
+from p2ptrain.swarm.streams import BoundedP2P
 
 START_SECONDS = 15.0
 STOP_SECONDS = 5.0
@@ -84,7 +85,7 @@ class Daemon:
     async def start(cls, settings: DaemonSettings) -> Daemon:
         """Raises DaemonError when the daemon does not come up."""
 
-        class PrivateP2P(P2P):  # type: ignore[misc, unused-ignore]
+        class PrivateP2P(BoundedP2P):
             _UNIX_SOCKET_PREFIX = f"/unix{settings.sockets}/"
 
         # Without relays of its own the daemon would turn to those of the public IPFS network.

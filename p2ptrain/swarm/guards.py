@@ -3,8 +3,11 @@
 1. msgpack extension types that nest recurse through Python and C without bound: one 4 KB message ends the process with
    a segmentation fault. Nesting is cut at `MAX_EXTENSION_DEPTH`.
 2. A stream frame states its own length, and the reader buffers until it is there. Frames are cut at `MAX_FRAME_BYTES`.
-3. A node stores whatever it is asked to, for as long as it is asked to. Keys, and bytes under one key, are capped.
-4. An answer that comes just as its call was cancelled or timed out ends the task that reads the daemon's answers, and
+3. A node stores whatever it is asked to, for as long as it is asked to. `storage` caps that.
+4. A request may name any number of keys: to store under, a signature each, or to find, up to 1 MiB each. Both are
+   capped, and so is how often one peer may ask.
+5. A dictionary may have any number of records, a signature each. More than a node of ours would store are refused.
+6. An answer that comes just as its call was cancelled or timed out ends the task that reads the daemon's answers, and
    with it the daemon's use. Such an answer is dropped.
 
 They change hivemind's classes in place, because the node creates these objects itself, deep inside `DHTNode.create`.
@@ -13,47 +16,36 @@ They change hivemind's classes in place, because the node creates these objects 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import threading
 from typing import Any
 
 import hivemind.dht.protocol as dht_protocol
 import msgpack
-from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
+from google.protobuf.message import Message
+from hivemind.dht.protocol import DHTProtocol
 from hivemind.p2p import P2P
 from hivemind.p2p.p2p_daemon_bindings.control import ControlClient
 from hivemind.utils.logging import use_hivemind_log_handler
 from hivemind.utils.serializer import MSGPackSerializer
 
+from p2ptrain.swarm.limits import Allowance
+from p2ptrain.swarm.storage import RECORDS_PER_KEY, BoundedStorage
+
 MAX_EXTENSION_DEPTH = 8
 """Extension types inside extension types; honest records need two."""
-MAX_FRAME_BYTES = 1024 * 1024 + 64 * 1024
-"""One protobuf message in a stream: 1 MiB of payload and some slack for its fields."""
+MAX_FRAME_BYTES = 256 * 1024 + 4 * 1024
+"""One protobuf message in a stream: a piece of a blob or a seal, 256 KiB each, and some slack for the fields around."""
 MAX_UNARY_BYTES = 2 * 1024 * 1024
 """One unary request or response, as libp2p's daemon counts it."""
-MAX_STORED_KEYS = 4096
-"""Keys one node stores for others; the ones that expire first go first."""
-MAX_DICTIONARY_BYTES = 1024 * 1024
-"""All records under one key: a reader asks for them in one unary response."""
+MAX_KEYS_STORED_AT_ONCE = 64
+MAX_KEYS_SOUGHT_AT_ONCE = 8
+REQUESTS_PER_SECOND, REQUESTS_BURST = 20.0, 100.0
+"""To store and to search, of one peer. An honest one, which reads and publishes every 2 s, asks once or twice."""
 
 _depth = threading.local()
 _installed = threading.Lock()
-
-
-class BoundedStorage(DHTLocalStorage):
-    """hivemind's storage with a limit on keys, and on bytes under one key; what is listed already may refresh."""
-
-    def __init__(self, maxsize: int | None = None) -> None:
-        super().__init__(maxsize or MAX_STORED_KEYS)
-
-    def store_subkey(self, key: Any, subkey: Any, value: bytes, expiration_time: float) -> bool:
-        """As in hivemind; False when a new record does not fit under its key."""
-        present = self.get(key)
-        if present is not None and isinstance(present.value, DictionaryDHTValue) and subkey not in present.value:
-            used = sum(len(item.value) for _, item in present.value.items())
-            if used + len(value) > MAX_DICTIONARY_BYTES:
-                return False
-        return bool(super().store_subkey(key, subkey, value, expiration_time))
 
 
 def _decode_extension(cls: type[MSGPackSerializer], type_code: int, data: bytes) -> Any:
@@ -72,11 +64,56 @@ def _decode_extension(cls: type[MSGPackSerializer], type_code: int, data: bytes)
         _depth.value = depth
 
 
-async def _receive_raw_data(reader: Any) -> bytes:
+async def _receive_raw_data(reader: Any, max_bytes: int = MAX_FRAME_BYTES) -> bytes:
     length = int.from_bytes(await reader.readexactly(P2P.HEADER_LEN), P2P.BYTEORDER)
-    if length > MAX_FRAME_BYTES:
-        raise ValueError(f"a stream frame of {length} bytes, where at most {MAX_FRAME_BYTES} are allowed")
+    if length > max_bytes:
+        raise ValueError(f"a stream frame of {length} bytes, where at most {max_bytes} are allowed")
     return bytes(await reader.readexactly(length))
+
+
+async def receive_message(kind: type[Message], reader: Any, max_bytes: int | None = None) -> Message | None:
+    """One frame as a message of type `kind`; None at the end of what the other side sends.
+
+    Raises ValueError, TypeError, DecodeError for what is no frame or too long a one, IncompleteReadError.
+    """
+    marker = await reader.readexactly(1)
+    if marker not in (P2P.MESSAGE_MARKER, P2P.ERROR_MARKER):
+        raise TypeError("no frame")
+    data = await _receive_raw_data(reader, max_bytes or MAX_FRAME_BYTES)
+    if marker == P2P.ERROR_MARKER:
+        return None
+    message = kind()
+    message.ParseFromString(data)
+    return message
+
+
+def _may_ask(protocol: Any, context: Any) -> bool:
+    """Whether a peer may store or search once more; each node counts for itself."""
+    if not hasattr(protocol, "allowance"):
+        protocol.allowance = Allowance(REQUESTS_PER_SECOND, REQUESTS_BURST)
+    return bool(protocol.allowance.take(context.remote_id.to_bytes()))
+
+
+@functools.wraps(DHTProtocol.rpc_store)
+async def _rpc_store(protocol: Any, request: Any, context: Any) -> Any:
+    if len(request.keys) > MAX_KEYS_STORED_AT_ONCE or not _may_ask(protocol, context):
+        raise ValueError("too many keys at once, or too many requests")
+    return await _store(protocol, request, context)
+
+
+@functools.wraps(DHTProtocol.rpc_find)
+async def _rpc_find(protocol: Any, request: Any, context: Any) -> Any:
+    if len(request.keys) > MAX_KEYS_SOUGHT_AT_ONCE or not _may_ask(protocol, context):
+        raise ValueError("too many keys at once, or too many requests")
+    return await _find(protocol, request, context)
+
+
+def _validate_dictionary(protocol: Any, key: bytes, dictionary: Any) -> bool:
+    return len(dictionary.data) <= RECORDS_PER_KEY and bool(_validate(protocol, key, dictionary))
+
+
+_validate = DHTProtocol._validate_dictionary
+_store, _find = DHTProtocol.rpc_store, DHTProtocol.rpc_find
 
 
 class _OpenCalls(dict[Any, "asyncio.Future[Any]"]):
@@ -104,6 +141,8 @@ def install_guards() -> None:
         P2P.receive_raw_data = staticmethod(_receive_raw_data)
         ControlClient._ensure_persistent_conn = _ensure_persistent_conn
         dht_protocol.DHTLocalStorage = BoundedStorage
+        DHTProtocol._validate_dictionary = _validate_dictionary
+        DHTProtocol.rpc_store, DHTProtocol.rpc_find = _rpc_store, _rpc_find
         use_hivemind_log_handler("nowhere")
         # Its import renames the level for the whole process.
         logging.addLevelName(logging.WARNING, "WARNING")

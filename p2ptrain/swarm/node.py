@@ -15,7 +15,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hivemind.dht import DHTID, DHTNode
 from hivemind.p2p import PeerID, ServicerBase
@@ -53,6 +53,7 @@ from p2ptrain.swarm.records import (
     peers_key,
     subkey_of,
 )
+from p2ptrain.swarm.storage import RECORDS_PER_KEY
 from p2ptrain.swarm.tasks import cancel_and_wait, failure_logged
 from p2ptrain.swarm.validator import SignedRecordValidator
 
@@ -64,6 +65,8 @@ RESTART_SECONDS = 0.5
 """Wait before the second attempt to restart the daemon; doubles up to `MAX_RESTART_SECONDS`."""
 MAX_RESTART_SECONDS = 10.0
 _REGISTER_SECONDS = 10.0
+
+T = TypeVar("T")
 
 _logger = logging.getLogger(__name__)
 
@@ -81,8 +84,10 @@ class SwarmNode:
         self.dht: DHTNode
         #: Coroutines to run after the daemon was restarted, in order; servicers are registered again before them.
         self.on_restart: list[Callable[[], Awaitable[None]]] = []
-        #: {peer id: routes without /p2p/ID} of peers once heard of, the most recent last.
+        #: {peer id: routes without /p2p/ID} of peers that have answered once, the most recent last.
         self.known_peers: dict[bytes, list[str]] = {}
+        #: {peer id: full multiaddrs} as records say, which may be made up, the most recent last.
+        self._told: dict[bytes, Sequence[str]] = {}
         #: Times the daemon has been restarted.
         self.restarts = 0
         self._settings = settings
@@ -188,11 +193,12 @@ class SwarmNode:
         return [f"{route}/p2p/{format_peer_id(self.peer_id)}" for route in order_for_dialling(routes)]
 
     async def connect(self, peer_id: bytes, addresses: Iterable[str] = (), *, timeout_seconds: float = 5.0) -> None:
-        """Makes sure of a connection to `peer_id`, by `addresses` (full multiaddrs), known ones, or the DHT's.
+        """Makes sure of a connection to `peer_id`, by `addresses` (full multiaddrs), or else those of its record, and
+        by known ones, or the DHT's.
 
         Raises UnreachableError, AddressError.
         """
-        given = parse_addresses(addresses, own_peer_id=self.peer_id).get(peer_id, [])
+        given = parse_addresses(addresses, own_peer_id=self.peer_id).get(peer_id, []) or self._told_routes(peer_id)
         routes = list(dict.fromkeys([*given, *self.known_peers.get(peer_id, [])]))
         await meeting.dial(self._daemon.p2p, peer_id, routes, timeout_seconds)
         self.remember(peer_id, routes)
@@ -206,17 +212,20 @@ class SwarmNode:
 
         Read the records of a run before: they tell how to dial its peers.
         """
-        census = await crawl.crawl(self.dht, self.known_peers, timeout_seconds)
+        told = {peer_id: self._told_routes(peer_id) for peer_id in self._told}
+        census = await crawl.crawl(self.dht, told | self.known_peers, timeout_seconds)
         return census if self.observer else crawl.Census(census.alive | {self.peer_id}, census.dead)
 
     def remember(self, peer_id: bytes, routes: Sequence[str]) -> None:
         """Keeps `routes` (multiaddrs without /p2p/ID), for when the DHT has lost `peer_id`. Forgets the oldest."""
-        if peer_id == self.peer_id or not routes:
-            return
-        self.known_peers.pop(peer_id, None)
-        self.known_peers[peer_id] = list(routes)
-        while len(self.known_peers) > MAX_KNOWN_PEERS:
-            del self.known_peers[next(iter(self.known_peers))]
+        if peer_id != self.peer_id and routes:
+            _keep_newest(self.known_peers, peer_id, list(routes))
+
+    def _told_routes(self, peer_id: bytes) -> list[str]:
+        # An address that cannot be read is that peer's affair.
+        with contextlib.suppress(AddressError):
+            return parse_addresses(self._told.get(peer_id, ())).get(peer_id, [])
+        return []
 
     def known_addresses(self) -> list[str]:
         """Full multiaddrs of peers once seen, the most recent first: what to keep on disk for the next start."""
@@ -246,9 +255,11 @@ class SwarmNode:
     async def read(self, key: str, record_type: type[R], *, timeout_seconds: float = 10.0) -> dict[bytes, R]:
         """All valid records of one type under `key`, by publisher; empty also when nobody answers in time."""
         now = time.time()
-        records = {}
-        for subkey, data in (await self._get(key, timeout_seconds)).items():
-            peer_id = peer_of(subkey)
+        records: dict[bytes, R] = {}
+        found = [(peer_of(subkey), data) for subkey, data in (await self._get(key, timeout_seconds)).items()]
+        # Several nodes may each have answered with as many as there may be: those who once answered us come first.
+        found.sort(key=lambda item: item[0] not in self.known_peers and item[0] != self.peer_id)
+        for peer_id, data in found[:RECORDS_PER_KEY]:
             if peer_id is not None:
                 try:
                     records[peer_id] = open_record(data, key, peer_id, record_type, now=now)
@@ -264,9 +275,8 @@ class SwarmNode:
         """{peer id: its record} of a run; killed peers stay until their records expire."""
         records = await self.read(peers_key(run_id), PeerRecord, timeout_seconds=timeout_seconds)
         for peer_id, record in records.items():
-            # An address that cannot be read is that peer's affair.
-            with contextlib.suppress(AddressError):
-                self.remember(peer_id, parse_addresses(record.addresses).get(peer_id, []))
+            if peer_id != self.peer_id and record.addresses:
+                _keep_newest(self._told, peer_id, record.addresses)
         return records
 
     async def publish_run(self, record: RunRecord) -> bool:
@@ -347,7 +357,8 @@ class SwarmNode:
             await asyncio.gather(*registrations)
         self.restarts += 1
         # The new daemon knows no addresses but those that we remember.
-        await asyncio.gather(*(self._greet(peer_id) for peer_id in list(self.known_peers)[-16:]))
+        remembered = [*self._told, *self.known_peers]
+        await asyncio.gather(*(self._greet(peer_id) for peer_id in dict.fromkeys(remembered[-16:])))
         for callback in self.on_restart:
             await callback()
 
@@ -356,8 +367,11 @@ class SwarmNode:
             await asyncio.sleep(UPKEEP_SECONDS * random.uniform(0.8, 1.2))
             with contextlib.suppress(P2PDaemonError, OSError, EOFError, ValueError):
                 for peer in await self._daemon.p2p.list_peers():
-                    if peer.peer_id.to_bytes() not in self.known_peers:
-                        self.remember(peer.peer_id.to_bytes(), [str(address) for address in peer.addrs])
+                    peer_id = peer.peer_id.to_bytes()
+                    # Of who has dialled us the connection tells no address that can be dialled; its record may.
+                    told = self._told_routes(peer_id)
+                    if told or peer_id not in self.known_peers:
+                        self.remember(peer_id, told or [str(address) for address in peer.addrs])
             table = self.dht.protocol.routing_table
             lost = [peer_id for peer_id in self.known_peers if PeerID(peer_id) not in table]
             await asyncio.gather(*(self._greet(peer) for peer in random.sample(lost, min(UPKEEP_PEERS, len(lost)))))
@@ -366,7 +380,8 @@ class SwarmNode:
     async def _greet(self, peer_id: bytes) -> None:
         """Dials a peer and has it and us list each other; it may well be gone."""
         with contextlib.suppress(UnreachableError):
-            await meeting.dial(self._daemon.p2p, peer_id, self.known_peers.get(peer_id, []), 3.0)
+            routes = self.known_peers.get(peer_id) or self._told_routes(peer_id)
+            await meeting.dial(self._daemon.p2p, peer_id, routes, 3.0)
             await self.dht.protocol.call_ping(PeerID(peer_id))
 
     async def _explore(self, timeout_seconds: float) -> None:
@@ -375,3 +390,10 @@ class SwarmNode:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_seconds):
                 await self.dht.find_nearest_nodes(places)
+
+
+def _keep_newest(peers: dict[bytes, T], peer_id: bytes, value: T) -> None:
+    peers.pop(peer_id, None)
+    peers[peer_id] = value
+    while len(peers) > MAX_KNOWN_PEERS:
+        del peers[next(iter(peers))]

@@ -22,8 +22,8 @@ PEER_RECORD_SECONDS = 30.0
 """Life of a peer's record; peers publish every few seconds."""
 RUN_RECORD_SECONDS = 60.0
 MANIFEST_SECONDS = 3600.0
-MAX_RECORD_SECONDS = 3600.0
-"""No record may expire later than this from now, on the clock of the node that is asked to store it."""
+MAX_RECORD_SECONDS = max(PEER_RECORD_SECONDS, RUN_RECORD_SECONDS)
+"""No signed record may expire later than this from now, on the clock of the node that is asked to store it."""
 CLOCK_TOLERANCE_SECONDS = 3.0
 """What hivemind allows between the clocks of two nodes."""
 

@@ -15,8 +15,9 @@ import virtual
 
 from p2ptrain.calls.client import Client
 from p2ptrain.calls.messages import TOO_MANY_CALLS, TOO_MANY_FOLLOWERS, Tip, Traffic
-from p2ptrain.calls.news import ATTEMPTS, RETRY_SECONDS, NewsFeed
+from p2ptrain.calls.news import ATTEMPTS, RETRY_SECONDS, SEALS_BURST, NewsFeed
 from p2ptrain.calls.servicer import PeerServicer
+from p2ptrain.chain import SealError, SignedSeal
 from p2ptrain.rounds.events import TipHeard
 
 RUN_ID = bytes(32)
@@ -100,5 +101,30 @@ def test_who_refuses_is_alive_for_a_newcomer_only_if_it_is_in_this_run(refusal: 
         await asyncio.sleep(5)
         assert (newcomer.feed.heard_at > -math.inf) == alive
         await asyncio.gather(hub.feed.close(), newcomer.feed.close())
+
+    virtual.run(scenario())
+
+
+def test_bad_seals_without_end_are_verified_seldom_and_logged_once_a_minute(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened: list[SignedSeal] = []
+
+    def bad(signed: SignedSeal, verify: object) -> None:
+        opened.append(signed)
+        raise SealError("bad")
+
+    monkeypatch.setattr("p2ptrain.chain.open_seal", bad)
+    caplog.set_level("INFO", "p2ptrain.calls.news")
+    seal = SignedSeal(b"", bytes(64))
+
+    async def scenario() -> None:
+        network = virtual.Network()
+        hub, other = Peer(network, 1), virtual.name_of(3)
+        for _ in range(5000):
+            hub.feed.take_relayed(virtual.name_of(2), Tip(1, RUN_ID, 1), seal)
+        assert 0 < len(opened) < 2 * SEALS_BURST and len(caplog.records) == 1
+        hub.feed.take_relayed(other, Tip(1, RUN_ID, 1), seal)
+        assert len(caplog.records) == 2, "of another peer it is heard at once"
 
     virtual.run(scenario())
