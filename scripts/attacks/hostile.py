@@ -1,0 +1,410 @@
+"""A hostile process: it connects to honest peers, waits for a word, and does what its attack does until another word.
+
+    python scripts/attacks/hostile.py --attack NAME --seed S --folder FOLDER --peer ADDRESS...
+
+`attack_swarm.py` starts it. On stdin: a line begins the attack, the next one, or the end of the file, ends it. On
+stdout, a JSON object a line: `ready` with the ids of its identities once it is prepared, `branch` with ids of seals
+that no honest peer may ever hold, `did` with what it has done. An attack knows of honest peers what goes over the wire,
+and the rules of a seal, as it has to forge some.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import random
+import signal
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+from typing import AsyncIterator as Stream  # noqa: UP035 - hivemind knows a stream by this type alone
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from google.protobuf.wrappers_pb2 import BytesValue
+from hivemind.p2p import P2PContext, ServicerBase
+from lab.report import say
+
+from p2ptrain import chain
+from p2ptrain.calls.client import Client, hello
+from p2ptrain.calls.messages import (
+    NAMESPACE,
+    ROUNDS_MAX,
+    TRANSPORT_FAILURES,
+    Answer,
+    CallError,
+    Follow,
+    News,
+    RoundsHeader,
+    RoundsRequest,
+    Tip,
+    Traffic,
+    decode_message,
+)
+from p2ptrain.chain import ChainState, Join, Row, Seal
+from p2ptrain.chain.sealed import SealedRound, decode_sealed, encode_sealed, reply_digest
+from p2ptrain.compression.codec import Codec
+from p2ptrain.compression.reduce import reduce_part
+from p2ptrain.config.manifest import open_manifest
+from p2ptrain.swarm.addresses import parse_addresses
+from p2ptrain.swarm.identity import Identity, load_or_create_identity
+from p2ptrain.swarm.node import SwarmNode
+from p2ptrain.swarm.thread import new_network_loop
+from p2ptrain.training.replica import Replica
+
+Stubs = Callable[[bytes], Any]
+ROUND_MAX_BYTES = 64 * 1024 * 1024
+NEWS_SECONDS = 1.0
+CALL_SECONDS = 4.0
+STATE_BYTES = 512 * 1024
+"""Of a snapshot's piece."""
+
+
+def key_from(chance: random.Random, path: Path) -> Identity:
+    """An identity that follows from the seed, in a file as libp2p reads it."""
+    key = Ed25519PrivateKey.from_private_bytes(chance.randbytes(32))
+    private = key.private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption())
+    path.write_bytes(b"\x08\x01\x12\x40" + private + key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw))
+    path.chmod(0o600)
+    return load_or_create_identity(path)
+
+
+def made_up_peer_id(chance: random.Random) -> bytes:
+    """A peer id whose key nobody needs."""
+    return b"\x00\x24\x08\x01\x12\x20" + chance.randbytes(32)
+
+
+class Branch:
+    """A chain from a state that honest peers have, and further rounds that were made up."""
+
+    def __init__(self, base: ChainState, codec: Codec) -> None:
+        self.state, self._codec = base, codec
+        self._ids, self._encoded = [base.id], [b""]
+        self._places = {base.id: 0}
+        self._states = [base]
+        self._empty: dict[tuple[frozenset[int], int, int, int], bytes] = {}
+
+    @property
+    def tip(self) -> Tip:
+        """Where it stands."""
+        return Tip(self.state.round, self.state.id, self.state.total)
+
+    def take(self, encoded: bytes) -> SealedRound:
+        """Continue it by a round that somebody handed out. Raises SealError."""
+        sealed = decode_sealed(encoded, lambda *_: True)
+        self._append(sealed.id, sealed.seal, encoded)
+        return sealed
+
+    def back_to_parent(self) -> None:
+        """Forget the last round, which others have undone. Raises IndexError at the base."""
+        self._states.pop()
+        self.state = self._states[-1]
+        del self._places[self._ids.pop()], self._encoded[-1]
+
+    def forge(self, sealer: Identity, *, solo: bool = False, joins: tuple[Join, ...] = ()) -> bytes:
+        """Seal the next round: it includes all its members, or the sealer alone, and changes no parameter. The id."""
+        shape = chain.shape_of(self.state, self._codec.chunks)
+        count, mine = len(shape.members), shape.index(sealer.peer_id)
+        everyone = frozenset(range(count))
+        included = everyone if not solo else frozenset() if mine is None else frozenset({mine})
+        replies = tuple(
+            self._reply(included, part.start, part.end, count) if included else None for part in shape.parts
+        )
+        seal = Seal(
+            version=chain.SEAL_VERSION,
+            run_id=self.state.run_id,
+            round=shape.round,
+            parent=self.state.id,
+            total=self.state.total + len(included),
+            sealer=sealer.peer_id,
+            solo=solo,
+            included=chain.bitmap(included, count),
+            parts=tuple(b"" if reply is None else reply_digest(reply) for reply in replies),
+            rows=tuple(member.row for member in shape.members),
+            joins=joins,
+            root=b"",
+        )
+        signed = chain.encode_seal(seal, sealer.sign)
+        identifier = chain.seal_id(signed.body)
+        self._append(identifier, seal, encode_sealed(SealedRound(identifier, seal, signed, replies)))
+        return identifier
+
+    def after(self, locator: tuple[bytes, ...]) -> tuple[bytes, list[bytes]]:
+        """What a donor of this chain answers: the ancestor, and encoded rounds after it."""
+        for identifier in locator:
+            place = self._places.get(identifier)
+            if place is not None:
+                return identifier, self._encoded[place + 1 : place + 1 + ROUNDS_MAX]
+        return b"", []
+
+    def _reply(self, included: frozenset[int], start: int, end: int, count: int) -> bytes:
+        key = (included, start, end, count)
+        if key not in self._empty:
+            nothing = [(member, 0, b"") for member in sorted(included)]
+            self._empty = {key: reduce_part(nothing, self._codec, start, end, count), **self._empty}
+        return self._empty[key]
+
+    def _append(self, identifier: bytes, seal: Seal, encoded: bytes) -> None:
+        self.state = chain.extend(self.state, identifier, seal, self._codec.chunks)
+        self._states.append(self.state)
+        self._places[identifier] = len(self._ids)
+        self._ids.append(identifier)
+        self._encoded.append(encoded)
+
+
+class Liar:
+    """What a hostile peer answers: as an honest one would that stands on `branch`; attacks change some of it."""
+
+    def __init__(self, branch: Branch) -> None:
+        self.branch = branch
+        self.traffic = Traffic()
+        #: who asked us for rounds, and how often
+        self.asked = 0
+
+    def tip(self) -> Tip:
+        """Where it says it stands."""
+        return self.branch.tip
+
+    async def rounds(self, wanted: RoundsRequest) -> AsyncIterator[BytesValue]:
+        """Answer to `rounds`."""
+        self.asked += 1
+        ancestor, rounds = self.branch.after(wanted.locator)
+        yield self.traffic.message(Answer(""))
+        yield self.traffic.message(RoundsHeader(ancestor, len(rounds), self.tip(), ()))
+        for encoded in rounds:
+            for frame in self.traffic.blob(encoded):
+                yield frame
+
+    async def snapshot(self, request: bytes) -> AsyncIterator[BytesValue]:
+        """Answer to `snapshot`."""
+        yield self.traffic.message(Answer("no such snapshot here any more"))
+
+
+class PeerServicer(ServicerBase):
+    """Answers in the name of a liar; its name and those of its methods are the protocol's."""
+
+    def __init__(self, liar: Liar) -> None:
+        self._liar = liar
+
+    async def rpc_join(self, request: BytesValue, context: P2PContext) -> BytesValue:
+        """Take a newcomer, and forget it."""
+        return self._liar.traffic.message(Answer(""))
+
+    async def rpc_relay(self, request: BytesValue, context: P2PContext) -> BytesValue:
+        """Take a seal, and pass it on to nobody."""
+        return self._liar.traffic.message(Answer(""))
+
+    async def rpc_contribute(self, stream: Stream[BytesValue], context: P2PContext) -> Stream[BytesValue]:
+        """Refuse."""
+        yield self._liar.traffic.message(Answer("foreign"))
+
+    async def rpc_follow(self, request: BytesValue, context: P2PContext) -> Stream[BytesValue]:
+        """Say a tip each second."""
+        decode_message(request.value, Follow)
+        yield self._liar.traffic.message(Answer(""))
+        while True:
+            yield self._liar.traffic.message(News(self._liar.tip(), None, False))
+            await asyncio.sleep(NEWS_SECONDS)
+
+    async def rpc_rounds(self, request: BytesValue, context: P2PContext) -> Stream[BytesValue]:
+        """Hand out rounds."""
+        async for frame in self._liar.rounds(decode_message(request.value, RoundsRequest)):
+            yield frame
+
+    async def rpc_snapshot(self, request: BytesValue, context: P2PContext) -> Stream[BytesValue]:
+        """Hand out a snapshot."""
+        async for frame in self._liar.snapshot(request.value):
+            yield frame
+
+
+class Hostile:
+    """What attacks have in common: a node in the run's network, the run, and chance from the seed."""
+
+    def __init__(self, node: SwarmNode, peers: list[str], folder: Path, chance: random.Random) -> None:
+        self.node, self.folder, self.chance, self.addresses = node, folder, chance, peers
+        self.peers = list(parse_addresses(peers))
+        self.traffic = Traffic()
+        self.run_id = b""
+        self.calls: Client
+        self.replica: Replica
+
+    @classmethod
+    async def connect(cls, peers: list[str], folder: Path, seed: int) -> Hostile:
+        """Join the DHT of these peers and learn which run they are in."""
+        chance = random.Random(seed)
+        key_from(chance, folder / "hostile.key")
+        node = await SwarmNode.create(folder / "hostile.key", peers)
+        self = cls(node, peers, folder, chance)
+        for peer in self.peers:
+            await node.connect(peer, peers)
+        welcome = await hello(node, self.peers[0])
+        manifest, self.run_id = open_manifest(welcome.manifest)
+        self.replica = Replica(manifest, self.run_id, torch.device("cpu"))
+        self.calls = Client(node, self.traffic, self.run_id)
+        return self
+
+    @property
+    def codec(self) -> Codec:
+        """What all peers of the run agree on about payloads."""
+        return self.replica.codec
+
+    async def fetch(self) -> Branch:
+        """The chain of the first honest peer, from its beginning or its oldest snapshot to its tip."""
+        donor = self.peers[0]
+        header, encoded = await self.calls.rounds(donor, (self.run_id,), ROUND_MAX_BYTES)
+        base = chain.genesis(self.run_id)
+        if not header.ancestor:
+            offer = min(header.snapshots, key=lambda one: one.round)
+            pieces = []
+            for number in range(-(-offer.length // STATE_BYTES)):
+                pieces += (await self.calls.snapshot(donor, offer, number, number + 1, timeout_seconds=30.0)).pieces
+            base = self.replica.snapshot_chain(b"".join(pieces))
+            header, encoded = await self.calls.rounds(donor, (offer.id,), ROUND_MAX_BYTES)
+        branch = Branch(base, self.codec)
+        while encoded:
+            for one in encoded:
+                branch.take(one)
+            _, encoded = await self.calls.rounds(donor, (branch.state.id,), ROUND_MAX_BYTES)
+        return branch
+
+    async def tip_of(self, peer: bytes) -> Tip:
+        """Where an honest peer stands."""
+        return (await hello(self.node, peer)).tip
+
+    async def serve(self, liar: Liar) -> None:
+        """Answer calls from now on."""
+        await self.node.add_servicer(PeerServicer(liar), NAMESPACE)
+
+    def stub(self, peer: bytes) -> Any:
+        """What calls `peer` in our name."""
+        return self.node.stub(PeerServicer, peer, NAMESPACE)
+
+    async def send(self, peer: bytes, call: str, *frames: BytesValue, stub: Stubs | None = None) -> bytes | None:
+        """Make a call of these frames and return its first answer, if one comes within seconds.
+
+        Args:
+            stub: calls in another name than ours.
+        """
+
+        async def sent() -> AsyncIterator[BytesValue]:
+            for frame in frames:
+                yield frame
+
+        with contextlib.suppress(*TRANSPORT_FAILURES):
+            async with asyncio.timeout(CALL_SECONDS):
+                answers = await getattr((stub or self.stub)(peer), call)(
+                    sent() if call == "rpc_contribute" else frames[0]
+                )
+                if isinstance(answers, BytesValue):
+                    return bytes(answers.value)
+                try:
+                    return bytes((await anext(answers)).value)
+                finally:
+                    await answers.aclose()
+        return None
+
+    async def announce(self, tip: Callable[[], Tip]) -> None:
+        """Follow all honest peers, which is how they hear of us and of our tip; for ever."""
+
+        async def at(peer: bytes) -> None:
+            while True:
+                with contextlib.suppress(CallError):
+                    async for _ in self.calls.follow(peer, tip()):
+                        pass
+                await asyncio.sleep(NEWS_SECONDS)
+
+        async with asyncio.TaskGroup() as group:
+            for peer in self.peers:
+                group.create_task(at(peer))
+
+
+class Attack:
+    """One attack. `options` are what its name in the list adds to its class."""
+
+    def __init__(self, hostile: Hostile, **options: int | str) -> None:
+        self.hostile, self.options = hostile, options
+
+    async def prepare(self) -> list[bytes]:
+        """Do what is to be done before the attack begins; returns the ids of all identities that are hostile."""
+        return [self.hostile.node.peer_id]
+
+    async def run(self) -> None:
+        """Attack until cancelled."""
+
+    async def close(self) -> None:
+        """End what was started."""
+
+
+def confess(branch: list[bytes]) -> None:
+    """Tell the one who measures by what a takeover is known."""
+    for start in range(0, len(branch), 500):
+        say(branch=[identifier.hex() for identifier in branch[start : start + 500]])
+
+
+def random_row(chance: random.Random, uplink_kbit: int = 0) -> Row:
+    """What an honest member of a small swarm may say of itself."""
+    return Row(chance.randint(1, 8), chance.randint(1_000, 20_000), uplink_kbit)
+
+
+async def attack(options: argparse.Namespace) -> None:
+    """From connecting to the end."""
+    from attacks.catalogue import ATTACKS
+
+    lines: asyncio.Queue[str] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+
+    def read() -> None:
+        while True:
+            line = sys.stdin.readline()
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(lines.put_nowait, line)
+            if not line:
+                return
+
+    threading.Thread(target=read, daemon=True).start()
+    hostile = await Hostile.connect(options.peer, options.folder, options.seed)
+    spec = ATTACKS[options.attack]
+    chosen = spec.kind(hostile, **spec.options)
+    try:
+        identities = await chosen.prepare()
+        say(ready=[identity.hex() for identity in identities])
+        if await lines.get():
+            work = asyncio.create_task(chosen.run())
+            stop = asyncio.create_task(lines.get())
+            await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+                await stop
+            work.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await work
+    finally:
+        await chosen.close()
+        await hostile.node.close()
+
+
+def main() -> None:
+    """Until stdin says so."""
+    # Imported under its own name, so that attacks in other files find these very classes.
+    from attacks import hostile
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--attack", required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--folder", type=Path, required=True, help="for its keys and logs")
+    parser.add_argument("--peer", action="append", required=True, help="full address of an honest peer")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    with asyncio.Runner(loop_factory=new_network_loop) as runner:
+        runner.run(hostile.attack(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
