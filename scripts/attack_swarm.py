@@ -85,6 +85,10 @@ COLUMNS = (
 )
 
 
+class NotMeasuredError(Exception):
+    """The swarm did not come about, or the attacker was not ready."""
+
+
 class Peer:
     """One honest peer, and what can be seen of it from outside."""
 
@@ -120,7 +124,7 @@ class Peer:
             if found:
                 self.address = found[1]
                 return self.address
-        raise SystemExit(f"{self.name} did not start: {self.log.read_text()[-2000:]}")
+        raise NotMeasuredError(f"{self.name} did not start: {self.log.read_text()[-2000:]}")
 
     def look(self) -> None:
         """Take in what is new in its log and its journal."""
@@ -312,7 +316,7 @@ class Measurement:
         deadline = time.monotonic() + START_SECONDS
         while not all(peer.rounds and peer.rounds[-1]["members"] >= len(self.peers) for peer in self.peers):
             if time.monotonic() > deadline:
-                raise SystemExit(f"not all became members within {START_SECONDS:.0f} s; logs in {self.folder}")
+                raise NotMeasuredError(f"not all became members within {START_SECONDS:.0f} s; logs in {self.folder}")
             self.watch(LOOK_SECONDS)
 
     def start_hostile(self) -> None:
@@ -322,7 +326,7 @@ class Measurement:
         deadline = time.monotonic() + READY_SECONDS
         while self.hostile.identities is None:
             if self.hostile.process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"the attacker is not ready: {self.hostile.log.read_text()[-3000:]}")
+                raise NotMeasuredError(f"the attacker is not ready: {self.hostile.log.read_text()[-3000:]}")
             self.watch(LOOK_SECONDS)
 
     def watch(self, seconds: float) -> Window:
@@ -461,11 +465,17 @@ def main() -> int:
     if not asked or unknown or not 2 <= options.peers <= len(NAMES):
         parser.error(f"no such attack: {', '.join(unknown)}" if unknown else "--attack NAME|all, --peers 2 to 8")
     rows: list[Figures] = []
+    failed = False
     try:
         for name in asked:
             folder = Path(tempfile.mkdtemp(prefix="attack-", dir="/tmp"))
             measurement = Measurement(name, ATTACKS[name], options, folder)
-            row = measurement.measure()
+            try:
+                row = measurement.measure()
+            except NotMeasuredError as error:
+                failed = True
+                note(f"{name}: not measured: {error}")
+                continue
             rows.append(row)
             note(f"{name}: {'holds' if holds(row) else f'does not hold; homes and logs: {folder}'}")
             if holds(row) and not options.keep:
@@ -479,7 +489,7 @@ def main() -> int:
     finally:
         if rows:
             print(show(rows) if options.format == "table" else json.dumps(rows, indent=1))
-    return int(not all(map(holds, rows)))
+    return int(failed or not all(map(holds, rows)))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 
 from attacks.chains import MadeUpMembers, OfflineChain, TipNeverDelivered
 from attacks.comings import DyingNewcomers, ManyJoins, MemberSolo
+from attacks.floods import FalseRecords, IdleAndSlow, Malformed, UnfinishedFrames
 from attacks.hostile import Attack
+from attacks.members import LyingMember
 
 
 @dataclass(frozen=True)
@@ -37,5 +39,23 @@ ATTACKS = {
     "snapshot_trickled": Spec(TipNeverDelivered, "names a tip far ahead, trickles its snapshot", {"how": "snapshot"}),
     "many_joins": Spec(ManyJoins, "50 identities ask for admission and never do anything", {"identities": 50}),
     "dying_newcomers": Spec(DyingNewcomers, "every 5 s a newcomer becomes a member and dies"),
+    "withholding_member": Spec(
+        LyingMember, "takes contributions, never replies", {"lie": "withhold"}, member=True, attacker="member"
+    ),
     "member_solo": Spec(MemberSolo, "leaves, seals alone, comes back", member=True, attacker="member"),
+    "malformed": Spec(Malformed, "malformed messages over all calls, as fast as they are taken"),
+    "idle_and_slow": Spec(IdleAndSlow, "500 idle connections, slow streams on all peers", {"connections": 500}),
+    "unfinished_frames": Spec(UnfinishedFrames, "200 unfinished frames of 1 MiB on each peer", {"streams": 200}),
+    "forged_peers": Spec(FalseRecords, "records of 2,000 made-up peers of the run", {"what": "peers", "count": 2000}),
+    "foreign_runs": Spec(FalseRecords, "500 made-up runs in the same DHT", {"what": "runs", "count": 500}),
+    "dht_keys": Spec(FalseRecords, "4,200 signed keys that outlive all others", {"what": "keys", "count": 4200}),
+    "no_throughput": Spec(
+        LyingMember, "says that it computes nothing", {"lie": "no_throughput"}, member=True, attacker="member"
+    ),
+    "endless_throughput": Spec(
+        LyingMember, "says that it computes without end", {"lie": "endless_throughput"}, member=True, attacker="member"
+    ),
+    "endless_uplink": Spec(
+        LyingMember, "says that it sends without end", {"lie": "endless_uplink"}, member=True, attacker="member"
+    ),
 }

@@ -48,37 +48,45 @@ from p2ptrain.calls.messages import (
     Traffic,
     decode_message,
 )
-from p2ptrain.chain import ChainState, Join, Row, Seal
-from p2ptrain.chain.sealed import SealedRound, decode_sealed, encode_sealed, reply_digest
+from p2ptrain.chain import ChainState, Join, Row, Seal, SealError
+from p2ptrain.chain.sealed import SealedRound, SealedRoundError, decode_sealed, encode_sealed, reply_digest
 from p2ptrain.compression.codec import Codec
 from p2ptrain.compression.reduce import reduce_part
 from p2ptrain.config.manifest import open_manifest
 from p2ptrain.swarm.addresses import parse_addresses
-from p2ptrain.swarm.identity import Identity, load_or_create_identity
+from p2ptrain.swarm.identity import Identity
 from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.swarm.thread import new_network_loop
 from p2ptrain.training.replica import Replica
 
+PEER_ID_HEADER = b"\x00\x24\x08\x01\x12\x20"
 Stubs = Callable[[bytes], Any]
 ROUND_MAX_BYTES = 64 * 1024 * 1024
 NEWS_SECONDS = 1.0
 CALL_SECONDS = 4.0
+FETCH_ATTEMPTS = 5
 STATE_BYTES = 512 * 1024
 """Of a snapshot's piece."""
 
 
-def key_from(chance: random.Random, path: Path) -> Identity:
-    """An identity that follows from the seed, in a file as libp2p reads it."""
+def identity_from(chance: random.Random) -> Identity:
+    """An identity that follows from the seed."""
     key = Ed25519PrivateKey.from_private_bytes(chance.randbytes(32))
-    private = key.private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption())
-    path.write_bytes(b"\x08\x01\x12\x40" + private + key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw))
-    path.chmod(0o600)
-    return load_or_create_identity(path)
+    return Identity(PEER_ID_HEADER + key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw), key)
+
+
+def key_from(chance: random.Random, path: Path) -> Identity:
+    """The same, in a file as libp2p reads it."""
+    made = identity_from(chance)
+    private = made.key.private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption())
+    path.touch(mode=0o600)
+    path.write_bytes(b"\x08\x01\x12\x40" + private + made.peer_id[len(PEER_ID_HEADER) :])
+    return made
 
 
 def made_up_peer_id(chance: random.Random) -> bytes:
     """A peer id whose key nobody needs."""
-    return b"\x00\x24\x08\x01\x12\x20" + chance.randbytes(32)
+    return PEER_ID_HEADER + chance.randbytes(32)
 
 
 class Branch:
@@ -193,6 +201,14 @@ class PeerServicer(ServicerBase):
     def __init__(self, liar: Liar) -> None:
         self._liar = liar
 
+    async def rpc_hello(self, request: BytesValue, context: P2PContext) -> BytesValue:
+        """Say nothing of any use."""
+        return self._liar.traffic.message(Answer(""))
+
+    async def rpc_data(self, request: BytesValue, context: P2PContext) -> Stream[BytesValue]:
+        """Hand out no text."""
+        yield self._liar.traffic.message(Answer("none here"))
+
     async def rpc_join(self, request: BytesValue, context: P2PContext) -> BytesValue:
         """Take a newcomer, and forget it."""
         return self._liar.traffic.message(Answer(""))
@@ -256,12 +272,21 @@ class Hostile:
         return self.replica.codec
 
     async def fetch(self) -> Branch:
-        """The chain of the first honest peer, from its beginning or its oldest snapshot to its tip."""
-        donor = self.peers[0]
+        """The first honest peer's chain, from its beginning or its newest snapshot to its tip. Raises CallError."""
+        for attempt in range(FETCH_ATTEMPTS):
+            try:
+                return await self._fetch(self.peers[0])
+            except (CallError, SealedRoundError, SealError):
+                # Pruned, or a fork, meanwhile.
+                if attempt + 1 == FETCH_ATTEMPTS:
+                    raise
+        raise AssertionError
+
+    async def _fetch(self, donor: bytes) -> Branch:
         header, encoded = await self.calls.rounds(donor, (self.run_id,), ROUND_MAX_BYTES)
         base = chain.genesis(self.run_id)
         if not header.ancestor:
-            offer = min(header.snapshots, key=lambda one: one.round)
+            offer = max(header.snapshots, key=lambda one: one.round)
             pieces = []
             for number in range(-(-offer.length // STATE_BYTES)):
                 pieces += (await self.calls.snapshot(donor, offer, number, number + 1, timeout_seconds=30.0)).pieces
@@ -305,7 +330,8 @@ class Hostile:
                 if isinstance(answers, BytesValue):
                     return bytes(answers.value)
                 try:
-                    return bytes((await anext(answers)).value)
+                    answer = await anext(answers, None)
+                    return None if answer is None else bytes(answer.value)
                 finally:
                     await answers.aclose()
         return None
@@ -327,6 +353,9 @@ class Hostile:
 
 class Attack:
     """One attack. `options` are what its name in the list adds to its class."""
+
+    #: it goes on to live with the honest peers when its attack is over
+    stays = False
 
     def __init__(self, hostile: Hostile, **options: int | str) -> None:
         self.hostile, self.options = hostile, options
@@ -385,6 +414,8 @@ async def attack(options: argparse.Namespace) -> None:
             work.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await work
+            while chosen.stays and await lines.get():
+                pass
     finally:
         await chosen.close()
         await hostile.node.close()
