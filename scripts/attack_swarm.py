@@ -114,6 +114,8 @@ class Peer:
         self.said: list[dict[str, Any]] = []
         self._offset = 0
         self.traceback = False
+        #: it did not leave when asked, and was killed
+        self.hung = False
         self._children: list[psutil.Process] = []
 
     def started(self) -> str:
@@ -175,6 +177,7 @@ class Peer:
         try:
             self.process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
+            self.hung = True
             self.process.kill()
             self.process.wait()
         for child in psutil.wait_procs(self._children, timeout=5)[1]:
@@ -344,7 +347,7 @@ class Measurement:
 
     def crashed(self) -> bool:
         """Whether a peer has ended by itself, or has logged a traceback."""
-        return any(peer.traceback or peer.process.poll() not in (None, 0) for peer in self.peers)
+        return any(peer.traceback or (peer.process.poll() not in (None, 0) and not peer.hung) for peer in self.peers)
 
     # ---- what came of it --------------------------------------------------------------------------------------
 
@@ -422,6 +425,7 @@ class Measurement:
             "rss_growth": growth(0),
             "rounds_per_minute_after": round(self.rate(after), 1),
             "daemon_rss_growth": growth(1),
+            "hung": any(peer.hung for peer in self.peers),
             "log_bytes": log_bytes,
             "seconds": self.options.seconds,
             "seed": self.options.seed,

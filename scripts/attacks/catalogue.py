@@ -35,6 +35,9 @@ ATTACKS = {
         for count in (1, 50, 500)
     },
     "tip_never_delivered": Spec(TipNeverDelivered, "names a better tip and never answers for it", {"how": "silence"}),
+    "tip_far_off": Spec(
+        TipNeverDelivered, "says that it has nothing in common, then never answers", {"how": "nothing in common"}
+    ),
     "tip_trickled": Spec(TipNeverDelivered, "names a better tip and sends its round byte by byte", {"how": "trickle"}),
     "snapshot_trickled": Spec(TipNeverDelivered, "names a tip far ahead, trickles its snapshot", {"how": "snapshot"}),
     "many_joins": Spec(ManyJoins, "50 identities ask for admission and never do anything", {"identities": 50}),

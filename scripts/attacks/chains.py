@@ -93,7 +93,7 @@ class _Silent(Liar):
 
     def __init__(self, branch: Branch, how: str) -> None:
         super().__init__(branch)
-        self._how = how
+        self._how, self._run_id = how, branch.state.run_id
         self.better = branch.tip
 
     def tip(self) -> Tip:
@@ -104,6 +104,10 @@ class _Silent(Liar):
         yield self.traffic.message(Answer(""))
         if self._how == "snapshot":
             yield self.traffic.message(RoundsHeader(b"", 0, self.better, (self._offer(),)))
+            return
+        if self._how == "nothing in common" and self._run_id not in wanted.locator:
+            # Who hears this asks again for more, from the run's beginning on, and meanwhile seals nothing.
+            yield self.traffic.message(RoundsHeader(b"", 0, self.better, ()))
             return
         if self._how == "trickle":
             yield self.traffic.message(RoundsHeader(wanted.locator[0], 1, self.better, ()))
@@ -140,7 +144,7 @@ class _Silent(Liar):
 
 
 class TipNeverDelivered(Attack):
-    """Announce a better tip, and deliver nothing. `how`: silence, trickle, snapshot."""
+    """Announce a better tip, and deliver nothing. `how`: silence, nothing in common, trickle, snapshot."""
 
     async def prepare(self) -> list[bytes]:
         """Answer calls."""
