@@ -9,7 +9,8 @@ import math
 import time
 from collections.abc import AsyncIterator
 
-from attacks.hostile import Attack, Branch, Liar, confess, made_up_peer_id, random_row
+from attacks.forged import Branch, made_up_peer_id, random_row
+from attacks.hostile import Attack, Liar, confess
 from google.protobuf.wrappers_pb2 import BytesValue
 from lab.report import say
 

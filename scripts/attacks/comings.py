@@ -11,7 +11,8 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from attacks.hostile import ROUND_MAX_BYTES, Attack, Branch, Hostile, Liar, PeerServicer, confess, key_from
+from attacks.forged import Branch, key_from
+from attacks.hostile import ROUND_MAX_BYTES, Attack, Hostile, Liar, PeerServicer, confess
 from hivemind.p2p import PeerID
 from lab.report import say
 

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
-from attacks.hostile import NAMESPACE, Attack, PeerServicer, identity_from
+from attacks.forged import identity_from
+from attacks.hostile import NAMESPACE, Attack, PeerServicer
 from google.protobuf.wrappers_pb2 import BytesValue
 from hivemind.p2p import P2P, PeerID
 from lab.report import say

@@ -9,7 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from attacks.hostile import Attack, key_from
+from attacks.forged import key_from
+from attacks.hostile import Attack
 
 LYING_PEER = Path(__file__).with_name("lying_peer.py")
 MEMBER_SECONDS = 120.0

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts/bench"))
 
 from attack_swarm import COLUMNS, holds, show
 from attacks.catalogue import ATTACKS
-from attacks.hostile import Branch, key_from, made_up_peer_id, random_row
+from attacks.forged import Branch, key_from, made_up_peer_id, random_row
 
 from p2ptrain import chain
 from p2ptrain.chain import Join
