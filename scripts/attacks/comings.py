@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ DIALABLE, UNDIALABLE = Row(1, 5_000, 1_000), Row(1, 5_000, 0)
 class Visitor:
     """A peer that follows the chain, asks to be admitted, and as a member sends messages of weight 0."""
 
-    def __init__(self, hostile: Hostile, node: SwarmNode, row: Row, branch: Branch) -> None:
+    def __init__(self, hostile: Hostile, node: SwarmNode, row: Row | None, branch: Branch) -> None:
         self.node, self.row, self._hostile = node, row, hostile
         self.calls = Client(node, Traffic(), hostile.run_id)
         self.liar = Liar(branch)
@@ -47,15 +48,23 @@ class Visitor:
         self._sending: set[asyncio.Task[Any]] = set()
 
     @classmethod
-    async def create(cls, hostile: Hostile, row: Row, node: SwarmNode | None = None) -> Visitor:
-        """As `node`, or with a new identity; connected to all honest peers, and answering calls."""
+    async def create(
+        cls, hostile: Hostile, row: Row | None, node: SwarmNode | None = None, branch: Branch | None = None
+    ) -> Visitor:
+        """Connected to all honest peers, and answering calls.
+
+        Args:
+            row: what it says of itself; None: it looks on and says nothing.
+            node: whose identity it has; else a new one.
+            branch: where it begins; else it fetches the chain.
+        """
         if node is None:
             key = hostile.folder / f"visitor-{hostile.chance.randrange(2**32)}.key"
             key_from(hostile.chance, key)
             node = await SwarmNode.create(key, hostile.addresses)
             for peer in hostile.peers:
                 await node.connect(peer, hostile.addresses)
-        self = cls(hostile, node, row, await hostile.fetch())
+        self = cls(hostile, node, row, branch or await hostile.fetch())
         await node.add_servicer(PeerServicer(self.liar), NAMESPACE)
         return self
 
@@ -107,7 +116,7 @@ class Visitor:
     async def _speak(self) -> None:
         """Once a round: ask for admission, or take part."""
         hostile, state, me = self._hostile, self.liar.branch.state, self.node.peer_id
-        if self._spoke_for > state.round:
+        if self._spoke_for > state.round or self.row is None:
             return
         self._spoke_for = state.round + 1
         shape = shape_of(state, hostile.codec.chunks)
@@ -189,7 +198,21 @@ class ManyJoins(Attack):
 
 
 class DyingNewcomers(Attack):
-    """A newcomer every few seconds; each becomes a member and dies as soon as a seal has included it."""
+    """A newcomer every few seconds; each becomes a member and dies as soon as a seal has included it.
+
+    They get the chain from a scout, so that they are admitted as fast as may be.
+    """
+
+    async def prepare(self) -> list[bytes]:
+        """Send out the scout."""
+        self._scout = await Visitor.create(self.hostile, None, self.hostile.node)
+        self._looking_on = asyncio.create_task(self._scout.live())
+        return [self.hostile.node.peer_id]
+
+    async def close(self) -> None:
+        """Call it back."""
+        self._looking_on.cancel()
+        await asyncio.wait({self._looking_on})
 
     async def run(self) -> None:
         """One after the other, as many at a time as it takes."""
@@ -205,7 +228,7 @@ class DyingNewcomers(Attack):
     async def _one(self) -> None:
         self._came += 1
         try:
-            visitor = await Visitor.create(self.hostile, DIALABLE)
+            visitor = await Visitor.create(self.hostile, DIALABLE, branch=copy.deepcopy(self._scout.liar.branch))
         except (P2PTrainError, CallError):
             return  # the swarm is too busy to be met
         try:
