@@ -29,7 +29,7 @@ ATTACKS = {
     **{
         f"made_up_members_{count}": Spec(
             MadeUpMembers,
-            f"admits {count} made-up identities, includes them in forged rounds",
+            f"forges rounds that include made-up identities, {count} of them",
             {"identities": count},
         )
         for count in (1, 50, 500)
