@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -294,6 +295,9 @@ def main() -> int:
     unknown = [name for name in asked if name not in ATTACKS]
     if not asked or unknown or not 2 <= options.peers <= len(NAMES):
         parser.error(f"no such attack: {', '.join(unknown)}" if unknown else "--attack NAME|all, --peers 2 to 8")
+    # A handler of our own, because a shell starts background jobs with SIGINT ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     rows: list[Figures] = []
     failed = False
     try:
