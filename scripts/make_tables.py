@@ -23,6 +23,9 @@ MARKED = re.compile(r"<!-- table: (\w+) -->\n(?:(?!<!-- table:).)*?<!-- end -->"
 
 Rows = list[Sequence[str]]
 
+ATTACK_HARM = {"taken_over": "taken over", "diverged": "replicas differ", "crashed": "a crash"}
+ATTACK_RATIO, ATTACK_GROWTH = 0.8, 0.1
+"""As in attack_swarm.py: at least so many rounds of calm's, and less growth of memory."""
 OTHER_DEMOS = ("straightforward", "straightforward_tuned")
 
 
@@ -497,6 +500,29 @@ def soak_simulation() -> str:
     return table(("Simulated histories", ""), rows)
 
 
+# ---- attacks -------------------------------------------------------------------------------------------------------
+
+
+def attacks() -> str:
+    """What became of honest peers under attack."""
+    rows: Rows = []
+    for of in load("attacks")["rows"]:
+        harm = [name for key, name in ATTACK_HARM.items() if of[key]]
+        ratio = of["rounds_per_minute_ratio"]
+        rows.append(
+            (
+                f"`{of['attack']}`",
+                "yes" if not harm and ratio >= ATTACK_RATIO and of["rss_growth"] < ATTACK_GROWTH else "**no**",
+                ", ".join(harm) or "none",
+                f"{of['rounds_per_minute_calm']:.0f}",
+                f"{of['rounds_per_minute_attack']:.0f}",
+                f"{of['rounds_per_minute_after']:.0f}",
+                f"{100 * of['rss_growth']:+.0f} %",
+            )
+        )
+    return table(("Attack", "holds", "harm", "rounds a minute in calm", "under attack", "after it", "memory"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     make.__name__: make
     for make in (
@@ -525,6 +551,7 @@ TABLES: dict[str, Callable[[], str]] = {
         soak_swarm,
         soak_swarm_speed,
         soak_simulation,
+        attacks,
     )
 }
 

@@ -33,17 +33,10 @@ from typing import Any
 import psutil
 import torch
 from lab.lines import Lines, prepare
+from lab.replayed import replayed
 from lab.report import finish, machine
 from rich.console import Console
 from rich.table import Table
-
-from p2ptrain import chain
-from p2ptrain.config.home import Home
-from p2ptrain.config.manifest import open_manifest
-from p2ptrain.state.journal import Journal
-from p2ptrain.state.snapshot import SnapshotStore
-from p2ptrain.swarm.identity import verify
-from p2ptrain.training.replica import Replica
 
 FAULTS = ("kill", "wipe", "stop", "daemon", "link", "address")
 PAUSE_SECONDS = (5.0, 20.0)
@@ -533,26 +526,6 @@ class Soak:
                 "sequences_lost": sum(fault.sequences_lost for fault in struck),
             }
         return table
-
-
-def replayed(path: Path, round: int) -> tuple[str, str]:
-    """(state id, parameter hash) at a round, from this home's disk alone: a snapshot and the journal after it."""
-    home = Home(path)
-    manifest, run_id = open_manifest(home.manifest.read_bytes())
-    replica = Replica(manifest, run_id, torch.device("cpu"))
-    journal = Journal(home.journal, run_id, verify)
-    snapshots = [
-        s for s in SnapshotStore(home.checkpoints).all() if s.round <= round and journal.position(s.id) is not None
-    ]
-    if snapshots:
-        replica.load_snapshot(max(snapshots, key=lambda s: s.round).read())
-    else:
-        replica.reset()
-    for number in range(replica.chain.round + 1, round + 1):
-        sealed = journal.read(number)
-        shape = chain.shape_of(replica.chain, replica.layout.chunks)
-        replica.apply(sealed, shape, chain.extend(replica.chain, sealed.id, sealed.seal, replica.layout.chunks))
-    return replica.chain.id.hex(), replica.parameters_sha256()
 
 
 def show(report: dict[str, Any]) -> None:

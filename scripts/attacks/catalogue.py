@@ -1,0 +1,64 @@
+"""The list of attacks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from attacks.chains import MadeUpMembers, OfflineChain, TipNeverDelivered
+from attacks.comings import DyingNewcomers, ManyJoins, MemberSolo
+from attacks.floods import FalseRecords, IdleAndSlow, Malformed, UnfinishedFrames
+from attacks.hostile import Attack
+from attacks.members import LyingMember
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What an attack's name means."""
+
+    kind: type[Attack]
+    what: str
+    options: dict[str, int | str] = field(default_factory=dict)
+    member: bool = False
+    """It begins as a member that behaves: calm is measured with it."""
+    attacker: str = "outsider"
+
+
+ATTACKS = {
+    "offline_chain": Spec(OfflineChain, "seals alone off line from the tip on, comes back with the larger total"),
+    "offline_chain_from_beginning": Spec(OfflineChain, "the same from round 0 on", {"from_beginning": 1}),
+    **{
+        f"made_up_members_{count}": Spec(
+            MadeUpMembers,
+            f"forges rounds that include made-up identities, {count} of them",
+            {"identities": count},
+        )
+        for count in (1, 50, 500)
+    },
+    "tip_never_delivered": Spec(TipNeverDelivered, "names a better tip and never answers for it", {"how": "silence"}),
+    "tip_far_off": Spec(
+        TipNeverDelivered, "says that it has nothing in common, then never answers", {"how": "nothing in common"}
+    ),
+    "tip_trickled": Spec(TipNeverDelivered, "names a better tip and sends its round byte by byte", {"how": "trickle"}),
+    "snapshot_trickled": Spec(TipNeverDelivered, "names a tip far ahead, trickles its snapshot", {"how": "snapshot"}),
+    "many_joins": Spec(ManyJoins, "50 identities ask for admission and never do anything", {"identities": 50}),
+    "dying_newcomers": Spec(DyingNewcomers, "every 5 s a newcomer becomes a member and dies"),
+    "withholding_member": Spec(
+        LyingMember, "takes contributions, never replies", {"lie": "withhold"}, member=True, attacker="member"
+    ),
+    "member_solo": Spec(MemberSolo, "leaves, seals alone, comes back", member=True, attacker="member"),
+    "malformed": Spec(Malformed, "malformed messages over all calls, as fast as they are taken"),
+    "idle_and_slow": Spec(IdleAndSlow, "500 idle connections, slow streams on all peers", {"connections": 500}),
+    "unfinished_frames": Spec(UnfinishedFrames, "200 unfinished frames of 1 MiB on each peer", {"streams": 200}),
+    "forged_peers": Spec(FalseRecords, "records of 2,000 made-up peers of the run", {"what": "peers", "count": 2000}),
+    "foreign_runs": Spec(FalseRecords, "500 made-up runs in the same DHT", {"what": "runs", "count": 500}),
+    "dht_keys": Spec(FalseRecords, "4,200 signed keys that outlive all others", {"what": "keys", "count": 4200}),
+    "no_throughput": Spec(
+        LyingMember, "says that it computes nothing", {"lie": "no_throughput"}, member=True, attacker="member"
+    ),
+    "endless_throughput": Spec(
+        LyingMember, "says that it computes without end", {"lie": "endless_throughput"}, member=True, attacker="member"
+    ),
+    "endless_uplink": Spec(
+        LyingMember, "says that it sends without end", {"lie": "endless_uplink"}, member=True, attacker="member"
+    ),
+}

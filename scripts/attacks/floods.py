@@ -1,0 +1,235 @@
+"""Attacks that keep peers busy, full or blind: messages that are none, streams that never end, records of nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from attacks.forged import identity_from
+from attacks.hostile import NAMESPACE, Attack, PeerServicer
+from google.protobuf.wrappers_pb2 import BytesValue
+from hivemind.p2p import P2P, PeerID
+from lab.report import say
+
+from p2ptrain.calls.messages import (
+    TRANSPORT_FAILURES,
+    ContributionHeader,
+    DataRequest,
+    Follow,
+    Hello,
+    JoinRequest,
+    Relay,
+    RoundsRequest,
+    SnapshotRequest,
+    Tip,
+)
+from p2ptrain.chain import Row, SignedSeal
+from p2ptrain.swarm.records import RUNS_KEY, PeerRecord, Record, RunRecord, encode_record, peers_key, subkey_of
+
+SENDERS = 24
+STREAMS_A_PEER = 32
+FRAME_BYTES = 1024 * 1024 - 1
+RECORD_SECONDS = 30.0
+RECORDS_AT_ONCE = 100
+KEYS_SECONDS = 3000.0
+
+
+class Malformed(Attack):
+    """Messages over all calls that no honest peer would send, as fast as they are taken."""
+
+    async def prepare(self) -> list[bytes]:
+        """A well-formed message of each call, to spoil."""
+        hostile = self.hostile
+        tip, row = Tip(5, bytes(32), 5), Row(1, 1, 1)
+        run = hostile.run_id
+        messages: dict[str, Any] = {
+            "rpc_hello": Hello(1),
+            "rpc_join": JoinRequest(run, row),
+            "rpc_relay": Relay(run, tip, SignedSeal(b"seal", bytes(64))),
+            "rpc_contribute": ContributionHeader(run, 5, bytes(32), 0, row, 0, b"", tip),
+            "rpc_follow": Follow(run, tip),
+            "rpc_rounds": RoundsRequest(run, (bytes(32),)),
+            "rpc_snapshot": SnapshotRequest(run, bytes(32), bytes(32), 0, 1, True),
+            "rpc_data": DataRequest(run),
+        }
+        self._messages = {call: msgspec.msgpack.encode(message) for call, message in messages.items()}
+        self._sent = 0
+        return [hostile.node.peer_id]
+
+    async def run(self) -> None:
+        """Send."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(SENDERS):
+                    group.create_task(self._send())
+        finally:
+            say(did={"malformed_messages": self._sent})
+
+    async def _send(self) -> None:
+        chance = self.hostile.chance
+        calls = list(self._messages)
+        while True:
+            call = chance.choice(calls)
+            frame = BytesValue(value=self._spoiled(self._messages[call]))
+            await self.hostile.send(chance.choice(self.hostile.peers), call, frame)
+            self._sent += 1
+
+    def _spoiled(self, message: bytes) -> bytes:
+        chance = self.hostile.chance
+        spoiled = bytearray(message)
+        match chance.randrange(5):
+            case 0:
+                for _ in range(chance.randint(1, 8)):
+                    spoiled[chance.randrange(len(spoiled))] = chance.randrange(256)
+            case 1:
+                del spoiled[chance.randrange(len(spoiled)) :]
+            case 2:
+                spoiled = bytearray(chance.randbytes(chance.randrange(2000)))
+            case 3:
+                spoiled = bytearray(b"\x91" * chance.randrange(1, 100_000))
+            case _:
+                # An array, and in it more, than there is.
+                spoiled[:0] = b"\xdd\xff\xff\xff\xff"
+        return bytes(spoiled)
+
+
+class _Streams(Attack):
+    """Many at a time, to all peers by turns; opens anew what is closed."""
+
+    async def run(self) -> None:
+        """Keep them open."""
+        self._opened: dict[str, int] = {}
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._open_all(group.create_task)
+        finally:
+            say(did=self._opened)
+
+    def _open_all(self, start: Callable[[Any], Any]) -> None:
+        raise NotImplementedError
+
+    def _count(self, what: str) -> None:
+        self._opened[what] = self._opened.get(what, 0) + 1
+
+    async def _raw(self, peer: bytes, call: str, beginning: bytes, drop: bytes) -> None:
+        """A stream to a call, its beginning, and then a drop each second."""
+        p2p: P2P = self.hostile.node.dht.p2p
+        while True:
+            with contextlib.suppress(*TRANSPORT_FAILURES):
+                name = f"{NAMESPACE}::{PeerServicer.__name__}.{call}"
+                _, _, writer = await p2p.call_binary_stream_handler(PeerID(peer), name)
+                self._count(call)
+                try:
+                    writer.write(beginning)
+                    while True:
+                        await writer.drain()
+                        await asyncio.sleep(1.0)
+                        writer.write(drop)
+                finally:
+                    writer.close()
+            await asyncio.sleep(1.0)
+
+
+class IdleAndSlow(_Streams):
+    """Connections that say nothing, and contributions that come by a byte a second."""
+
+    def _open_all(self, start: Callable[[Any], Any]) -> None:
+        ports = [address.split("/") for address in self.hostile.addresses]
+        for number in range(int(self.options["connections"])):
+            parts = ports[number % len(ports)]
+            start(self._idle(parts[2], int(parts[4])))
+        for peer in self.hostile.peers:
+            for _ in range(STREAMS_A_PEER):
+                start(self._raw(peer, "rpc_contribute", P2P.MESSAGE_MARKER + (1000).to_bytes(8, P2P.BYTEORDER), b"\0"))
+
+    async def _idle(self, host: str, port: int) -> None:
+        while True:
+            with contextlib.suppress(OSError):
+                reader, writer = await asyncio.open_connection(host, port)
+                self._count("connections")
+                try:
+                    while await reader.read(1000):
+                        pass
+                finally:
+                    writer.close()
+            await asyncio.sleep(1.0)
+
+
+class UnfinishedFrames(_Streams):
+    """Frames of 1 MiB on `follow`, of which the last byte never comes."""
+
+    def _open_all(self, start: Callable[[Any], Any]) -> None:
+        beginning = P2P.MESSAGE_MARKER + FRAME_BYTES.to_bytes(8, P2P.BYTEORDER) + bytes(FRAME_BYTES - 1)
+        for peer in self.hostile.peers:
+            for _ in range(int(self.options["streams"])):
+                start(self._raw(peer, "rpc_follow", beginning, b""))
+
+
+class FalseRecords(Attack):
+    """Signed records in the DHT that say nothing true. `what`: peers, runs, keys; `count` of them."""
+
+    async def prepare(self) -> list[bytes]:
+        """Sign with identities that are made up, but have keys."""
+        self._identities = [identity_from(self.hostile.chance) for _ in range(int(self.options["count"]))]
+        self._stored = 0
+        return [self.hostile.node.peer_id]
+
+    async def run(self) -> None:
+        """Store them, and again before they expire."""
+        try:
+            while True:
+                began = time.monotonic()
+                for some in self._batches():
+                    await self._store(some)
+                await asyncio.sleep(max(1.0, RECORD_SECONDS / 2 - (time.monotonic() - began)))
+        finally:
+            say(did={"records_stored": self._stored})
+
+    def _batches(self) -> list[list[Any]]:
+        starts = range(0, len(self._identities), RECORDS_AT_ONCE)
+        return [self._identities[start : start + RECORDS_AT_ONCE] for start in starts]
+
+    async def _store(self, identities: list[Any]) -> None:
+        seconds = KEYS_SECONDS if self.options["what"] == "keys" else RECORD_SECONDS
+        expires = time.time() + seconds
+        keys, values, subkeys = [], [], []
+        for identity in identities:
+            key, record = self._record(identity.peer_id)
+            keys.append(key.encode())
+            values.append(encode_record(identity, key, record, expires))
+            subkeys.append(subkey_of(identity.peer_id))
+        stored = await self.hostile.node.dht.store_many(keys, values, expires, subkeys=subkeys, exclude_self=True)
+        self._stored += sum(map(bool, stored.values()))
+
+    def _record(self, peer_id: bytes) -> tuple[str, Record]:
+        hostile = self.hostile
+        if self.options["what"] == "runs":
+            run = RunRecord(
+                peer_id=peer_id,
+                run_id=peer_id[6:],
+                time=time.time(),
+                name="attacked",
+                protocol=6,
+                round=1,
+                state_id=bytes(32),
+                members=3,
+            )
+            return RUNS_KEY, run
+        run_id = hostile.run_id if self.options["what"] == "peers" else peer_id[6:]
+        peer = PeerRecord(
+            peer_id=peer_id,
+            run_id=run_id,
+            time=time.time(),
+            name="nobody",
+            state="training",
+            role="member",
+            round=999_999,
+            state_id=bytes(32),
+            total=10**12,
+            addresses=[f"/ip4/127.0.0.1/tcp/9/p2p/{PeerID(peer_id)}"],
+        )
+        return peers_key(run_id), peer

@@ -1,0 +1,68 @@
+"""What can be checked of `scripts/attack_swarm.py` without a swarm; the script itself runs long."""
+
+from __future__ import annotations
+
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts/bench"))
+
+from attack_swarm import COLUMNS, holds, show
+from attacks.catalogue import ATTACKS
+from attacks.forged import Branch, key_from, made_up_peer_id, random_row
+
+from p2ptrain import chain
+from p2ptrain.chain import Join
+from p2ptrain.chain.sealed import decode_sealed
+from p2ptrain.compression.codec import Codec
+from p2ptrain.swarm.identity import load_or_create_identity, verify
+
+ROOT = Path(__file__).resolve().parents[2]
+CODEC = Codec(topk=(8, 8), reply_topk=(8, 8), value_bits=2)
+
+
+def test_the_document_lists_every_attack_and_no_other() -> None:
+    text = (ROOT / "docs/security.md").read_text().split("## Attacks")[1].split("\n## ")[0]
+    table = text.split("| `--attack` |")[1]
+    assert set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\|([^|]*)\|", table, re.M)))) == ATTACKS.keys()
+
+
+def test_a_forged_branch_is_signed_and_hands_out_what_follows_an_id(tmp_path: Path) -> None:
+    chance = random.Random(1)
+    me = key_from(chance, tmp_path / "key")
+    assert load_or_create_identity(tmp_path / "key").peer_id == me.peer_id
+    branch = Branch(chain.genesis(bytes(32)), CODEC)
+    newcomers = tuple(Join(made_up_peer_id(chance), random_row(chance)) for _ in range(20))
+    made = [branch.forge(me, solo=True, joins=newcomers), *(branch.forge(me) for _ in range(3))]
+    assert branch.tip.id == made[-1]
+    assert branch.tip.total > 20, "those made up are counted"
+    ancestor, encoded = branch.after((b"unknown", made[1]))
+    assert ancestor == made[1]
+    assert [decode_sealed(one, verify).id for one in encoded] == made[2:]
+    branch.back_to_parent()
+    assert branch.tip.id == made[2]
+
+
+def test_one_seed_is_one_attacker(tmp_path: Path) -> None:
+    made = [key_from(random.Random(seed), tmp_path / "key").peer_id for seed in (1, 1, 2)]
+    assert made[0] == made[1] != made[2]
+
+
+def test_what_lying_peers_replace_is_there() -> None:
+    code = "import pathlib, lying_peer; [lie(pathlib.Path('none')) for lie in lying_peer.LIES.values()]"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "scripts/attacks", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_row_holds_only_without_harm_and_near_calm() -> None:
+    good = dict.fromkeys(COLUMNS, False) | {"attack": "none", "rounds_per_minute_ratio": 0.8, "rss_growth": 0.09}
+    assert holds(good)
+    for harm in ({"crashed": True}, {"diverged": True}, {"taken_over": True}):
+        assert not holds(good | harm)
+    assert not holds(good | {"rounds_per_minute_ratio": 0.79})
+    assert not holds(good | {"rss_growth": 0.1})
+    assert len(show([good]).splitlines()) == 2
