@@ -113,6 +113,8 @@ class Branch(NamedTuple):
     marks: Sequence[Mark]
     #: peers that lately said of themselves that they stand on it
     voices: Collection[bytes]
+    #: whose turn its first seal was; a solo seal is nobody's, and comes last
+    place: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +132,9 @@ def judge(common: Mark, ours: Branch, theirs: Branch) -> Verdict:
     """Decide between two branches that part after `common`; `theirs` has one mark or more.
 
     More of the common state's members behind it wins; a tie goes to the larger total, then to the smaller id. A seal
-    against a seal is no more than two sealers that did not hear of each other: who says what is not counted yet. Where
-    ours has no mark, so that theirs continues our chain, a tie goes to theirs; where that begins with a solo seal, only
-    if there is work in it.
+    against a seal is no more than two sealers that did not hear of each other: who says what is not counted yet, and a
+    tie goes to whoever's turn came first, so that a member that seals out of turn undoes nobody's round. Where ours has
+    no mark, theirs continues our chain: a tie goes to theirs then; if it begins with a solo seal, only with work in it.
     """
     seals = len(ours.marks), len(theirs.marks)
     hear = seals != (1, 1) and seals[0] <= max(HEARD_SEALS_MIN, 2 * len(common.members))
@@ -144,6 +146,8 @@ def judge(common: Mark, ours: Branch, theirs: Branch) -> Verdict:
     standing = behind(ours), behind(theirs)
     if standing[0] != standing[1]:
         return Verdict(*standing, follow=standing[1] > standing[0])
+    if seals == (1, 1) and ours.place != theirs.place:
+        return Verdict(*standing, follow=theirs.place < ours.place)
     end, head = theirs.marks[-1], ours.marks[-1] if ours.marks else None
     if head is None:
         return Verdict(*standing, follow=end.total >= common.total + theirs.marks[0].solo)

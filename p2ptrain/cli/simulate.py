@@ -34,6 +34,9 @@ def simulate(
     faults: Annotated[
         str, typer.Option("--faults", metavar="none|all|NAME,...", help="What befalls peers, links and streams.")
     ] = "all",
+    adversaries: Annotated[
+        str, typer.Option("--adversaries", metavar="none|all|NAME,...", help="Who wants the swarm on another chain.")
+    ] = "none",
     uplink: Annotated[str, typer.Option("--uplink", metavar="RATE", help="Each peer's line, both ways.")] = "10Mbit",
     delay: Annotated[str, typer.Option("--delay", metavar="TIME", help="From one peer to another.")] = "40ms",
     format: Annotated[Literal["text", "json"], typer.Option("--format", help="Form of the output.")] = "text",
@@ -42,17 +45,20 @@ def simulate(
 ) -> None:
     """Simulate a swarm under faults, and check that nothing is lost and no replica diverges."""
     set_up_logging(verbose, quiet)
+    from p2ptrain.simulation.adversaries import ADVERSARIES, OUTSIDERS
     from p2ptrain.simulation.faults import CORRUPT, FAULTS
     from p2ptrain.simulation.world import Scenario
     from p2ptrain.simulation.world import simulate as play
 
-    wanted = _wanted(faults, FAULTS, (*FAULTS, CORRUPT))
+    wanted = _wanted("faults", faults, FAULTS, (*FAULTS, CORRUPT))
+    hostile = _wanted("adversaries", adversaries, OUTSIDERS, ADVERSARIES)
     scenario = Scenario(
         manifest=load_manifest(manifest),
         seed=seed,
         peers=peers,
         rounds=rounds,
         faults=wanted,
+        adversaries=hostile,
         chunks=max(12, 2 * peers),
         uplink_bytes_per_second=_bits_per_second(uplink) / 8,
         delay_seconds=_seconds(delay),
@@ -62,6 +68,7 @@ def simulate(
         "seed": seed,
         "peers": peers,
         "faults": list(wanted),
+        "adversaries": list(hostile),
         "rounds": report.rounds,
         "state_id": report.state_id,
         "virtual_seconds": report.virtual_seconds,
@@ -82,18 +89,19 @@ def simulate(
         for violation in report.violations:
             print(f"violated {violation}", file=sys.stderr)
         flags = ["--peers", str(peers), "--seed", str(seed), "--rounds", str(rounds), "--faults", faults]
+        flags += ["--adversaries", adversaries]
         again = ["p2ptrain", "simulate", str(manifest), *flags, "--uplink", uplink, "--delay", delay]
         print(shlex.join(again), file=sys.stderr)
         raise typer.Exit(VIOLATION_EXIT_CODE)
 
 
-def _wanted(faults: str, all_of_them: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
-    if faults in ("all", "none"):
-        return all_of_them if faults == "all" else ()
-    wanted = tuple(name.strip() for name in faults.split(","))
+def _wanted(flag: str, asked: str, all_of_them: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
+    if asked in ("all", "none"):
+        return all_of_them if asked == "all" else ()
+    wanted = tuple(name.strip() for name in asked.split(","))
     unknown = [name for name in wanted if name not in known]
     if unknown:
-        raise UsageError(f"there is no fault {unknown[0]!r}", hint=f"--faults none, all, or of: {','.join(known)}")
+        raise UsageError(f"--{flag}: {unknown[0]!r} is none", hint=f"--{flag} none, all, or of: {','.join(known)}")
     return wanted
 
 

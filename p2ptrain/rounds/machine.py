@@ -663,11 +663,18 @@ class RoundMachine:
         if not ours and len(theirs) == 1 and not theirs[0].solo and now >= self._seal_expected_from():
             return theirs[-1].total >= common.total
         on, off = self._voices({mark.id for mark in theirs}, since=common.round, now=now)
-        verdict = forks.judge(common, Branch(ours, on | {self.me}), Branch(theirs, off))
+        branches = Branch(ours, on | {self.me}, self._turn(ours)), Branch(theirs, off, self._turn(theirs))
+        verdict = forks.judge(common, *branches)
         if not verdict.follow:
             why = f"{verdict.theirs} of {len(common.members)} members behind it, {verdict.ours} behind ours"
             return self._refuse(donor, theirs[-1], why)
         return True
+
+    def _turn(self, marks: Sequence[Mark]) -> int:
+        """Whose turn, in the sealer order, the first of these seals was, where it is of our head's round."""
+        if not marks or self._before is None or marks[0].round != self.head.round:
+            return 0
+        return _turn(chain.shape_of(self._before, self.rules.chunks), marks[0].sealer, solo=marks[0].solo)
 
     def _seal_expected_from(self) -> float:
         """Before when a seal of the round under way is too early to be followed on its sealer's word alone.
@@ -1035,8 +1042,12 @@ class RoundMachine:
                 del self._following.waiting[sealer]
         if not ready:
             return
-        best = min(ready, key=lambda heard: (-heard.seal.total, heard.id))
         shape = chain.shape_of(self.head, self.rules.chunks)
+
+        def merit(heard: events.SealHeard) -> tuple[int, int, bytes]:
+            return _turn(shape, heard.seal.sealer, solo=heard.seal.solo), -heard.seal.total, heard.id
+
+        best = min(ready, key=merit)
         state = chain.extend(self.head, best.id, best.seal, self.rules.chunks)
         if not self._follows(self._past.head, [Mark.of(state, best.seal)], best.source, now):
             self._wake(self._seal_expected_from())
@@ -1345,6 +1356,12 @@ class RoundMachine:
         best = min(votes, key=lambda root: (-votes[root], root), default=b"")
         # A root that few have computed yet is no verdict on the others.
         return best if 2 * votes[best] >= len(shape.members) else b""
+
+
+def _turn(shape: RoundShape, sealer: bytes, *, solo: bool) -> int:
+    """The place of a sealer in a round's order; a solo seal is nobody's turn, and comes last."""
+    index = shape.index(sealer)
+    return len(shape.members) if solo or index is None else shape.sealer_order.index(index)
 
 
 def _marks(common: Mark, rounds: Sequence[SealedRound], states: Sequence[ChainState]) -> list[Mark]:

@@ -124,7 +124,7 @@ class Adversary:
             branch.take(encode_sealed(journal.read(number)))
         try:
             for number in range(self._random.randrange(1, SEALS_MAX + 1)):
-                self._world.forged.add(self._seal(branch, first=not number))
+                self._world.forged[self._seal(branch, first=not number)] = self._kind
         except SealError:
             if self._kind != "member_claims_all":  # a member then that is none at the state it parts from
                 raise

@@ -119,8 +119,8 @@ class World:
         self.peers: list[SimPeer] = []
         self.records: dict[bytes, float] = {}
         self.calm = not scenario.faults
-        #: ids of states that adversaries made up
-        self.forged: set[bytes] = set()
+        #: id of a state that was made up -> the kind of adversary that did
+        self.forged: dict[bytes, str] = {}
         self.adversary_random = random.Random(scenario.seed + 3)
         self._history = hashlib.sha256()
         self._apply_random = random.Random(scenario.seed + 2)
@@ -386,9 +386,12 @@ class World:
         before, head = peer.stood_at, peer.machine.head
         if head is before:
             return
-        if head.id in self.forged and before.id not in self.forged:
-            self.report.coverage["misled"] += 1
-            if any(member.peer_id == peer.id for member in before.now + before.following):
+        if head.id in self.forged:
+            self.report.coverage["misled"] += before.id not in self.forged
+            # One seal, in turn or out of it, is a member's to make.
+            one = self.forged[head.id] == "member_claims_all"
+            taken = head.parent in self.forged if one else before.id not in self.forged
+            if taken and any(member.peer_id == peer.id for member in before.now + before.following):
                 self.violate(f"{peer.name} was taken over at round {head.round}")
         peer.stood_at = head
 

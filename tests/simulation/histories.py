@@ -11,6 +11,7 @@ import msgspec
 import torch
 
 from p2ptrain.config.manifest import Manifest, RoundConfig
+from p2ptrain.simulation.adversaries import OUTSIDERS
 from p2ptrain.simulation.faults import FAULTS
 from p2ptrain.simulation.world import Report, Scenario, simulate
 
@@ -37,10 +38,21 @@ SHORT_JOURNALS = msgspec.structs.replace(MANIFEST, round=msgspec.structs.replace
 
 
 def scenario(seed: int, faults: tuple[str, ...] = FAULTS) -> Scenario:
-    """Three to six peers; every other history with short journals; eight with overlap after eight without."""
+    """Three to six peers; every other history with short journals; eight with overlap after eight without.
+
+    In one of four an outsider makes up chains all the while.
+    """
+    adversaries = (OUTSIDERS[seed // 4 % len(OUTSIDERS)],) if seed % 4 == 3 else ()
     manifest = MANIFEST if seed % 2 else SHORT_JOURNALS
     manifest = msgspec.structs.replace(manifest, round=msgspec.structs.replace(manifest.round, overlap=seed // 8 % 2))
-    return Scenario(manifest=manifest, seed=seed, peers=3 + seed // 2 % 4, rounds=20, faults=faults)
+    return Scenario(
+        manifest=manifest,
+        seed=seed,
+        peers=3 + seed // 2 % 4,
+        rounds=20,
+        faults=faults,
+        adversaries=adversaries,
+    )
 
 
 def play(seed: int, faults: tuple[str, ...] = FAULTS) -> Report:

@@ -24,6 +24,7 @@ from p2ptrain.cli.main import app, run
 from p2ptrain.config.loading import new_manifest, render
 from p2ptrain.rounds.events import Effect, PublishSeal
 from p2ptrain.simulation import world
+from p2ptrain.simulation.adversaries import OUTSIDERS
 from p2ptrain.simulation.faults import CORRUPT
 from p2ptrain.simulation.peer import SimPeer
 
@@ -41,6 +42,8 @@ HAPPENS = (
     "forks_older_than_the_journal",
     "replayed_rounds",
     "restores_from_snapshot",
+    "left_more_work_for_more_members",
+    *(f"attack_{kind}" for kind in OUTSIDERS),
 )
 
 

@@ -17,11 +17,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from histories import MANIFEST, play
 
 from p2ptrain import chain
+from p2ptrain.chain import forks
 from p2ptrain.cli.main import app
 from p2ptrain.config.loading import render
 from p2ptrain.history.catching_up import CatchingUp
 from p2ptrain.optim.demo import DeMo
-from p2ptrain.peer import answering
+from p2ptrain.peer import answering, assembly
 from p2ptrain.rounds import machine
 from p2ptrain.rounds.events import PublishSeal
 from p2ptrain.rounds.machine import RoundMachine
@@ -149,7 +150,29 @@ def forget_outcomes_at_a_crash(patch: Patch) -> None:
     patch.setattr(Ledger, "replay", lambda self, outcome, *, in_momentum: None)
 
 
+def judge_forks_by_work_alone(patch: Patch) -> None:
+    def judge(common: forks.Mark, ours: forks.Branch, theirs: forks.Branch) -> forks.Verdict:
+        head, end = (ours.marks or [common])[-1], theirs.marks[-1]
+        return forks.Verdict(0, 0, chain.better(end.total, end.id, head.total, head.id))
+
+    patch.setattr(forks, "judge", judge)
+
+
+def let_strangers_seal_alone(patch: Patch) -> None:
+    patch.setattr(RoundMachine, "_by_a_stranger", lambda *_: False)
+    patch.setattr(forks, "HEARD_SEALS_MIN", -10_000)
+    patch.setattr(machine, "Branch", lambda marks, voices, place=0: forks.Branch(marks, (), place))
+
+
+def forget_through_a_restart_who_was_there(patch: Patch) -> None:
+    patch.setattr(assembly, "read_company", lambda path: frozenset())
+    patch.setattr(assembly, "past_of", lambda head, *rest: [forks.Mark.of(head)])
+
+
 MUTATIONS = [
+    judge_forks_by_work_alone,
+    let_strangers_seal_alone,
+    forget_through_a_restart_who_was_there,
     apply_before_the_seal,
     skip_although_the_sealer_holds_the_reply,
     count_a_late_contribution_twice,

@@ -57,6 +57,12 @@ def test_at_a_tie_of_work_too_the_smaller_id_wins_and_not_the_longer_branch(mine
     assert judge(COMMON, ours, theirs).follow == (other < mine)
 
 
+def test_of_two_seals_on_one_state_the_one_whose_turn_it_was_wins_whatever_the_other_claims() -> None:
+    ours, theirs = branch("ours", MEMBERS[:1]), branch("theirs", MEMBERS[1:2], each=5, voices=MEMBERS)
+    assert not judge(COMMON, ours, theirs._replace(place=1)).follow
+    assert judge(COMMON, ours._replace(place=2), theirs._replace(place=1)).follow
+
+
 def test_of_a_long_branch_only_seals_count() -> None:
     """So that those whom one side alone can hear keep no two groups apart for ever."""
     length = max(HEARD_SEALS_MIN, 2 * len(MEMBERS)) + 1
