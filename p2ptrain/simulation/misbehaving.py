@@ -8,10 +8,12 @@ the network, because its driver drops the effect or its machine never seals; all
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from p2ptrain.calls.client import Client
 from p2ptrain.calls.handout import Handout
@@ -26,8 +28,8 @@ from p2ptrain.simulation.world import Scenario, World
 MISBEHAVIOURS = ("nothing", "flood", "churn", "no_replies", "no_contributions", "no_seals")
 """
 flood: an outsider asks for admission with `FLOOD_IDENTITIES` identities, again and again, and none of them answers.
-churn: a new peer comes every `CHURN_SECONDS` and dies as soon as it is a member. no_replies: a member reduces none of its
-parts. no_contributions: a member sends no messages, but goes on saying its tip. no_seals: a member never seals.
+churn: a new peer comes every `CHURN_SECONDS` and dies as soon as it is a member. no_replies: a member reduces none of
+its parts. no_contributions: a member sends no messages, but goes on saying its tip. no_seals: a member never seals.
 """
 FLOOD_IDENTITIES = 50
 FLOOD_SECONDS = 1.0
@@ -110,7 +112,9 @@ class Attacked(World):
         self.measured = Measured()
         self._calm_seconds, self._attack_seconds = calm_seconds, attack_seconds
         self._recovery_seconds, self._newcomer_after = recovery_seconds, newcomer_after
-        attacks: dict[str, Callable[[], Awaitable[None]]] = {name: getattr(self, f"_{name}") for name in MISBEHAVIOURS}
+        attacks: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
+            name: getattr(self, f"_{name}") for name in MISBEHAVIOURS
+        }
         self._attack = attacks[misbehaviour]
         #: seals that the founder adopted, and how many of them included each member
         self._applied = 0
@@ -135,7 +139,7 @@ class Attacked(World):
         measured.calm_rounds = await self._rounds_a_minute(self._calm_seconds)
         self._applied = 0
         self._included.clear()
-        attack = self.loop.create_task(self._attack())  # type: ignore[arg-type]
+        attack = self.loop.create_task(self._attack())
         joining = self.loop.create_task(self._newcomer())
         measured.attacked_rounds = await self._rounds_a_minute(self._attack_seconds)
         attack.cancel()
@@ -229,7 +233,5 @@ class Attacked(World):
             await asyncio.gather(*asked, asyncio.sleep(FLOOD_SECONDS))
 
     async def _ask(self, client: Client, peer: SimPeer) -> None:
-        try:
+        with contextlib.suppress(CallError):
             await client.join(peer.id, Row(0, 1000, 1000))
-        except CallError:
-            pass
