@@ -30,6 +30,7 @@ from p2ptrain.chain.seal import (
 )
 from p2ptrain.chain.state import (
     ABSENCES_ALLOWED,
+    NEWCOMER_ABSENCES_ALLOWED,
     PART_CHUNKS_MIN,
     PARTS_MAX,
     PARTS_PER_REDUCER_MAX,
@@ -44,6 +45,7 @@ from p2ptrain.chain.state import (
     genesis,
     length_seconds,
     partition,
+    room_for_newcomers,
     root_round,
     shape_of,
 )
@@ -53,6 +55,7 @@ __all__ = [
     "HASH_BYTES",
     "JOINS_MAX",
     "MEMBERS_MAX",
+    "NEWCOMER_ABSENCES_ALLOWED",
     "PARTS_MAX",
     "PARTS_PER_REDUCER_MAX",
     "PART_CHUNKS_MIN",
@@ -85,6 +88,7 @@ __all__ = [
     "length_seconds",
     "open_seal",
     "partition",
+    "room_for_newcomers",
     "root_round",
     "seal_id",
     "shape_of",

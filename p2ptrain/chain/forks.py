@@ -32,13 +32,13 @@ class Mark(NamedTuple):
     sealer: bytes
     #: whether by a solo seal
     solo: bool
-    #: peer ids of the members of the next round and the one after it
+    #: peer ids of the members of the next round and the one after it, but for newcomers that no seal has included yet
     members: frozenset[bytes]
 
     @classmethod
     def of(cls, state: ChainState, seal: Seal | None = None, before: Mark | None = None) -> Mark:
         """Return the mark of a state, which `seal` led to from the state that `before` marks."""
-        members = frozenset(member.peer_id for member in state.now + state.following)
+        members = frozenset(member.peer_id for member in state.now + state.following if not member.is_newcomer)
         if before is not None and before.members == members:
             members = before.members
         sealer, solo = (b"", False) if seal is None else (seal.sealer, seal.solo)

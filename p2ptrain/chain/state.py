@@ -19,6 +19,7 @@ import msgspec
 
 from p2ptrain.chain.seal import (
     HASH_BYTES,
+    JOINS_MAX,
     MEMBERS_MAX,
     SEAL_VERSION,
     UPLINK_MAX_KBIT,
@@ -31,6 +32,10 @@ from p2ptrain.chain.seal import (
 )
 
 ABSENCES_ALLOWED = 3  # consecutive seals without a member before it is no longer one
+NEWCOMER_ABSENCES_ALLOWED = 2  # the same for a member that no seal has included yet
+STRIKES_A_TIME = 2  # for owing something; a turn to seal on which nothing is owed takes one back
+STRIKES_BORNE = 2  # what is owed once may have been a moment late
+STRIKES_MAX = 8  # a member struck so often has a turn in one round of 2**6
 PART_CHUNKS_MIN = 1024  # a reducer's range is not cut into smaller parts
 PARTS_PER_REDUCER_MAX = 8
 PARTS_MAX = 256  # cut no further beyond; a reducer has one part at least
@@ -42,13 +47,20 @@ class Member(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     peer_id: PeerId
     row: Row
     absent: int
-    """Consecutive seals of its membership that left it out."""
+    """Consecutive seals of its membership that left it out. Below 0 no seal has included it yet, and at 0 it is out."""
     included: bool
     """Whether the last seal included it."""
+    strikes: int = 0
+    """Two for each round in which it owed replies or a seal, less one for each turn to seal without owing anything."""
 
     @property
     def dialable(self) -> bool:
         return self.row.uplink_kbit > 0
+
+    @property
+    def is_newcomer(self) -> bool:
+        """Whether no seal has included it yet."""
+        return self.absent < 0
 
 
 class ChainState(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -85,6 +97,8 @@ class RoundShape:
     parts: tuple[Part, ...]
     sealer_order: tuple[int, ...]
     """Indices into `members`, place 0 first."""
+    awaited: frozenset[int]
+    """Indices of the members that seal t-2 included, or of all where it included nobody: those to wait for."""
 
     def index(self, peer_id: bytes) -> int | None:
         """Position of `peer_id` among the members, or None."""
@@ -137,6 +151,10 @@ def _rotated(indices: list[int], by: int) -> list[int]:
     return indices[by:] + indices[:by]
 
 
+def _on_trial(member: Member, number: int) -> bool:
+    return number % 2 ** (member.strikes - STRIKES_BORNE) == 0
+
+
 def shape_of(state: ChainState, chunks: int) -> RoundShape:
     """The round that follows `state`, for a model of `chunks` chunks."""
     return _shape(state.round + 1, state.parent, state.now, chunks)
@@ -149,16 +167,24 @@ def coming_shape(state: ChainState, chunks: int) -> RoundShape:
 
 @functools.lru_cache(maxsize=16)  # asked for at every event of a round
 def _shape(number: int, base: bytes, members: tuple[Member, ...], chunks: int) -> RoundShape:
+    included = [i for i, m in enumerate(members) if m.included]
+    awaited = included or list(range(len(members)))
+    answering = [i for i in included if members[i].dialable]
+    # A member that has owed something again and again is tried in one round of four, of eight, and so on.
+    trusted = [i for i in answering if members[i].strikes <= STRIKES_BORNE]
+    tried = [i for i in answering if i not in trusted and _on_trial(members[i], number + i)]
     dialable = [i for i, m in enumerate(members) if m.dialable]
-    first = [i for i in dialable if members[i].included]
     # A lone peer that cannot be dialled still reduces for itself.
-    reducers = first or dialable or list(range(min(1, len(members))))
+    reducers = sorted(tried + trusted) or answering or dialable or awaited[:1]
     ranges = partition(chunks, [members[i].row.uplink_kbit for i in reducers]) if reducers else []
     most = min(PARTS_PER_REDUCER_MAX, max(1, PARTS_MAX // max(1, len(reducers))))
     pieces = [(i, piece) for i, (start, end) in zip(reducers, ranges, strict=True) for piece in cut(start, end, most)]
     parts = tuple(Part(i, start, end) for i, (start, end) in pieces)
-    rest = sorted(set(range(len(members))) - set(first))
-    return RoundShape(number, base, members, parts, tuple(_rotated(first, number) + _rotated(rest, number)))
+    # Those on trial come first, so that one turn shows whether they reduce and seal.
+    order = _rotated(tried, number >> STRIKES_MAX) + _rotated(trusted, number)
+    for others in (awaited, range(len(members))):
+        order += _rotated([i for i in others if i not in order], number)
+    return RoundShape(number, base, members, parts, tuple(order), frozenset(awaited))
 
 
 def length_seconds(shape: RoundShape, target_batch: int, min_seconds: float, max_seconds: float) -> float:
@@ -196,7 +222,7 @@ def extend(state: ChainState, identifier: bytes, seal: Seal, chunks: int) -> Cha
             raise SealError("a solo seal includes its sealer alone")
     elif sealer is None:
         raise SealError("sealed by a stranger")
-    elif count > 1 and included == {sealer}:
+    elif included == {sealer} and shape.awaited - {sealer}:
         raise SealError("a seal of its sealer alone must be a solo seal")
     if not included and any(seal.parts):
         raise SealError("a seal that includes nobody has replies")
@@ -219,19 +245,56 @@ def extend(state: ChainState, identifier: bytes, seal: Seal, chunks: int) -> Cha
         reducers = {shape.members[part.reducer] for part in shape.parts}
         owing = {m.peer_id for m in reducers if not m.included and m.peer_id != seal.sealer}
         missed = rows.keys() - present if included else owing
-
-        def absences(m: Member) -> int:
-            return 0 if m.peer_id in present else m.absent + (m.peer_id in missed)
-
-        listed_on = tuple(
-            Member(m.peer_id, rows.get(m.peer_id, m.row), absences(m), m.peer_id in present) for m in state.following
-        )
+        struck, forgiven = _struck_and_forgiven(shape, seal)
+        listed_on, remaining = [], []
+        for m in state.following:
+            absent = 0 if m.peer_id in present else m.absent + (m.peer_id in missed)
+            strikes = m.strikes + STRIKES_A_TIME * (m.peer_id in struck) - (m.peer_id in forgiven)
+            after = Member(
+                m.peer_id,
+                rows.get(m.peer_id, m.row),
+                absent,
+                m.peer_id in present,
+                min(max(strikes, 0), STRIKES_MAX),
+            )
+            listed_on.append(after)
+            if absent < ABSENCES_ALLOWED and (not m.is_newcomer or absent < 0 or after.included):
+                remaining.append(after)
         # Never to the last: a group of nobody could not seal any more.
-        following = tuple(m for m in listed_on if m.absent < ABSENCES_ALLOWED) or listed_on
-    following += tuple(Member(j.peer_id, j.row, 0, False) for j in seal.joins if j.peer_id != seal.sealer)
+        following = tuple(remaining or listed_on)
+    admitted = [Member(j.peer_id, j.row, -NEWCOMER_ABSENCES_ALLOWED, False) for j in seal.joins]
+    if len(admitted) > room_for_newcomers(following):
+        raise SealError("seal admits more newcomers than may come at once")
+    following += tuple(m for m in admitted if m.peer_id != seal.sealer)
     if len(following) > MEMBERS_MAX:
         raise SealError("too many members")
     return ChainState(state.run_id, seal.round, identifier, state.id, seal.total, now, following)
+
+
+def room_for_newcomers(members: Sequence[Member]) -> int:
+    """How many peers a seal may admit to these members.
+
+    So that those that no seal has included yet are at most a quarter of the others, or one: who asks for admission
+    without end costs the others little.
+    """
+    newcomers = sum(m.is_newcomer for m in members)
+    return max(0, min(max(1, (len(members) - newcomers) // 4) - newcomers, JOINS_MAX, MEMBERS_MAX - len(members)))
+
+
+def _struck_and_forgiven(shape: RoundShape, seal: Seal) -> tuple[set[bytes], set[bytes]]:
+    """Who owed something in a round that was sealed like this, and whose turn it was and who owed nothing.
+
+    A reducer owes the replies to its parts, and place 0 a seal. Where more than half of those awaited would have owed
+    something, it was the network, or the sealer lies: then nobody has.
+    """
+    first = shape.sealer_order[0]
+    owing = {part.reducer for part, digest in zip(shape.parts, seal.parts, strict=True) if not digest}
+    if shape.members[first].peer_id != seal.sealer:
+        owing.add(first)
+    forgiven = {first} - owing
+    if 2 * len(owing) > len(shape.awaited):
+        owing = set()
+    return {shape.members[i].peer_id for i in owing}, {shape.members[i].peer_id for i in forgiven}
 
 
 def root_round(round: int, interval: int) -> int:

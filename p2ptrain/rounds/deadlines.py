@@ -21,8 +21,11 @@ FLOOR_SECONDS = 0.05
 ROUNDS_LEARNING = 4
 """Rounds to observe before the manifest's bound is left."""
 _RISE, _FALL = 1 / 2, 1 / 16
+_RETURN = 1 / 32
 _MARGIN = 1.5
 _ROUND_GAIN = 1 / 8
+_HALF_MARGIN = 4
+"""Times the usual, before a round is one in which half of the others are silent."""
 
 
 class Lateness:
@@ -100,8 +103,9 @@ class HeadStart:
     """How much less than the others a member computes that is left out for being late, so that it is in time.
 
     An eighth of the round's length less for each message that a seal left out, down to half; what it gave up comes
-    back by a sixteenth with each message that was included. Before the last seal that may leave it out it takes no
-    chance: what it has after three eighths of the length is in before anybody stops waiting.
+    back by a thirty-second with each message that was included: nobody waits for a member that the seal two rounds
+    before left out, so to be late once may cost it more than one round. Before the last seal that may leave it out it
+    takes no chance: what it has after three eighths of the length is in before anybody stops waiting.
     """
 
     def __init__(self) -> None:
@@ -110,11 +114,26 @@ class HeadStart:
 
     def observe(self, included: bool) -> None:
         """A seal that includes others did, or did not, include our message."""
-        self._share = self._share * (1 - _FALL) if included else min(self._share + 1 / 8, 1 / 2)
+        self._share = self._share * (1 - _RETURN) if included else min(self._share + 1 / 8, 1 / 2)
 
     def computing_seconds(self, length_seconds: float, *, last_chance: bool) -> float:
         """For how long to compute in a round of this length."""
         return length_seconds * min(1.0 - self._share, 3 / 8 if last_chance else 1.0)
+
+
+class Patience:
+    """How long to wait for newcomers, of whom nothing is known yet.
+
+    Half as long after each time that none of them came, and as long as ever once one comes, be it late: the first of a
+    flood of newcomers that never answer costs a wait, the others next to nothing.
+    """
+
+    def __init__(self, bound_seconds: float) -> None:
+        self._bound_seconds = self.seconds = bound_seconds
+
+    def observe(self, came: bool) -> None:
+        """One of them came, or none of them while they were waited for."""
+        self.seconds = self._bound_seconds if came else max(self.seconds / 2, self._bound_seconds / 64)
 
 
 class Deadlines:
@@ -131,28 +150,39 @@ class Deadlines:
         self.contributions = Lateness(grace_seconds)
         #: replies, after the first one
         self.replies = Lateness(reply_timeout_seconds)
+        self.patience = Patience(grace_seconds)
         self.stand_in = StandIn(grace_seconds)
         self.head_start = HeadStart()
         self._learns = learns
         self._rounds = 0
         self._round_seconds = 0.0
+        #: times in a row that half of the others were not heard by when they should have been
+        self._silences = 0
         #: whom it has been learned with
         self._group: frozenset[bytes] = frozenset()
+        #: who was new among them when it was begun to be learned
+        self._new: frozenset[bytes] = frozenset()
         #: how many others there are now
         self._members = 0
 
     def observe_round(self, seconds: float) -> None:
         """Half of the others were heard this long after the round began."""
+        self._silences = 0
         self._rounds = min(self._rounds + 1, ROUNDS_LEARNING)
         gain = 1.0 if self._rounds == 1 else _ROUND_GAIN
         self._round_seconds += (seconds - self._round_seconds) * gain
 
+    def observe_silence(self) -> None:
+        """Half of the others were not heard by `half_seconds`."""
+        self._silences += 1
+
     def keep_only(self, members: Collection[bytes]) -> None:
-        """Forget who is no other member any more; with a group a quarter of which is new, begin to learn again.
+        """Forget all but these other members, newcomers apart; with a group a quarter of which is new, learn again.
 
         Who comes how late, after half of the others, depends on who they are: a fast newcomer makes all the rest late.
         """
         if len(members) <= 4 * len(set(members) - self._group):
+            self._new = frozenset(members) - self._group
             self._group = frozenset(members)
             self._rounds = 0
         self._members = len(members)
@@ -163,6 +193,35 @@ class Deadlines:
     def grace_seconds(self) -> float:
         """How long a reducer waits for the rest, once half of the others were heard."""
         return self._learned(self.contributions, self._members - len(self.contributions))
+
+    def wait_seconds(self, missing: Collection[bytes]) -> float:
+        """How long a reducer waits for these members of whom something is known, once half of the others were heard.
+
+        Where a group is learned anew, all the others may be later than they were, and have the manifest's time; those
+        who made it new have as long as one member is worth, or peers that come and die would cost it each time.
+        """
+        grace = self.grace_seconds
+        if self._learns and self._round_seconds and self._rounds < ROUNDS_LEARNING and self._new.issuperset(missing):
+            return min(grace, self._worth_seconds)
+        return grace
+
+    @property
+    def newcomer_seconds(self) -> float:
+        """How long a reducer waits for newcomers, once all others were heard."""
+        if not self._learns or not self._round_seconds:
+            return self.patience.seconds
+        return min(self.patience.seconds, self._worth_seconds)
+
+    def half_seconds(self, bound_seconds: float) -> float:
+        """How long to wait for half of the others after our own message: longer each time that it was not enough."""
+        if not self._learns or not self._round_seconds:
+            return bound_seconds
+        usual = _HALF_MARGIN * self._round_seconds + self.contributions.bound_seconds
+        return min(usual * 2 ** min(self._silences, 16), bound_seconds)
+
+    @property
+    def _worth_seconds(self) -> float:
+        return FLOOR_SECONDS + self._round_seconds / (2 * (self._members + 1))
 
     @property
     def reply_seconds(self) -> float:

@@ -12,11 +12,14 @@ be answered by `RoundsFetched` or `FetchFailed`, every `Resync` by `Synced` or `
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, assert_never
+
+import msgspec
 
 from p2ptrain import chain
 from p2ptrain.chain import ChainState, Join, RoundShape, Row, Seal, SealError, SignedSeal, forks, relay
@@ -27,7 +30,7 @@ from p2ptrain.rounds.deadlines import Deadlines
 from p2ptrain.rounds.decisions import Decisions
 
 JOINS_PENDING_MAX = 256
-JOIN_ROUNDS = 3  # rounds after which a join that was not repeated is forgotten
+JOIN_ROUNDS = 3  # and as many more as there are members: rounds after which a join that was not repeated is forgotten
 STRANGERS_MAX = 64  # peers outside the group whose tips or seals we remember
 FETCH_TIMEOUT_SECONDS = 20.0
 LOCATOR_IDS = 9  # of the chain behind the head: far enough back for all that is remembered of it
@@ -68,6 +71,8 @@ class _Missed(NamedTuple):
     since: float
     #: members not heard yet
     members: set[bytes]
+    #: newcomers among them
+    hoped_for: frozenset[bytes]
 
 
 class _Waiting(NamedTuple):
@@ -83,8 +88,10 @@ class _Part:
 
     #: peer id -> its message; at most one each
     received: dict[bytes, events.ContributionReceived] = field(default_factory=dict)
-    #: when half of the other members had arrived
+    #: when half of the other members that are waited for had arrived
     half_at: float | None = None
+    #: half of them had not, by when they should have
+    given_up: bool = False
     #: the reduction was asked for; later messages are late
     closed: bool = False
 
@@ -114,6 +121,24 @@ class _Exchange:
     replies: dict[int, Reply] = field(default_factory=dict)
     first_reply_at: float | None = None
     complete_at: float | None = None
+
+    @property
+    def others_awaited(self) -> frozenset[bytes]:
+        """Peer ids of the other members that are waited for."""
+        members = self.shape.members
+        return frozenset(members[i].peer_id for i in self.shape.awaited if i != self.index)
+
+    def half_heard(self, part: _Part) -> bool:
+        """Whether a part has the messages of half of the others, newcomers apart, or of all but one awaited."""
+        awaited, newcomers = len(self.others_awaited), self.newcomers
+        others = [m.peer_id for i, m in enumerate(self.shape.members) if i != self.index and m.peer_id not in newcomers]
+        wanted = min(math.ceil(len(others) / 2), max(1, awaited - 1))
+        return awaited > 0 and len(part.received.keys() & (self.others_awaited | set(others))) >= wanted
+
+    @property
+    def newcomers(self) -> frozenset[bytes]:
+        """Peer ids of the other members that no seal has included yet."""
+        return frozenset(m.peer_id for i, m in enumerate(self.shape.members) if m.is_newcomer and i != self.index)
 
 
 @dataclass(slots=True)
@@ -208,7 +233,7 @@ class _Group:
     The members are those of the round under way and of the one after it, as the head says. Signs of life and goodbyes
     are kept for members alone, and no sign of life of our own. We know all members and the last `KNOWN_MAX` that were
     members before; what they say of where they stand counts in forks. At most `JOINS_PENDING_MAX` joins are pending,
-    none of them ours, and each is forgotten after `JOIN_ROUNDS` rounds.
+    none of them ours, and each is forgotten after `JOIN_ROUNDS` rounds and one more for each member.
     """
 
     members: frozenset[bytes] = frozenset()
@@ -220,8 +245,10 @@ class _Group:
     known: dict[bytes, frozenset[bytes]] = field(default_factory=dict)
     #: peer that we know, or whose address we were given -> where it says that it stands
     voices: dict[bytes, _Voice] = field(default_factory=dict)
-    #: peer id -> its row and our round when it asked to be admitted
+    #: peer id -> its row and our round when it last asked to be admitted; who asked first comes first
     joins: dict[bytes, tuple[Row, int]] = field(default_factory=dict)
+    #: peer id -> how often it was admitted since a seal last included it; the one admitted last at the end
+    admitted: dict[bytes, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -444,7 +471,9 @@ class RoundMachine:
         yield "voices are of known peers", kept.voices.keys() <= kept.known.keys() | self._introducers
         yield "pending joins are bounded", len(kept.joins) <= JOINS_PENDING_MAX
         yield "no pending join is ours", self.me not in kept.joins
-        yield "pending joins are fresh", all(head.round - round < JOIN_ROUNDS for _, round in kept.joins.values())
+        oldest = head.round - JOIN_ROUNDS - len(kept.members)
+        yield "pending joins are fresh", all(round > oldest for _, round in kept.joins.values())
+        yield "remembered admissions are bounded", len(kept.admitted) <= JOINS_PENDING_MAX
         yield "roots are the four newest", len(self._roots.own) <= 4
         yield "votes on roots are of members", self._roots.votes.keys() <= kept.members
 
@@ -484,8 +513,7 @@ class RoundMachine:
                 self._group.joins.pop(event.peer_id, None)
             case events.JoinReceived():
                 self._hear(event.peer_id, now)
-                if event.peer_id in self._group.joins or len(self._group.joins) < JOINS_PENDING_MAX:
-                    self._group.joins[event.peer_id] = (event.row, self.head.round)
+                self._on_join(event)
             case events.RoundsFetched():
                 self._hear(event.donor, now)
                 self._following.fetching.pop(event.donor, None)
@@ -517,6 +545,13 @@ class RoundMachine:
         if peer_id != self.me and peer_id in self._group.members:
             self._group.heard[peer_id] = now
             self._group.left.discard(peer_id)
+
+    def _on_join(self, event: events.JoinReceived) -> None:
+        """Keep a peer's place among those who ask; where too many do, it is drawn by lot each round who may stay."""
+        joins = self._group.joins
+        joins[event.peer_id] = (event.row, self.head.round)
+        if len(joins) > JOINS_PENDING_MAX:
+            del joins[max(joins, key=lambda peer: hashlib.sha256(self.head.id + peer).digest())]
 
     def _note_tip(self, tip: events.TipHeard, now: float) -> None:
         self._following.tips.pop(tip.peer_id, None)
@@ -563,6 +598,9 @@ class RoundMachine:
     def _send(self, exchange: _Exchange, row: Row, payloads: tuple[bytes, ...], now: float) -> None:
         """Give every reducer its message; ours to ourselves without a wire."""
         exchange.sent_at, exchange.row = now, row
+        if not exchange.others_awaited:
+            for reducing in exchange.reducing.values():
+                reducing.half_at = now
         root_round, root = self.newest_root
         for number, part in enumerate(exchange.shape.parts):
             reducer = exchange.shape.members[part.reducer].peer_id
@@ -585,12 +623,12 @@ class RoundMachine:
             return
         part = exchange.reducing[event.part]
         part.received[event.peer_id] = event
-        others = len(exchange.shape.members) - 1
-        arrived = len(part.received.keys() - {self.me})
+        if event.peer_id in exchange.newcomers:
+            self._deadlines.patience.observe(came=True)
         if part.half_at is not None:
             if event.peer_id != self.me:
                 self._deadlines.contributions.observe(event.peer_id, now - self._grace_from(exchange, part.half_at))
-        elif others and arrived >= math.ceil(others / 2):
+        elif exchange.half_heard(part):
             part.half_at = now
             self._deadlines.observe_round(self._grace_from(exchange, now) - exchange.computing_since)
             for peer in part.received.keys() - {self.me}:
@@ -601,6 +639,8 @@ class RoundMachine:
         missed = self._exchanges.missed.get((event.key, event.part))
         if missed is not None and event.peer_id in missed.members:
             missed.members.remove(event.peer_id)
+            if event.peer_id in missed.hoped_for:
+                self._deadlines.patience.observe(came=True)
             self._deadlines.contributions.observe(event.peer_id, now - missed.since)
 
     def _on_reply(self, event: events.ReplyHeld, now: float) -> None:
@@ -922,13 +962,14 @@ class RoundMachine:
         self._roots.votes = {p: vote for p, vote in self._roots.votes.items() if p in group}
         self._following.waiting = {s: w for s, w in self._following.waiting.items() if w.heard.seal.parent == head.id}
         self._group.joins = {
-            p: j for p, j in self._group.joins.items() if head.round - j[1] < JOIN_ROUNDS and p != self.me
+            p: j for p, j in self._group.joins.items() if head.round - j[1] < JOIN_ROUNDS + len(group) and p != self.me
         }
         self._exchanges.sent = {key: shape for key, shape in self._exchanges.sent.items() if key.round >= head.round}
         self._exchanges.missed = {
             of: missed for of, missed in self._exchanges.missed.items() if of[0].round >= head.round
         }
-        self._deadlines.keep_only(group - {self.me})
+        proven = {m.peer_id for m in head.now + head.following if not m.is_newcomer}
+        self._deadlines.keep_only(proven - {self.me})
 
     def _start_training(self, exchange: _Exchange, now: float) -> None:
         if exchange.index is not None:
@@ -957,8 +998,7 @@ class RoundMachine:
         self._note_company(sealed.seal, shape)
         self._past.append(Mark.of(state, sealed.seal, self._past.head))
         self._returning = False
-        for join in sealed.seal.joins:
-            self._group.joins.pop(join.peer_id, None)
+        self._note_admissions(sealed.seal, shape)
         self._effects.append(events.Apply(sealed, state, shape, shape.index(self.me), contributed))
         self._check_root(sealed.seal)
         exchange = self._exchanges.current
@@ -976,6 +1016,28 @@ class RoundMachine:
                 if peer in self._group.known:
                     self._group.known[peer] = mark.members
 
+    def _note_admissions(self, seal: Seal, shape: RoundShape) -> None:
+        """Remember who was admitted and has not answered since."""
+        admitted = self._group.admitted
+        for index in chain.bits(seal.included, len(shape.members)):
+            admitted.pop(shape.members[index].peer_id, None)
+        for join in seal.joins:
+            self._group.joins.pop(join.peer_id, None)
+            admitted[join.peer_id] = admitted.pop(join.peer_id, 0) + 1
+        while len(admitted) > JOINS_PENDING_MAX:
+            del admitted[next(iter(admitted))]
+
+    def _admissible(self, state: ChainState, *, solo: bool) -> tuple[Join, ...]:
+        """Whom to admit by the seal that leads to `state`: who asked first, in every other round of those that have
+        answered whenever they were admitted, so that neither a flood nor bad luck keeps anybody out for ever."""
+        members = state.following if solo else state.following + self.head.following
+        listed = {m.peer_id for m in members} | {self.me}
+        asking = [peer for peer in self._group.joins if peer not in listed]
+        if state.round % 2:
+            asking.sort(key=lambda peer: self._group.admitted.get(peer, 0))
+        chosen = asking[: chain.room_for_newcomers(state.following)]
+        return tuple(Join(peer, self._group.joins[peer][0]) for peer in sorted(chosen))
+
     def _learn_from(self, seal: Seal, exchange: _Exchange) -> None:
         """What a seal of the round under way says about our deadlines."""
         members = exchange.shape.members
@@ -986,6 +1048,8 @@ class RoundMachine:
                 self._deadlines.replies.observe(members[part.reducer].peer_id, given_up)
         included = chain.bits(seal.included, len(members))
         self._exchanges.stood_in_late = False
+        if exchange.index is not None and members[exchange.index].is_newcomer:
+            return  # it hurries, and is waited for less than the others
         if exchange.stood_in_after is not None:
             self._deadlines.stand_in.observe(exchange.index in included, exchange.stood_in_after)
             self._exchanges.stood_in_late = exchange.index not in included
@@ -1144,21 +1208,30 @@ class RoundMachine:
         exchange = self._exchanges.current
         if exchange is None or exchange.index is None or exchange.sent_at is None:
             return
-        members = {m.peer_id for m in exchange.shape.members}
+        newcomers = exchange.newcomers
+        members = {m.peer_id for m in exchange.shape.members} - newcomers
         for number, part in exchange.reducing.items():
             if part.closed:
                 continue
             missing = members - part.received.keys() - self._group.left
-            latest = exchange.sent_at + self.rules.round_max_seconds
+            hoped_for = newcomers - part.received.keys() - self._group.left
+            latest = exchange.sent_at + self._deadlines.half_seconds(self.rules.round_max_seconds)
             started = latest if part.half_at is None else min(self._grace_from(exchange, part.half_at), latest)
-            due = started + self._deadlines.grace_seconds
+            grace = self._deadlines.wait_seconds(missing) if missing else self._deadlines.newcomer_seconds
+            due = started + grace
             if self.rules.fixed_pace:
                 due = latest + self._deadlines.grace_seconds
-            if missing and now < due:
+            if (missing or hoped_for) and now < due:
                 self._wake(due)
-            elif not missing or len(part.received) > 1:
+                continue
+            if part.half_at is None and missing and not part.given_up:
+                part.given_up = True
+                self._deadlines.observe_silence()
+            if not missing or len(part.received) > 1:
+                # A reply to ourselves alone is worth nothing where others may yet come, before a solo seal is due.
+                if hoped_for and not missing:
+                    self._deadlines.patience.observe(came=False)
                 self._close(exchange, number, part)
-            # A reply to ourselves alone is worth nothing before a solo seal is due; another may come until then.
 
     def _close(self, exchange: _Exchange, number: int, part: _Part) -> None:
         part.closed = True
@@ -1168,7 +1241,9 @@ class RoundMachine:
         self._effects.append(events.Reduce(exchange.key, number, spec.start, spec.end, len(place), tuple(messages)))
         missing = set(place) - part.received.keys()
         if missing and part.half_at is not None:
-            self._exchanges.missed[exchange.key, number] = _Missed(self._grace_from(exchange, part.half_at), missing)
+            since = self._grace_from(exchange, part.half_at)
+            hoped_for = exchange.newcomers & missing
+            self._exchanges.missed[exchange.key, number] = _Missed(since, missing, hoped_for)
 
     def _grace_from(self, exchange: _Exchange, half_at: float) -> float:
         """When the grace begins: half of the others were heard, and the time to compute is over.
@@ -1185,7 +1260,8 @@ class RoundMachine:
         halves = [p.half_at for p in exchange.reducing.values() if p.half_at is not None]
         length = self._computing_seconds(exchange)
         ends = exchange.computing_since + length
-        due = max(ends, exchange.started_at) + self.rules.round_max_seconds
+        # Before the others give up on half of the group.
+        due = max(ends, exchange.started_at) + self._deadlines.half_seconds(2 * self.rules.round_max_seconds) / 2
         wait = self._deadlines.stand_in_seconds
         if not self.rules.fixed_pace:
             # Who reduces sees the others arrive; who does not can but assume that they keep the pace.
@@ -1209,7 +1285,10 @@ class RoundMachine:
         self._close_parts(now)
 
     def _last_chance(self) -> bool:
-        """Whether one more seal that leaves us out ends our membership."""
+        """Whether one more seal that leaves us out ends our membership, or we are a newcomer, not waited for."""
+        exchange = self._exchanges.current
+        if exchange is not None and exchange.index is not None and exchange.shape.members[exchange.index].is_newcomer:
+            return True
         absent = next((m.absent for m in self.head.following if m.peer_id == self.me), 0)
         return absent == chain.ABSENCES_ALLOWED - 1
 
@@ -1232,7 +1311,7 @@ class RoundMachine:
         if exchange.sent_at is None:
             return False
         included = frozenset[int]().union(*(reply.included for reply in exchange.replies.values()))
-        if len(exchange.shape.members) > 1 and included <= {exchange.index}:
+        if exchange.others_awaited and included <= {exchange.index}:
             if self._solo_when_alone(exchange, included, now):
                 return True
             if included:
@@ -1256,7 +1335,8 @@ class RoundMachine:
             return exchange.complete_at
         assert exchange.sent_at is not None
         # By when any reducer has frozen its reply, whatever it has learned.
-        latest = exchange.sent_at + self.rules.round_max_seconds + self.rules.grace_seconds
+        latest = exchange.sent_at + self._deadlines.half_seconds(self.rules.round_max_seconds)
+        latest += self.rules.grace_seconds
         latest += self.rules.reply_timeout_seconds
         if not self.rules.fixed_pace and exchange.first_reply_at is not None:
             latest = min(exchange.first_reply_at + self._deadlines.reply_seconds, latest)
@@ -1319,9 +1399,6 @@ class RoundMachine:
             reply = exchange.replies.get(number)
             replies.append(reply.data if reply else None)
             digests.append(reply.digest if reply else b"")
-        listed = {m.peer_id for m in self.head.following} if not solo else {self.me}
-        room = min(chain.JOINS_MAX, chain.MEMBERS_MAX - len(listed))
-        joins = tuple(Join(p, row) for p, (row, _) in sorted(self._group.joins.items()) if p not in listed)[:room]
         seal = Seal(
             version=chain.SEAL_VERSION,
             run_id=self.head.run_id,
@@ -1333,9 +1410,11 @@ class RoundMachine:
             included=chain.bitmap(included, len(shape.members)),
             parts=tuple(digests),
             rows=tuple(rows[m.peer_id] for m in shape.members),
-            joins=joins,
+            joins=(),
             root=self._majority_root(shape),
         )
+        without = chain.extend(self.head, b"", seal, self.rules.chunks)
+        seal = msgspec.structs.replace(seal, joins=self._admissible(without, solo=solo))
         signed: SignedSeal = chain.encode_seal(seal, self._sign)
         sealed = SealedRound(chain.seal_id(signed.body), seal, signed, tuple(replies))
         state = chain.extend(self.head, sealed.id, seal, self.rules.chunks)

@@ -9,6 +9,7 @@ every state that faults bring it into.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from google.protobuf.wrappers_pb2 import BytesValue
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 
-from p2ptrain import chain
 from p2ptrain.calls.messages import Answer, News, RoundsHeader, RoundsRequest, Tip, Traffic, decode_message
 from p2ptrain.chain import Join, Row, SealError
 from p2ptrain.chain.sealed import encode_sealed
@@ -131,12 +131,14 @@ class Adversary:
         self._branch, self._tip = branch, branch.tip
 
     def _seal(self, branch: Branch, *, first: bool) -> bytes:
-        made_up: tuple[Join, ...] = ()
-        if first and self._kind == "made_up_members":
-            row = Row(4, 1000, 0)
-            names = (f"nobody {self._random.random()}" for _ in range(chain.JOINS_MAX))
-            made_up = tuple(Join(identity_of(name, self._world.seed).peer_id, row) for name in names)
-        return branch.forge(self.identity, solo=first and self._kind != "member_claims_all", joins=made_up)
+        solo = first and self._kind != "member_claims_all"
+        # As many newcomers as a seal may admit.
+        for count in (8, 4, 2, 1) if self._kind == "made_up_members" else ():
+            made_up = (identity_of(f"nobody {self._random.random()}", self._world.seed) for _ in range(count))
+            joins = tuple(Join(nobody.peer_id, Row(4, 1000, 0)) for nobody in made_up)
+            with contextlib.suppress(SealError):
+                return branch.forge(self.identity, solo=solo, joins=joins)
+        return branch.forge(self.identity, solo=solo)
 
     # ---- what others ask --------------------------------------------------------------------------------------
 

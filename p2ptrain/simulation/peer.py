@@ -265,6 +265,8 @@ class SimPeer:
         batch_seconds: how long its machine takes for a micro-batch.
     """
 
+    driver_type = SimDriver
+
     def __init__(self, world: World, name: str, *, batch_seconds: float, line: Line, dialable: bool) -> None:
         self.world, self.name = world, name
         self.identity = identity_of(name, world.seed)
@@ -400,7 +402,7 @@ class SimPeer:
             inbox=inbox,
             uplink=uplink,
         )
-        self.driver = SimDriver(parts)
+        self.driver = self.driver_type(parts)
         self.driver.peer = self
         self.total, self.stood_at = replica.chain.total, replica.chain
         await self.driver.start()

@@ -83,11 +83,13 @@ def test_the_sealer_order_rotates_with_the_round_and_puts_the_included_first() -
     members = [member(bytes([n]) * 38) for n in range(3)] + [
         member(bytes([9]) * 38, included=False),
         member(b"x" * 38, uplink=0),
+        member(b"y" * 38, uplink=0),
     ]
     orders = [chain.shape_of(state_of(*members, round=number), CHUNKS).sealer_order for number in range(6)]
-    assert all(set(order[:3]) == {0, 1, 2} and set(order[3:]) == {3, 4} for order in orders)
+    assert all(set(order[:3]) == {0, 1, 2} and set(order[3:5]) == {4, 5} for order in orders)
     assert [order[0] for order in orders] == [1, 2, 0, 1, 2, 0]
-    assert [order[3] for order in orders] == [4, 3, 4, 3, 4, 3]
+    assert [order[3] for order in orders] == [5, 4, 5, 4, 5, 4]
+    assert [order[5] for order in orders] == [3] * 6, "nobody waits for a member that was silent"
 
 
 def test_the_coming_shape_is_the_shape_once_the_next_seal_is_there() -> None:
@@ -131,8 +133,65 @@ def test_a_group_cannot_outgrow_a_seal() -> None:
     crowd = tuple(member(n.to_bytes(38)) for n in range(chain.MEMBERS_MAX))
     state = state_of(member(ADA.peer_id), following=crowd)
     extend(state, seal_on(state, 0))
-    with pytest.raises(SealError, match="too many"):
+    with pytest.raises(SealError, match="more newcomers"):
         extend(state, seal_on(state, 0, joins=(Join(OUTSIDER.peer_id, ROW),)))
+
+
+@pytest.mark.parametrize(("count", "room"), [(1, 1), (4, 1), (7, 1), (8, 2), (40, 10), (400, chain.JOINS_MAX)])
+def test_a_seal_admits_no_more_than_a_quarter_newcomers(count: int, room: int) -> None:
+    members = (member(ADA.peer_id), *(member(n.to_bytes(38)) for n in range(1, count)))
+    state = state_of(*members)
+    joins = tuple(Join((1000 + n).to_bytes(38), ROW) for n in range(room + 1))
+    after = extend(state, seal_on(state, *range(count), joins=joins[:room]))
+    assert sum(m.is_newcomer for m in after.following) == room
+    if room < chain.JOINS_MAX:
+        with pytest.raises(SealError, match="more newcomers"):
+            extend(state, seal_on(state, *range(count), joins=joins))
+        assert chain.room_for_newcomers(after.following) == 0, "until a seal has included one of them, or it is out"
+
+
+def test_a_newcomer_that_never_answers_is_out_after_two_rounds() -> None:
+    state = trio()
+    state = extend(state, seal_on(state, 0, 1, 2, joins=(Join(OUTSIDER.peer_id, ROW),)))
+    rounds = 0
+    while any(m.peer_id == OUTSIDER.peer_id for m in state.following):
+        state = extend(state, seal_on(state, 0, 1, 2))
+        rounds += any(m.peer_id == OUTSIDER.peer_id for m in state.now)
+    assert 0 < rounds <= chain.NEWCOMER_ABSENCES_ALLOWED + 1
+
+
+def test_a_lone_member_goes_on_beside_newcomers_that_are_silent() -> None:
+    newcomer = Member(OUTSIDER.peer_id, ROW, -2, False)
+    state = state_of(member(ADA.peer_id), newcomer)
+    after = extend(state, seal_on(state, 0))
+    assert after.total == state.total + 1
+    proven = state_of(member(ADA.peer_id), member(GRACE.peer_id))
+    with pytest.raises(SealError, match="solo"):
+        extend(proven, seal_on(proven, 0))
+
+
+def test_a_member_that_owes_replies_again_and_again_gets_parts_ever_more_rarely() -> None:
+    """One of three never reduces; the gaps between its turns double until they are as long as they get."""
+    state, gaps, gap = trio(), [], 0
+    for _ in range(300):
+        shape = chain.shape_of(state, CHUNKS)
+        silent = shape.index(LINUS.peer_id)
+        owing = [n for n, part in enumerate(shape.parts) if part.reducer == silent]
+        replies = tuple(b"" if n in owing else bytes(32) for n in range(len(shape.parts)))
+        first = next(i for i in shape.sealer_order if i != silent)
+        state = extend(state, seal_on(state, 0, 1, 2, parts=replies, sealer=shape.members[first].peer_id))
+        gap = 0 if owing else gap + 1
+        gaps.append(gap)
+    assert max(gaps) == 2**6 - 1
+    assert sum(gap == 0 for gap in gaps) < 15
+
+
+def test_a_seal_that_skips_most_of_the_parts_strikes_nobody() -> None:
+    state = trio()
+    shape = chain.shape_of(state, CHUNKS)
+    replies = tuple(bytes(32) if part.reducer == 0 else b"" for part in shape.parts)
+    after = extend(state, seal_on(state, 0, 1, 2, parts=replies))
+    assert sum(m.strikes for m in after.following if m.peer_id != GRACE.peer_id) <= 2
 
 
 def test_a_row_that_a_seal_tells_is_the_members_from_then_on() -> None:

@@ -247,6 +247,7 @@ def test_a_straggler_costs_the_others_little_and_its_gradient_still_counts(count
     if seed is not None:
         links(cluster, seed)
     peers = cluster.group(count)
+    rounds_on(cluster, peers[0], 16)  # those who joined last are known by then
     peers[-1].slowness = 50.0
     since = peers[0].head.round
     seconds = rounds_on(cluster, peers[0], 240)

@@ -315,7 +315,9 @@ def test_the_others_go_on_when_the_only_reducer_dies() -> None:
     cluster = Cluster()
     ada = cluster.add("a", founder=True)
     cluster.run(3)
-    grace, linus = cluster.add("b"), cluster.add("c")
+    grace = cluster.add("b", dialable=False)
+    cluster.until(lambda: members(grace) == {ada.id, grace.id}, 30)
+    linus = cluster.add("c")
     everyone = {ada.id, grace.id, linus.id}
     cluster.until(lambda: members(grace) == members(linus) == everyone, 30)
     assert grace.machine.shape is not None and len(grace.machine.shape.parts) == 1

@@ -12,9 +12,9 @@ from replay import replay
 from p2ptrain.config.manifest import open_manifest
 
 RECORDED = Path(__file__).parents[2] / "recorded"
-LAST_ROUND = 48
-STATE_ID = "f7638417d9f543d9d5c39d44f77a7e2e78bbdc49054cc5cc5520ef614a6aeea4"
-PARAMETERS_SHA256 = "c76573f61d06672894bd0ee53a867057432dfa78285b19f910079f119e5b0fed"
+LAST_ROUND = 90
+STATE_ID = "fbe1700f497f7608678c06825c44e05dedacf57a83b4da7fc39236b02b1ab772"
+PARAMETERS_SHA256 = "8ebd062496771c3e2ee07367e61376d34f57ecb47906f698812121d70465842c"
 """What the code that recorded the history came to after these rounds; its three peers agreed at round 90."""
 
 

@@ -1,0 +1,237 @@
+"""Peers that cost the others time: they are silent where an answer is due, or come in floods.
+
+`Attacked` is a swarm of honest peers that trains in calm for a while, then with one kind of misbehaviour beside it, and
+then in calm again; it measures how many rounds each of these phases seals. What a silent peer withholds never reaches
+the network, because its driver drops the effect or its machine never seals; all else about it is the real peer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from p2ptrain.calls.client import Client
+from p2ptrain.calls.handout import Handout
+from p2ptrain.calls.messages import CallError, Traffic
+from p2ptrain.chain import Row, bits
+from p2ptrain.rounds import events
+from p2ptrain.simulation.network import Line, SimNode
+from p2ptrain.simulation.peer import SimDriver, SimPeer
+from p2ptrain.simulation.toy import identity_of
+from p2ptrain.simulation.world import Scenario, World
+
+MISBEHAVIOURS = ("nothing", "flood", "churn", "no_replies", "no_contributions", "no_seals")
+"""
+flood: an outsider asks for admission with `FLOOD_IDENTITIES` identities, again and again, and none of them answers.
+churn: a new peer comes every `CHURN_SECONDS` and dies as soon as it is a member. no_replies: a member reduces none of
+its parts. no_contributions: a member sends no messages, but goes on saying its tip. no_seals: a member never seals.
+"""
+FLOOD_IDENTITIES = 50
+FLOOD_SECONDS = 1.0
+"""Between two times that each identity asks."""
+CHURN_SECONDS = 5.0
+
+
+class SilentDriver(SimDriver):
+    """The driver of a peer that withholds some of what the others wait for, while `withholds` is not empty."""
+
+    withholds: frozenset[type] = frozenset()
+    """Effects that are not carried out."""
+
+    def _perform(self, effect: events.Effect) -> None:
+        if type(effect) not in self.withholds:
+            super()._perform(effect)
+
+
+class SilentPeer(SimPeer):
+    """A peer that withholds things when it is told to."""
+
+    driver_type = SilentDriver
+    driver: SilentDriver
+
+    def withhold(self, *effects: type) -> None:
+        """Carry out none of these effects from here on."""
+        self.driver.withholds = frozenset(effects)
+
+    def never_seal(self) -> None:
+        """Leave every seal to the others."""
+        self.driver.machine._seal_when_due = lambda now: False  # type: ignore[method-assign]
+
+    def behave(self) -> None:
+        """Be honest again."""
+        self.driver.withholds = frozenset()
+        self.driver.machine.__dict__.pop("_seal_when_due", None)
+
+
+@dataclass
+class Measured:
+    """What a history came to. Rounds are those sealed on the founder's chain in a minute of virtual time."""
+
+    calm_rounds: float = 0.0
+    attacked_rounds: float = 0.0
+    recovered_rounds: float = 0.0
+    #: honest peer -> share of the rounds under attack whose seals included it
+    included: dict[str, float] = field(default_factory=dict)
+    #: seconds until a newcomer that came under attack was included, or None
+    newcomer_seconds: float | None = None
+    #: members that are not honest, at the end of the attack
+    silent_members: int = 0
+
+    @property
+    def share(self) -> float:
+        """Rounds under attack, of those in calm."""
+        return self.attacked_rounds / self.calm_rounds
+
+
+class Attacked(World):
+    """See the module docstring.
+
+    Args:
+        scenario: without faults; its peers are the honest ones.
+        misbehaviour: one of `MISBEHAVIOURS`.
+        newcomer: an honest peer joins `newcomer_after` seconds into the attack.
+    """
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        folder: Path,
+        misbehaviour: str,
+        *,
+        calm_seconds: float = 40.0,
+        attack_seconds: float = 120.0,
+        recovery_seconds: float = 30.0,
+        newcomer_after: float | None = None,
+    ) -> None:
+        super().__init__(scenario, folder)
+        self.measured = Measured()
+        self._calm_seconds, self._attack_seconds = calm_seconds, attack_seconds
+        self._recovery_seconds, self._newcomer_after = recovery_seconds, newcomer_after
+        attacks: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
+            name: getattr(self, f"_{name}") for name in MISBEHAVIOURS
+        }
+        self._attack = attacks[misbehaviour]
+        #: seals that the founder adopted, and how many of them included each member
+        self._applied = 0
+        self._included = Counter[bytes]()
+        self._silent: SilentPeer | None = None
+        if misbehaviour.startswith("no_"):
+            line = Line(scenario.uplink_bytes_per_second, scenario.uplink_bytes_per_second)
+            self._silent = SilentPeer(self, "silent", batch_seconds=0.2, line=line, dialable=True)
+
+    async def _play(self) -> None:
+        honest = [self.add_peer(number) for number in range(self.scenario.peers)]
+        if self._silent is not None:
+            self.peers.append(self._silent)
+        self.peers[0].start(founder=True)
+        await self._until(lambda: self._round_of(self.peers[0]) >= 1, 60.0, "the founder's first seal")
+        for peer in self.peers[1:]:
+            peer.start()
+        everybody = {peer.id for peer in self.peers}
+        await self._until(lambda: everybody <= self._members(), 120.0, "all are members")
+        await asyncio.sleep(10.0)  # learn when the others come
+        measured = self.measured
+        measured.calm_rounds = await self._rounds_a_minute(self._calm_seconds)
+        self._applied = 0
+        self._included.clear()
+        attack = self.loop.create_task(self._attack())
+        joining = self.loop.create_task(self._newcomer())
+        measured.attacked_rounds = await self._rounds_a_minute(self._attack_seconds)
+        attack.cancel()
+        joining.cancel()
+        await asyncio.gather(attack, joining, return_exceptions=True)
+        measured.included = {peer.name: self._included[peer.id] / max(1, self._applied) for peer in honest}
+        measured.silent_members = len(self._members() - {p.id for p in self.peers if p.alive and p is not self._silent})
+        if self._silent is not None:
+            self._silent.behave()
+        measured.recovered_rounds = await self._rounds_a_minute(self._recovery_seconds)
+
+    def _members(self) -> set[bytes]:
+        return {member.peer_id for member in self.peers[0].machine.head.following}
+
+    async def _rounds_a_minute(self, seconds: float) -> float:
+        before, began = self._round_of(self.peers[0]), self.loop.time()
+        while self.loop.time() < began + seconds:
+            self._raise_faults()
+            await asyncio.sleep(0.5)
+        return (self._round_of(self.peers[0]) - before) * 60 / seconds
+
+    def saw(self, peer: SimPeer, effect: events.Effect) -> None:
+        super().saw(peer, effect)
+        if isinstance(effect, events.Apply) and peer is self.peers[0]:
+            self._applied += 1
+            for index in bits(effect.sealed.seal.included, len(effect.shape.members)):
+                self._included[effect.shape.members[index].peer_id] += 1
+
+    async def _newcomer(self) -> None:
+        """An honest peer that comes while the others are under attack."""
+        if self._newcomer_after is None:
+            return
+        await asyncio.sleep(self._newcomer_after)
+        peer = self.add_peer(len(self.peers), "newcomer")
+        peer.start()
+        began = self.loop.time()
+
+        def is_in() -> bool:
+            return any(m.peer_id == peer.id and m.included for m in self.peers[0].machine.head.following)
+
+        while not is_in():
+            await asyncio.sleep(0.1)
+        self.measured.newcomer_seconds = self.loop.time() - began
+
+    # ---- misbehaviours ----------------------------------------------------------------------------------------
+
+    async def _nothing(self) -> None:
+        pass
+
+    async def _no_replies(self) -> None:
+        assert self._silent is not None
+        self._silent.withhold(events.Reduce)
+
+    async def _no_contributions(self) -> None:
+        assert self._silent is not None
+        self._silent.withhold(events.SendContribution, events.Reduce, events.PublishSeal)
+        self._silent.never_seal()
+
+    async def _no_seals(self) -> None:
+        assert self._silent is not None
+        self._silent.never_seal()
+
+    async def _churn(self) -> None:
+        number = 0
+        while True:
+            number += 1
+            self.loop.create_task(self._come_and_die(f"visitor{number}"))
+            await asyncio.sleep(CHURN_SECONDS)
+
+    async def _come_and_die(self, name: str) -> None:
+        peer = self.add_peer(len(self.peers), name)
+        peer.start()
+        for _ in range(100):
+            await asyncio.sleep(0.1)
+            if peer.id in self._members():
+                break
+        peer.die()
+        peer.gone = True
+
+    async def _flood(self) -> None:
+        line = Line(self.scenario.uplink_bytes_per_second, self.scenario.uplink_bytes_per_second)
+        clients = []
+        for number in range(FLOOD_IDENTITIES):
+            identity = identity_of(f"sybil{number}", self.seed)
+            node = SimNode(self.network, identity, self.peers[0].node.actor, line, dialable=True)
+            self.network.add(node)
+            handout = Handout(lambda: 1000)
+            clients.append(Client(node, Traffic(), self.run_id, handout))  # type: ignore[arg-type]
+        while True:
+            asked = [self._ask(client, peer) for client in clients for peer in self.peers if peer.running]
+            await asyncio.gather(*asked, asyncio.sleep(FLOOD_SECONDS))
+
+    async def _ask(self, client: Client, peer: SimPeer) -> None:
+        with contextlib.suppress(CallError):
+            await client.join(peer.id, Row(0, 1000, 1000))
