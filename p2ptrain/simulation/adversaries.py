@@ -122,9 +122,11 @@ class Adversary:
         branch = Branch(self._world.oracle.state(journal.ids[shared]), self._world.oracle.codec)
         for number in range(shared + 1, at + 1):
             branch.take(encode_sealed(journal.read(number)))
+        parted_at = branch.state
         try:
             for number in range(self._random.randrange(1, SEALS_MAX + 1)):
-                self._world.forged[self._seal(branch, first=not number)] = self._kind
+                made_up = self._seal(branch, first=not number)
+                self._world.forged[made_up], self._world.parted_at[made_up] = self._kind, parted_at
         except SealError:
             if self._kind != "member_claims_all":  # a member then that is none at the state it parts from
                 raise

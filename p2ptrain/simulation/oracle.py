@@ -51,6 +51,10 @@ class Oracle:
         """The chain state that an id stands for. Raises ViolationError where nobody applied it."""
         return self._node(identifier).state
 
+    def knows(self, identifier: bytes) -> bool:
+        """Whether anybody applied what leads to this state."""
+        return identifier in self._nodes
+
     def path(self, identifier: bytes) -> list[bytes]:
         """Ids from the run's beginning to this one."""
         ids = [identifier]

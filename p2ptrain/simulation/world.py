@@ -26,7 +26,8 @@ import msgspec
 import numpy as np
 
 from p2ptrain import chain
-from p2ptrain.chain import RoundShape
+from p2ptrain.chain import ChainState, RoundShape
+from p2ptrain.chain.forks import Mark
 from p2ptrain.chain.sealed import Key, SealedRound, reply_digest
 from p2ptrain.config.manifest import CodecConfig, GroupConfig, Manifest, OptimizerConfig, canonical_bytes, run_id
 from p2ptrain.rounds import events
@@ -121,6 +122,8 @@ class World:
         self.calm = not scenario.faults
         #: id of a state that was made up -> the kind of adversary that did
         self.forged: dict[bytes, str] = {}
+        #: id of such a state -> where its branch parts from an honest one
+        self.parted_at: dict[bytes, ChainState] = {}
         self.adversary_random = random.Random(scenario.seed + 3)
         self._history = hashlib.sha256()
         self._apply_random = random.Random(scenario.seed + 2)
@@ -382,18 +385,17 @@ class World:
         self._check_bounds(peer)
 
     def _check_taken_over(self, peer: SimPeer) -> None:
-        """No member leaves its chain for one that an adversary made up; a newcomer may be misled, and comes back."""
+        """Nobody follows a made-up branch who was a member where it parts; a newcomer may be misled, and comes back."""
         before, head = peer.stood_at, peer.machine.head
-        if head is before:
-            return
-        if head.id in self.forged:
-            self.report.coverage["misled"] += before.id not in self.forged
-            # One seal, in turn or out of it, is a member's to make.
-            one = self.forged[head.id] == "member_claims_all"
-            taken = head.parent in self.forged if one else before.id not in self.forged
-            if taken and any(member.peer_id == peer.id for member in before.now + before.following):
-                self.violate(f"{peer.name} was taken over at round {head.round}")
         peer.stood_at = head
+        kind = self.forged.get(head.id)
+        if head is before or kind is None:
+            return
+        self.report.coverage["misled"] += before.id not in self.forged
+        # One seal, in turn or out of it, is a member's to make.
+        led = head.parent in self.forged if kind == "member_claims_all" else before.id not in self.forged
+        if led and peer.id in Mark.of(self.parted_at[head.id]).members:
+            self.violate(f"{peer.name} was taken over at round {head.round}")
 
     def took(self, peer: SimPeer, message: object) -> None:
         """A trainer is about to take a message."""
@@ -403,8 +405,9 @@ class World:
             ours = peer.trainer.replica.chain
             if message.snapshot is not None:
                 count["restores_from_snapshot"] += 1
-            fork_round = self._fork_round(ours.id, message.rounds[-1].id if message.rounds else message.chain.id)
-            if fork_round < ours.round:
+            theirs = message.rounds[-1].id if message.rounds else message.chain.id
+            # What was made up, and followed by nobody yet, the oracle does not know.
+            if self.oracle.knows(theirs) and (fork_round := self._fork_round(ours.id, theirs)) < ours.round:
                 count["deep_rollbacks"] += 1
                 count["forks_older_than_the_journal"] += int(fork_round < peer.journal.first - 1)
 
