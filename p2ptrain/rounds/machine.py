@@ -773,8 +773,11 @@ class RoundMachine:
         if theirs is None:
             fresh = {p for p, v in self._group.voices.items() if now - v.at <= self.rules.alone_after_seconds}
             off = fresh - on
-        if self._returning and (donor in self._introducers or off & self._introducers):
-            return more
+        if donor in self._introducers or off & self._introducers:
+            if self.me not in self._group.members:
+                return True
+            if self._returning:
+                return more
         members = self._group.known.get(donor, self.company)
         behind_ours, behind_theirs = len((on | {self.me}) & members), len(off & members)
         if behind_theirs > behind_ours or (behind_theirs == behind_ours and more):
@@ -1123,11 +1126,13 @@ class RoundMachine:
     def _wants(self, tip: events.TipHeard) -> bool:
         """Whether what this tip names may be better than our chain (rule 9).
 
-        Of peers that we know any other branch may be, however short: more members may stand on it.
+        Of peers that we know any other branch may be, however short: more members may stand on it. To a peer that is no
+        member yet, of anybody: it may have been led astray.
         """
         if tip.id in self._past or not tip.round:
             return False
-        return self._has_more(tip.round, tip.total, tip.id) or tip.peer_id in self._group.known
+        more = self._has_more(tip.round, tip.total, tip.id)
+        return more or tip.peer_id in self._group.known or self.me not in self._past.head.members
 
     def _merit(self, tip: events.TipHeard) -> tuple[bool, int, bytes]:
         """Order tips, the best first: those of peers that we know before those of strangers."""

@@ -19,7 +19,7 @@ from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 
 from p2ptrain.calls.messages import Answer, News, RoundsHeader, RoundsRequest, Tip, Traffic, decode_message
 from p2ptrain.chain import Join, Row, SealError
-from p2ptrain.chain.sealed import encode_sealed
+from p2ptrain.chain.sealed import SealedRound, encode_sealed
 from p2ptrain.simulation.forged import Branch
 from p2ptrain.simulation.loop import Actor
 from p2ptrain.simulation.network import Line, SimNode
@@ -125,14 +125,16 @@ class Adversary:
         parted_at = branch.state
         try:
             for number in range(self._random.randrange(1, SEALS_MAX + 1)):
-                made_up = self._seal(branch, first=not number)
-                self._world.forged[made_up], self._world.parted_at[made_up] = self._kind, parted_at
+                before = branch.state
+                sealed = self._seal(branch, first=not number)
+                self._world.oracle.learn(sealed, before, branch.state, made_up=True)
+                self._world.forged[sealed.id], self._world.parted_at[sealed.id] = self._kind, parted_at
         except SealError:
             if self._kind != "member_claims_all":  # a member then that is none at the state it parts from
                 raise
         self._branch, self._tip = branch, branch.tip
 
-    def _seal(self, branch: Branch, *, first: bool) -> bytes:
+    def _seal(self, branch: Branch, *, first: bool) -> SealedRound:
         solo = first and self._kind != "member_claims_all"
         # As many newcomers as a seal may admit.
         for count in (8, 4, 2, 1) if self._kind == "made_up_members" else ():

@@ -42,8 +42,8 @@ class Branch:
             raise IndexError("at the base")
         del self._places[self._states.pop().id], self._encoded[-1]
 
-    def forge(self, sealer: Identity, *, solo: bool = False, joins: tuple[Join, ...] = ()) -> bytes:
-        """Seal the next round: it includes all its members, or the sealer alone, and changes no parameter. The id.
+    def forge(self, sealer: Identity, *, solo: bool = False, joins: tuple[Join, ...] = ()) -> SealedRound:
+        """Seal the next round: it includes all its members, or the sealer alone, and changes no parameter.
 
         Raises:
             SealError: the rules allow no such seal.
@@ -72,8 +72,9 @@ class Branch:
         )
         signed = chain.encode_seal(seal, sealer.sign)
         identifier = chain.seal_id(signed.body)
-        self._append(identifier, seal, encode_sealed(SealedRound(identifier, seal, signed, replies)))
-        return identifier
+        sealed = SealedRound(identifier, seal, signed, replies)
+        self._append(identifier, seal, encode_sealed(sealed))
+        return sealed
 
     def after(self, locator: tuple[bytes, ...]) -> tuple[bytes, list[bytes]]:
         """What a donor of this chain answers: the ancestor, and encoded rounds after it."""
