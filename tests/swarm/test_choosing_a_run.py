@@ -35,8 +35,8 @@ def signed(name: str) -> bytes:
 async def serve(node: SwarmNode, manifest: bytes) -> None:
     """Answer hello as a peer in this run does."""
     run_id = open_manifest(manifest)[1]
-    welcome = Welcome(PROTOCOL_VERSION, run_id, manifest, Tip(0, run_id, 0))
-    answering: Any = SimpleNamespace(welcome=lambda: welcome)
+    welcome = Welcome(PROTOCOL_VERSION, run_id, manifest, Tip(0, run_id, 0), "")
+    answering: Any = SimpleNamespace(admits=lambda peer: True, welcome=lambda: welcome)
     await node.add_servicer(PeerServicer(answering, Traffic()), NAMESPACE)
 
 
