@@ -1,8 +1,7 @@
 """Answers what others ask of this peer, and reduces the parts that are its own.
 
 Lives on the network thread. What a call brings is checked here before the machine hears of it: the run, the length and
-the form. Who sends a contribution waits here for the reply of its part, until the reply is frozen
-or the round is over.
+the form. Who sends a contribution waits here for the reply of its part, until the reply is frozen or the round is over.
 """
 
 from __future__ import annotations

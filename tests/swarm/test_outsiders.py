@@ -243,6 +243,8 @@ def test_an_outsider_gets_nothing_by_any_call_or_key_and_the_two_go_on(two: RunO
     network.run(scenario(), 90)
     members = {seal.seal.sealer for seal in two.sealed()} | {j.peer_id for s in two.sealed() for j in s.seal.joins}
     assert members <= set(two.ids)
+    assert "Traceback" not in two.ada.log.read_text() and '"eve"' not in two.ada.log.read_text()
+    assert not [entry for entry in two.ada.entries() if entry["level"] == "error"]
     assert signed == (two.bob.home / "manifest.signed").read_bytes()
 
     # The requests were good ones: the same bring everything to one of the list.
@@ -272,7 +274,7 @@ def test_an_outsider_that_joins_or_inspects_is_told_why_and_what_to_do(two: RunO
     for command in (("join", two.address, *home, "--host", "127.0.0.1"), ("inspect", two.address, *home)):
         began = time.monotonic()
         said = refused(14, *command)
-        assert time.monotonic() - began < 15
+        assert time.monotonic() - began < 30
         assert "for listed peers only" in said and "p2ptrain id" in said
     assert not (two.swarm.folder / "eve" / "manifest.signed").exists()
     # A home of the run looks on as ever; so does one of the list by the address of the other.
