@@ -82,3 +82,9 @@ class DaemonError(P2PTrainError):
     """The libp2p daemon does not start or does not stay up."""
 
     exit_code = 12
+
+
+class AccessError(P2PTrainError):
+    """The run is for listed peers only, and this one is not on its list."""
+
+    exit_code = 14

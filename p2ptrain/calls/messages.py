@@ -32,6 +32,8 @@ SNAPSHOT_PIECES_MAX = 2**20
 TOO_MANY_CALLS = "too many calls at once"
 TOO_MANY_FOLLOWERS = "too many follow this peer already"
 """The refusal that means: later."""
+NOT_LISTED = "this run is for listed peers only"
+"""The refusal of every call, where the run's access list does not have the caller."""
 _FRAME_OVERHEAD_BYTES = 9  # length and marker that hivemind puts before each message
 
 TRANSPORT_FAILURES = (
@@ -84,12 +86,13 @@ class Hello(_Message, frozen=True):
 
 
 class Welcome(_Message, frozen=True):
-    """Answer to `Hello`: the run that this peer is in."""
+    """Answer to `Hello`: the run that this peer is in; with a refusal neither manifest nor tip."""
 
     protocol: int
     run_id: Hash
     manifest: Annotated[bytes, Meta(max_length=16 * 1024)]
-    tip: Tip
+    tip: Tip | None
+    refusal: Annotated[str, Meta(max_length=200)]
 
 
 class ContributionHeader(_Message, frozen=True):

@@ -50,6 +50,7 @@ class NewsFeed:
         tip: where our chain stands now.
         heard: takes what others say.
         audience: the members that a seal is for, where it continues our chain or is its head; else nobody.
+        admits: which peers the run is for; no other is followed, and no seal that names another is heard.
     """
 
     def __init__(
@@ -58,8 +59,10 @@ class NewsFeed:
         tip: Callable[[], Tip],
         heard: Heard,
         audience: Callable[[bytes, Seal], Sequence[Member]],
+        admits: chain.Admits = chain.anyone,
     ) -> None:
         self._client, self._tip, self._heard, self._audience = client, tip, heard, audience
+        self._admits = admits
         self._me = client.node.peer_id
         self._followers: dict[bytes, asyncio.Queue[News | None]] = {}
         self._followed: dict[bytes, asyncio.Task[None]] = {}
@@ -170,7 +173,7 @@ class NewsFeed:
         if not self._seals.take(peer):
             return None
         try:
-            identifier, seal = chain.open_seal(signed, verify)
+            identifier, seal = chain.open_seal(signed, verify, self._admits)
         except SealError as error:
             if self._lines.take(peer):
                 _logger.info("%s sent a bad seal: %s", format_peer_id(peer)[-8:], error)
@@ -191,7 +194,8 @@ class NewsFeed:
     def would_follow(self, peer: bytes) -> bool:
         """Whether `follow` would begin to; there is always room for members that are near."""
         full = len(self._followed) >= FOLLOWED_MAX and peer not in self._near
-        return not (peer == self._me or peer in self._followed or full or self._leaving or self._is_far(peer))
+        unwanted = peer == self._me or peer in self._followed or full or self._leaving or self._is_far(peer)
+        return not unwanted and self._admits(peer)
 
     def is_member(self, peer: bytes) -> bool:
         """Whether `peer` is a member now."""

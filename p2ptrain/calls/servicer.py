@@ -1,5 +1,7 @@
 """The calls that this peer answers. Each checks who asks and how much, and hands the rest to `AnsweringPeer`.
 
+Where the run has an access list, all that a caller who is not on it ever gets is one refusal.
+
 One leaf class with all `rpc_*`, because hivemind caches handlers by class hierarchy. A stream handler that raises would
 leave the caller with a stream that ends as if all were well, so refusals are messages, and faults are logged here.
 """
@@ -12,12 +14,14 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from typing import AsyncIterator, Protocol  # noqa: UP035 - hivemind knows a stream by this type alone
 
+import msgspec
 from google.protobuf.wrappers_pb2 import BytesValue
 from hivemind.p2p import P2PContext, ServicerBase
 
 from p2ptrain.calls.downloads import Downloads
 from p2ptrain.calls.handout import Handout
 from p2ptrain.calls.messages import (
+    NOT_LISTED,
     TOO_MANY_CALLS,
     Answer,
     CallError,
@@ -98,8 +102,11 @@ class AnsweringPeer(Protocol):
     def tip(self) -> Tip:
         """Where this peer's chain stands."""
 
+    def admits(self, peer: bytes) -> bool:
+        """Return whether `peer` may take part in the run and read anything of it."""
+
     def welcome(self) -> Welcome:
-        """Answer to hello."""
+        """Answer to hello, for a peer that is admitted."""
 
     def wrong_run(self, run_id: bytes) -> str | None:
         """Return why a request for this run is refused, or None."""
@@ -136,16 +143,24 @@ class PeerServicer(ServicerBase):
 
     async def rpc_hello(self, request: BytesValue, context: P2PContext) -> BytesValue:
         """Which run this peer is in, and its manifest."""
-        decode_message(request.value, Hello)
-        return self._traffic.message(self._answering.welcome())
+        welcome = self._answering.welcome()
+        if not self._admits(context):
+            welcome = msgspec.structs.replace(welcome, manifest=b"", tip=None, refusal=NOT_LISTED)
+        else:
+            decode_message(request.value, Hello)
+        return self._traffic.message(welcome)
 
     async def rpc_join(self, request: BytesValue, context: P2PContext) -> BytesValue:
         """Ask to be admitted by the next seal."""
+        if not self._admits(context):
+            return self._traffic.message(Answer(NOT_LISTED))
         wanted = decode_message(request.value, JoinRequest)
         return self._traffic.message(Answer(self._answering.take_join(wanted, context.remote_id.to_bytes())))
 
     async def rpc_relay(self, request: BytesValue, context: P2PContext) -> BytesValue:
         """Hear a seal, and pass it on."""
+        if not self._admits(context):
+            return self._traffic.message(Answer(NOT_LISTED))
         relay = decode_message(request.value, Relay)
         refusal = self._answering.wrong_run(relay.run_id)
         if refusal is None:
@@ -179,8 +194,15 @@ class PeerServicer(ServicerBase):
 
     # ---- what they do -----------------------------------------------------------------------------------------
 
+    def _admits(self, context: P2PContext) -> bool:
+        """Say whether the caller may have an answer; asked in every call, before its request is looked at."""
+        return self._answering.admits(context.remote_id.to_bytes())
+
     async def _serve(self, context: P2PContext, work: Callable[[bytes], Frames]) -> Frames:
-        """Run one streaming call within this peer's share of calls."""
+        """Run one streaming call, of a peer that is admitted, within its share of calls."""
+        if not self._admits(context):
+            yield self._traffic.message(Answer(NOT_LISTED))
+            return
         peer = context.remote_id.to_bytes()
         if self._calls[peer] >= CALLS_PER_PEER:
             yield self._traffic.message(Answer(TOO_MANY_CALLS))

@@ -75,6 +75,8 @@ class SignedSeal(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 
 Verify = Callable[[bytes, bytes, bytes], bool]
 """(peer id, data, signature) -> whether that peer signed that data."""
+Admits = Callable[[bytes], bool]
+"""peer id -> whether the run's access list lets that peer take part."""
 
 _seal_decoder = msgspec.msgpack.Decoder(Seal)
 _signed_decoder = msgspec.msgpack.Decoder(SignedSeal)
@@ -91,11 +93,20 @@ def encode_seal(seal: Seal, sign: Callable[[bytes], bytes]) -> SignedSeal:
     return SignedSeal(body, sign(seal_id(body)))
 
 
-def open_seal(signed: SignedSeal, verify: Verify) -> tuple[bytes, Seal]:
-    """Check the form and the signature of a seal; returns its id and content.
+def anyone(peer_id: bytes) -> bool:
+    """Admit every peer, as an open run does."""
+    return True
+
+
+def open_seal(signed: SignedSeal, verify: Verify, admits: Admits = anyone) -> tuple[bytes, Seal]:
+    """Check the form and the signature of a seal, and whom it brings in; returns its id and content.
+
+    Members come into a chain as newcomers in a seal, or as the sealer of a solo seal. So a chain whose seals have all
+    been opened with a run's access list never has a member that is not on it.
 
     Raises:
-        SealError: not canonical, not a seal, or not signed by the sealer that it names.
+        SealError: not canonical, not a seal, not signed by the sealer that it names, or of a sealer or with a newcomer
+            that `admits` refuses.
     """
     try:
         seal = _seal_decoder.decode(signed.body)
@@ -106,6 +117,8 @@ def open_seal(signed: SignedSeal, verify: Verify) -> tuple[bytes, Seal]:
     identifier = seal_id(signed.body)
     if not verify(seal.sealer, identifier, signed.signature):
         raise SealError("seal is not signed by its sealer")
+    if not all(map(admits, (seal.sealer, *(join.peer_id for join in seal.joins)))):
+        raise SealError("seal names a peer that is not on the run's list")
     return identifier, seal
 
 

@@ -17,6 +17,7 @@ from p2ptrain.config.home import Home, default_home
 from p2ptrain.errors import UnreachableError, UsageError
 
 if TYPE_CHECKING:
+    from p2ptrain.config.manifest import Manifest
     from p2ptrain.observe.census import Inspection
     from p2ptrain.swarm.node import SwarmNode
 
@@ -45,7 +46,7 @@ def inspect(
 
     here = Home(home or default_home())
     given = addresses or _addresses_of(here)
-    own = here.manifest.read_bytes() if not addresses and here.manifest.exists() else None
+    own = here.manifest.read_bytes() if here.manifest.exists() else None
     parse_addresses(given)
     from p2ptrain.swarm.thread import new_network_loop
 
@@ -96,10 +97,10 @@ async def _inspect(addresses: list[str], choice: str | None, own: bytes | None, 
     except UnreachableError as error:
         raise UnreachableError(str(error), hint="is a peer running there? Try the address of another") from error
     try:
-        run_id, name = await _choose_run(node, addresses, choice, own)
+        manifest, run_id = await _choose_run(node, addresses, choice, own)
         while True:
             began = time.monotonic()
-            seen = await look(node, run_id, name)
+            seen = await look(node, run_id, manifest)
             _show(seen, format, watch)
             if not watch:
                 return
@@ -108,22 +109,21 @@ async def _inspect(addresses: list[str], choice: str | None, own: bytes | None, 
         await node.close()
 
 
-async def look(node: SwarmNode, run_id: bytes, name: str) -> Inspection:
+async def look(node: SwarmNode, run_id: bytes, manifest: Manifest) -> Inspection:
     """One look at a run, through a node that is in its DHT already."""
     from p2ptrain.observe.census import inspect_run
 
-    records = await node.read_peers(run_id)
-    return inspect_run(run_id, name, records, await node.crawl())
+    records = await node.read_peers(run_id, manifest.records_key)
+    return inspect_run(run_id, manifest.name, records, await node.crawl())
 
 
 async def _choose_run(
     node: SwarmNode, addresses: list[str], choice: str | None, own: bytes | None
-) -> tuple[bytes, str]:
+) -> tuple[Manifest, bytes]:
     from p2ptrain.config.manifest import open_manifest
     from p2ptrain.peer.joining import find_run
 
-    manifest, run_id = open_manifest(await find_run(node, addresses, choice, own))
-    return run_id, manifest.name
+    return open_manifest(await find_run(node, addresses, choice, own))
 
 
 def _show(seen: Inspection, format: str, watch: bool) -> None:

@@ -218,12 +218,12 @@ class RoundConfig(_Table, frozen=True, kw_only=True):
 
 
 class AccessConfig(_Table, frozen=True, kw_only=True):
-    """Who may contribute."""
+    """Who may take part, and read anything of the run."""
 
     mode: Literal["open", "list"] = "open"
-    """`open`: anyone; `list`: the peers listed."""
+    """`open`: anyone; `list`: the founder and the peers listed."""
     peers: Annotated[tuple[PeerId, ...], Meta(max_length=150)] = ()
-    """Peer ids that may join, with mode `list`."""
+    """Peer ids for mode `list`, as `p2ptrain id` prints them."""
 
     def __post_init__(self) -> None:
         if (self.mode == "list") != bool(self.peers):
@@ -262,6 +262,22 @@ class Manifest(_Table, frozen=True, kw_only=True):
     def founder_id(self) -> bytes:
         """Peer id of the founder; empty where the manifest names none, and whoever bootstraps first is."""
         return b"" if isinstance(self.founder, msgspec.UnsetType) else base58.b58decode(self.founder)
+
+    def admits(self, peer_id: bytes) -> bool:
+        """Say whether `peer_id` may take part in the run and read anything of it."""
+        if self.access.mode == "open" or peer_id == self.founder_id:
+            return True
+        return base58.b58encode(peer_id).decode() in self.access.peers
+
+    @property
+    def records_key(self) -> bytes:
+        """Key [32 bytes] that the run's peer records are encrypted with; empty where the run is open.
+
+        Only those who have the manifest can compute it, and no outsider is given the manifest.
+        """
+        if self.access.mode == "open":
+            return b""
+        return hashlib.sha256(b"p2ptrain records 1\0" + canonical_bytes(self)).digest()
 
 
 class SignedManifest(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

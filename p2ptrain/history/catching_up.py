@@ -57,6 +57,7 @@ class CatchingUp:
         snapshot_max_bytes: no snapshot of this run is longer.
         snapshot_chain: where on the chain a snapshot's bytes stand; raises TensorFileError. Any thread.
         progress: hears (what, done, of).
+        admits: which peers the run is for; a chain with another member is refused.
     """
 
     def __init__(
@@ -72,7 +73,9 @@ class CatchingUp:
         snapshot_max_bytes: int,
         snapshot_chain: Callable[[bytes], ChainState],
         progress: Callable[[str, int, int], None],
+        admits: chain.Admits = chain.anyone,
     ) -> None:
+        self._admits = admits
         self._client, self._codec, self._journal, self._snapshots = client, codec, journal, snapshots
         self._partials, self._peers = partials, peers
         self._beginning = beginning
@@ -163,7 +166,7 @@ class CatchingUp:
             # For a newcomer a snapshot is less to fetch and to compute than all the rounds. Who has sent something
             # needs the rounds: they say what became of it.
             return RoundsFetched(donor, None, ())
-        rounds = await asyncio.to_thread(_decode, encoded)
+        rounds = await asyncio.to_thread(_decode, encoded, self._admits)
         state = known_state(header.ancestor)
         if state is not None:
             await asyncio.to_thread(_check, state, rounds, self._codec)
@@ -201,6 +204,8 @@ class CatchingUp:
         if snapshot is not None:
             data = await asyncio.to_thread(snapshot.read)
             base = self._snapshot_chain(data)
+            if not all(self._admits(member.peer_id) for member in base.now + base.following):
+                raise CallError("its snapshot has members that are not on the run's list")
         rounds, state, marks = await self._to_tip(donor, base, header.tip.round, encoded)
         if snapshot is not None and downloaded and not self._root_is_sealed(snapshot, rounds):
             snapshot.path.unlink(missing_ok=True)
@@ -266,7 +271,7 @@ class CatchingUp:
         marks = deque([Mark.of(base)], maxlen=PAST_MAX)
         state, size = base, 0
         while encoded:
-            batch = await asyncio.to_thread(_decode, encoded)
+            batch = await asyncio.to_thread(_decode, encoded, self._admits)
             for sealed, after in zip(batch, await asyncio.to_thread(_check, state, batch, self._codec), strict=True):
                 state = after
                 marks.append(Mark.of(state, sealed.seal, marks[-1]))
@@ -281,9 +286,9 @@ class CatchingUp:
         return tuple(rounds), state, tuple(marks)
 
 
-def _decode(encoded: list[bytes]) -> tuple[SealedRound, ...]:
+def _decode(encoded: list[bytes], admits: chain.Admits) -> tuple[SealedRound, ...]:
     """Raises SealedRoundError."""
-    return tuple(decode_sealed(one, verify) for one in encoded)
+    return tuple(decode_sealed(one, verify, admits) for one in encoded)
 
 
 def _check(state: ChainState, rounds: tuple[SealedRound, ...], codec: Codec) -> list[ChainState]:

@@ -1,8 +1,7 @@
 """Answers what others ask of this peer, and reduces the parts that are its own.
 
-Lives on the network thread. What a call brings is checked here before the machine hears of it: the run, the access
-list, the length and the form. Who sends a contribution waits here for the reply of its part, until the reply is frozen
-or the round is over.
+Lives on the network thread. What a call brings is checked here before the machine hears of it: the run, the length and
+the form. Who sends a contribution waits here for the reply of its part, until the reply is frozen or the round is over.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from p2ptrain.history.catching_up import CatchingUp
 from p2ptrain.peer.parts import DriverParts
 from p2ptrain.rounds import events
 from p2ptrain.state.failpoints import failpoint
-from p2ptrain.swarm.identity import format_peer_id
 
 
 class Answering:
@@ -50,6 +48,8 @@ class Answering:
         self.handout, self.feed, self.catching_up = handout, feed, catching_up
         #: returns the corpus to hand out. Any thread
         self.packed_corpus = parts.packed_corpus
+        #: says whether a peer may take part in the run and read anything of it
+        self.admits = parts.manifest.admits
         #: calls by which our replies are being handed out
         self.handing_out: set[asyncio.Future[None]] = set()
         #: replies frozen here: waiters by round and part
@@ -74,22 +74,15 @@ class Answering:
 
     def welcome(self) -> Welcome:
         """Answer to hello."""
-        return Welcome(PROTOCOL_VERSION, self._p.run_id, self._p.signed_manifest, self.tip)
+        return Welcome(PROTOCOL_VERSION, self._p.run_id, self._p.signed_manifest, self.tip, "")
 
     def wrong_run(self, run_id: bytes) -> str | None:
         """Return why a request for this run is refused, or None."""
         return None if run_id == self._p.run_id else "this peer is in another run"
 
-    def _allowed(self, peer: bytes) -> bool:
-        """Say whether the run's access list lets `peer` contribute."""
-        access = self._p.manifest.access
-        return access.mode == "open" or format_peer_id(peer) in access.peers
-
     def take_join(self, wanted: JoinRequest, peer: bytes) -> str:
         """Hear that a peer asks to be admitted; return a refusal or ""."""
         refusal = self.wrong_run(wanted.run_id)
-        if refusal is None and not self._allowed(peer):
-            refusal = "this run is for listed peers only"
         if refusal is not None:
             return refusal
         failpoint("join_received")
@@ -102,8 +95,6 @@ class Answering:
         refusal = self.wrong_run(header.run_id)
         if refusal is not None:
             return refusal
-        if not self._allowed(peer):
-            return "this run is for listed peers only"
         self.hear_tip(peer, header.tip)
         return self._refusal(Key(header.round, header.base), header.part, peer)
 

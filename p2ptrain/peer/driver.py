@@ -53,7 +53,8 @@ class RoundDriver:
         self.machine = parts.machine
         handout = Handout(lambda: parts.uplink.line_kbit)
         self._client = Client(parts.node, parts.traffic, parts.run_id, handout)
-        self.feed = NewsFeed(self._client, lambda: Tip.of(self.machine.head), self.dispatch, self._audience)
+        admits = parts.manifest.admits
+        self.feed = NewsFeed(self._client, lambda: Tip.of(self.machine.head), self.dispatch, self._audience, admits)
         self.catching_up = CatchingUp(
             self._client,
             parts.codec,
@@ -66,6 +67,7 @@ class RoundDriver:
             parts.snapshot_max_bytes,
             parts.snapshot_chain,
             parts.sync_progress,
+            admits,
         )
         self._report = failure_logged(
             _logger, "a task of the round has failed", lambda error: self.write_decisions(repr(error))

@@ -10,8 +10,8 @@ from p2ptrain.calls import client
 from p2ptrain.calls.client import Client
 from p2ptrain.calls.messages import CallError, Traffic
 from p2ptrain.calls.news import NewsFeed
-from p2ptrain.config.manifest import DataConfig, Manifest, open_manifest
-from p2ptrain.errors import DataError, ManifestError, RunChoiceError, UnreachableError
+from p2ptrain.config.manifest import Manifest, open_manifest
+from p2ptrain.errors import AccessError, DataError, ManifestError, RunChoiceError, UnreachableError
 from p2ptrain.swarm.addresses import parse_addresses
 from p2ptrain.swarm.identity import format_peer_id
 from p2ptrain.swarm.node import SwarmNode
@@ -46,19 +46,25 @@ async def find_run(node: SwarmNode, addresses: list[str], choice: str | None, ow
             those peers are in others.
 
     Raises:
+        AccessError: the run is for listed peers, and this is none.
         RunChoiceError: no run, several and no choice, or none of that name.
         ManifestError: what a peer hands out as the run's manifest is none.
     """
-    manifests, records = await _look_for_runs(node, addresses)
+    manifests, closed, records = await _look_for_runs(node, addresses)
+    own_id = None if own is None else open_manifest(own)[1]
+    if own is not None and own_id in closed:
+        manifests[own_id] = own
     theirs = {run_id: open_manifest(signed, run_id)[0].name for run_id, signed in manifests.items()}
     asked = parse_addresses(addresses).keys()
     for run_id, listed in records.items():
         if any(record.peer_id in asked for record in listed):
             theirs.setdefault(run_id, listed[0].name)
-    if choice is None and own is not None and (not theirs or open_manifest(own)[1] in theirs):
+    if choice is None and own is not None and (own_id in theirs or not (theirs or closed)):
         return own
     everyone = {run_id: listed[0].name for run_id, listed in records.items()} | theirs
-    at_hand = theirs if choice is None else _named(theirs, choice)
+    at_hand = theirs if choice is None else _named(theirs, choice) or _named(everyone, choice)
+    if closed and not at_hand:
+        raise not_listed(min(closed))
     chosen = _choose(at_hand or everyone, choice)
     if chosen in manifests:
         return manifests[chosen]
@@ -83,21 +89,21 @@ async def find_run(node: SwarmNode, addresses: list[str], choice: str | None, ow
 
 async def _look_for_runs(
     node: SwarmNode, addresses: list[str]
-) -> tuple[dict[bytes, bytes], dict[bytes, list[RunRecord]]]:
-    """{run id: signed manifest} of the peers at `addresses`, and {run id: its records} of all runs in their DHT."""
+) -> tuple[dict[bytes, bytes], set[bytes], dict[bytes, list[RunRecord]]]:
+    """What `_ask` hears from the peers at `addresses`, and {run id: its records} of all runs in their DHT."""
     for attempt in range(ATTEMPTS):
         if attempt:
             await asyncio.sleep(RETRY_SECONDS)
-        manifests = await _ask(node, addresses)
+        manifests, closed = await _ask(node, addresses)
         records = await node.read_runs()
-        if manifests or (records and not addresses):
+        if manifests or closed or (records and not addresses):
             break
-    return manifests, records
+    return manifests, closed, records
 
 
-async def _ask(node: SwarmNode, addresses: list[str]) -> dict[bytes, bytes]:
-    """{run id: signed manifest} of the peers at `addresses` that are in a run."""
-    manifests = {}
+async def _ask(node: SwarmNode, addresses: list[str]) -> tuple[dict[bytes, bytes], set[bytes]]:
+    """{run id: signed manifest} of the peers at `addresses` that are in a run, and ids of the runs that refuse us."""
+    manifests, closed = {}, set()
     for peer in parse_addresses(addresses, own_peer_id=node.peer_id):
         try:
             await node.connect(peer, addresses)
@@ -105,9 +111,20 @@ async def _ask(node: SwarmNode, addresses: list[str]) -> dict[bytes, bytes]:
         except (CallError, UnreachableError) as error:
             _logger.debug("%s is in no run: %s", format_peer_id(peer), error)
             continue
+        if welcome.refusal:
+            closed.add(welcome.run_id)
+            continue
         open_manifest(welcome.manifest, welcome.run_id)
         manifests[welcome.run_id] = welcome.manifest
-    return manifests
+    return manifests, closed
+
+
+def not_listed(run_id: bytes) -> AccessError:
+    """Make the error for a run whose access list does not have this peer."""
+    return AccessError(
+        f"the run {run_id.hex()[:16]} is for listed peers only, and this peer is not on its list",
+        hint="send the run's owner the id that this prints (with --home DIR, if you join with it): p2ptrain id",
+    )
 
 
 def _choose(names: dict[bytes, str], choice: str | None) -> bytes:
@@ -140,16 +157,17 @@ def _named(names: dict[bytes, str], choice: str) -> dict[bytes, str]:
 
 
 async def fetch_corpus(
-    node: SwarmNode, run_id: bytes, config: DataConfig, progress: Callable[[str, int, int], None]
+    node: SwarmNode, run_id: bytes, manifest: Manifest, progress: Callable[[str, int, int], None]
 ) -> bytes:
     """The packed corpus from any peer of the run that hands it out. Raises DataError."""
+    config = manifest.data
     calls = Client(node, Traffic(), run_id)
     limit = config.bytes + config.heldout_bytes + PACKING_SLACK_BYTES
     for attempt in range(ATTEMPTS):
         if attempt:
             # A stream that breaks once is no reason to send a user away.
             await asyncio.sleep(RETRY_SECONDS)
-        peers = [peer for peer in await node.read_peers(run_id) if peer != node.peer_id]
+        peers = [peer for peer in await node.read_peers(run_id, manifest.records_key) if peer != node.peer_id]
         for peer in peers:
             try:
                 await node.connect(peer)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -52,6 +53,7 @@ class Presence:
         status: for this object alone.
         run_name: for the index of runs.
         name, device: what this peer calls itself and computes on.
+        secret: the manifest's `records_key`. With one nothing but encrypted peer records is published.
     """
 
     def __init__(
@@ -66,10 +68,11 @@ class Presence:
         name: str,
         device: str,
         addresses: list[str],
+        secret: bytes = b"",
     ) -> None:
         self._node, self._driver, self._status = node, driver, status
         self._run_id, self._run_name, self._signed_manifest = run_id, run_name, signed_manifest
-        self._name, self._device, self._addresses = name, device, addresses
+        self._name, self._device, self._addresses, self._secret = name, device, addresses, secret
         #: of peers, and of addresses
         self._failures = Backoff(*DIAL_AGAIN_SECONDS)
         self._hosts = Allowance(DIALS_PER_SECOND, DIALS_BURST)
@@ -88,7 +91,7 @@ class Presence:
                 await cancel_and_wait([self._meeting])
 
     async def _run(self) -> None:
-        run_due = manifest_due = 0.0
+        run_due = manifest_due = math.inf if self._secret else 0.0
         while True:
             began = time.monotonic()
             await self.publish()
@@ -124,7 +127,7 @@ class Presence:
             version=__version__,
             addresses=self._addresses[:8],
         )
-        await self._node.publish_peer(record)
+        await self._node.publish_peer(record, self._secret)
 
     async def say_leaving(self) -> None:
         """Take no part any more, and have others know."""
@@ -146,7 +149,7 @@ class Presence:
     async def _meet(self) -> None:
         """Dial some of those who seem alive in this run, members first, and follow who answers."""
         now, feed = time.time(), self._driver.feed
-        records = await self._node.read_peers(self._run_id)
+        records = await self._node.read_peers(self._run_id, self._secret)
         if self._meeting is not None and not self._meeting.done():
             return
         alive = [

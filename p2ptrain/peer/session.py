@@ -193,8 +193,11 @@ class PeerSession:
         """Make this home one of that run.
 
         Raises:
+            AccessError: the run has a list, and this peer is not on it.
             HomeError: it is one of another.
         """
+        if not run.manifest.admits(self.node.peer_id):
+            raise joining.not_listed(run.run_id)
         own = self.own_run()
         if own is not None and own.run_id != run.run_id:
             raise HomeError(
@@ -209,8 +212,8 @@ class PeerSession:
         key = self.home.load_or_create_owner_key()
         signed = sign_manifest(manifest, key, format_peer_id(self.node.peer_id))
         opened, run_id = open_manifest(signed)
-        records = self.network.run(self.node.read_runs(), READ_RUNS_SECONDS).get(run_id, [])
-        lives = any(record.peer_id != self.node.peer_id for record in records)
+        records = self.network.run(self.node.read_peers(run_id, opened.records_key), READ_RUNS_SECONDS)
+        lives = bool(records.keys() - {self.node.peer_id})
         if lives:
             _logger.info("this run lives already: joining it")
         return Run(opened, run_id, signed, founder=not lives)
@@ -222,6 +225,7 @@ class PeerSession:
 
         Raises:
             RunChoiceError: none, or several and no choice made.
+            AccessError: it is for listed peers, and this is none.
         """
         own = self.own_run()
         finding = joining.find_run(self.node, addresses, choice, None if own is None else own.signed)
@@ -234,7 +238,7 @@ class PeerSession:
         """The run's text: from here, from `data`, or from the swarm by its hash. Raises DataError."""
 
         def from_swarm() -> bytes:
-            fetching = joining.fetch_corpus(self.node, run.run_id, run.manifest.data, self.display.transfer)
+            fetching = joining.fetch_corpus(self.node, run.run_id, run.manifest, self.display.transfer)
             return self.network.run(fetching, CORPUS_SECONDS)
 
         return obtain_corpus(self.home, run.manifest.data, data, from_swarm)
@@ -278,6 +282,7 @@ class PeerSession:
             name=self.settings.name or format_peer_id(self.node.peer_id)[-8:],
             device=str(device),
             addresses=addresses,
+            secret=run.manifest.records_key,
         )
         announcing = self.network.spawn(presence.run())
         self._print_join_line(addresses)

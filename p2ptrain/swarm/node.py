@@ -246,13 +246,17 @@ class SwarmNode:
 
     # Records
 
-    async def publish(self, key: str, record: Record, seconds: float, *, timeout_seconds: float = 10.0) -> bool:
+    async def publish(
+        self, key: str, record: Record, seconds: float, secret: bytes = b"", *, timeout_seconds: float = 10.0
+    ) -> bool:
         """Signs `record` and stores it under `key` for `seconds`; False when no node took it in time."""
         expires = time.time() + seconds
-        data = encode_record(self.identity, key, record, expires)
+        data = encode_record(self.identity, key, record, expires, secret)
         return await self._store(key, data, expires, subkey_of(self.peer_id), timeout_seconds)
 
-    async def read(self, key: str, record_type: type[R], *, timeout_seconds: float = 10.0) -> dict[bytes, R]:
+    async def read(
+        self, key: str, record_type: type[R], secret: bytes = b"", *, timeout_seconds: float = 10.0
+    ) -> dict[bytes, R]:
         """All valid records of one type under `key`, by publisher; empty also when nobody answers in time."""
         now = time.time()
         records: dict[bytes, R] = {}
@@ -262,18 +266,20 @@ class SwarmNode:
         for peer_id, data in found[:RECORDS_PER_KEY]:
             if peer_id is not None:
                 try:
-                    records[peer_id] = open_record(data, key, peer_id, record_type, now=now)
+                    records[peer_id] = open_record(data, key, peer_id, record_type, now=now, secret=secret)
                 except RecordError as error:
                     _logger.debug("record of %s under %s: %s", format_peer_id(peer_id), key, error)
         return records
 
-    async def publish_peer(self, record: PeerRecord) -> bool:
-        """Tells the run's peers about this one, for `PEER_RECORD_SECONDS`."""
-        return await self.publish(peers_key(record.run_id), record, PEER_RECORD_SECONDS)
+    async def publish_peer(self, record: PeerRecord, secret: bytes = b"") -> bool:
+        """Tells the run's peers about this one, for `PEER_RECORD_SECONDS`; `secret`: the manifest's `records_key`."""
+        return await self.publish(peers_key(record.run_id), record, PEER_RECORD_SECONDS, secret)
 
-    async def read_peers(self, run_id: bytes, *, timeout_seconds: float = 10.0) -> dict[bytes, PeerRecord]:
+    async def read_peers(
+        self, run_id: bytes, secret: bytes = b"", *, timeout_seconds: float = 10.0
+    ) -> dict[bytes, PeerRecord]:
         """{peer id: its record} of a run; killed peers stay until their records expire."""
-        records = await self.read(peers_key(run_id), PeerRecord, timeout_seconds=timeout_seconds)
+        records = await self.read(peers_key(run_id), PeerRecord, secret, timeout_seconds=timeout_seconds)
         for peer_id, record in records.items():
             if peer_id != self.peer_id and record.addresses:
                 _keep_newest(self._told, peer_id, record.addresses)

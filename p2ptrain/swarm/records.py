@@ -3,16 +3,20 @@
 A signature covers the key, the peer id, the kind, the time of expiry and the body, so that nobody can move a record to
 another key or peer, pass it off as another kind, or keep a dead peer's record alive. A manifest needs no signer: it is
 stored under the hash of itself. Cost of a record: about 130 bytes and one signature for each writing and, once in a
-process, for each reader. What was given up: secrecy; anyone in the DHT reads everything.
+process, for each reader. Anyone in the DHT reads everything, except the bodies of peer records of a run with an access
+list: they are encrypted with a key that only those who have the run's manifest can compute, and are 28 bytes longer.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import os
 from typing import Annotated, ClassVar, Literal, TypeVar
 
 import msgspec
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from msgspec import Meta
 
 from p2ptrain.swarm.identity import PEER_ID_BYTES, Identity, is_ed25519_peer_id, verify
@@ -32,6 +36,7 @@ SUBKEY_PREFIX = b"p2ptrain1:"
 MANIFEST_SUBKEY = SUBKEY_PREFIX + b"manifest"
 
 _DOMAIN = b"p2ptrain record 1\0"
+_NONCE_BYTES = 12
 
 # A stranger chooses these texts and a terminal prints them: no control characters.
 _PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f]*$"
@@ -147,24 +152,27 @@ def key_id_of(key: str) -> bytes:
     return hashlib.sha1(key.encode(), usedforsecurity=False).digest()
 
 
-def encode_record(identity: Identity, key: str, record: Record, expires: float) -> bytes:
-    """Signs `record` for `key` until `expires` (Unix seconds).
+def encode_record(identity: Identity, key: str, record: Record, expires: float, secret: bytes = b"") -> bytes:
+    """Signs `record` for `key` until `expires` (Unix seconds), its body encrypted with `secret` unless that is empty.
 
     RecordError when it would exceed 8 KiB, names another peer or has impossible values: msgspec checks none on
     construction, so the record is read back once.
     """
     if record.peer_id != identity.peer_id:
         raise RecordError("a peer can publish records of itself only")
-    body = _encoder.encode(record)
+    body = plain = _encoder.encode(record)
+    if secret:
+        nonce = os.urandom(_NONCE_BYTES)
+        body = nonce + ChaCha20Poly1305(secret).encrypt(nonce, plain, None)
     message = _signed_message(key_id_of(key), identity.peer_id, record.kind, expires, body)
     data = _encoder.encode(_Envelope(1, record.kind, expires, body, identity.sign(message)))
     if len(data) > MAX_RECORD_BYTES:
         raise RecordError(f"a record of {len(data)} bytes, where {MAX_RECORD_BYTES} are allowed")
-    _decode_body(body, type(record))
+    _decode_body(plain, type(record))
     return data
 
 
-def open_record(data: object, key: str, peer_id: bytes, record_type: type[R], *, now: float) -> R:
+def open_record(data: object, key: str, peer_id: bytes, record_type: type[R], *, now: float, secret: bytes = b"") -> R:
     """Checks and reads a record found under `key` and the subkey of `peer_id`; RecordError says what is wrong.
 
     `now` is in Unix seconds. Expired records, and those dated ahead by more than clocks may differ, are refused.
@@ -176,7 +184,7 @@ def open_record(data: object, key: str, peer_id: bytes, record_type: type[R], *,
         raise RecordError(f"a record of kind {envelope.kind!r}, where {record_type.kind!r} was expected")
     if envelope.expires < now:
         raise RecordError("expired")
-    record = _decode_body(envelope.body, record_type)
+    record = _decode_body(_decrypted(envelope.body, secret) if secret else envelope.body, record_type)
     if record.peer_id != peer_id:
         raise RecordError("names another peer than its signer")
     if record.time > now + CLOCK_TOLERANCE_SECONDS:
@@ -203,6 +211,13 @@ def _open_envelope(data: bytes, key_id: bytes, peer_id: bytes) -> _Envelope:
     if not verify(peer_id, message, envelope.signature):
         raise RecordError("not signed by the peer it is filed under")
     return envelope
+
+
+def _decrypted(body: bytes, secret: bytes) -> bytes:
+    try:
+        return ChaCha20Poly1305(secret).decrypt(body[:_NONCE_BYTES], body[_NONCE_BYTES:], None)
+    except (InvalidTag, ValueError) as error:
+        raise RecordError("not encrypted with the run's key") from error
 
 
 def _signed_message(key_id: bytes, peer_id: bytes, kind: str, expires: float, body: bytes) -> bytes:

@@ -97,6 +97,10 @@ class Peer:
             lambda what, done, of: None,
         )
 
+    def admits(self, peer: bytes) -> bool:
+        """Everybody may have it."""
+        return True
+
     def wrong_run(self, run_id: bytes) -> str | None:
         """Every run is ours."""
         return None

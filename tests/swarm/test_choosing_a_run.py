@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from p2ptrain.calls.messages import NAMESPACE, Tip, Traffic, Welcome
 from p2ptrain.calls.servicer import PeerServicer
 from p2ptrain.config.manifest import PROTOCOL_VERSION, Manifest, open_manifest, sign_manifest
-from p2ptrain.errors import RunChoiceError
+from p2ptrain.errors import AccessError, RunChoiceError
 from p2ptrain.peer import joining
 from p2ptrain.peer.joining import LISTED_RUNS, find_run
 from p2ptrain.swarm.identity import Identity, format_peer_id, new_identity
@@ -32,11 +32,11 @@ def signed(name: str) -> bytes:
     )
 
 
-async def serve(node: SwarmNode, manifest: bytes) -> None:
-    """Answer hello as a peer in this run does."""
+async def serve(node: SwarmNode, manifest: bytes, *, to_us: bool = True) -> None:
+    """Answer hello as a peer in this run does; `to_us`: its list has us, if it has a list."""
     run_id = open_manifest(manifest)[1]
-    welcome = Welcome(PROTOCOL_VERSION, run_id, manifest, Tip(0, run_id, 0))
-    answering: Any = SimpleNamespace(welcome=lambda: welcome)
+    welcome = Welcome(PROTOCOL_VERSION, run_id, manifest, Tip(0, run_id, 0), "")
+    answering: Any = SimpleNamespace(admits=lambda peer: to_us, welcome=lambda: welcome)
     await node.add_servicer(PeerServicer(answering, Traffic()), NAMESPACE)
 
 
@@ -117,5 +117,32 @@ def test_a_home_goes_back_to_its_run_unless_the_address_is_in_another(
         assert await find_run(home, in_other + in_ours, None, ours) == ours
         with pytest.raises(RunChoiceError, match="several runs"):
             await find_run(home, in_other + in_ours, None)
+
+    swarm.run(scenario())
+
+
+def test_a_run_that_is_closed_to_us_is_named_at_once_unless_the_home_knows_its_manifest(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It would be noticed if it tried again.
+    monkeypatch.setattr(joining, "RETRY_SECONDS", 1000.0)
+    closed, ours = signed("closed"), signed("ours")
+    closed_id = open_manifest(closed)[1].hex()[:16]
+
+    async def scenario() -> None:
+        shut = await swarm.node()
+        open_one = await swarm.node(shut)
+        await serve(shut, closed, to_us=False)
+        await serve(open_one, ours)
+        await publish_foreign(shut, 1, "foreign")
+        home = await swarm.node(shut)
+        in_closed, in_ours = [await node.join_addresses() for node in (shut, open_one)]
+        for choice, own in ((None, None), (closed_id, None), ("closed", None), (None, ours)):
+            with pytest.raises(AccessError, match=closed_id) as caught:
+                await find_run(home, in_closed, choice, own)
+            assert "p2ptrain id" in caught.value.hint
+        for choice in (None, closed_id, "closed"):
+            assert await find_run(home, in_closed, choice, closed) == closed
+        assert await find_run(home, in_closed + in_ours, None) == ours
 
     swarm.run(scenario())

@@ -157,5 +157,8 @@ class Peer:
         answering: Any = self
         network.servicers[self.id] = PeerServicer(answering, self.traffic)
 
+    def admits(self, peer: bytes) -> bool:
+        return True
+
     def wrong_run(self, run_id: bytes) -> str | None:
         return None

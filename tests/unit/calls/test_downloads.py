@@ -27,6 +27,9 @@ class Packer:
     def wrong_run(self, run_id: bytes) -> str | None:
         return None
 
+    def admits(self, peer: bytes) -> bool:
+        return True
+
     def packed_corpus(self) -> bytes | None:
         self.packings += 1
         self.at_once += 1

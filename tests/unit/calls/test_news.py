@@ -34,6 +34,9 @@ class Peer:
         self.feed = NewsFeed(client, lambda: Tip(self.round, RUN_ID, self.round), self.heard.append, lambda *_: ())
         self.servicer = PeerServicer(self, traffic)  # type: ignore[arg-type]
 
+    def admits(self, peer: bytes) -> bool:
+        return True
+
     def wrong_run(self, run_id: bytes) -> str | None:
         return None
 
@@ -110,7 +113,7 @@ def test_bad_seals_without_end_are_verified_seldom_and_logged_once_a_minute(
 ) -> None:
     opened: list[SignedSeal] = []
 
-    def bad(signed: SignedSeal, verify: object) -> None:
+    def bad(signed: SignedSeal, *_: object) -> None:
         opened.append(signed)
         raise SealError("bad")
 

@@ -74,6 +74,20 @@ def test_a_seal_signed_by_another_than_it_names_is_refused() -> None:
         chain.open_seal(chain.encode_seal(seal, PEERS[1].sign), verify)
 
 
+def test_a_seal_that_brings_in_a_peer_off_the_list_is_refused() -> None:
+    before = state(*map(member, PEERS))
+    _, plain = seal_on(before, PEERS[0], {0, 1})
+    newcomer = new_identity().peer_id
+    _, admitting = seal_on(before, PEERS[0], {0, 1}, joins=(Join(newcomer, Row(0, 0, 1)),))
+    listed = {peer.peer_id for peer in PEERS}
+    signed, with_newcomer = (chain.encode_seal(seal, PEERS[0].sign) for seal in (plain, admitting))
+    assert chain.open_seal(signed, verify, listed.__contains__)[1] == plain
+    assert chain.open_seal(with_newcomer, verify, (listed | {newcomer}).__contains__)[1] == admitting
+    for refused, admits in ((with_newcomer, listed), (signed, listed - {PEERS[0].peer_id})):
+        with pytest.raises(SealError, match="not on the run's list"):
+            chain.open_seal(refused, verify, admits.__contains__)
+
+
 @given(st.binary(max_size=200))
 def test_noise_is_no_seal(data: bytes) -> None:
     with pytest.raises(SealError):

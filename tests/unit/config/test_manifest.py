@@ -28,7 +28,7 @@ from p2ptrain.config.manifest import (
 from p2ptrain.data.tokenizer import load_tokenizer
 from p2ptrain.errors import ManifestError
 from p2ptrain.models.gpt import GPT
-from p2ptrain.swarm.identity import format_peer_id
+from p2ptrain.swarm.identity import format_peer_id, new_identity
 
 NONCE = "0123456789abcdef" * 2
 PEER = "12D3KooWGC6TvWhfapngX6wvJHMYvKpDMXPb3ZnCZ6dMoaMtimQ5"
@@ -209,3 +209,19 @@ def test_a_list_of_peers_and_the_mode_must_agree() -> None:
     for mode, peers in (("list", ()), ("open", (PEER,))):
         with pytest.raises(ValueError, match="contradicts"):
             AccessConfig(mode=mode, peers=peers)
+
+
+def test_a_run_with_a_list_admits_its_founder_and_the_peers_listed_and_no_other() -> None:
+    founder, listed, other = (new_identity().peer_id for _ in range(3))
+    access = AccessConfig(mode="list", peers=(format_peer_id(listed),))
+    closed = msgspec.structs.replace(small(), access=access, founder=format_peer_id(founder))
+    assert [closed.admits(peer) for peer in (founder, listed, other)] == [True, True, False]
+    assert small().admits(other)
+
+
+def test_what_records_are_encrypted_with_follows_from_the_whole_manifest_and_not_from_the_run_id() -> None:
+    closed = msgspec.structs.replace(small(), access=AccessConfig(mode="list", peers=(PEER,)))
+    other = msgspec.structs.replace(closed, nonce=NONCE[::-1])
+    assert small().records_key == b""
+    assert len({closed.records_key, other.records_key, run_id(canonical_bytes(closed))}) == 3
+    assert len(closed.records_key) == 32

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -16,7 +18,7 @@ from virtual import FakeNode, Network, name_of
 
 from p2ptrain import chain
 from p2ptrain.calls.client import Client
-from p2ptrain.calls.messages import SnapshotOffer, Traffic
+from p2ptrain.calls.messages import CallError, RoundsHeader, SnapshotOffer, Tip, Traffic
 from p2ptrain.chain.sealed import decode_sealed
 from p2ptrain.history import catching_up
 from p2ptrain.history.catching_up import CatchingUp
@@ -36,7 +38,9 @@ def lone() -> Lone:
     return made
 
 
-def offering(folder: Path, lone: Lone) -> tuple[CatchingUp, Journal, SnapshotStore]:
+def offering(
+    folder: Path, lone: Lone, admits: chain.Admits = chain.anyone
+) -> tuple[CatchingUp, Journal, SnapshotStore]:
     (folder / "journal").mkdir()
     (folder / "checkpoints").mkdir()
     journal, snapshots = Journal(folder / "journal", RUN_ID, verify), SnapshotStore(folder / "checkpoints")
@@ -54,6 +58,7 @@ def offering(folder: Path, lone: Lone) -> tuple[CatchingUp, Journal, SnapshotSto
         1_000_000,
         lambda data: lone.states[4],
         lambda what, done, of: None,
+        admits,
     )
     return made, journal, snapshots
 
@@ -161,3 +166,20 @@ def test_what_is_being_fetched_is_handed_out_though_it_is_whole_before_the_worke
         assert whole is not None and whole.read(0) == DATA
 
     asyncio.run(scenario())
+
+
+def test_a_snapshot_with_a_member_off_the_list_is_no_beginning_of_a_chain(
+    tmp_path: Path, lone: Lone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, _, snapshots = offering(tmp_path, lone, lambda peer: peer != lone.identity.peer_id)
+    saved = snapshots.save(8, bytes(32), DATA)
+    tip = Tip.of(lone.states[4])
+    offer = SnapshotOffer(saved.round, saved.id, saved.root, len(DATA))
+
+    async def rounds(donor: bytes, locator: tuple[bytes, ...], limit: int) -> tuple[RoundsHeader, list[bytes]]:
+        return RoundsHeader(saved.id if saved.id in locator else b"", 0, tip, (offer,)), []
+
+    client: Any = SimpleNamespace(rounds=rounds, run_id=RUN_ID)
+    made._client = client
+    with pytest.raises(CallError, match="not on the run's list"):
+        asyncio.run(made.change_chain(name_of(2)))

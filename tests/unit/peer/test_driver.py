@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -16,20 +17,22 @@ from lone import MANIFEST, RUN_ID, Lone, identity_of, seal
 from virtual import FakeNode, Network, run
 
 from p2ptrain import chain
+from p2ptrain.calls.messages import RoundsHeader, Tip
 from p2ptrain.calls.uplink import UplinkMeter
 from p2ptrain.chain import ChainState
 from p2ptrain.chain.forks import Mark
-from p2ptrain.chain.sealed import SealedRound
+from p2ptrain.chain.sealed import SealedRound, SealedRoundError, encode_sealed
 from p2ptrain.config.home import Home
+from p2ptrain.config.manifest import AccessConfig, Manifest
 from p2ptrain.peer.assembly import Run, driver_parts
 from p2ptrain.peer.driver import RoundDriver
 from p2ptrain.rounds import events
 from p2ptrain.rounds.inbox import Restore
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import OwnLog
-from p2ptrain.swarm.identity import verify
+from p2ptrain.swarm.identity import format_peer_id, verify
 
-ZOE = identity_of("zoe")
+BOB, ZOE = identity_of("bob"), identity_of("zoe")
 
 
 class Inbox(list[Any]):
@@ -50,7 +53,7 @@ def home(tmp_path: Path) -> Iterator[Home]:
     yield Home(tmp_path)
 
 
-def driver_of(home: Home, lone: Lone) -> tuple[RoundDriver, Journal, Inbox]:
+def driver_of(home: Home, lone: Lone, manifest: Manifest = MANIFEST) -> tuple[RoundDriver, Journal, Inbox]:
     """One that stands where `lone` does, whose only member it is."""
 
     async def nothing(*arguments: object) -> None:
@@ -66,7 +69,7 @@ def driver_of(home: Home, lone: Lone) -> tuple[RoundDriver, Journal, Inbox]:
         codec=lone.replica.codec, chain=lone.states[-1], snapshot_max_bytes=1, snapshot_chain=lambda data: None
     )
     parts = driver_parts(
-        Run(MANIFEST, RUN_ID, b"", founder=False),
+        Run(manifest, RUN_ID, b"", founder=False),
         home,
         node,
         at,
@@ -152,5 +155,28 @@ def test_its_own_chain_is_fetched_anew_for_a_replica_gone_wrong(home: Home, lone
         await driver._resync(events.Resync(ZOE.peer_id, "as the test wants it"))
         assert restore in inbox
         await driver.stop()
+
+    run(scenario())
+
+
+def test_a_driver_follows_nobody_off_the_list_and_takes_no_seal_that_names_one(home: Home, lone: Lone) -> None:
+    access = AccessConfig(mode="list", peers=(format_peer_id(lone.identity.peer_id), format_peer_id(BOB.peer_id)))
+    solo = seal(lone.states[-1], ZOE, lone.chunks, (None,), solo=True)
+    encoded = [encode_sealed(solo)]
+
+    async def scenario() -> None:
+        driver, _, _ = driver_of(home, lone, msgspec.structs.replace(MANIFEST, access=access))
+        assert driver.feed.would_follow(BOB.peer_id) and not driver.feed.would_follow(ZOE.peer_id)
+        # One who is on the list passes on the seal of one who is not.
+        assert driver.feed._open(BOB.peer_id, solo.signed) is None
+        header = RoundsHeader(lone.states[-1].id, 1, Tip.of(lone.states[-1]), ())
+
+        async def rounds(*arguments: object) -> tuple[RoundsHeader, list[bytes]]:
+            return header, encoded
+
+        driver.catching_up._client = SimpleNamespace(rounds=rounds)  # type: ignore[assignment]
+        with pytest.raises(SealedRoundError, match="not on the run's list"):
+            await driver.catching_up.fetch(BOB.peer_id, (header.ancestor,), 4, driver.machine.known_state)
+        await driver.feed.close()
 
     run(scenario())

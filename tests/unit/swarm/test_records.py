@@ -21,6 +21,7 @@ from p2ptrain.swarm.records import (
     PeerRecord,
     RecordError,
     RunRecord,
+    check_record,
     encode_record,
     key_id_of,
     open_record,
@@ -73,6 +74,22 @@ def test_no_bit_of_a_record_can_be_changed(position: int, bit: int) -> None:
     data[position % len(data)] ^= 1 << bit
     with pytest.raises(RecordError):
         open_record(bytes(data), KEY, ME.peer_id, PeerRecord, now=NOW)
+
+
+def test_an_encrypted_record_is_read_with_its_key_alone() -> None:
+    secret, record = bytes(range(32)), peer_record(name="a name of some length")
+    data, again = (encode_record(ME, KEY, record, NOW + 30, secret) for _ in range(2))
+    assert open_record(data, KEY, ME.peer_id, PeerRecord, now=NOW, secret=secret) == record
+    assert data != again and len(data) - len(encode_record(ME, KEY, record, NOW + 30)) in range(28, 32)
+    assert b"a name of" not in data
+    # Nodes that store it need not read it.
+    assert check_record(data, key_id_of(KEY), ME.peer_id) == NOW + 30
+    for wrong in (b"", bytes(32)):
+        with pytest.raises(RecordError):
+            open_record(data, KEY, ME.peer_id, PeerRecord, now=NOW, secret=wrong)
+    # Whoever has no key publishes nothing there that counts.
+    with pytest.raises(RecordError, match="not encrypted"):
+        open_record(encoded(), KEY, ME.peer_id, PeerRecord, now=NOW, secret=secret)
 
 
 @given(data=st.binary(max_size=300))
