@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import AsyncIterator
 
-from attacks.forged import Branch, made_up_peer_id, random_row
+from attacks.forged import made_up_peer_id, random_row
 from attacks.hostile import Attack, Liar, confess
 from google.protobuf.wrappers_pb2 import BytesValue
 from lab.report import say
@@ -28,8 +28,9 @@ from p2ptrain.calls.messages import (
     Tip,
     decode_message,
 )
-from p2ptrain.chain import Join, Row
+from p2ptrain.chain import Join, Row, SealError
 from p2ptrain.chain.seal import JOINS_MAX
+from p2ptrain.simulation.forged import Branch
 
 PIECE_BYTES = 512 * 1024
 ROUND_BYTES = 64 * 1024
@@ -50,9 +51,9 @@ class OfflineChain(Attack):
         beginning = chain.genesis(hostile.run_id)
         self.branch = Branch(beginning, hostile.codec) if self.options.get("from_beginning") else await hostile.fetch()
         deadline = time.monotonic() + OFFLINE_SECONDS
-        made = [self.branch.forge(me, solo=True)]
+        made = [self.branch.forge(me, solo=True).id]
         while time.monotonic() < deadline and len(made) < ROUNDS_AT_MOST:
-            made.append(self.branch.forge(me))
+            made.append(self.branch.forge(me).id)
             await asyncio.sleep(0)
         confess(made)
         await hostile.serve(Liar(self.branch))
@@ -81,9 +82,16 @@ class MadeUpMembers(Attack):
         made: list[bytes] = []
         while missing or self.branch.state.total < 10 * honest:
             count = min(missing, JOINS_MAX)
+            while True:  # as many as the rules let in at once
+                joins = [Join(made_up_peer_id(hostile.chance), random_row(hostile.chance)) for _ in range(count)]
+                try:
+                    made.append(self.branch.forge(me, solo=not made, joins=tuple(joins)).id)
+                    break
+                except SealError:
+                    if not count:
+                        raise
+                    count //= 2
             missing -= count
-            joins = [Join(made_up_peer_id(hostile.chance), random_row(hostile.chance)) for _ in range(count)]
-            made.append(self.branch.forge(me, solo=not made, joins=tuple(joins)))
             await asyncio.sleep(0)
         confess(made)
         await hostile.announce(lambda: self.branch.tip)

@@ -12,7 +12,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from attacks.forged import Branch, key_from
+from attacks.forged import key_from
 from attacks.hostile import ROUND_MAX_BYTES, Attack, Hostile, Liar, PeerServicer, confess
 from hivemind.p2p import PeerID
 from lab.report import say
@@ -22,6 +22,7 @@ from p2ptrain.calls.messages import NAMESPACE, CallError, ContributionHeader, Jo
 from p2ptrain.chain import Row, SealError, shape_of
 from p2ptrain.chain.sealed import SealedRoundError
 from p2ptrain.errors import P2PTrainError
+from p2ptrain.simulation.forged import Branch
 from p2ptrain.swarm import meeting
 from p2ptrain.swarm.addresses import claim_port, parse_addresses
 from p2ptrain.swarm.daemon import Daemon, DaemonSettings, SocketDirectory
@@ -256,11 +257,11 @@ class MemberSolo(Attack):
         await asyncio.wait({self._life})
         branch, me = self._visitor.liar.branch, self.hostile.node.identity
         self._visitor.liar.branch = Branch(branch.state, self.hostile.codec)  # what it says meanwhile
-        made = [branch.forge(me, solo=True)]
+        made = [branch.forge(me, solo=True).id]
         loop = asyncio.get_running_loop()
         deadline = loop.time() + SOLO_SECONDS
         while loop.time() < deadline and len(made) < SOLO_ROUNDS:
-            made.append(branch.forge(me))
+            made.append(branch.forge(me).id)
             await asyncio.sleep(0)
         await asyncio.sleep(max(0.0, deadline - loop.time()))
         confess(made)

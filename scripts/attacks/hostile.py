@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import torch
-from attacks.forged import Branch, key_from
+from attacks.forged import key_from
 from google.protobuf.wrappers_pb2 import BytesValue
 from hivemind.p2p import P2PContext, ServicerBase
 from lab.report import say
@@ -50,6 +50,7 @@ from p2ptrain.chain import SealError
 from p2ptrain.chain.sealed import SealedRoundError
 from p2ptrain.compression.codec import Codec
 from p2ptrain.config.manifest import open_manifest
+from p2ptrain.simulation.forged import Branch
 from p2ptrain.swarm.addresses import parse_addresses
 from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.swarm.thread import new_network_loop
