@@ -189,11 +189,21 @@ MUTATIONS = [
 ]
 
 
+#: the histories that these break are rare: begin with one of them
+BEGIN_AT = {
+    forget_through_a_restart_who_was_there: 136,
+    ignore_the_fork_rule: 94,
+    judge_forks_by_work_alone: 39,
+}
+
+
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
 def test_a_deliberate_bug_is_caught(mutation: Callable[[Patch], None], monkeypatch: Patch) -> None:
     mutation(monkeypatch)
     faults = ("crash", "wipe", CORRUPT) if mutation is accept_a_snapshot_without_a_root else FAULTS
-    caught = next((report for seed in range(SEEDS) if (report := play(seed, faults)).violations), None)
+    begin = BEGIN_AT.get(mutation, 0)
+    seeds = [*range(begin, SEEDS), *range(begin)]
+    caught = next((report for seed in seeds if (report := play(seed, faults)).violations), None)
     assert caught is not None
     print(f"{mutation.__name__}: seed {caught.seed}: {caught.violations[0][:200]}")
 
