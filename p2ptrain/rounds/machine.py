@@ -690,10 +690,13 @@ class RoundMachine:
 
     # ---- forks (rule 9) ---------------------------------------------------------------------------------------
 
-    def _follows(self, common: Mark, theirs: Sequence[Mark], donor: bytes, now: float) -> bool:
+    def _follows(self, common: Mark, theirs: Sequence[Mark], donor: bytes | None, now: float) -> bool:
         """Whether to go over to a chain that has these states after `common`, a state of ours.
 
         The members of its states may be left empty where they are not known.
+
+        Args:
+            donor: who hands it out; None: it is looked at again in a moment, and a refusal is no news.
         """
         ours = self._past.after(common.id)
         if common.round and self._by_a_stranger(common, theirs, now):
@@ -785,7 +788,9 @@ class RoundMachine:
         why = f"{behind_theirs} of {len(members)} members behind it, {behind_ours} behind ours, nothing in common"
         return self._refuse(donor, end, why)
 
-    def _refuse(self, donor: bytes, end: Mark, why: str) -> bool:
+    def _refuse(self, donor: bytes | None, end: Mark, why: str) -> bool:
+        if donor is None:
+            return False
         self._following.refused = RefusedBranch(donor, end.round, end.total, why)
         if donor not in self._following.shunned:  # else it was said lately
             text = f"refused a branch up to round {end.round} with total {end.total}: {why}"
@@ -1116,7 +1121,7 @@ class RoundMachine:
 
         best = min(ready, key=merit)
         state = chain.extend(self.head, best.id, best.seal, self.rules.chunks)
-        if not self._follows(self._past.head, [Mark.of(state, best.seal)], best.source, now):
+        if not self._follows(self._past.head, [Mark.of(state, best.seal)], None, now):
             self._wake(self._seal_expected_from())
             return
         replies = tuple(held[n].data if digest else None for n, digest in enumerate(best.seal.parts))
