@@ -544,8 +544,10 @@ def poison() -> str:
         of = [row for row in rows if row["attack"] == attack and (row["robust"], row["clip_ratio"]) == method]
         if not of:
             return ""
-        bits, more = of[0]["heldout_bits_per_byte"], of[0]["against_calm"]
-        return "diverged" if bits is None else f"{bits:.2f} ({100 * more:+.0f} %)"
+        if any(row["heldout_bits_per_byte"] is None for row in of):
+            return "diverged"
+        bits, more = (statistics.mean(row[key] for row in of) for key in ("heldout_bits_per_byte", "against_calm"))
+        return f"{bits:.2f} ({100 * more:+.1f} %)"
 
     found: Rows = [(text, *(cell(attack, *method) for method in methods)) for attack, text in POISON.items()]
     names = ("`mean`", "`mean`, `clip_ratio = 1`", "`centered_clip`", "`trimmed`")
