@@ -523,6 +523,37 @@ def attacks() -> str:
     return table(("Attack", "holds", "harm", "rounds a minute in calm", "under attack", "after it", "memory"), rows)
 
 
+POISON = {
+    "calm": "none: 16 honest members",
+    "fewer": "none: the 12 honest members alone",
+    "flip": "`flip`: what training gives, its sign flipped",
+    "noise": "`noise`: random coefficients",
+    "common": "`common`: one random direction, the same of all liars in all rounds",
+    "against": "`against`: the honest members' sum, its sign flipped",
+    "concentrated": "`concentrated`: `flip`, nearly all of it on the same one in 32 chunks",
+    "other_task": "`other_task`: what training gives on another text",
+}
+
+
+def poison() -> str:
+    """Held-out bits per byte under poison, by how reducers sum."""
+    rows = load("poison")
+    methods = (("mean", 3.0), ("mean", 1.0), ("centered_clip", 3.0), ("trimmed", 3.0))
+
+    def cell(attack: str, *method: object) -> str:
+        of = [row for row in rows if row["attack"] == attack and (row["robust"], row["clip_ratio"]) == method]
+        if not of:
+            return ""
+        if any(row["heldout_bits_per_byte"] is None for row in of):
+            return "diverged"
+        bits, more = (statistics.mean(row[key] for row in of) for key in ("heldout_bits_per_byte", "against_calm"))
+        return f"{bits:.2f} ({100 * more:+.1f} %)"
+
+    found: Rows = [(text, *(cell(attack, *method) for method in methods)) for attack, text in POISON.items()]
+    names = ("`mean`", "`mean`, `clip_ratio = 1`", "`centered_clip`", "`trimmed`")
+    return table(("What four of sixteen members send", *names), found)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     make.__name__: make
     for make in (
@@ -552,6 +583,7 @@ TABLES: dict[str, Callable[[], str]] = {
         soak_swarm_speed,
         soak_simulation,
         attacks,
+        poison,
     )
 }
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Literal
+
+Robust = Literal["mean", "centered_clip", "trimmed"]
+"""How a reducer sums contributions; see `reduce.py`."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,7 @@ class Codec:
         value_bits: of a contribution's value: 1, 2, 8, or 32 for plain float32.
         clip_ratio: a sender's norm is clipped to this many times the median norm.
         weight_cap_ratio: a sender's weight counts for at most this many times the median weight.
+        robust: how contributions are summed.
     """
 
     topk: tuple[int, ...]
@@ -26,6 +31,7 @@ class Codec:
     value_bits: int
     clip_ratio: float = math.inf
     weight_cap_ratio: float = math.inf
+    robust: Robust = "mean"
 
     @property
     def chunks(self) -> int:
@@ -35,7 +41,8 @@ class Codec:
     @functools.cached_property
     def _hash(self) -> int:
         """Pass over all chunks once: `decoded` looks payloads up by their codec."""
-        return hash((self.topk, self.reply_topk, self.value_bits, self.clip_ratio, self.weight_cap_ratio))
+        rules = self.clip_ratio, self.weight_cap_ratio, self.robust
+        return hash((self.topk, self.reply_topk, self.value_bits, *rules))
 
     def __hash__(self) -> int:
         return self._hash

@@ -4,6 +4,13 @@ The sum is divided by the weight included, not by the number of peers that happe
 measured worse, and it hands every lone coefficient to its sender. The reply is frozen as bytes, so this arithmetic
 need not agree with anybody else's; only its decoding must (dct.decode_exact).
 
+There are three ways to sum, by `codec.robust`. `mean` bounds a sender's norm by `clip_ratio` times the median.
+`centered_clip` bounds how far a contribution lies from a center of all (Karimireddy et al., "Learning from History for
+Byzantine Robust Optimization", arXiv 2012.10333). `trimmed` leaves out the largest and the smallest quarter of each
+entry (Yin et al., arXiv 1803.01498), where a member that did not send an entry counts as a zero: what a quarter of the
+members or fewer send alone, in concert or not, changes nothing. What honest members lose by that returns to their
+momenta, like all that a reply does not keep, until more of them send it.
+
 Cost: a few passes over the coefficients that came, members * topk a chunk; of the part's entries, those of one chunk at
 a time.
 """
@@ -23,6 +30,10 @@ from p2ptrain.compression.wire import Coefficients, Kept, ReplyContent
 from p2ptrain.native.compiled import compiled
 
 CLIP_UNIT = 256
+TRIMMED = 4
+"""One in so many members is left out of an entry's sum at each end."""
+CENTERINGS = 3
+"""Steps towards the center; the first is from zero."""
 _DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)
 """Times a power of two, its upper six bits tell which (Leiserson, Prokop and Randall, 1998): `_BIT` has it."""
 _BIT = np.zeros(64, np.int64)
@@ -47,21 +58,18 @@ def reduce_part(
         if weight > 0
     ]
     clips: dict[int, int] = {}
-    shares = []
+    shares: list[float] = []
+    parts = [part for _, _, part in work]
     if work:
-        norms = [float(np.sqrt(np.square(part.value, dtype=np.float64).sum())) for _, _, part in work]
-        limit = codec.clip_ratio * float(np.median(norms))
         cap = codec.weight_cap_ratio * float(np.median([weight for _, weight, _ in work]))
         capped = [min(float(weight), cap) for _, weight, _ in work]
         weight_included = sum(capped)
-        for (member, _, _), norm, weight in zip(work, norms, capped, strict=True):
-            factor = CLIP_UNIT
-            if norm > limit:
-                factor = int(CLIP_UNIT * limit / norm)
-                clips[member] = factor
-            # Shares of one, not weights divided afterwards: a mean of what float32 holds cannot become inf - inf.
-            shares.append(weight / weight_included * factor / CLIP_UNIT)
-    kept = _frozen([part for _, _, part in work], np.array(shares, np.float32), codec, start, end)
+        factors = _centered(parts, capped) if codec.robust == "centered_clip" else _clipped(parts, codec.clip_ratio)
+        clips = {member: factor for (member, _, _), factor in zip(work, factors, strict=True) if factor < CLIP_UNIT}
+        # Shares of one, not weights divided afterwards: a mean of what float32 holds cannot become inf - inf.
+        shares = [weight / weight_included * factor / CLIP_UNIT for weight, factor in zip(capped, factors, strict=True)]
+    trimmed = len(work) // TRIMMED if codec.robust == "trimmed" else 0
+    kept = _frozen(parts, np.array(shares, np.float32), codec, start, end, trimmed)
     reply = wire.encode_reply(kept, codec, start, members, included, clips)
     decoded.wrote_reply(reply, codec, members, wire.reply_content(kept, start, included, clips))
     return reply
@@ -73,9 +81,80 @@ def reply_to_one(sent: Coefficients, codec: Codec) -> ReplyContent:
     return wire.reply_content(kept, sent.start, frozenset({0}), {})
 
 
-def _frozen(parts: Sequence[Coefficients], shares: _Values, codec: Codec, start: int, end: int) -> Kept:
-    """Sum `parts`, each times its share, and keep at most `reply_topk` coefficients a chunk, as signed bytes with one
-    scale; none that round to zero, and of equal ones those that come first."""
+def _clipped(parts: Sequence[Coefficients], ratio: float) -> list[int]:
+    """Return factors in 256ths that bring each norm to `ratio` times the median norm or below."""
+    norms = [float(np.sqrt(np.square(part.value, dtype=np.float64).sum())) for part in parts]
+    limit = ratio * float(np.median(norms))
+    return [int(CLIP_UNIT * limit / norm) if norm > limit else CLIP_UNIT for norm in norms]
+
+
+def _centered(parts: Sequence[Coefficients], weights: Sequence[float]) -> list[int]:
+    """Return factors in 256ths: how much of each part is in the center that `CENTERINGS` steps lead to.
+
+    A step adds to the center the weighted mean of all differences from it, each clipped to the median of their norms.
+    So the center is a sum of `parts` times `held`, which add up to 1 or less.
+
+    It starts at zero, not at the last update: a coefficient that was used has left its sender's momentum, so what comes
+    next is no nearer to the last update than to zero.
+    """
+    share = np.array(weights) / sum(weights)
+    coming = np.bincount(parts[0].chunk - parts[0].start, minlength=parts[0].end - parts[0].start)
+    index, value = _stacked([part.index for part in parts]), _stacked([part.value for part in parts])
+    squares, held, dots = np.zeros(len(parts)), np.zeros(len(parts)), np.zeros(len(parts))
+    for step in range(CENTERINGS):
+        center = _toward(coming, index, value, held, squares if step == 0 else dots, step == 0)
+        norms = np.sqrt(np.maximum(squares - 2 * dots + center, 0))
+        limit = np.median(norms)
+        used = share * np.where(norms > limit, limit / np.maximum(norms, np.finfo(np.float64).tiny), 1)
+        held = held * (1 - min(float(sum(used)), 1.0)) + used
+    return [min(int(CLIP_UNIT * of), CLIP_UNIT) for of in held / share]
+
+
+@compiled
+def _toward(
+    coming: _Numbers,
+    index: _Numbers,
+    value: _Values,
+    held: NDArray[np.float64],
+    dots: NDArray[np.float64],
+    squares: bool,
+) -> float:
+    """Write each part's product with the center, the sum of all parts times `held`; return that of the center with
+    itself. With `squares` each part's is with itself, and the center is zero.
+
+    In float64, one operation after the other in members' order, so that every machine gets the same.
+    """
+    center = np.zeros(CHUNK_SIZE)
+    start, own = 0, 0.0
+    dots[:] = 0
+    for chunk in range(len(coming)):
+        end = start + coming[chunk]
+        if squares:
+            for part in range(len(index)):
+                for number in range(start, end):
+                    dots[part] += np.float64(value[part, number]) * np.float64(value[part, number])
+        else:
+            for part in range(len(index)):
+                for number in range(start, end):
+                    center[index[part, number]] += np.float64(value[part, number]) * held[part]
+            for part in range(len(index)):
+                for number in range(start, end):
+                    dots[part] += np.float64(value[part, number]) * center[index[part, number]]
+            for part in range(len(index)):
+                for number in range(start, end):
+                    place = index[part, number]
+                    own += center[place] * center[place]
+                    center[place] = 0
+        start = end
+    return own
+
+
+def _frozen(
+    parts: Sequence[Coefficients], shares: _Values, codec: Codec, start: int, end: int, trimmed: int = 0
+) -> Kept:
+    """Sum `parts`, each times its share, without the `trimmed` smallest and largest of each entry, and keep at most
+    `reply_topk` coefficients a chunk, as signed bytes with one scale; none that round to zero, and of equal ones those
+    that come first."""
     coming, most = np.array(codec.topk[start:end], np.int64), np.array(codec.reply_topk[start:end], np.int64)
     room = int(np.minimum(coming * len(parts), most).sum())
     counts, codes = np.zeros(len(most), np.int64), np.zeros(len(most), np.uint8)
@@ -86,6 +165,7 @@ def _frozen(parts: Sequence[Coefficients], shares: _Values, codec: Codec, start:
             _stacked([part.index for part in parts]),
             _stacked([part.value for part in parts]),
             shares,
+            trimmed,
             most,
             coding.scale_table(),
             counts,
@@ -103,11 +183,55 @@ def _stacked(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
 
 
 @compiled
+def _add_trimmed(
+    start: int,
+    end: int,
+    index: _Numbers,
+    value: _Values,
+    shares: _Values,
+    trimmed: int,
+    total: _Values,
+    came: NDArray[np.uint64],
+) -> None:
+    """Sum one chunk's entries from the smallest up, without the `trimmed` smallest and largest of what all parts have
+    there, zeros where nothing came; times what makes up for those left out. In whichever order parts come."""
+    parts = len(index)
+    makes_up = np.float32(parts) / np.float32(parts - 2 * trimmed)
+    #: where the numbers that came for an entry begin among all
+    begin = np.zeros(CHUNK_SIZE + 1, np.int64)
+    for part in range(parts):
+        for number in range(start, end):
+            begin[index[part, number] + 1] += 1
+    for place in range(CHUNK_SIZE):
+        begin[place + 1] += begin[place]
+    filled, added = begin.copy(), np.empty(parts * (end - start), np.float32)
+    for part in range(parts):
+        for number in range(start, end):
+            place = index[part, number]
+            added[filled[place]] = value[part, number] * shares[part]
+            filled[place] += 1
+            came[place >> 6] |= np.uint64(1) << np.uint64(place & 63)
+    for place in range(CHUNK_SIZE):
+        # What no more than `trimmed` have sent is left out at either end.
+        if begin[place + 1] - begin[place] <= trimmed:
+            continue
+        here = added[begin[place] : begin[place + 1]]
+        here.sort()
+        zeros = parts - len(here)
+        for number in range(len(here)):
+            rank = number if here[number] < 0 else number + zeros
+            if trimmed <= rank < parts - trimmed:
+                total[place] += here[number]
+        total[place] *= makes_up
+
+
+@compiled
 def _freeze(
     coming: _Numbers,
     index: _Numbers,
     value: _Values,
     shares: _Values,
+    trimmed: int,
     limits: _Numbers,
     table: _Values,
     counts: _Numbers,
@@ -123,11 +247,14 @@ def _freeze(
     start, kept = 0, 0
     for chunk in range(len(coming)):
         end = start + coming[chunk]
-        for part in range(len(index)):
-            for number in range(start, end):
-                place = index[part, number]
-                total[place] += value[part, number] * shares[part]
-                came[place >> 6] |= np.uint64(1) << np.uint64(place & 63)
+        if trimmed:
+            _add_trimmed(start, end, index, value, shares, trimmed, total, came)
+        else:
+            for part in range(len(index)):
+                for number in range(start, end):
+                    place = index[part, number]
+                    total[place] += value[part, number] * shares[part]
+                    came[place >> 6] |= np.uint64(1) << np.uint64(place & 63)
         start = end
         found, largest = 0, np.float32(0)
         for word in range(len(came)):

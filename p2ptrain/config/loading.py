@@ -139,7 +139,8 @@ def new_manifest(name: str, strategy: Strategy = "demo") -> Manifest:
 
 
 def render(manifest: Manifest) -> str:
-    """The commented run.toml of a manifest: every key with its meaning; `load_manifest` gives the manifest back.
+    """The commented run.toml of a manifest: every key with its meaning, those that are not set as a comment;
+    `load_manifest` gives the manifest back.
 
     Owner and founder are left out: `bootstrap` fills them in with the keys of the home that signs.
     """
@@ -159,13 +160,20 @@ def _render(table: msgspec.Struct, prefix: str) -> Iterator[str]:
             inner.append((name, value))
         elif name not in ("owner", "founder"):
             yield from _comment(docs[name])
-            yield f"{name} = {toml_value(value)}"
+            choice = f"{name} = {toml_value(_means(table, name) if value is msgspec.UNSET else value)}"
+            yield f"# {choice}" if value is msgspec.UNSET else choice
     # In TOML, what follows a table's header belongs to it: keys first.
     for name, value in inner:
         yield ""
         yield from _comment(docs.get(name) or inspect.getdoc(type(value)) or "")
         yield f"[{prefix}{name}]"
         yield from _render(value, f"{prefix}{name}.")
+
+
+def _means(table: msgspec.Struct, name: str) -> object:
+    """What a key means that is not set: the first of its choices."""
+    kind = next(field.type for field in msgspec.structs.fields(table) if field.name == name)
+    return get_args(get_args(kind)[0])[0]
 
 
 def _comment(text: str) -> list[str]:

@@ -18,6 +18,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from msgspec import Meta
 
+from p2ptrain.compression.codec import Robust
 from p2ptrain.errors import ManifestError
 
 PROTOCOL_VERSION = 7
@@ -211,10 +212,18 @@ class RoundConfig(_Table, frozen=True, kw_only=True):
     """A contribution's norm is clipped to this many times the median."""
     weight_cap_ratio: Annotated[float, Meta(ge=1, le=1000)] = 4.0
     """A contribution's weight is capped at this many times the median."""
+    robust: Robust | msgspec.UnsetType = msgspec.UNSET
+    """How a reducer sums contributions: `mean`; `centered_clip`: each is clipped by its distance from a center of all;
+    `trimmed`: of each coefficient the largest and the smallest quarter do not count. Left out: `mean`."""
 
     def __post_init__(self) -> None:
         if self.min_seconds > self.max_seconds:
             raise ValueError(f"min_seconds = {self.min_seconds} is above max_seconds = {self.max_seconds}")
+
+    @property
+    def sums_by(self) -> Robust:
+        """How contributions are summed; by their mean where the manifest does not say."""
+        return "mean" if isinstance(self.robust, msgspec.UnsetType) else self.robust
 
 
 class AccessConfig(_Table, frozen=True, kw_only=True):
@@ -298,7 +307,8 @@ _protocol_decoder = msgspec.msgpack.Decoder(_ProtocolOnly)
 
 def canonical_bytes(manifest: Manifest) -> bytes:
     """The one encoding of a manifest: every field that is set, in the order declared."""
-    return msgspec.msgpack.encode(manifest)
+    # By way of plain types: a struct's own encoding chooses the length of a map's header by all fields, set or not.
+    return msgspec.msgpack.encode(msgspec.to_builtins(manifest))
 
 
 def run_id(body: bytes) -> bytes:

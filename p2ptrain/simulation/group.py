@@ -7,7 +7,7 @@ curves, which want hundreds of rounds and no network; `world` is for everything 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from p2ptrain import chain
 from p2ptrain.chain import Part
-from p2ptrain.compression import decoded
+from p2ptrain.compression import decoded, wire
 from p2ptrain.compression.reduce import reduce_part
+from p2ptrain.compression.wire import Coefficients
 from p2ptrain.config.manifest import Manifest
 from p2ptrain.data.assignment import sequence_offsets
 from p2ptrain.models.gpt import GPT
@@ -41,6 +42,10 @@ class Round:
     """Of payloads, by a member on average. As many are received: all that is sent goes to a member."""
 
 
+Forge = Callable[[int, Sequence[Coefficients]], Mapping[int, Coefficients]]
+"""From a round's number and what all members selected: what some of them, by their place, send in its stead."""
+
+
 @dataclass(slots=True)
 class _Member:
     """What is a peer's own."""
@@ -57,12 +62,17 @@ class Group:
         manifest: with pace `fixed`.
         text: training text [tokens] of a peer, by its id.
         device: where all of them compute.
+        forge: what hostile members send; default: all are honest.
     """
 
     def __init__(
-        self, manifest: Manifest, text: Callable[[bytes], NDArray[np.uint16]], device: torch.device | str = "cpu"
+        self,
+        manifest: Manifest,
+        text: Callable[[bytes], NDArray[np.uint16]],
+        device: torch.device | str = "cpu",
+        forge: Forge = lambda number, selected: {},
     ) -> None:
-        self.manifest, self._text, self._device = manifest, text, device
+        self.manifest, self._text, self._device, self._forge = manifest, text, device, forge
         self.model = GPT(manifest.model).to(device)
         initialise(self.model, bytes.fromhex(manifest.nonce))
         #: takes the steps; each member's own has its momentum
@@ -89,6 +99,8 @@ class Group:
             pending.append(optimizer.accumulate_and_select())
             optimizer.zero_grad(set_to_none=True)
             payloads.append(optimizer.payloads(pending[-1], ranges))
+        for number, sent in self._forge(self.rounds, [of.sent for of in pending]).items():
+            payloads[number] = tuple(wire.encode_contribution(sent.cut(*part), self.codec) for part in ranges)
         replies = [self._reduce(part, [of[number] for of in payloads]) for number, part in enumerate(parts)]
         contents: list[PartReply] = [
             (part.start, part.end, decoded.reply(data, self.codec, part.start, part.end, len(members)))

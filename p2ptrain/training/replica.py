@@ -229,7 +229,12 @@ def build_optimizer(model: torch.nn.Module, manifest: Manifest) -> DeMo:
         direction_momentum=config.direction_momentum,
     )
     rules = manifest.round
-    optimizer.codec = replace(optimizer.codec, clip_ratio=rules.clip_ratio, weight_cap_ratio=rules.weight_cap_ratio)
+    optimizer.codec = replace(
+        optimizer.codec,
+        clip_ratio=rules.clip_ratio,
+        weight_cap_ratio=rules.weight_cap_ratio,
+        robust=rules.sums_by,
+    )
     return optimizer
 
 

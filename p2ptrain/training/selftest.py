@@ -24,6 +24,8 @@ import struct
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import torch
@@ -31,7 +33,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from p2ptrain.compression import decoded, wire
-from p2ptrain.compression.codec import Codec
+from p2ptrain.compression.codec import Codec, Robust
 from p2ptrain.compression.layout import CHUNK_SIZE, SIDE
 from p2ptrain.compression.reduce import reduce_part
 from p2ptrain.errors import DivergenceError
@@ -110,6 +112,9 @@ def _take_part(optimizer: DeMo) -> None:
         reduce_part([(member, 1, payload) for member in range(senders)], codec, 0, chunks, _MEMBERS)
         for senders in range(1, _MEMBERS + 1)
     ]
+    for robust in get_args(Robust):
+        # As many as it takes for one to be trimmed.
+        reduce_part([(member, 1, payload) for member in range(4)], replace(codec, robust=robust), 0, chunks, 4)
     for content in (
         wire.decode_reply(reduced[0], codec, 0, chunks, _MEMBERS),
         decoded.reply(reduced[1], codec, 0, chunks, _MEMBERS),

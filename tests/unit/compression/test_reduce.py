@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from numpy.typing import NDArray
 from plain_codec import quantised
 
 from p2ptrain.compression import coding, decoded, wire
-from p2ptrain.compression.codec import Codec
+from p2ptrain.compression.codec import Codec, Robust
 from p2ptrain.compression.layout import CHUNK_SIZE
 from p2ptrain.compression.reduce import reduce_part, reply_to_one
 from p2ptrain.compression.wire import Coefficients, Kept, ReplyContent
@@ -276,3 +278,148 @@ def test_values_at_the_end_of_float32_give_a_reply_in_bounds() -> None:
 def test_a_malformed_payload_is_not_summed() -> None:
     with pytest.raises(wire.WireError):
         reduce_part([(0, 1, b"nonsense")], Codec(TOPK, TOPK, 2), START, END, MEMBERS)
+
+
+# ---- robust sums ----------------------------------------------------------------------------------------------------
+
+
+def robustly(sent: list[Sent], robust: Robust, clip_ratio: float = 1000.0) -> bytes:
+    codec = Codec(TOPK, (CHUNK_SIZE,) * END, 32, clip_ratio, 1000.0, robust)
+    contributions = [(member, weight, wire.encode_contribution(part, codec)) for member, weight, part in sent]
+    return reduce_part(contributions, codec, START, END, MEMBERS)
+
+
+def read(data: bytes) -> ReplyContent:
+    return wire.decode_reply(data, Codec(TOPK, (CHUNK_SIZE,) * END, 32), START, END, MEMBERS)
+
+
+def trimmed_reference(sent: list[Sent]) -> NDArray[np.float64]:
+    """Yin et al. (2018), over every entry of the part, zeros included."""
+    total = sum(weight for _, weight, _ in sent)
+    added = np.sort([dense(part) * (weight / total) for _, weight, part in sent], axis=0)
+    left_out = len(sent) // 4
+    kept = added[left_out : len(sent) - left_out]
+    return kept.sum(0) * len(sent) / len(kept)
+
+
+def centered_reference(sent: list[Sent]) -> tuple[NDArray[np.float64], dict[int, int]]:
+    """Karimireddy et al. (2021), Algorithm 2 from zero with the median distance as radius, and what of each member is
+    in the center, in 256ths and at most all of it: the sum that a reply freezes."""
+    share = np.array([weight for _, weight, _ in sent]) / sum(weight for _, weight, _ in sent)
+    parts = np.array([dense(part) for _, _, part in sent])
+    center, held = np.zeros_like(parts[0]), np.zeros(len(sent))
+    for _ in range(3):
+        norms = np.maximum(np.linalg.norm((parts - center).reshape(len(sent), -1), axis=1), 1e-300)
+        used = share * np.minimum(1, np.median(norms) / norms)
+        center = center + np.tensordot(used, parts - center, 1)
+        held = held * (1 - used.sum()) + used
+        np.testing.assert_allclose(center, np.tensordot(held, parts, 1), atol=1e-12)
+    factors = np.minimum(np.floor(256 * held / share), 256)
+    clips = {member: int(factor) for (member, _, _), factor in zip(sent, factors, strict=True) if factor < 256}
+    return np.tensordot(share * factors / 256, parts, 1), clips
+
+
+def sent_by(seed: int, weights: list[int], spread: int = 3) -> list[Sent]:
+    sizes = np.exp2(np.random.default_rng(seed).integers(-spread, spread, len(weights)))
+    return [
+        (member, weight, coefficients(seed + member, size=size))
+        for member, (weight, size) in enumerate(zip(weights, sizes, strict=True))
+    ]
+
+
+some_weights = st.lists(st.integers(1, 9), min_size=1, max_size=MEMBERS)
+
+
+@given(seed=st.integers(0, 2**32 - 1), weights=some_weights)
+@settings(max_examples=60, deadline=None)
+def test_trimmed_is_the_mean_of_each_entry_without_its_largest_and_smallest_quarter(
+    seed: int, weights: list[int]
+) -> None:
+    sent = sent_by(seed, weights)
+    content = read(robustly(sent, "trimmed"))
+    assert not content.clips
+    assert_quantises(content, trimmed_reference(sent))
+
+
+@given(seed=st.integers(0, 2**32 - 1), weights=some_weights)
+@settings(max_examples=60, deadline=None)
+def test_centered_clip_is_the_sum_around_the_center_of_a_dense_iteration(seed: int, weights: list[int]) -> None:
+    sent = sent_by(seed, weights)
+    content = read(robustly(sent, "centered_clip"))
+    exact, clips = centered_reference(sent)
+    # A factor at the edge between two 256ths may fall to either side.
+    assert all(abs(content.clips.get(member, 256) - clips.get(member, 256)) <= 1 for member, _, _ in sent)
+    if content.clips == clips:
+        assert_quantises(content, exact)
+
+
+@given(seed=st.integers(0, 2**32 - 1), weights=some_weights)
+@settings(max_examples=30, deadline=None)
+def test_a_trimmed_sum_does_not_depend_on_the_order_of_members(seed: int, weights: list[int]) -> None:
+    sent = [(0, weight, part) for _, weight, part in sent_by(seed, weights)]
+    if len(sent) < 4:
+        return  # as `mean`
+    there, back = (
+        [(member, weight, part) for member, (_, weight, part) in enumerate(order)] for order in (sent, sent[::-1])
+    )
+    assert robustly(there, "trimmed") == robustly(back, "trimmed")
+
+
+@pytest.mark.parametrize("robust", get_args(Robust))
+def test_a_reply_made_twice_is_the_same_bytes(robust: Robust) -> None:
+    assert robustly(sent_by(7, [1, 2, 3, 4, 5]), robust) == robustly(sent_by(7, [1, 2, 3, 4, 5]), robust)
+
+
+@given(seed=st.integers(0, 2**32 - 1), hostile=st.integers(0, 1), size=st.sampled_from([1e-3, 1.0, 1e6, 1e30]))
+@settings(max_examples=40, deadline=None)
+def test_a_quarter_of_the_members_moves_no_entry_of_a_trimmed_sum_beyond_what_honest_members_sent(
+    seed: int, hostile: int, size: float
+) -> None:
+    sent = [(member, 1, coefficients(seed + member)) for member in range(MEMBERS)]
+    for liar in range(hostile):
+        sent[liar] = (liar, 1, coefficients(seed + 100 + liar, size=size))
+    content = read(robustly(sent, "trimmed"))
+    honest = np.array([dense(part) for _, _, part in sent[hostile:]])
+    left_out = MEMBERS // 4
+    # What is left of each entry has, number by number, an honest one above it and one below it.
+    ranked = np.sort(honest, axis=0)
+    kept = MEMBERS - 2 * left_out
+    above, below = ranked[-kept:].mean(0), ranked[:kept].mean(0)
+    part = content.coefficients
+    row, scale = part.chunk - START, content.scale[part.chunk - START]
+    assert (part.value <= above[row, part.index] + scale).all()
+    assert (part.value >= below[row, part.index] - scale).all()
+
+
+def test_what_a_quarter_sends_alone_is_left_out_by_trimming() -> None:
+    sent = [(member, 1, coefficients(member)) for member in range(4)]
+    alone = coefficients(9, size=1e6)
+    alone.index[:] += 1  # where nobody else sends
+    data = robustly([*sent[:3], (3, 1, alone)], "trimmed")
+    assert not np.isin(read(data).coefficients.index, alone.index).any()
+
+
+@given(seed=st.integers(0, 2**32 - 1), size=st.floats(0.01, 1e6))
+@settings(max_examples=40, deadline=None)
+def test_a_liar_has_no_more_than_twice_its_share_of_the_largest_honest_norm_in_a_centered_sum(
+    seed: int, size: float
+) -> None:
+    sent = [(member, 1, coefficients(seed + member)) for member in range(MEMBERS)]
+    sent[3] = (3, 1, coefficients(seed + 50, size=size))
+    clips = read(robustly(sent, "centered_clip")).clips
+    largest = max(np.linalg.norm(dense(part)) for member, _, part in sent if member != 3)
+    assert clips.get(3, 256) / 256 * np.linalg.norm(dense(sent[3][2])) <= 2 * largest
+
+
+@pytest.mark.parametrize("robust", get_args(Robust))
+def test_a_group_of_one_gets_the_same_by_all_methods(robust: Robust) -> None:
+    assert robustly([(2, 5, coefficients(1))], robust) == robustly([(2, 5, coefficients(1))], "mean")
+
+
+@pytest.mark.parametrize("robust", get_args(Robust))
+def test_zeros_and_the_end_of_float32_give_a_reply_in_bounds_by_all_methods(robust: Robust) -> None:
+    up = coefficients(0)
+    up.value[:] = np.finfo(np.float32).max
+    sent = [(member, 1000, up) for member in range(MEMBERS)]
+    assert np.isfinite(read(robustly(sent, robust)).coefficients.value).all()
+    assert not len(read(robustly([(member, 1, coefficients(0, size=0.0)) for member in range(5)], robust)).byte)

@@ -100,3 +100,10 @@ def test_what_the_template_says_is_what_a_bare_manifest_means() -> None:
     bare = parse_manifest(HEAD, HERE)
     assert bare == Manifest(name="a", nonce="0" * 32)
     assert parse_manifest(render(bare), HERE) == bare
+
+
+def test_a_key_that_is_not_set_stands_in_the_template_as_a_comment_with_what_it_means() -> None:
+    assert '# robust = "mean"' in render(new_manifest("a")).splitlines()
+    said = parse_manifest(f'{HEAD}\n[round]\nrobust = "trimmed"\n', HERE)
+    assert 'robust = "trimmed"' in render(said).splitlines()
+    assert (said.round.sums_by, new_manifest("a").round.sums_by) == ("trimmed", "mean")

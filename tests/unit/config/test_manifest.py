@@ -19,6 +19,7 @@ from p2ptrain.config.manifest import (
     Manifest,
     ModelConfig,
     OptimizerConfig,
+    RoundConfig,
     SignedManifest,
     canonical_bytes,
     open_manifest,
@@ -68,7 +69,8 @@ def test_what_is_signed_opens_as_it_was_with_owner_and_founder_filled_in() -> No
 
 
 def test_every_key_is_part_of_the_hash() -> None:
-    body = msgspec.msgpack.decode(canonical_bytes(msgspec.structs.replace(small(), founder=PEER)))
+    whole = msgspec.structs.replace(small(), founder=PEER, round=RoundConfig(robust="mean"))
+    body = msgspec.msgpack.decode(canonical_bytes(whole))
     for path, _ in tables(Manifest):
         inner = body
         for name in path:
@@ -225,3 +227,12 @@ def test_what_records_are_encrypted_with_follows_from_the_whole_manifest_and_not
     assert small().records_key == b""
     assert len({closed.records_key, other.records_key, run_id(canonical_bytes(closed))}) == 3
     assert len(closed.records_key) == 32
+
+
+def test_a_manifest_that_does_not_say_how_sums_are_made_is_encoded_as_before_there_was_the_key() -> None:
+    body = canonical_bytes(small())
+    plain = msgspec.msgpack.decode(body)
+    assert "robust" not in plain["round"]
+    assert msgspec.msgpack.encode(plain) == body
+    chosen = canonical_bytes(msgspec.structs.replace(small(), round=RoundConfig(robust="centered_clip")))
+    assert msgspec.msgpack.decode(chosen)["round"]["robust"] == "centered_clip"
