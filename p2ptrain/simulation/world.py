@@ -179,23 +179,26 @@ class World:
         began = self.loop.time()
         await self._until(self._converged, CONVERGENCE_SECONDS, "all live peers on one chain")
         self.report.convergence_seconds = round(self.loop.time() - began, 3)
+        # Newcomers come in one after the other.
+        await self._until(self._all_members, ADMISSION_SECONDS, "everybody a member")
         # A replica that went wrong is noticed at the next root.
         corrupted = self.report.coverage["fault_corrupt"] > 0
         goal = self._highest() + (3 * self.manifest.round.root_interval if corrupted else SETTLED_ROUNDS)
         self._missed.clear()
         before = self._sent_totals(), self._highest()
         await self._until(lambda: self._lowest() >= goal, CALM_SECONDS, f"{SETTLED_ROUNDS} rounds in calm")
-        # Newcomers come in one after the other.
-        await self._until(self._all_members, ADMISSION_SECONDS, "everybody a member")
         await self._until(self._converged, 30.0, "one chain at the end")
         rounds = max(1, self._highest() - before[1])
         sent, frames = (after - then for after, then in zip(self._sent_totals(), before[0], strict=True))
         self.report.bytes_per_peer_per_round = round(sent / rounds / len(self.peers), 1)
         self.report.messages_per_peer_per_round = round(frames / rounds / len(self.peers), 1)
         living = self._living()
+        members = {m.peer_id for m in living[0].machine.head.following}
         for peer in living:
             if peer.corrupt:
                 self.violate(f"{peer.name} holds a replica gone wrong, and has not noticed")
+            if peer.id not in members:
+                self.violate(f"{peer.name} is connected and not a member")
         for attack in attacks:
             attack.cancel()
         self.report.rounds = self._highest()
