@@ -366,6 +366,7 @@ NO_NUMBERS: dict[str, str] = {
     "usable": "how many threads",
     "build_optimizer": "the manifest's settings",
     "Replica.__init__": _ROOM,
+    "Replica.beginning": "the chain before its first seal",
     "Replica.apply": _HANDS_ON,
     "Replica.rate_at": _HANDS_ON,
     "Replica.codec": _HANDS_ON,
