@@ -167,10 +167,14 @@ class CatchingUp:
             # needs the rounds: they say what became of it.
             return RoundsFetched(donor, None, ())
         rounds = await asyncio.to_thread(_decode, encoded, self._admits)
-        state = known_state(header.ancestor)
-        if state is not None:
-            await asyncio.to_thread(_check, state, rounds, self._codec)
-        return RoundsFetched(donor, header.ancestor, rounds)
+        ids = [header.ancestor, *(sealed.id for sealed in rounds)]
+        for place in range(len(ids) - 1, -1, -1):
+            # From the last state of ours that it goes through; what is before that we have.
+            state = known_state(ids[place])
+            if state is not None:
+                await asyncio.to_thread(_check, state, rounds[place:], self._codec)
+                return RoundsFetched(donor, ids[place], rounds[place:])
+        return RoundsFetched(donor, header.ancestor, rounds, checked=False)
 
     async def change_chain(self, donor: bytes) -> tuple[Restore, ChainState, tuple[Mark, ...]]:
         """What it takes to go over to the donor's chain, where that stands, and its last marks, oldest first.

@@ -97,8 +97,10 @@ class RoundsFetched:
 
     donor: bytes
     ancestor: bytes | None
-    """The id in our locator that the rounds continue; None: the donor's journal does not reach back to any."""
+    """A state of ours that the rounds continue; None: the donor's journal does not reach back to any that we named."""
     rounds: tuple[SealedRound, ...]
+    checked: bool = True
+    """Whether the replies were, which takes the state that they continue. Else they tell of a branch and no more."""
 
 
 @dataclass(frozen=True, slots=True)

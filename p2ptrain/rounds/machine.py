@@ -241,8 +241,8 @@ class _Group:
     heard: dict[bytes, float] = field(default_factory=dict)
     #: members that said goodbye and were not heard since
     left: set[bytes] = field(default_factory=set)
-    #: peer that is or was a member, without us, the latest at the end -> members of the last state that we shared
-    known: dict[bytes, frozenset[bytes]] = field(default_factory=dict)
+    #: peer that is or was a member, without us, the latest at the end -> the last state of ours that it shared
+    known: dict[bytes, Mark] = field(default_factory=dict)
     #: peer that we know, or whose address we were given -> where it says that it stands
     voices: dict[bytes, _Voice] = field(default_factory=dict)
     #: peer id -> its row and our round when it last asked to be admitted; who asked first comes first
@@ -318,7 +318,7 @@ class RoundMachine:
         #: the last events, and what they led to
         self.decisions = Decisions()
         for peer in sorted(self.company - {me}):
-            self._group.known[peer] = self.company
+            self._group.known[peer] = self._past.head._replace(round=0, members=self.company)
 
     # ---- what others may read ---------------------------------------------------------------------------------
 
@@ -562,8 +562,8 @@ class RoundMachine:
         known = self._group.known
         if tip.peer_id in known or tip.peer_id in self._introducers:
             mark = self._past.get(tip.id)
-            if mark is not None and tip.peer_id in known:
-                known[tip.peer_id] = mark.members
+            if mark is not None and tip.peer_id in known and mark.round > known[tip.peer_id].round:
+                known[tip.peer_id] = mark
             said = self._group.voices.get(tip.peer_id)
             ids = said.ids if said is not None else deque[bytes](maxlen=VOICE_IDS)
             if not ids or ids[-1] != tip.id:
@@ -781,7 +781,10 @@ class RoundMachine:
                 return True
             if self._returning:
                 return more
-        members = self._group.known.get(donor, self.company)
+        shared = self._group.known.get(donor)
+        members = self.company if shared is None else shared.members
+        if self.me in self._past.head.members:
+            members |= {self.me}  # whoever was there then: we stand on ours
         behind_ours, behind_theirs = len((on | {self.me}) & members), len(off & members)
         if behind_theirs > behind_ours or (behind_theirs == behind_ours and more):
             return True
@@ -837,6 +840,8 @@ class RoundMachine:
             return
         common, rounds = self._past[ids[place]], event.rounds[place:]
         base = self.known_state(common.id)
+        if base is not None and not event.checked:
+            return
         try:
             if base is None:
                 states, marks = [], _linked(common, rounds)
@@ -960,7 +965,7 @@ class RoundMachine:
         self._group.members = group
         known = self._group.known
         for peer in sorted(group - {self.me}):
-            known[peer] = known.pop(peer, self._past.head.members)
+            known[peer] = known.pop(peer, self._past.head)
         while len(known) > KNOWN_MAX + len(group):
             del known[next(iter(known))]
         heard_of = known.keys() | self._introducers
@@ -1018,11 +1023,14 @@ class RoundMachine:
         base, head = self._past.get(shape.base), self._past.head
         there = {shape.members[index].peer_id: base for index in chain.bits(seal.included, len(shape.members))}
         there[seal.sealer] = head
+        newest: Mark | None = None
         for peer, mark in there.items():
             if peer != self.me and mark is not None:
-                self.company = mark.members
-                if peer in self._group.known:
-                    self._group.known[peer] = mark.members
+                newest = mark if newest is None or mark.round > newest.round else newest
+                if peer in self._group.known and mark.round > self._group.known[peer].round:
+                    self._group.known[peer] = mark
+        if newest is not None:
+            self.company = newest.members
 
     def _note_admissions(self, seal: Seal, shape: RoundShape) -> None:
         """Remember who was admitted and has not answered since."""

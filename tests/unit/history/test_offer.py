@@ -19,7 +19,7 @@ from virtual import FakeNode, Network, name_of
 from p2ptrain import chain
 from p2ptrain.calls.client import Client
 from p2ptrain.calls.messages import CallError, RoundsHeader, SnapshotOffer, Tip, Traffic
-from p2ptrain.chain.sealed import decode_sealed
+from p2ptrain.chain.sealed import SealedRoundError, decode_sealed, encode_sealed
 from p2ptrain.history import catching_up
 from p2ptrain.history.catching_up import CatchingUp
 from p2ptrain.history.download import Download
@@ -183,3 +183,27 @@ def test_a_snapshot_with_a_member_off_the_list_is_no_beginning_of_a_chain(
     made._client = client
     with pytest.raises(CallError, match="not on the run's list"):
         asyncio.run(made.change_chain(name_of(2)))
+
+
+@pytest.mark.parametrize("back", [0, 1, 2, 3])
+def test_replies_are_checked_from_the_last_state_of_ours_that_the_rounds_go_through(
+    tmp_path: Path, lone: Lone, back: int
+) -> None:
+    """A donor that names an older ancestor, and our own rounds after it, hides nothing behind them."""
+    made, _, _ = offering(tmp_path, lone)
+    harmful = seal(lone.states[-1], lone.identity, lone.chunks, (b"no reply of this part",))
+    ours = lone.rounds[len(lone.rounds) - back :]
+    ancestor = lone.states[-1 - back].id
+    known = {state.id: state for state in lone.states[-2:]}
+
+    async def answer(*_: object) -> tuple[RoundsHeader, list[bytes]]:
+        tip = Tip(harmful.seal.round, harmful.id, harmful.seal.total)
+        rounds = [encode_sealed(sealed) for sealed in (*ours, harmful)]
+        return RoundsHeader(ancestor, len(rounds), tip, ()), rounds
+
+    made._client = SimpleNamespace(rounds=answer, run_id=RUN_ID)  # type: ignore[assignment]
+    with pytest.raises(SealedRoundError):
+        asyncio.run(made.fetch(b"donor", (ancestor,), 4, known.get))
+    # Where none of its states is one that can be gone on from, they are told as unchecked.
+    fetched = asyncio.run(made.fetch(b"donor", (ancestor,), 4, lambda identifier: None))
+    assert not fetched.checked

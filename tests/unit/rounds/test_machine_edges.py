@@ -647,3 +647,23 @@ def test_through_a_restart_it_is_remembered_with_whom_a_chain_was_shared() -> No
             machine.handle(TipHeard(identity_of(name).peer_id, 900, end, 2000), 0.5)
         effects = machine.handle(RoundsFetched(identity_of("b").peer_id, None, ()), 0.6)
         assert bool(of(Resync, effects)) == follows
+
+
+def test_rounds_whose_replies_were_not_checked_are_never_adopted() -> None:
+    state = standing("a", "b")
+    machine = machine_of("a", state)
+    sealed, after = seal_after(state, "b", {0: reply_of(Key(11, state.parent), 0, 0, 1)})
+    machine.handle(tip("b", after), 0.5)
+    effects = machine.handle(RoundsFetched(identity_of("b").peer_id, state.id, (sealed,), checked=False), 1.0)
+    assert not of(Apply, effects) and not of(Resync, effects)
+    assert of(Apply, machine.handle(RoundsFetched(identity_of("b").peer_id, state.id, (sealed,)), 1.1))
+
+
+def test_no_peer_chooses_by_whom_it_is_judged() -> None:
+    """By saying that it stands at a state from before the others came."""
+    old = ChainState(RUN_ID, 5, b"5" * 32, b"4" * 32, 5, (member("f"),), (member("f"),))
+    state = standing("a", "b", "x")
+    machine = machine_with("a", state, past=[Mark.of(old), Mark.of(state)])
+    machine.handle(tip("x", old), 0.3)
+    machine.handle(far("x"), 0.5)
+    assert not of(Resync, machine.handle(RoundsFetched(identity_of("x").peer_id, None, ()), 0.6))
