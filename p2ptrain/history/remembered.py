@@ -16,6 +16,7 @@ import msgspec
 from p2ptrain import chain
 from p2ptrain.chain import ChainState, PeerId, SealError
 from p2ptrain.chain.forks import Mark
+from p2ptrain.chain.sealed import SealedRoundError
 from p2ptrain.state.files import atomic_write
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.snapshot import SnapshotStore
@@ -41,7 +42,7 @@ def past_of(
     """
     try:
         marks = _from_journal(journal, _base(journal, snapshots, snapshot_chain, beginning), chunks)
-    except (SealError, TensorFileError, OSError) as error:
+    except (SealError, SealedRoundError, TensorFileError, OSError) as error:
         _logger.warning("of the chain up to here nothing but its end is known: %s", error)
         marks = []
     return marks if marks and marks[-1].id == head.id else [Mark.of(head)]

@@ -303,7 +303,7 @@ class RoundDriver:
             await self.feed.connect(sealer)
 
     async def _fetch(self, effect: events.FetchRounds) -> None:
-        """Rounds that continue our head, or its parent, from one donor."""
+        """Rounds that continue a state of ours, from one donor."""
         machine, donor = self.machine, effect.donor
         try:
             fetched = await self.catching_up.fetch(

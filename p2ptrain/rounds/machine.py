@@ -703,7 +703,7 @@ class RoundMachine:
             return self._refuse(donor, theirs[-1], "a solo seal by one that was no member")
         if not ours and (not common.round or theirs[0].sealer == self.me):
             return theirs[-1].total >= common.total
-        if not ours and len(theirs) == 1 and not theirs[0].solo and now >= self._seal_expected_from():
+        if not ours and len(theirs) == 1 and not theirs[0].solo and now >= self._seal_expected_from(theirs[0].sealer):
             return theirs[-1].total >= common.total
         on, off = self._voices({mark.id for mark in theirs}, since=common.round, now=now)
         branches = Branch(ours, on | {self.me}, self._turn(ours)), Branch(theirs, off, self._turn(theirs))
@@ -719,16 +719,22 @@ class RoundMachine:
             return 0
         return _turn(chain.shape_of(self._before, self.rules.chunks), marks[0].sealer, solo=marks[0].solo)
 
-    def _seal_expected_from(self) -> float:
+    def _seal_expected_from(self, sealer: bytes) -> float:
         """Before when a seal of the round under way is too early to be followed on its sealer's word alone.
 
-        Whoever is a round behind learns of seals early; so do all of one that a sealer makes without waiting for them.
-        The others' voices tell which it is.
+        Half of the round's length for whoever seals first; for a later place when it might be its turn. Whoever is a
+        round behind learns of seals early; so do all of one that a sealer makes without waiting for them. The others'
+        voices tell which it is.
         """
         exchange = self._exchanges.current
         if exchange is None or exchange.index is None or self.rules.fixed_pace:
             return -math.inf
-        return exchange.computing_since + self._computing_seconds(exchange) / 2
+        shape, length = exchange.shape, self._computing_seconds(exchange)
+        order = [shape.members[index].peer_id for index in shape.sealer_order]
+        ahead = sum(peer not in self._group.left for peer in order[: _turn(shape, sealer, solo=False)])
+        if not ahead:
+            return exchange.computing_since + length / 2
+        return exchange.computing_since + length + (ahead - 1 / 2) * self.rules.seal_timeout_seconds
 
     def _by_a_stranger(self, common: Mark, theirs: Sequence[Mark], now: float) -> bool:
         """Whether a solo seal by one that was no member would take members apart that are there."""
@@ -1130,7 +1136,7 @@ class RoundMachine:
         best = min(ready, key=merit)
         state = chain.extend(self.head, best.id, best.seal, self.rules.chunks)
         if not self._follows(self._past.head, [Mark.of(state, best.seal)], None, now):
-            self._wake(self._seal_expected_from())
+            self._wake(self._seal_expected_from(best.seal.sealer))
             return
         replies = tuple(held[n].data if digest else None for n, digest in enumerate(best.seal.parts))
         self._adopt(SealedRound(best.id, best.seal, best.signed, replies), state, shape)

@@ -667,3 +667,20 @@ def test_no_peer_chooses_by_whom_it_is_judged() -> None:
     machine.handle(tip("x", old), 0.3)
     machine.handle(far("x"), 0.5)
     assert not of(Resync, machine.handle(RoundsFetched(identity_of("x").peer_id, None, ()), 0.6))
+
+
+def test_a_seal_out_of_turn_is_not_followed_before_it_may_be_its_sealers_turn() -> None:
+    state = standing("a", "b", "c")
+    machine = machine_of("a", state)
+    shape = machine.shape
+    assert shape is not None
+    last = shape.members[shape.sealer_order[-1]].peer_id
+    name = next(name for name in "abc" if identity_of(name).peer_id == last)
+    other = next(one for one in "bc" if one != name)
+    empty, _ = seal_after(state, name, {})
+    machine.handle(tip(other, state), 0.4)
+    assert not of(Apply, machine.handle(heard(empty, name), 0.6)), "of nobody's work, at half of the round"
+    machine.handle(tip(other, state), 1.4)
+    assert not of(Apply, machine.handle(Tick(), 1.5))
+    due = RULES["min_seconds"] + 1.5 * RULES["seal_timeout_seconds"]
+    assert of(Apply, machine.handle(Tick(), due + 0.1))
