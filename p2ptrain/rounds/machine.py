@@ -318,7 +318,7 @@ class RoundMachine:
         #: the last events, and what they led to
         self.decisions = Decisions()
         for peer in sorted(self.company - {me}):
-            self._group.known[peer] = self._past.head._replace(round=0, members=self.company)
+            self._group.known[peer] = self._past.head._replace(members=self.company)
 
     # ---- what others may read ---------------------------------------------------------------------------------
 
@@ -789,8 +789,6 @@ class RoundMachine:
                 return more
         shared = self._group.known.get(donor)
         members = self.company if shared is None else shared.members
-        if self.me in self._past.head.members:
-            members |= {self.me}  # whoever was there then: we stand on ours
         behind_ours, behind_theirs = len((on | {self.me}) & members), len(off & members)
         if behind_theirs > behind_ours or (behind_theirs == behind_ours and more):
             return True

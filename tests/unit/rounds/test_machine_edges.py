@@ -664,6 +664,7 @@ def test_no_peer_chooses_by_whom_it_is_judged() -> None:
     old = ChainState(RUN_ID, 5, b"5" * 32, b"4" * 32, 5, (member("f"),), (member("f"),))
     state = standing("a", "b", "x")
     machine = machine_with("a", state, past=[Mark.of(old), Mark.of(state)])
+    machine.handle(tip("b", state), 0.2)
     machine.handle(tip("x", old), 0.3)
     machine.handle(far("x"), 0.5)
     assert not of(Resync, machine.handle(RoundsFetched(identity_of("x").peer_id, None, ()), 0.6))
