@@ -24,6 +24,7 @@ from p2ptrain.calls.messages import (
     NAMESPACE,
     NOT_LISTED,
     Answer,
+    CallError,
     ContributionHeader,
     DataRequest,
     Follow,
@@ -149,8 +150,8 @@ async def frames_of(node: SwarmNode, peer: bytes, name: str, request: Any, secon
         async with asyncio.timeout(seconds):
             async for frame in stream:
                 found.append(frame.value)
-    except TimeoutError:
-        pass
+    except (TimeoutError, ConnectionError):
+        pass  # a stream that is refused may end while the request is still being written
     await stream.aclose()
     return found
 
@@ -174,9 +175,11 @@ async def refusals(calls: Client, peer: bytes, asked: dict[str, Any], offer: Sna
         calls.data(peer, 2**30, lambda done, of: None),
         calls.contribute(peer, header, bytes(1000), 2**20, 5.0, asyncio.Lock(), burst),
     ):
-        with pytest.raises(RefusedError) as caught:
+        with pytest.raises(CallError) as caught:
             await call
-        said.append(str(caught.value))
+        if isinstance(caught.value, RefusedError):
+            said.append(str(caught.value))
+    assert len(said) >= 7, "one, whose stream ends while it is being written, may not read why"
     return said
 
 
@@ -226,7 +229,8 @@ def test_an_outsider_gets_nothing_by_any_call_or_key_and_the_two_go_on(two: RunO
                 assert [decode_message(data, Welcome) for data in found] == [welcome]
                 assert await hello(outsider, peer) == welcome
             else:
-                assert [decode_message(data, Answer) for data in found] == [Answer(NOT_LISTED)], name
+                said = [decode_message(data, Answer) for data in found]
+                assert said == [Answer(NOT_LISTED)] or (name == "rpc_contribute" and not said), name
         assert set(await refusals(Client(outsider, Traffic(), run_id), peer, asked, offer)) == {NOT_LISTED}
 
     async def keys_say_nothing(outsider: SwarmNode) -> None:
