@@ -691,11 +691,10 @@ class RoundMachine:
     # ---- forks (rule 9) ---------------------------------------------------------------------------------------
 
     def _follows(self, common: Mark, theirs: Sequence[Mark], donor: bytes | None, now: float) -> bool:
-        """Whether to go over to a chain that has these states after `common`, a state of ours.
-
-        The members of its states may be left empty where they are not known.
+        """Decide whether to go over to a chain that has these states after `common`, a state of ours.
 
         Args:
+            theirs: their members may be left empty where they are not known.
             donor: who hands it out; None: it is looked at again in a moment, and a refusal is no news.
         """
         ours = self._past.after(common.id)
@@ -720,11 +719,11 @@ class RoundMachine:
         return _turn(chain.shape_of(self._before, self.rules.chunks), marks[0].sealer, solo=marks[0].solo)
 
     def _seal_expected_from(self, sealer: bytes) -> float:
-        """Before when a seal of the round under way is too early to be followed on its sealer's word alone.
+        """Return the time from which a seal of the round under way is followed on its sealer's word alone.
 
-        Half of the round's length for whoever seals first; for a later place when it might be its turn. Whoever is a
-        round behind learns of seals early; so do all of one that a sealer makes without waiting for them. The others'
-        voices tell which it is.
+        For the first sealer that is when half of the round's length is over; for a later one, when it may be its turn.
+        An earlier seal has one of two causes: we are a round behind, or its sealer did not wait for the others. Where
+        the others say that they stand tells which.
         """
         exchange = self._exchanges.current
         if exchange is None or exchange.index is None or self.rules.fixed_pace:
@@ -782,7 +781,8 @@ class RoundMachine:
         if theirs is None:
             fresh = {p for p, v in self._group.voices.items() if now - v.at <= self.rules.alone_after_seconds}
             off = fresh - on
-        if donor in self._introducers or off & self._introducers:
+        # Of an introducer that is not the donor it takes the ids to know that it stands there.
+        if donor in self._introducers or (theirs is not None and off & self._introducers):
             if self.me not in self._group.members:
                 return True
             if self._returning:

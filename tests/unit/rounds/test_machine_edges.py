@@ -685,3 +685,12 @@ def test_a_seal_out_of_turn_is_not_followed_before_it_may_be_its_sealers_turn() 
     assert not of(Apply, machine.handle(Tick(), 1.5))
     due = RULES["min_seconds"] + 1.5 * RULES["seal_timeout_seconds"]
     assert of(Apply, machine.handle(Tick(), due + 0.1))
+
+
+def test_that_the_peer_it_was_sent_to_is_ahead_makes_a_newcomer_trust_no_other_donor() -> None:
+    machine = machine_with("z", standing("a", "b"), "i")
+    machine.handle(tip("a", machine.head), 0.3)
+    for name in ("i", "x"):
+        machine.handle(far(name), 0.5)
+    assert not of(Resync, machine.handle(RoundsFetched(identity_of("x").peer_id, None, ()), 0.6))
+    assert of(Resync, machine.handle(RoundsFetched(identity_of("i").peer_id, None, ()), 0.7))
