@@ -57,7 +57,6 @@ class CatchingUp:
         snapshot_max_bytes: no snapshot of this run is longer.
         snapshot_chain: where on the chain a snapshot's bytes stand; raises TensorFileError. Any thread.
         progress: hears (what, done, of).
-        admits: which peers the run is for; a chain with another member is refused.
     """
 
     def __init__(
@@ -73,9 +72,7 @@ class CatchingUp:
         snapshot_max_bytes: int,
         snapshot_chain: Callable[[bytes], ChainState],
         progress: Callable[[str, int, int], None],
-        admits: chain.Admits = chain.anyone,
     ) -> None:
-        self._admits = admits
         self._client, self._codec, self._journal, self._snapshots = client, codec, journal, snapshots
         self._partials, self._peers = partials, peers
         self._beginning = beginning
@@ -166,7 +163,7 @@ class CatchingUp:
             # For a newcomer a snapshot is less to fetch and to compute than all the rounds. Who has sent something
             # needs the rounds: they say what became of it.
             return RoundsFetched(donor, None, ())
-        rounds = await asyncio.to_thread(_decode, encoded, self._admits)
+        rounds = await asyncio.to_thread(_decode, encoded)
         ids = [header.ancestor, *(sealed.id for sealed in rounds)]
         for place in range(len(ids) - 1, -1, -1):
             # From the last state of ours that it goes through; what is before that we have.
@@ -208,8 +205,7 @@ class CatchingUp:
         if snapshot is not None:
             data = await asyncio.to_thread(snapshot.read)
             base = self._snapshot_chain(data)
-            if not all(self._admits(member.peer_id) for member in base.now + base.following):
-                raise CallError("its snapshot has members that are not on the run's list")
+            await asyncio.to_thread(_check_access, base, self._beginning)
         rounds, state, marks = await self._to_tip(donor, base, header.tip.round, encoded)
         if snapshot is not None and downloaded and not self._root_is_sealed(snapshot, rounds):
             snapshot.path.unlink(missing_ok=True)
@@ -275,7 +271,7 @@ class CatchingUp:
         marks = deque([Mark.of(base)], maxlen=PAST_MAX)
         state, size = base, 0
         while encoded:
-            batch = await asyncio.to_thread(_decode, encoded, self._admits)
+            batch = await asyncio.to_thread(_decode, encoded)
             for sealed, after in zip(batch, await asyncio.to_thread(_check, state, batch, self._codec), strict=True):
                 state = after
                 marks.append(Mark.of(state, sealed.seal, marks[-1]))
@@ -290,9 +286,9 @@ class CatchingUp:
         return tuple(rounds), state, tuple(marks)
 
 
-def _decode(encoded: list[bytes], admits: chain.Admits) -> tuple[SealedRound, ...]:
+def _decode(encoded: list[bytes]) -> tuple[SealedRound, ...]:
     """Raises SealedRoundError."""
-    return tuple(decode_sealed(one, verify, admits) for one in encoded)
+    return tuple(decode_sealed(one, verify) for one in encoded)
 
 
 def _check(state: ChainState, rounds: tuple[SealedRound, ...], codec: Codec) -> list[ChainState]:
@@ -302,6 +298,14 @@ def _check(state: ChainState, rounds: tuple[SealedRound, ...], codec: Codec) -> 
         state = check_continues(state, sealed, codec)
         states.append(state)
     return states
+
+
+def _check_access(state: ChainState, beginning: ChainState) -> None:
+    """Check whom a snapshot's state has let in, by the statements in it alone. Raises CallError."""
+    if not state.access.continues(beginning.access, state.run_id):
+        raise CallError("its snapshot has let in or shut out peers without a word of whom it takes")
+    if not all(state.access.knows(member.peer_id) for member in state.now + state.following):
+        raise CallError("its snapshot has members that the run was never for")
 
 
 def _chain_at(path: Path, snapshot_chain: Callable[[bytes], ChainState]) -> ChainState:

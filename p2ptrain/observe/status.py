@@ -28,6 +28,8 @@ class Standing:
     bytes_received_per_round: int = 0
     #: why this peer cannot go on
     failure: str | None = None
+    #: the run's owner has shut this peer out
+    revoked: bool = False
 
 
 @dataclass(slots=True)

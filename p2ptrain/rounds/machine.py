@@ -23,6 +23,7 @@ import msgspec
 
 from p2ptrain import chain
 from p2ptrain.chain import ChainState, Join, RoundShape, Row, Seal, SealError, SignedSeal, forks, relay
+from p2ptrain.chain.admission import AMENDMENTS_MAX, Access, AdmissionError, Grant, Revocation, Statement
 from p2ptrain.chain.forks import Branch, Mark, Past
 from p2ptrain.chain.sealed import Key, Reply, SealedRound
 from p2ptrain.rounds import events
@@ -31,6 +32,8 @@ from p2ptrain.rounds.decisions import Decisions
 
 JOINS_PENDING_MAX = 256
 JOIN_ROUNDS = 3  # and as many more as there are members: rounds after which a join that was not repeated is forgotten
+STATEMENTS_PENDING_MAX = 64
+GRANT_ROUNDS = 64  # after which a grant that no sealer took, as their clocks say that it has expired, is forgotten
 STRANGERS_MAX = 64  # peers outside the group whose tips or seals we remember
 FETCH_TIMEOUT_SECONDS = 20.0
 LOCATOR_IDS = 9  # of the chain behind the head: far enough back for all that is remembered of it
@@ -249,6 +252,8 @@ class _Group:
     joins: dict[bytes, tuple[Row, int]] = field(default_factory=dict)
     #: peer id -> how often it was admitted since a seal last included it; the one admitted last at the end
     admitted: dict[bytes, int] = field(default_factory=dict)
+    #: statement for the chain, which lacks it -> our round when we heard it; at most `STATEMENTS_PENDING_MAX`
+    statements: dict[Statement, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -474,6 +479,8 @@ class RoundMachine:
         oldest = head.round - JOIN_ROUNDS - len(kept.members)
         yield "pending joins are fresh", all(round > oldest for _, round in kept.joins.values())
         yield "remembered admissions are bounded", len(kept.admitted) <= JOINS_PENDING_MAX
+        yield "pending statements are bounded", len(kept.statements) <= STATEMENTS_PENDING_MAX
+        yield "pending statements are not on the chain", not any(map(head.access.has, kept.statements))
         yield "roots are the four newest", len(self._roots.own) <= 4
         yield "votes on roots are of members", self._roots.votes.keys() <= kept.members
 
@@ -514,6 +521,8 @@ class RoundMachine:
             case events.JoinReceived():
                 self._hear(event.peer_id, now)
                 self._on_join(event)
+            case events.StatementHeard():
+                self._on_statements([event.statement])
             case events.RoundsFetched():
                 self._hear(event.donor, now)
                 self._following.fetching.pop(event.donor, None)
@@ -552,6 +561,39 @@ class RoundMachine:
         joins[event.peer_id] = (event.row, self.head.round)
         if len(joins) > JOINS_PENDING_MAX:
             del joins[max(joins, key=lambda peer: hashlib.sha256(self.head.id + peer).digest())]
+
+    def _on_statements(self, heard: Sequence[Statement]) -> None:
+        """Keep statements that the chain lacks, and hand them on; of too many, grants give way to revocations."""
+        pending, exchange = self._group.statements, self._exchanges.current
+        new = [one for one in heard if one not in pending and self.head.access.refusal(one, self.head.run_id) is None]
+        for statement in new:
+            if len(pending) >= STATEMENTS_PENDING_MAX:
+                grants = [one for one in pending if isinstance(one, Grant)]
+                if isinstance(statement, Grant) or not grants:
+                    continue
+                del pending[grants[-1]]
+            pending[statement] = self.head.round
+        if new and exchange is not None:
+            self._hand_on_statements(exchange.shape)
+
+    def _hand_on_statements(self, shape: RoundShape) -> None:
+        """Give those that may seal this round what the chain lacks, again each round until it has it."""
+        statements = self._amendments()
+        for sealer in self._next_sealers(shape) if statements else ():
+            self._effects.append(events.SendStatements(sealer, statements))
+
+    def _amendments(self, *, solo: bool = False) -> tuple[Statement, ...]:
+        """Of the statements that are pending those that count after the head, one after the other."""
+        access, chosen = self.head.access, list[Statement]()
+        for statement in sorted(self._group.statements, key=lambda one: isinstance(one, Grant)):
+            try:
+                amended = access.amended(statement, self.head.run_id)
+            except AdmissionError:
+                continue
+            if len(chosen) < AMENDMENTS_MAX and not (solo and not amended.admits(self.me)):
+                access = amended
+                chosen.append(statement)
+        return tuple(chosen)
 
     def _note_tip(self, tip: events.TipHeard, now: float) -> None:
         self._following.tips.pop(tip.peer_id, None)
@@ -888,6 +930,7 @@ class RoundMachine:
         self, base: ChainState, rounds: Sequence[SealedRound], states: Sequence[tuple[ChainState, RoundShape]]
     ) -> None:
         """Go over to these rounds after `base`, our head or the state before it."""
+        access = self.head.access
         if base is not self.head:
             text = f"fork at round {base.round + 1}: following the chain with total {states[-1][0].total}, not ours"
             self._effects.append(events.Note("fork", text))
@@ -897,10 +940,16 @@ class RoundMachine:
             self._roots.own = {round: root for round, root in self._roots.own.items() if round <= base.round}
         for (state, shape), sealed in zip(states, rounds, strict=True):
             self._adopt(sealed, state, shape)
+        self._keep_lost_statements(access)
+
+    def _keep_lost_statements(self, before: Access) -> None:
+        """What was on the chain that we have left, and is not on this one, is for this one too."""
+        if before is not self.head.access:
+            self._on_statements([one for one in before.amendments if not self.head.access.has(one)])
 
     def _on_synced(self, event: events.Synced, now: float) -> None:
         self._following.resyncing = None
-        self.head = event.state
+        access, self.head = self.head.access, event.state
         self._before = None
         self._returning = False
         self._remember_past(event.past or (Mark.of(event.state),))
@@ -908,6 +957,7 @@ class RoundMachine:
         # They were of the replica that was given up; the trainer tells those of the new one.
         self._roots.own.clear()
         exchange = self._exchanges.current
+        self._keep_lost_statements(access)
         self._begin_round(now)
         if exchange is self._exchanges.current and exchange is not None and exchange.sent_at is None:
             # The same round as before, but the trainer began anew.
@@ -949,6 +999,7 @@ class RoundMachine:
             self._on_contribution(message, now)
         if self.me not in {m.peer_id for m in self.head.following}:
             self._join(shape)
+        self._hand_on_statements(shape)
         if index is not None:
             self._start_training(self._exchanges.current, now)
 
@@ -981,6 +1032,11 @@ class RoundMachine:
         self._group.joins = {
             p: j for p, j in self._group.joins.items() if head.round - j[1] < JOIN_ROUNDS + len(group) and p != self.me
         }
+        self._group.statements = {
+            one: heard
+            for one, heard in self._group.statements.items()
+            if not head.access.has(one) and (isinstance(one, Revocation) or head.round - heard < GRANT_ROUNDS)
+        }
         self._exchanges.sent = {key: shape for key, shape in self._exchanges.sent.items() if key.round >= head.round}
         self._exchanges.missed = {
             of: missed for of, missed in self._exchanges.missed.items() if of[0].round >= head.round
@@ -1002,10 +1058,13 @@ class RoundMachine:
 
     def _join(self, shape: RoundShape) -> None:
         """Ask the peers that may seal this round to admit us, again each round until one does."""
-        for place in shape.sealer_order[:2]:
-            sealer = shape.members[place].peer_id
-            if sealer != self.me:
-                self._effects.append(events.SendJoin(sealer))
+        for sealer in self._next_sealers(shape):
+            self._effects.append(events.SendJoin(sealer))
+
+    def _next_sealers(self, shape: RoundShape) -> list[bytes]:
+        """The peers that may seal this round, without us."""
+        sealers = (shape.members[place].peer_id for place in shape.sealer_order[:2])
+        return [sealer for sealer in sealers if sealer != self.me]
 
     def _adopt(self, sealed: SealedRound, state: ChainState, shape: RoundShape) -> None:
         """Move the head over one sealed round that we hold whole."""
@@ -1052,7 +1111,7 @@ class RoundMachine:
         answered whenever they were admitted, so that neither a flood nor bad luck keeps anybody out for ever."""
         members = state.following if solo else state.following + self.head.following
         listed = {m.peer_id for m in members} | {self.me}
-        asking = [peer for peer in self._group.joins if peer not in listed]
+        asking = [peer for peer in self._group.joins if peer not in listed and state.access.admits(peer)]
         if state.round % 2:
             asking.sort(key=lambda peer: self._group.admitted.get(peer, 0))
         chosen = asking[: chain.room_for_newcomers(state.following)]
@@ -1379,6 +1438,8 @@ class RoundMachine:
     def _solo_when_alone(self, exchange: _Exchange, included: frozenset[int], now: float) -> bool:
         """A solo seal, once no member has been heard for `alone_after` (rule 6)."""
         learning = exchange.index is None and self._following.fetching
+        if not self.head.access.admits(self.me):
+            return False  # the owner has revoked us, or we are a guest that no seal has let in
         if not self.head.round or learning or self._fetches_from_known():
             return False
         members = exchange.shape.members
@@ -1434,6 +1495,7 @@ class RoundMachine:
             rows=tuple(rows[m.peer_id] for m in shape.members),
             joins=(),
             root=self._majority_root(shape),
+            amendments=self._amendments(solo=solo),
         )
         without = chain.extend(self.head, b"", seal, self.rules.chunks)
         seal = msgspec.structs.replace(seal, joins=self._admissible(without, solo=solo))

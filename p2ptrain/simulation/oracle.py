@@ -37,7 +37,7 @@ class Oracle:
 
     def __init__(self, manifest: Manifest, run_id: bytes, codec: Codec, parameters: NDArray[np.float32]) -> None:
         self._manifest, self._codec = manifest, codec
-        beginning = _Node(chain.genesis(run_id, manifest.founder_id), parameters.copy(), {})
+        beginning = _Node(manifest.beginning(run_id), parameters.copy(), {})
         self._nodes: dict[bytes, _Node] = {run_id: beginning}
         #: (peer, round key) -> [chunks, ENTRIES] that left it, and its weight
         self._sent: dict[tuple[bytes, Key], tuple[Rows, int]] = {}

@@ -367,7 +367,12 @@ class World:
                 if effect.kind == "takeover":
                     count["takeovers"] += 1
             case (
-                events.StartRound() | events.StoodIn() | events.SendContribution() | events.Reduce() | events.SendJoin()
+                events.StartRound()
+                | events.StoodIn()
+                | events.SendContribution()
+                | events.Reduce()
+                | events.SendJoin()
+                | events.SendStatements()
             ):
                 pass
             case _:
@@ -558,6 +563,7 @@ def _told(effect: events.Effect) -> str:
             | events.FetchRounds()
             | events.Resync()
             | events.SendJoin()
+            | events.SendStatements()
             | events.Note()
         ):
             return type(effect).__name__
