@@ -173,7 +173,7 @@ def test_a_driver_follows_nobody_off_the_list_and_takes_no_seal_that_names_one(h
         # One who is on the list passes on the seal of one who is not.
         driver.feed.take_relayed(BOB.peer_id, Tip(solo.seal.round, solo.id, solo.seal.total), solo.signed)
         assert driver.machine.head.id == lone.states[-1].id
-        assert not driver.machine._following.waiting
+        assert not driver.machine.fetching.waiting
         header = RoundsHeader(lone.states[-1].id, 1, Tip.of(lone.states[-1]), ())
 
         async def rounds(*arguments: object) -> tuple[RoundsHeader, list[bytes]]:
