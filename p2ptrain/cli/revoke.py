@@ -97,24 +97,29 @@ async def _hand_over(node: SwarmNode, addresses: list[str], revocation: Revocati
     Raises:
         UnreachableError, AccessError: none of them takes it.
     """
-    from p2ptrain.calls.client import amend
-    from p2ptrain.calls.messages import KNOWN_ALREADY, TOO_MANY_CALLS, CallError, RefusedError
+    from p2ptrain.calls.messages import KNOWN_ALREADY, TOO_MANY_CALLS
     from p2ptrain.swarm.addresses import parse_addresses
 
-    taken, sealed, refusal = False, False, ""
-    for peer in list(parse_addresses(addresses))[:PEERS_MAX]:
-        try:
-            await node.connect(peer, addresses)
-            await amend(node, peer, revocation.run_id, (revocation,))
-            taken = True
-        except RefusedError as error:
-            sealed |= str(error) == KNOWN_ALREADY
-            taken |= str(error) == TOO_MANY_CALLS
-            refusal = str(error)
-        except (CallError, P2PTrainError):
-            continue
-    if not taken and not sealed:
-        if refusal:
-            raise AccessError(f"the run's peers do not take the revocation: {refusal}")
+    peers = list(parse_addresses(addresses))[:PEERS_MAX]
+    answers = await asyncio.gather(*(_hand_to(node, peer, addresses, revocation) for peer in peers))
+    said = {answer for answer in answers if answer is not None}
+    if not said:
         raise UnreachableError("no peer of the run answers", hint="name one that does: p2ptrain revoke PEER_ID ADDR")
-    return sealed
+    if not said & {"", KNOWN_ALREADY, TOO_MANY_CALLS}:
+        raise AccessError(f"the run's peers do not take the revocation: {min(said)}")
+    return KNOWN_ALREADY in said
+
+
+async def _hand_to(node: SwarmNode, peer: bytes, addresses: list[str], revocation: Revocation) -> str | None:
+    """Hand it to one peer; returns its refusal or "", and None where it does not answer."""
+    from p2ptrain.calls.client import amend
+    from p2ptrain.calls.messages import CallError, RefusedError
+
+    try:
+        await node.connect(peer, addresses)
+        await amend(node, peer, revocation.run_id, (revocation,))
+    except RefusedError as error:
+        return str(error)
+    except (CallError, P2PTrainError):
+        return None
+    return ""

@@ -11,9 +11,10 @@ from p2ptrain.calls import client
 from p2ptrain.calls.client import Client
 from p2ptrain.calls.messages import KNOWN_ALREADY, CallError, RefusedError, Traffic
 from p2ptrain.calls.news import NewsFeed
-from p2ptrain.chain.admission import Grant
+from p2ptrain.chain.admission import Grant, Revocation
 from p2ptrain.config.manifest import Manifest, open_manifest
 from p2ptrain.errors import AccessError, DataError, ManifestError, RevokedError, RunChoiceError, UnreachableError
+from p2ptrain.peer.admission import shuts_out
 from p2ptrain.swarm.addresses import parse_addresses
 from p2ptrain.swarm.identity import format_peer_id
 from p2ptrain.swarm.node import SwarmNode
@@ -44,8 +45,8 @@ class _Found:
     manifests: dict[bytes, bytes] = field(default_factory=dict)
     #: ids of the runs that refuse us
     closed: set[bytes] = field(default_factory=set)
-    #: of them those whose owner has shut us out
-    revoked: set[bytes] = field(default_factory=set)
+    #: of them those whose owner has shut us out, by what these peers show
+    revoked: dict[bytes, Revocation] = field(default_factory=dict)
     #: run id -> why our invitation is refused
     refusals: dict[bytes, str] = field(default_factory=dict)
 
@@ -72,9 +73,15 @@ async def find_run(
     """
     found, records = await _look_for_runs(node, addresses, grant)
     manifests, closed = found.manifests, found.closed
-    own_id = None if own is None else open_manifest(own)[1]
-    if own is not None and own_id in closed:
-        manifests[own_id] = own
+    own_id = None
+    if own is not None:
+        own_manifest, own_id = open_manifest(own)
+        shown = found.revoked.get(own_id)
+        beginning = own_manifest.beginning(own_id)
+        if own_id not in manifests and shown and shuts_out(shown, node.peer_id, grant, beginning):
+            raise revoked(own_id)
+        if own_id in closed:
+            manifests[own_id] = own
     theirs = {run_id: open_manifest(signed, run_id)[0].name for run_id, signed in manifests.items()}
     asked = parse_addresses(addresses).keys()
     for run_id, listed in records.items():
@@ -86,7 +93,10 @@ async def find_run(
     at_hand = theirs if choice is None else _named(theirs, choice) or _named(everyone, choice)
     if closed and not at_hand:
         refused = min(closed)
-        raise revoked(refused) if refused in found.revoked else not_listed(refused, found.refusals.get(refused))
+        if refused in found.revoked:
+            raise revoked(refused)
+        elsewhere = grant is not None and grant.issued.run_id not in (refused, own_id)
+        raise not_listed(refused, "it is to another run" if elsewhere else found.refusals.get(refused))
     chosen = _choose(at_hand or everyone, choice)
     if chosen in found.revoked and chosen not in manifests:
         raise revoked(chosen)
@@ -141,7 +151,7 @@ async def _ask(node: SwarmNode, addresses: list[str], grant: Grant | None) -> _F
         if welcome.refusal:
             found.closed.add(welcome.run_id)
             if welcome.revocation is not None:
-                found.revoked.add(welcome.run_id)
+                found.revoked[welcome.run_id] = welcome.revocation
             continue
         open_manifest(welcome.manifest, welcome.run_id)
         found.manifests[welcome.run_id] = welcome.manifest
