@@ -44,7 +44,7 @@ from p2ptrain.chain.admission import Grant, Statement
 from p2ptrain.config.manifest import PROTOCOL_VERSION
 from p2ptrain.errors import P2PTrainError
 from p2ptrain.state.pieces import piece_length, pieces_of
-from p2ptrain.swarm.limits import Backoff
+from p2ptrain.swarm.limits import Backoff, loop_time
 from p2ptrain.swarm.node import SwarmNode
 
 SECONDS = 8.0
@@ -81,7 +81,7 @@ class Client:
     run_id: bytes
     handout: Handout = field(default_factory=Handout)
     grant: Grant | None = None
-    _shown: Backoff = field(default_factory=lambda: Backoff(*PRESENT_AGAIN_SECONDS))
+    _shown: Backoff = field(default_factory=lambda: Backoff(*PRESENT_AGAIN_SECONDS, loop_time))
 
     async def amend(self, peer: bytes, statements: tuple[Statement, ...]) -> None:
         """Hand `peer` statements for the chain. Raises RefusedError, CallError."""

@@ -53,7 +53,7 @@ from p2ptrain.chain.sealed import Key, Reply
 from p2ptrain.state.failpoints import failpoint
 from p2ptrain.state.pieces import PieceFile
 from p2ptrain.swarm.identity import format_peer_id
-from p2ptrain.swarm.limits import Allowance
+from p2ptrain.swarm.limits import Allowance, loop_time
 
 CALLS_PER_PEER = 32
 PIECES_A_CALL = 16
@@ -156,8 +156,8 @@ class PeerServicer(ServicerBase):
         self._answering, self._traffic = answering, traffic
         self._calls: Counter[bytes] = Counter()
         self._downloads = Downloads()
-        self._amends = Allowance(AMENDS_PER_SECOND, AMENDS_BURST)
-        self._outsiders_amends = Allowance(OUTSIDERS_AMENDS_PER_SECOND, OUTSIDERS_AMENDS_BURST)
+        self._amends = Allowance(AMENDS_PER_SECOND, AMENDS_BURST, loop_time)
+        self._outsiders_amends = Allowance(OUTSIDERS_AMENDS_PER_SECOND, OUTSIDERS_AMENDS_BURST, loop_time)
 
     async def rpc_hello(self, request: BytesValue, context: P2PContext) -> BytesValue:
         """Which run this peer is in, and its manifest."""
