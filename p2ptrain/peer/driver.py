@@ -22,6 +22,7 @@ from p2ptrain.calls.messages import NAMESPACE, CallError, RefusedError, Tip
 from p2ptrain.calls.news import NewsFeed
 from p2ptrain.calls.servicer import PeerServicer
 from p2ptrain.chain import Member, Seal, SealError
+from p2ptrain.chain.admission import Grant
 from p2ptrain.chain.sealed import Key, SealedRoundError
 from p2ptrain.history.catching_up import CatchingUp
 from p2ptrain.history.remembered import write_company
@@ -325,6 +326,11 @@ class RoundDriver:
             await self._client.amend(effect.sealer, effect.statements)
         except CallError as error:
             _logger.debug("%s takes no statements: %s", format_peer_id(effect.sealer)[-8:], error)
+
+    def hear_grant(self, grant: Grant) -> None:
+        """Somebody's record shows by which grant it is in the run."""
+        if not self.admission.take(grant) and not self.machine.head.access.has(grant):
+            self.dispatch(events.StatementHeard(grant))
 
     def _note_refusal(self, peer: bytes) -> None:
         """A peer takes us for an outsider, although we are none by what we know."""

@@ -301,6 +301,7 @@ class PeerSession:
             device=str(device),
             addresses=addresses,
             secret=run.manifest.records_key,
+            grant=b"" if run.grant is None else msgspec.msgpack.encode(run.grant),
         )
         announcing = self.network.spawn(presence.run())
         self._print_join_line(addresses)

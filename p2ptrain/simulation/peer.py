@@ -416,7 +416,9 @@ class SimPeer:
         """What the records in the DHT do for a peer: it learns of the others."""
         while True:
             self.world.publish(self)
-            for other in self.world.others(self):
+            for other, grant in self.world.others(self):
+                if grant is not None:
+                    self.driver.hear_grant(grant)
                 self.driver.feed.follow(other)
             await asyncio.sleep(RECORD_SECONDS)
 

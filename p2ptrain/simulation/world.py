@@ -372,11 +372,11 @@ class World:
         if peer.dialable:
             self.records[peer.id] = self.loop.time()
 
-    def others(self, peer: SimPeer) -> list[bytes]:
-        """Whose records a peer finds."""
-        now = self.loop.time()
+    def others(self, peer: SimPeer) -> list[tuple[bytes, Grant | None]]:
+        """Whose records a peer finds, and the grants in them."""
+        now, grants = self.loop.time(), {other.id: other.grant for other in self.peers}
         return [
-            other
+            (other, grants.get(other))
             for other, at in self.records.items()
             if other != peer.id
             and now - at < RECORD_FRESH_SECONDS

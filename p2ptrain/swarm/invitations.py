@@ -111,16 +111,26 @@ def subject_of(text: str) -> bytes:
         return read_invitation(text).issued.token
 
 
+def decode_grant(encoded: bytes) -> Grant | None:
+    """Return a grant as records and homes hold it; None for anything else."""
+    try:
+        return _grant_decoder.decode(encoded)
+    except msgspec.MsgspecError:
+        return None
+
+
 def read_grant(home: Home, guest: bytes, run_id: bytes) -> Grant | None:
     """Return the grant by which a home's peer is a guest of a run; None where it is none, or the file is damaged."""
     try:
-        grant = _grant_decoder.decode(home.grant.read_bytes())
+        grant = decode_grant(home.grant.read_bytes())
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.MsgspecError) as error:
+    except OSError as error:
         _logger.warning("%s cannot be read: %s", home.grant, error)
         return None
-    return grant if (grant.guest, grant.issued.run_id) == (guest, run_id) else None
+    if grant is None:
+        _logger.warning("%s is not a grant", home.grant)
+    return grant if grant and (grant.guest, grant.issued.run_id) == (guest, run_id) else None
 
 
 def _token(secret: bytes) -> Identity:

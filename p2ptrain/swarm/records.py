@@ -91,6 +91,8 @@ class PeerRecord(Record, frozen=True, kw_only=True):
     version: Text = ""
     addresses: Annotated[list[Address], Meta(max_length=16)] = []
     """Multiaddrs with /p2p/ID that others may dial; empty when nobody can."""
+    grant: Annotated[bytes, Meta(max_length=1024)] = b""
+    """The encoded grant by which a guest is in the run, for peers whose chain lacks it."""
 
     def last_seen_seconds(self, now: float) -> float:
         """Seconds since it was published, by the reader's clock `now` (Unix seconds); never negative."""
