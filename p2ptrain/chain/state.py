@@ -34,7 +34,7 @@ from p2ptrain.chain.seal import (
 
 ABSENCES_ALLOWED = 3  # consecutive seals without a member before it is no longer one
 NEWCOMER_ABSENCES_ALLOWED = 2  # the same for a member that no seal has included yet
-STRIKES_A_TIME = 2  # for owing something; a turn to seal on which nothing is owed takes one back
+STRIKES_A_TIME = 1  # for owing something; a turn to seal on which nothing is owed takes one back
 STRIKES_BORNE = 2  # what is owed once may have been a moment late
 STRIKES_MAX = 8  # a member struck so often has a turn in one round of 2**6
 PART_CHUNKS_MIN = 1024  # a reducer's range is not cut into smaller parts
