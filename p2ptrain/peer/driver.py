@@ -364,7 +364,7 @@ class RoundDriver:
         machine, donor = self.machine, effect.donor
         try:
             fetched = await self.catching_up.fetch(
-                donor, tuple(effect.locator), machine.head.round, machine.known_state
+                donor, tuple(effect.locator), machine.head.round, machine.known_state, machine.forks.past.between
             )
         except (CallError, SealedRoundError) as error:
             _logger.debug("no rounds from %s: %s", format_peer_id(donor)[-8:], error)

@@ -42,7 +42,7 @@ class _Group:
     """Whom we train with.
 
     The members are those of the round under way and of the one after it, as the head says. Signs of life and goodbyes
-    are kept for members alone, and no sign of life of our own, nor of those whom a fork keeps apart from us.
+    are kept for members alone, and no sign of life of our own.
     """
 
     members: frozenset[bytes] = frozenset()
@@ -50,8 +50,6 @@ class _Group:
     heard: dict[bytes, float] = field(default_factory=dict)
     #: members that said goodbye and were not heard since
     left: set[bytes] = field(default_factory=set)
-    #: members whose branch was refused and who have not said since that they stand on ours: theirs is no sign of life
-    apart: set[bytes] = field(default_factory=set)
 
 
 @dataclass(slots=True)
@@ -210,7 +208,7 @@ class RoundMachine:
             *self.statements.invariants(self.head),
             ("the group is what the head says", self.group.members == _members_of(self.head)),
             ("signs of life are of other members", self.group.heard.keys() <= self.group.members - {self.me}),
-            ("goodbyes and refusals are of members", self.group.left | self.group.apart <= self.group.members),
+            ("goodbyes are of members", self.group.left <= self.group.members),
             ("roots are the four newest", len(self.roots.own) <= 4),
             ("votes on roots are of members", self.roots.votes.keys() <= self.group.members),
         ]:
@@ -233,7 +231,6 @@ class RoundMachine:
             case events.ContributionReady():
                 self._on_ready(event, now)
             case events.ContributionReceived():
-                self.group.apart.discard(event.peer_id)
                 self._hear(event.peer_id, now)
                 self._on_contribution(event, now)
             case events.CameLate():
@@ -245,8 +242,6 @@ class RoundMachine:
                 self._hear(event.source, now)
                 self._on_seal(event, now)
             case events.TipHeard():
-                if event.id in self.forks.past:
-                    self.group.apart.discard(event.peer_id)
                 self._hear(event.peer_id, now)
                 self._note_tip(event, now)
             case events.PeerLeft():
@@ -288,7 +283,7 @@ class RoundMachine:
     # ---- events -----------------------------------------------------------------------------------------------
 
     def _hear(self, peer_id: bytes, now: float) -> None:
-        if peer_id != self.me and peer_id in self.group.members - self.group.apart:
+        if peer_id != self.me and peer_id in self.group.members:
             self.group.heard[peer_id] = now
             self.group.left.discard(peer_id)
 
@@ -436,8 +431,6 @@ class RoundMachine:
         return judgement.follow
 
     def _refuse(self, donor: bytes, end: Mark, why: str) -> None:
-        if donor in self.group.members:
-            self.group.apart.add(donor)
         self.fetching.refused = RefusedBranch(donor, end.round, end.total, why)
         if donor not in self.fetching.shunned:  # else it was said lately
             text = f"refused a branch up to round {end.round} with total {end.total}: {why}"
@@ -626,7 +619,6 @@ class RoundMachine:
         self.group.members = group
         self.group.heard = {p: at for p, at in self.group.heard.items() if p in group}
         self.group.left &= group
-        self.group.apart &= group
         self.roots.votes = {p: vote for p, vote in self.roots.votes.items() if p in group}
         self.fetching.waiting = {s: w for s, w in self.fetching.waiting.items() if w.heard.seal.parent == head.id}
         self.admissions.forget_stale(head.round, len(group))
