@@ -62,6 +62,8 @@ class RoundRules:
     root_interval: int
     last_round: int
     """The run ends with it; 0: never."""
+    weight_cap_ratio: float
+    """Of a member's throughput this many times the median counts."""
 
 
 class _Missed(NamedTuple):
@@ -998,7 +1000,8 @@ class RoundMachine:
 
     def _computing_seconds(self, exchange: _Exchange) -> float:
         rules = self.rules
-        return chain.length_seconds(exchange.shape, rules.target_batch, rules.min_seconds, rules.max_seconds)
+        bounds = rules.min_seconds, rules.max_seconds
+        return chain.length_seconds(exchange.shape, rules.target_batch, *bounds, rules.weight_cap_ratio)
 
     def _join(self, shape: RoundShape) -> None:
         """Ask the peers that may seal this round to admit us, again each round until one does."""
