@@ -130,9 +130,9 @@ def genesis(run_id: bytes, founder: bytes = b"") -> ChainState:
 def counted_uplinks(reducers: Sequence[Member]) -> list[int]:
     """As much of each reducer's uplink as counts, in eighths of kbit/s.
 
-    An uplink counts up to the middle one, of an even number the smaller. Each `SERVED_DOUBLES` rounds in which its owner
-    has served double that limit, and it grows linearly in between. So who claims much gets much once it has been seen to
-    carry half as much.
+    An uplink counts up to the middle one, of an even number the smaller of the middle two. Each `SERVED_DOUBLES` rounds
+    in which its owner has served double that limit, and it grows linearly in between. So who claims much gets much once
+    it has been seen to carry half as much.
     """
     if not reducers:
         return []
@@ -217,9 +217,9 @@ def _shape(number: int, base: bytes, members: tuple[Member, ...], chunks: int) -
 def counted_throughput(members: Sequence[Member], cap_ratio: float) -> float:
     """Sequences in 1000 s that a group computes, as far as its members' claims count.
 
-    A claim counts up to `cap_ratio` times the median, as a weight does in a sum (`compression/reduce.py`): what a member
-    computes beyond that would make rounds shorter, and no sum better. Who claims nothing, or has done nothing yet, is
-    left out of the median as well.
+    A claim counts up to `cap_ratio` times the median, as a weight does in a sum (`compression/reduce.py`): what a
+    member computes beyond that would make rounds shorter, and no sum better. Who claims nothing, or has done nothing
+    yet, is left out of the median as well.
     """
     claims = [m.row.sequences_per_kilosecond for m in members if not m.is_newcomer and m.row.sequences_per_kilosecond]
     cap = cap_ratio * statistics.median(claims) if claims else 0.0

@@ -368,9 +368,7 @@ class World:
                     count["takeovers"] += 1
             case events.StartRound():
                 self.oracle.check_length(effect.shape, effect.length_seconds)
-            case (
-                events.StoodIn() | events.SendContribution() | events.Reduce() | events.SendJoin()
-            ):
+            case events.StoodIn() | events.SendContribution() | events.Reduce() | events.SendJoin():
                 pass
             case _:
                 assert_never(effect)

@@ -97,7 +97,7 @@ def test_no_uplink_counts_for_more_than_its_owner_has_served_for(members: list[M
 
 
 @given(reducers, st.randoms(use_true_random=False))
-def test_what_counts_of_an_uplink_does_not_depend_on_the_order_of_members(members: list[Member], chance: object) -> None:
+def test_what_counts_of_an_uplink_does_not_depend_on_the_order(members: list[Member], chance: object) -> None:
     shuffled = list(members)
     chance.shuffle(shuffled)  # type: ignore[attr-defined]
     counted = dict(zip(map(id, members), chain.counted_uplinks(members), strict=True))
@@ -123,7 +123,9 @@ def test_a_boast_raises_nobody_above_the_share_of_who_has_the_middle_line(member
     boast = member(99, uplink=UPLINK_MAX_KBIT)
     *_, counted = chain.counted_uplinks([*honest, boast])
     uplinks = sorted(m.row.uplink_kbit for m in [*honest, boast])
-    assert Fraction(counted, 8) == uplinks[(len(uplinks) - 1) // 2], "a newcomer to reducing gets the middle one's share"
+    assert Fraction(counted, 8) == uplinks[(len(uplinks) - 1) // 2], (
+        "who has not served yet gets the middle one's share"
+    )
 
 
 def test_a_lone_fast_server_among_dsl_lines_gets_its_share_after_some_tens_of_rounds() -> None:
