@@ -126,6 +126,7 @@ class Presence:
             device=self._device,
             version=__version__,
             addresses=self._addresses[:8],
+            refused=self._driver.standing.refused,
         )
         await self._node.publish_peer(record, self._secret)
 

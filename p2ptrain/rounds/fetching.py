@@ -56,6 +56,8 @@ class RefusedBranch:
     round: int
     total: int
     why: str
+    #: monotonic seconds
+    at: float
 
 
 @dataclass(slots=True)

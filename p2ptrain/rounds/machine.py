@@ -404,7 +404,7 @@ class RoundMachine:
             common, theirs, now, heard=self.group.heard, expected_from=self._seal_expected_from, turn=self._turn
         )
         if not judgement.follow and donor is not None:
-            self._refuse(donor, theirs[-1], judgement.why)
+            self._refuse(donor, theirs[-1], judgement.why, now)
         return judgement.follow
 
     def _follows_from_afar(self, end: Mark, theirs: Collection[bytes] | None, donor: bytes, now: float) -> bool:
@@ -412,11 +412,11 @@ class RoundMachine:
         member = self.me in self.group.members
         judgement = self.forks.follows_from_afar(end, theirs, donor, now, is_member=member)
         if not judgement.follow:
-            self._refuse(donor, end, judgement.why)
+            self._refuse(donor, end, judgement.why, now)
         return judgement.follow
 
-    def _refuse(self, donor: bytes, end: Mark, why: str) -> None:
-        self.fetching.refused = RefusedBranch(donor, end.round, end.total, why)
+    def _refuse(self, donor: bytes, end: Mark, why: str, now: float) -> None:
+        self.fetching.refused = RefusedBranch(donor, end.round, end.total, why, now)
         if donor not in self.fetching.shunned:  # else it was said lately
             text = f"refused a branch up to round {end.round} with total {end.total}: {why}"
             self._effects.append(events.Note("refused", text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -111,7 +112,7 @@ def partition_from_unsealed_members(patch: Patch) -> None:
             return shape
         new = tuple(chain.Member(peer, row, 0, True) for peer, (row, _) in sorted(joins.items()))
         members = shape.members + tuple(m for m in new if shape.index(m.peer_id) is None)
-        return chain._shape(shape.round, shape.base, members, chunks)
+        return chain.state._shape(shape.round, shape.base, members, chunks)
 
     start = SimPeer.start
 
@@ -136,7 +137,9 @@ def undo_consumption_but_not_returns(patch: Patch) -> None:
 
 def shape_the_round_from_the_seal_before(patch: Patch) -> None:
     patch.setattr(
-        chain, "shape_of", lambda state, chunks: chain._shape(state.round + 1, state.parent, state.following, chunks)
+        chain,
+        "shape_of",
+        lambda state, chunks: chain.state._shape(state.round + 1, state.parent, state.following, chunks),
     )
 
 
@@ -244,6 +247,7 @@ def test_a_deliberate_bug_is_caught(mutation: Callable[[Patch], None], monkeypat
     histories = (simulate(dataclasses.replace(scenario(seed, faults), chunks=chunks)) for seed in seeds)
     caught = next((report for report in histories if report.violations), None)
     assert caught is not None
+    assert not re.search("(Attribute|Type|Name)Error", caught.violations[0]), "the bug itself is broken"
     print(f"{mutation.__name__}: seed {caught.seed}: {caught.violations[0][:200]}")
 
 
