@@ -62,6 +62,9 @@ class _Roots:
     own: dict[int, bytes] = field(default_factory=dict)
     #: peer id -> the round and the root that it said with its last message, for the seal
     votes: dict[bytes, tuple[int, bytes]] = field(default_factory=dict)
+    #: the newest round whose root was sealed, and each such root with the sealers that named it
+    sealed_round: int = 0
+    sealers: dict[bytes, set[bytes]] = field(default_factory=dict)
 
 
 class RoundMachine:
@@ -654,15 +657,32 @@ class RoundMachine:
                 self._deadlines.head_start.observe(exchange.index in included)
 
     def _check_root(self, seal: Seal) -> None:
-        """Resync and say so when our root differs from the sealed one (rule 10)."""
+        """Resync and say so when our root differs from the sealed one, and more vouch for that one (rule 10).
+
+        A seal says one root, and its sealer may have made it up: it is worth as much as a member's word.
+        """
         interval = self.rules.root_interval
         at = chain.root_round(seal.round, interval)
-        if not seal.root or self.roots.own.get(at, seal.root) == seal.root:
+        if not seal.root:
             return
-        holders = sorted(p for p, vote in self.roots.votes.items() if vote == (at, seal.root) and p != self.me)
-        donor = next(iter(holders), seal.sealer)
-        if donor != self.me:
-            self._want_snapshot(donor, "our replica differs from the sealed root")
+        if self.roots.sealed_round != at:
+            self.roots.sealed_round, self.roots.sealers = at, {}
+        self.roots.sealers.setdefault(seal.root, set()).add(seal.sealer)
+        own = self.roots.own.get(at, seal.root)
+        if own == seal.root:
+            return
+        theirs = sorted(self._vouching(at, seal.root) - {self.me})
+        ours = self._vouching(at, own) | {self.me}
+        # At a tie, once all members have had a turn to seal another root.
+        all_sealed = seal.round - at - 2 >= min(len(self.head.now), interval - 1)
+        if theirs and (len(theirs) > len(ours) or (len(theirs) == len(ours) and all_sealed)):
+            holders = [peer for peer in theirs if self.roots.votes.get(peer) == (at, seal.root)]
+            self._want_snapshot((holders or theirs)[0], "our replica differs from the sealed root")
+
+    def _vouching(self, at: int, root: bytes) -> set[bytes]:
+        """Peers that sent us this root of this round with a contribution, or named it in a seal."""
+        voted = {peer for peer, vote in self.roots.votes.items() if vote == (at, root)}
+        return voted | self.roots.sealers.get(root, set())
 
     # ---- what time and state make due -------------------------------------------------------------------------
 
