@@ -126,6 +126,9 @@ class AnsweringPeer(Protocol):
     async def frozen_reply(self, key: Key, part: int) -> Reply | None:
         """Return the reply of a part reduced here, once it is frozen; None when the round ended without."""
 
+    def parted_at(self, locator: tuple[bytes, ...]) -> bytes:
+        """Return the first of these ids that our chain went through, or nothing."""
+
     def hear_tip(self, peer: bytes, tip: Tip) -> None:
         """Hear where a peer stands."""
 
@@ -266,7 +269,8 @@ class PeerServicer(ServicerBase):
         if refusal is not None:
             return
         ancestor, rounds, snapshots = await self._answering.catching_up.offer_rounds(wanted.locator)
-        yield self._traffic.message(RoundsHeader(ancestor, len(rounds), self._answering.tip, snapshots))
+        parted_at = b"" if ancestor else self._answering.parted_at(wanted.locator)
+        yield self._traffic.message(RoundsHeader(ancestor, len(rounds), self._answering.tip, snapshots, parted_at))
         for encoded in rounds:
             for frame in self._traffic.blob(encoded):
                 yield frame

@@ -38,7 +38,7 @@ from p2ptrain.chain.seal import (
 
 ABSENCES_ALLOWED = 3  # consecutive seals without a member before it is no longer one
 NEWCOMER_ABSENCES_ALLOWED = 2  # the same for a member that no seal has included yet
-STRIKES_A_TIME = 2  # for owing something; a turn to seal on which nothing is owed takes one back
+STRIKES_A_TIME = 1  # for owing something; a turn to seal on which nothing is owed takes one back
 STRIKES_BORNE = 2  # what is owed once may have been a moment late
 STRIKES_MAX = 8  # a member struck so often has a turn in one round of 2**6
 SERVED_MAX = 64  # an uplink counts up to 2**8 times the middle one then
@@ -58,7 +58,7 @@ class Member(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     included: bool
     """Whether the last seal included it."""
     strikes: Annotated[int, Meta(ge=0, le=STRIKES_MAX)] = 0
-    """Two for each round in which it owed replies or a seal, less one for each turn to seal without owing anything."""
+    """One for each round in which it owed replies or a seal, less one for each turn to seal without owing anything."""
     served: Annotated[int, Meta(ge=0, le=SERVED_MAX)] = 0
     """Rounds in which it reduced and another member sealed all of its replies; halved each time that it is struck."""
 

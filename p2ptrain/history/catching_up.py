@@ -165,7 +165,7 @@ class CatchingUp:
         if not header.ancestor or (newer and our_round == 0 and self._is_far(header.tip, our_round)):
             # For a newcomer a snapshot is less to fetch and to compute than all the rounds. Who has sent something
             # needs the rounds: they say what became of it.
-            return RoundsFetched(donor, None, ())
+            return RoundsFetched(donor, None, (), parted_at=header.parted_at)
         rounds = await asyncio.to_thread(_decode, encoded, self._admits)
         ids = [header.ancestor, *(sealed.id for sealed in rounds)]
         for place in range(len(ids) - 1, -1, -1):

