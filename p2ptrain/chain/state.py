@@ -60,7 +60,8 @@ class Member(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     strikes: Annotated[int, Meta(ge=0, le=STRIKES_MAX)] = 0
     """One for each round in which it owed replies or a seal, less one for each turn to seal without owing anything."""
     served: Annotated[int, Meta(ge=0, le=SERVED_MAX)] = 0
-    """Rounds in which it reduced and another member sealed all of its replies; halved each time that it is struck."""
+    """Rounds in which it reduced and another member sealed all of its replies; half of them, or less, after each strike
+    for a reply."""
 
     @property
     def dialable(self) -> bool:
@@ -287,12 +288,15 @@ def extend(state: ChainState, identifier: bytes, seal: Seal, chunks: int) -> Cha
         owing = {m.peer_id for m in reducers if not m.included and m.peer_id != seal.sealer}
         missed = rows.keys() - present if included else owing
         struck, forgiven = _struck_and_forgiven(shape, seal)
-        serving = _serving(shape, seal)
+        serving, failing = _serving_and_failing(shape, seal)
         listed_on, remaining = [], []
         for m in state.following:
             absent = 0 if m.peer_id in present else m.absent + (m.peer_id in missed)
             strikes = m.strikes + STRIKES_A_TIME * (m.peer_id in struck) - (m.peer_id in forgiven)
-            served = m.served // 2 if m.peer_id in struck else m.served + (m.peer_id in serving)
+            served = m.served + (m.peer_id in serving)
+            if m.peer_id in struck & failing:
+                # So that no more than half of its uplink counts that did before.
+                served = min(m.served // 2, max(m.served - SERVED_DOUBLES, 0))
             after = Member(
                 m.peer_id,
                 rows.get(m.peer_id, m.row),
@@ -341,11 +345,15 @@ def _struck_and_forgiven(shape: RoundShape, seal: Seal) -> tuple[set[bytes], set
     return {shape.members[i].peer_id for i in owing}, {shape.members[i].peer_id for i in forgiven}
 
 
-def _serving(shape: RoundShape, seal: Seal) -> set[bytes]:
-    """Reducers with all of whose replies the round was sealed, but for the sealer: it has its own in any case."""
+def _serving_and_failing(shape: RoundShape, seal: Seal) -> tuple[set[bytes], set[bytes]]:
+    """Reducers with all of whose replies the round was sealed, but for the sealer, and those that owe some.
+
+    The sealer has its own replies in any case, whether or not its line carries them to others.
+    """
     reducers = {part.reducer for part in shape.parts}
     owing = {part.reducer for part, digest in zip(shape.parts, seal.parts, strict=True) if not digest}
-    return {shape.members[i].peer_id for i in reducers - owing} - {seal.sealer}
+    serving, failing = ({shape.members[i].peer_id for i in some} for some in (reducers - owing, owing))
+    return serving - {seal.sealer}, failing
 
 
 def root_round(round: int, interval: int) -> int:

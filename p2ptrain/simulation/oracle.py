@@ -32,7 +32,7 @@ class _Node:
     parameters: NDArray[np.float32]
     #: peer id -> [chunks, ENTRIES] consumed of its contributions on the way here
     consumed: dict[bytes, Rows]
-    #: member -> rounds in which another sealed all of its replies, halved when it was struck
+    #: member -> rounds in which another sealed all of its replies, halved when it was struck for one
     served: dict[bytes, int]
 
 
@@ -165,9 +165,9 @@ class Oracle:
         owes = {peer for peer, all_there in replied.items() if not all_there} | ({first} - {sealed.seal.sealer})
         struck = owes if len(owes) <= len(shape.awaited) / 2 else set()
         served = dict(parent.served)
-        for peer in replied.keys() | struck:
-            if peer in struck:
-                served[peer] = served.get(peer, 0) // 2
+        for peer in replied:
+            if peer in struck and not replied[peer]:
+                served[peer] = max(0, min(served.get(peer, 0) // 2, served.get(peer, 0) - 8))
             elif replied[peer] and peer != sealed.seal.sealer:
                 served[peer] = min(served.get(peer, 0) + 1, 64)
         # A member that comes back begins anew.

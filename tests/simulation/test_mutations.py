@@ -160,19 +160,19 @@ def uncapped_throughput(patch: Patch) -> None:
 
 
 def serve_by_the_own_seal(patch: Patch) -> None:
-    serving = chain.state._serving
+    judge = chain.state._serving_and_failing
 
-    def boastful(shape: chain.RoundShape, seal: chain.Seal) -> set[bytes]:
-        return serving(shape, msgspec.structs.replace(seal, sealer=b""))
+    def boastful(shape: chain.RoundShape, seal: chain.Seal) -> tuple[set[bytes], set[bytes]]:
+        return judge(shape, msgspec.structs.replace(seal, sealer=b""))
 
-    patch.setattr(chain.state, "_serving", boastful)
+    patch.setattr(chain.state, "_serving_and_failing", boastful)
 
 
 def serve_without_every_reply(patch: Patch) -> None:
-    def lenient(shape: chain.RoundShape, seal: chain.Seal) -> set[bytes]:
-        return {shape.members[part.reducer].peer_id for part in shape.parts} - {seal.sealer}
+    def lenient(shape: chain.RoundShape, seal: chain.Seal) -> tuple[set[bytes], set[bytes]]:
+        return {shape.members[part.reducer].peer_id for part in shape.parts} - {seal.sealer}, set()
 
-    patch.setattr(chain.state, "_serving", lenient)
+    patch.setattr(chain.state, "_serving_and_failing", lenient)
 
 
 def send_before_the_own_log_knows(patch: Patch) -> None:

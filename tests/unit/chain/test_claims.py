@@ -156,18 +156,18 @@ def test_a_lone_member_earns_nothing() -> None:
     assert served_by(state, 0) == 0
 
 
-def test_each_strike_halves_what_a_member_has_served_and_rounds_served_are_bounded() -> None:
+def test_each_strike_for_a_reply_halves_what_a_member_has_served_and_rounds_served_are_bounded() -> None:
     state = state_of(*(member(n, served=SERVED_MAX - 1) for n in range(4)))
     for _ in range(4):
         state = seal_on(state)
     assert {m.served for m in state.following} == {SERVED_MAX}
     assert served_by(seal_on(state, without=(2,)), 2) == SERVED_MAX // 2
-    # Place 0 owes a seal: a strike as well.
+    # Place 0 owes a seal: a strike as well, which says nothing of its line.
     shape = chain.shape_of(state, CHUNKS)
     first, second = (shape.members[i].peer_id for i in shape.sealer_order[:2])
     number = next(n for n in range(4) if peer_id(n) == second)
     after = seal_on(state, sealer=number)
-    assert next(m.served for m in after.following if m.peer_id == first) == SERVED_MAX // 2
+    assert next(m.served for m in after.following if m.peer_id == first) == SERVED_MAX
 
 
 def test_who_comes_back_begins_anew() -> None:
@@ -218,7 +218,7 @@ def test_who_claims_a_hundred_times_its_line_is_struck_and_costs_few_parts() -> 
     played = Boaster().play(400)
     skipped = [chunks for chunks, _ in played if chunks > 2 * CHUNKS / 6]
     assert max(strikes for _, strikes in played) > 0
-    assert len(skipped) < len(played) / 8, "rounds in which its parts are lost"
+    assert len(skipped) < len(played) / 7, "rounds in which its parts are lost"
     assert max(skipped) < CHUNKS / 2, "and how many those are"
 
 
