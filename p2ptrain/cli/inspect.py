@@ -172,3 +172,9 @@ def _show(seen: Inspection, format: str, watch: bool) -> None:
             )
         )
     console.print(table)
+    for peer in shown["peers"]:
+        refused = peer["refused_branch"]
+        if refused is not None:
+            branch = f"a branch up to round {refused['round']} (total {refused['total']}) that {refused['donor']} has"
+            told = f"{peer['name']} refused {branch}, {refused['age_seconds']:.0f} s ago: {refused['why']}"
+            console.print(Text(printable(told)))

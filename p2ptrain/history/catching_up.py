@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -251,8 +251,13 @@ class CatchingUp:
             self.note_root(sealed)
 
     def _root_is_sealed(self, snapshot: SnapshotFile, rounds: tuple[SealedRound, ...]) -> bool:
-        """Whether one of the rounds after a snapshot names its root."""
-        return any(s.seal.root == snapshot.root for s in rounds if self._root_round(s) == snapshot.round)
+        """Whether the rounds after a snapshot name its root, by more sealers than any other root for its round."""
+        sealers = defaultdict[bytes, set[bytes]](set)
+        for sealed in rounds:
+            if sealed.seal.root and self._root_round(sealed) == snapshot.round:
+                sealers[sealed.seal.root].add(sealed.seal.sealer)
+        ours = sealers.pop(snapshot.root, set())
+        return len(ours) > max(map(len, sealers.values()), default=0)
 
     def _is_far(self, tip: Tip, round: int) -> bool:
         return tip.round - round > 2 * self._root_interval

@@ -192,4 +192,5 @@ def rules_of(manifest: Manifest, chunks: int) -> RoundRules:
         alone_after_seconds=config.alone_after_seconds,
         root_interval=config.root_interval,
         last_round=manifest.last_round,
+        weight_cap_ratio=config.weight_cap_ratio,
     )

@@ -39,6 +39,7 @@ from p2ptrain.state.own_log import OwnEntry
 from p2ptrain.state.pieces import Partials
 from p2ptrain.state.tensors import TensorFileError
 from p2ptrain.swarm.identity import format_peer_id
+from p2ptrain.swarm.records import ID_END, REASON_MAX, RefusedRecord
 from p2ptrain.swarm.tasks import cancel_and_wait, failure_logged
 
 LOOK_SECONDS = 0.1
@@ -148,7 +149,20 @@ class RoundDriver:
             bytes_sent_per_round=sent,
             bytes_received_per_round=received,
             revoked=self.revoked,
+            refused=self._refused_branch(),
             failure=None if self.failure is None else self.failure.strerror or str(self.failure),
+        )
+
+    def _refused_branch(self) -> RefusedRecord | None:
+        refused = self.machine.refused_branch
+        if refused is None:
+            return None
+        return RefusedRecord(
+            round=refused.round,
+            total=refused.total,
+            donor=format_peer_id(refused.donor)[-ID_END:],
+            why=refused.why[:REASON_MAX],
+            age_seconds=max(0, int(self._now() - refused.at)),
         )
 
     async def others_reach(self, round: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from p2ptrain.calls import client
@@ -13,8 +13,10 @@ from p2ptrain.calls.messages import KNOWN_ALREADY, CallError, RefusedError, Traf
 from p2ptrain.calls.news import NewsFeed
 from p2ptrain.chain.admission import Grant, Revocation
 from p2ptrain.config.manifest import Manifest, open_manifest
+from p2ptrain.data.corpus import unpack
 from p2ptrain.errors import AccessError, DataError, ManifestError, RevokedError, RunChoiceError, UnreachableError
 from p2ptrain.peer.admission import shuts_out
+from p2ptrain.peer.corpus_download import CorpusDownload
 from p2ptrain.swarm.addresses import parse_addresses
 from p2ptrain.swarm.identity import format_peer_id
 from p2ptrain.swarm.node import SwarmNode
@@ -136,8 +138,13 @@ async def _look_for_runs(
 
 
 async def _ask(node: SwarmNode, addresses: list[str], grant: Grant | None) -> _Found:
-    """Say hello to the peers at `addresses`; show our grant to those whose run it is for, if they refuse us."""
+    """Say hello to the peers at `addresses`; show our grant to those whose run it is for, if they refuse us.
+
+    Raises:
+        ManifestError: what one hands out is none, and no other is in a run.
+    """
     found = _Found()
+    malformed: ManifestError | None = None
     for peer in parse_addresses(addresses, own_peer_id=node.peer_id):
         try:
             await node.connect(peer, addresses)
@@ -153,8 +160,15 @@ async def _ask(node: SwarmNode, addresses: list[str], grant: Grant | None) -> _F
             if welcome.revocation is not None:
                 found.revoked[welcome.run_id] = welcome.revocation
             continue
-        open_manifest(welcome.manifest, welcome.run_id)
-        found.manifests[welcome.run_id] = welcome.manifest
+        try:
+            open_manifest(welcome.manifest, welcome.run_id)
+        except ManifestError as error:
+            _logger.warning("%s hands out no manifest that we can read: %s", format_peer_id(peer)[-8:], error)
+            malformed = error
+        else:
+            found.manifests[welcome.run_id] = welcome.manifest
+    if malformed is not None and not found.manifests and not found.closed:
+        raise malformed
     return found
 
 
@@ -219,23 +233,35 @@ def _named(names: dict[bytes, str], choice: str) -> dict[bytes, str]:
 
 
 async def fetch_corpus(
-    node: SwarmNode, run_id: bytes, manifest: Manifest, progress: Callable[[str, int, int], None]
+    node: SwarmNode,
+    run_id: bytes,
+    manifest: Manifest,
+    introducers: Collection[bytes],
+    progress: Callable[[str, int, int], None],
 ) -> bytes:
-    """The packed corpus from any peer of the run that hands it out. Raises DataError."""
+    """The packed corpus from any peer of the run that hands it out, of those that `introducers` names first.
+
+    Raises:
+        DataError: nobody has it.
+    """
     config = manifest.data
-    calls = Client(node, Traffic(), run_id)
-    limit = config.bytes + config.heldout_bytes + PACKING_SLACK_BYTES
+    download = CorpusDownload(
+        Client(node, Traffic(), run_id),
+        node.connect,
+        config.bytes + config.heldout_bytes + PACKING_SLACK_BYTES,
+        lambda packed: unpack(packed, config),
+        lambda done, total: progress("data", done, total),
+    )
     for attempt in range(ATTEMPTS):
         if attempt:
             # A stream that breaks once is no reason to send a user away.
             await asyncio.sleep(RETRY_SECONDS)
-        peers = [peer for peer in await node.read_peers(run_id, manifest.records_key) if peer != node.peer_id]
-        for peer in peers:
-            try:
-                await node.connect(peer)
-                return await calls.data(peer, limit, lambda done, total: progress("data", done, total))
-            except (CallError, UnreachableError) as error:
-                _logger.info("no data from %s: %s", format_peer_id(peer)[-8:], error)
+        # Anyone may publish records, of any number of peers; a person has given the addresses of the first.
+        found = await node.read_peers(run_id, manifest.records_key)
+        peers = [peer for peer in dict.fromkeys((*introducers, *found)) if peer != node.peer_id]
+        packed = await download.run(peers)
+        if packed is not None:
+            return packed
     raise DataError(
         f"none of {len(peers)} peers hands out the run's text ({config.name})",
         hint="get the text elsewhere and join with --data PATH, or try again later",

@@ -131,6 +131,7 @@ class Presence:
             version=__version__,
             addresses=self._addresses[:8],
             grant=self._grant,
+            refused=self._driver.standing.refused,
         )
         await self._node.publish_peer(record, self._secret)
 

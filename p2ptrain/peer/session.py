@@ -256,7 +256,7 @@ class PeerSession:
         """The run's text: from here, from `data`, or from the swarm by its hash. Raises DataError."""
 
         def from_swarm() -> bytes:
-            fetching = joining.fetch_corpus(self.node, run.run_id, run.manifest, self.display.transfer)
+            fetching = joining.fetch_corpus(self.node, run.run_id, run.manifest, run.introducers, self.display.transfer)
             return self.network.run(fetching, CORPUS_SECONDS)
 
         return obtain_corpus(self.home, run.manifest.data, data, from_swarm)

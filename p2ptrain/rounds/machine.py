@@ -63,6 +63,9 @@ class _Roots:
     own: dict[int, bytes] = field(default_factory=dict)
     #: peer id -> the round and the root that it said with its last message, for the seal
     votes: dict[bytes, tuple[int, bytes]] = field(default_factory=dict)
+    #: the newest round whose root was sealed, and each such root with the sealers that named it
+    sealed_round: int = 0
+    sealers: dict[bytes, set[bytes]] = field(default_factory=dict)
 
 
 class RoundMachine:
@@ -419,7 +422,7 @@ class RoundMachine:
             turn=self._turn,
         )
         if not judgement.follow and donor is not None:
-            self._refuse(donor, theirs[-1], judgement.why)
+            self._refuse(donor, theirs[-1], judgement.why, now)
         return judgement.follow
 
     def _follows_from_afar(self, end: Mark, theirs: Collection[bytes] | None, donor: bytes, now: float) -> bool:
@@ -427,11 +430,11 @@ class RoundMachine:
         member = self.me in self.group.members
         judgement = self.forks.follows_from_afar(end, theirs, donor, now, is_member=member)
         if not judgement.follow:
-            self._refuse(donor, end, judgement.why)
+            self._refuse(donor, end, judgement.why, now)
         return judgement.follow
 
-    def _refuse(self, donor: bytes, end: Mark, why: str) -> None:
-        self.fetching.refused = RefusedBranch(donor, end.round, end.total, why)
+    def _refuse(self, donor: bytes, end: Mark, why: str, now: float) -> None:
+        self.fetching.refused = RefusedBranch(donor, end.round, end.total, why, now)
         if donor not in self.fetching.shunned:  # else it was said lately
             text = f"refused a branch up to round {end.round} with total {end.total}: {why}"
             self._effects.append(events.Note("refused", text))
@@ -638,7 +641,8 @@ class RoundMachine:
 
     def _computing_seconds(self, exchange: Exchange) -> float:
         rules = self.rules
-        return chain.length_seconds(exchange.shape, rules.target_batch, rules.min_seconds, rules.max_seconds)
+        bounds = rules.min_seconds, rules.max_seconds
+        return chain.length_seconds(exchange.shape, rules.target_batch, *bounds, rules.weight_cap_ratio)
 
     def _join(self, shape: RoundShape) -> None:
         """Ask the peers that may seal this round to admit us, again each round until one does."""
@@ -690,15 +694,32 @@ class RoundMachine:
                 self._deadlines.head_start.observe(exchange.index in included)
 
     def _check_root(self, seal: Seal) -> None:
-        """Resync and say so when our root differs from the sealed one (rule 10)."""
+        """Resync and say so when our root differs from the sealed one, and more vouch for that one (rule 10).
+
+        A seal says one root, and its sealer may have made it up: it is worth as much as a member's word.
+        """
         interval = self.rules.root_interval
         at = chain.root_round(seal.round, interval)
-        if not seal.root or self.roots.own.get(at, seal.root) == seal.root:
+        if not seal.root:
             return
-        holders = sorted(p for p, vote in self.roots.votes.items() if vote == (at, seal.root) and p != self.me)
-        donor = next(iter(holders), seal.sealer)
-        if donor != self.me:
-            self._want_snapshot(donor, "our replica differs from the sealed root")
+        if self.roots.sealed_round != at:
+            self.roots.sealed_round, self.roots.sealers = at, {}
+        self.roots.sealers.setdefault(seal.root, set()).add(seal.sealer)
+        own = self.roots.own.get(at, seal.root)
+        if own == seal.root:
+            return
+        theirs = sorted(self._vouching(at, seal.root) - {self.me})
+        ours = self._vouching(at, own) | {self.me}
+        # At a tie, once all members have had a turn to seal another root.
+        all_sealed = seal.round - at - 2 >= min(len(self.head.now), interval - 1)
+        if theirs and (len(theirs) > len(ours) or (len(theirs) == len(ours) and all_sealed)):
+            holders = [peer for peer in theirs if self.roots.votes.get(peer) == (at, seal.root)]
+            self._want_snapshot((holders or theirs)[0], "our replica differs from the sealed root")
+
+    def _vouching(self, at: int, root: bytes) -> set[bytes]:
+        """Peers that sent us this root of this round with a contribution, or named it in a seal."""
+        voted = {peer for peer, vote in self.roots.votes.items() if vote == (at, root)}
+        return voted | self.roots.sealers.get(root, set())
 
     # ---- what time and state make due -------------------------------------------------------------------------
 

@@ -24,3 +24,5 @@ class RoundRules:
     root_interval: int
     last_round: int
     """The run ends with it; 0: never."""
+    weight_cap_ratio: float
+    """Of a member's throughput this many times the median counts."""

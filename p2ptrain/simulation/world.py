@@ -432,9 +432,10 @@ class World:
             case events.Note():
                 if effect.kind == "takeover":
                     count["takeovers"] += 1
+            case events.StartRound():
+                self.oracle.check_length(effect.shape, effect.length_seconds)
             case (
-                events.StartRound()
-                | events.StoodIn()
+                events.StoodIn()
                 | events.SendContribution()
                 | events.Reduce()
                 | events.SendJoin()

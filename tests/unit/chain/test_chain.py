@@ -183,7 +183,10 @@ def test_those_who_reduce_are_dialable_and_were_included_and_the_sealers_rotate(
         member(PEERS[3], uplink=300),
     )
     shape = chain.shape_of(state(*members, round=10), CHUNKS)
-    assert [(part.reducer, part.end - part.start) for part in shape.parts] == [(0, 8), (3, 22)]
+    assert [(part.reducer, part.end - part.start) for part in shape.parts] == [(0, 15), (3, 15)]
+    served = (*members[:3], msgspec.structs.replace(members[3], served=8))
+    parts = chain.shape_of(state(*served, round=10), CHUNKS).parts
+    assert [(part.reducer, part.end - part.start) for part in parts] == [(0, 10), (3, 20)]
     assert shape.sealer_order == (3, 0, 1, 2)  # rotated by round 11: [0, 3] by 1; then 1, then 2, which is silent
     assert chain.shape_of(state(*members, round=11), CHUNKS).sealer_order == (0, 3, 1, 2)
 
@@ -207,9 +210,9 @@ def test_fork_choice_is_a_total_order(a: tuple[int, bytes], b: tuple[int, bytes]
 
 def test_a_round_lasts_as_long_as_the_target_batch_takes_within_bounds() -> None:
     shape = chain.shape_of(state(*map(member, PEERS)), CHUNKS)  # four times one sequence a second
-    assert chain.length_seconds(shape, 12, 0.5, 60) == 3
-    assert chain.length_seconds(shape, 1, 0.5, 60) == 0.5
-    assert chain.length_seconds(shape, 1000, 0.5, 60) == 60
+    assert chain.length_seconds(shape, 12, 0.5, 60, 4.0) == 3
+    assert chain.length_seconds(shape, 1, 0.5, 60, 4.0) == 0.5
+    assert chain.length_seconds(shape, 1000, 0.5, 60, 4.0) == 60
 
 
 @given(st.integers(1, 300_000), st.sampled_from([1, 2, 7, 40, 300]))

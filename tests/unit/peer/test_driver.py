@@ -111,6 +111,14 @@ def goes_over(home: Home, lone: Lone, rounds: list[SealedRound], state: ChainSta
         await driver._resync(events.Resync(ZOE.peer_id, "as the test wants it"))
         followed = driver.machine.head == state != head
         assert (restore in inbox) == followed
+        driver.publish_standing()
+        refused = driver.standing.refused
+        if followed:
+            assert refused is None
+        else:
+            assert refused is not None and refused.donor == format_peer_id(ZOE.peer_id)[-8:]
+            assert (refused.round, refused.total, refused.age_seconds) == (state.round, state.total, 0)
+            assert refused.why
         assert journal.position((state if followed else head).id) == journal.last
         await driver.stop()
         return followed

@@ -41,6 +41,7 @@ RULES: dict[str, Any] = {
     "alone_after_seconds": 6.0,
     "root_interval": 1000,
     "last_round": 0,
+    "weight_cap_ratio": 4.0,
 }
 
 
