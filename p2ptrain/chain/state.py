@@ -34,10 +34,12 @@ from p2ptrain.chain.seal import (
 ABSENCES_ALLOWED = 3  # consecutive seals without a member before it is no longer one
 NEWCOMER_ABSENCES_ALLOWED = 2  # the same for a member that no seal has included yet
 STRIKES_A_TIME = 2  # for owing something; a turn to seal on which nothing is owed takes one back
+STRIKES_TO_ACCUSE = 1  # what an accusation costs the accuser, beside the strike that its turn would have taken back
 STRIKES_BORNE = 2  # what is owed once may have been a moment late
 STRIKES_MAX = 8  # a member struck so often has a turn in one round of 2**6
 PART_CHUNKS_MIN = 1024  # a reducer's range is not cut into smaller parts
 PARTS_PER_REDUCER_MAX = 8
+EXPELLED_MAX = 256  # the oldest are forgotten beyond
 PARTS_MAX = 256  # cut no further beyond; a reducer has one part at least
 
 
@@ -75,6 +77,8 @@ class ChainState(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     """Members of round `round + 1`."""
     following: tuple[Member, ...]
     """Members of round `round + 2`, as far as this seal knows."""
+    expelled: tuple[PeerId, ...] = ()
+    """Peers that proofs have convicted, the latest at the end: never members again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +234,8 @@ def extend(state: ChainState, identifier: bytes, seal: Seal, chunks: int) -> Cha
     newcomers = [join.peer_id for join in seal.joins]
     if len(set(newcomers)) != len(newcomers) or (not seal.solo and listed & set(newcomers)):
         raise SealError("seal admits a peer that is a member already")
+    convicted = _convicted(state, seal)
+    _check_accusation(shape, seal)
 
     if seal.solo:
         row = seal.rows[sealer] if sealer is not None else Row(0, 0, 1)
@@ -246,10 +252,12 @@ def extend(state: ChainState, identifier: bytes, seal: Seal, chunks: int) -> Cha
         owing = {m.peer_id for m in reducers if not m.included and m.peer_id != seal.sealer}
         missed = rows.keys() - present if included else owing
         struck, forgiven = _struck_and_forgiven(shape, seal)
+        accusing = {seal.sealer} if seal.accused else set()
         listed_on, remaining = [], []
         for m in state.following:
             absent = 0 if m.peer_id in present else m.absent + (m.peer_id in missed)
-            strikes = m.strikes + STRIKES_A_TIME * (m.peer_id in struck) - (m.peer_id in forgiven)
+            strikes = m.strikes + STRIKES_A_TIME * ((m.peer_id in struck) + (m.peer_id == seal.accused))
+            strikes += STRIKES_TO_ACCUSE * (m.peer_id in accusing) - (m.peer_id in forgiven - accusing)
             after = Member(
                 m.peer_id,
                 rows.get(m.peer_id, m.row),
@@ -262,13 +270,46 @@ def extend(state: ChainState, identifier: bytes, seal: Seal, chunks: int) -> Cha
                 remaining.append(after)
         # Never to the last: a group of nobody could not seal any more.
         following = tuple(remaining or listed_on)
+        following = tuple(m for m in following if m.peer_id not in convicted) or following
+    gone = convicted - {m.peer_id for m in following}
+    expelled = (*state.expelled, *sorted(gone))[-EXPELLED_MAX:]
     admitted = [Member(j.peer_id, j.row, -NEWCOMER_ABSENCES_ALLOWED, False) for j in seal.joins]
     if len(admitted) > room_for_newcomers(following):
         raise SealError("seal admits more newcomers than may come at once")
     following += tuple(m for m in admitted if m.peer_id != seal.sealer)
     if len(following) > MEMBERS_MAX:
         raise SealError("too many members")
-    return ChainState(state.run_id, seal.round, identifier, state.id, seal.total, now, following)
+    return ChainState(state.run_id, seal.round, identifier, state.id, seal.total, now, following, expelled)
+
+
+def _convicted(state: ChainState, seal: Seal) -> set[bytes]:
+    """Return the peers that a seal expels. Whether its proofs convict them is for `sealed.check_proofs` to say.
+
+    Raises:
+        SealError: it is an expelled peer's, admits one, or expels one that is no member.
+    """
+    convicted = {expulsion.peer_id for expulsion in seal.expelled}
+    if seal.sealer in state.expelled or seal.sealer in convicted:
+        raise SealError("sealed by a peer that is expelled")
+    if any(join.peer_id in state.expelled or join.peer_id in convicted for join in seal.joins):
+        raise SealError("seal admits a peer that is expelled")
+    # Members alone, so that nobody fills the list with identities that were never there.
+    if len(convicted) != len(seal.expelled) or not convicted <= {m.peer_id for m in state.following}:
+        raise SealError("seal expels a peer twice, or one that is no member")
+    return convicted
+
+
+def _check_accusation(shape: RoundShape, seal: Seal) -> None:
+    """Check that an accusation is of another member, in turn: so that one a turn is the most that anybody makes.
+
+    Raises:
+        SealError: it is not.
+    """
+    if not seal.accused:
+        return
+    accused, sealer = shape.index(seal.accused), shape.index(seal.sealer)
+    if seal.solo or accused is None or accused == sealer or sealer != shape.sealer_order[0]:
+        raise SealError("seal accuses out of turn, or one that is no member")
 
 
 def room_for_newcomers(members: Sequence[Member]) -> int:

@@ -299,7 +299,7 @@ def _check(state: ChainState, rounds: tuple[SealedRound, ...], codec: Codec) -> 
     """The chain after each of `rounds`. Raises SealedRoundError."""
     states = []
     for sealed in rounds:
-        state = check_continues(state, sealed, codec)
+        state = check_continues(state, sealed, codec, verify)
         states.append(state)
     return states
 
