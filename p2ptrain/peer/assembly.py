@@ -25,7 +25,8 @@ from p2ptrain.peer.driver import RoundDriver
 from p2ptrain.peer.parts import DriverParts
 from p2ptrain.rounds.events import ContributionReady
 from p2ptrain.rounds.inbox import Inbox
-from p2ptrain.rounds.machine import RoundMachine, RoundRules
+from p2ptrain.rounds.machine import RoundMachine
+from p2ptrain.rounds.rules import RoundRules
 from p2ptrain.state.files import atomic_write
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import OwnEntry, OwnLog

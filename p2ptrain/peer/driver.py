@@ -94,7 +94,7 @@ class RoundDriver:
         self.leaving = False
         self._decisions_written = False
         #: as it is on disk
-        self._company = self.machine.company
+        self._company = self.machine.forks.company
         #: how it is with this peer: replaced whole, never changed. Any thread may read it
         self.standing = Standing(head_round=self.machine.head.round)
 
@@ -180,8 +180,8 @@ class RoundDriver:
         try:
             while self._effects:
                 self._perform(self._effects.popleft())
-            if self.machine.company is not self._company:
-                self._company = self.machine.company
+            if self.machine.forks.company is not self._company:
+                self._company = self.machine.forks.company
                 write_company(self._p.company, self._company)
         except OSError as error:
             self._fail(error)

@@ -501,8 +501,8 @@ class World:
         machine, journal = peer.machine, peer.journal
         interval = self.manifest.round.root_interval
         sizes = {
-            "early messages": (len(machine._exchanges.early), 2 * self.chunks * len(self.peers)),
-            "tips": (len(machine._following.tips), 64 + 2 * len(self.peers)),
+            "early messages": (len(machine.exchanges.early), 2 * self.chunks * len(self.peers)),
+            "tips": (len(machine.fetching.tips), 64 + 2 * len(self.peers)),
             "rounds in the journal": (journal.last - journal.first + 1, 5 * interval + 8),
             "pending": (len(peer.trainer.ledger.pending), 64),
             "waiting calls": (peer.driver.answering.awaited, 4 * self.chunks),

@@ -23,8 +23,9 @@ from p2ptrain.config.loading import render
 from p2ptrain.history.catching_up import CatchingUp
 from p2ptrain.optim.demo import DeMo
 from p2ptrain.peer import answering, assembly
-from p2ptrain.rounds import machine
+from p2ptrain.rounds import fork_choice, machine
 from p2ptrain.rounds.events import PublishSeal
+from p2ptrain.rounds.fork_choice import ForkChoice
 from p2ptrain.rounds.machine import RoundMachine
 from p2ptrain.simulation.faults import CORRUPT, FAULTS
 from p2ptrain.simulation.loop import current_actor
@@ -101,7 +102,7 @@ def partition_from_unsealed_members(patch: Patch) -> None:
     def hasty(state: chain.ChainState, chunks: int) -> chain.RoundShape:
         peers = current_actor.get().__dict__.get("peer") if current_actor.get() else None
         there = getattr(peers, "machine", None) if isinstance(peers, SimPeer) else None
-        joins = there._group.joins if there is not None else {}
+        joins = there.admissions.pending if there is not None else {}
         shape = shape_of(state, chunks)
         if not joins or not shape.members:
             return shape
@@ -159,9 +160,9 @@ def judge_forks_by_work_alone(patch: Patch) -> None:
 
 
 def let_strangers_seal_alone(patch: Patch) -> None:
-    patch.setattr(RoundMachine, "_by_a_stranger", lambda *_: False)
+    patch.setattr(ForkChoice, "_by_a_stranger", lambda *_: False)
     patch.setattr(forks, "HEARD_SEALS_MIN", -10_000)
-    patch.setattr(machine, "Branch", lambda marks, voices, place=0: forks.Branch(marks, (), place))
+    patch.setattr(fork_choice, "Branch", lambda marks, voices, place=0: forks.Branch(marks, (), place))
 
 
 def forget_through_a_restart_who_was_there(patch: Patch) -> None:

@@ -20,7 +20,8 @@ from p2ptrain.chain import ChainState, Row
 from p2ptrain.chain.sealed import Key, Reply, SealedRound
 from p2ptrain.rounds import events
 from p2ptrain.rounds.decisions import short_id
-from p2ptrain.rounds.machine import RoundMachine, RoundRules
+from p2ptrain.rounds.machine import RoundMachine
+from p2ptrain.rounds.rules import RoundRules
 from p2ptrain.swarm.identity import Identity, verify
 
 RUN_ID = hashlib.sha256(b"run").digest()

@@ -18,7 +18,8 @@ from p2ptrain import chain
 from p2ptrain.chain import ChainState, Member, Row
 from p2ptrain.rounds.deadlines import FLOOR_SECONDS, ROUNDS_LEARNING, Deadlines, HeadStart, Lateness, StandIn
 from p2ptrain.rounds.events import CameLate, ContributionReady, ContributionReceived, Tick
-from p2ptrain.rounds.machine import RoundMachine, RoundRules
+from p2ptrain.rounds.machine import RoundMachine
+from p2ptrain.rounds.rules import RoundRules
 
 DURATIONS = st.floats(-1.0, 1000.0)
 OBSERVATIONS = st.lists(st.tuples(st.sampled_from([bytes([n]) for n in range(8)]), DURATIONS), max_size=60)

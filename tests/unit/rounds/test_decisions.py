@@ -109,9 +109,9 @@ def _two() -> tuple[Peer, Peer]:
 def test_invariants_hold_and_name_what_does_not() -> None:
     ada, bob = _two()
     ada.machine.check_invariants()
-    ada.machine._group.heard[ada.id] = 1.0
+    ada.machine.group.heard[ada.id] = 1.0
     with pytest.raises(AssertionError, match="signs of life are of other members"):
         ada.machine.check_invariants()
-    bob.machine._exchanges.current = ada.machine._exchanges.current
+    bob.machine.exchanges.current = ada.machine.exchanges.current
     with pytest.raises(AssertionError, match="our index in it"):
         bob.machine.check_invariants()

@@ -40,7 +40,8 @@ from p2ptrain.rounds.events import (
     Tick,
     TipHeard,
 )
-from p2ptrain.rounds.machine import RoundMachine, RoundRules
+from p2ptrain.rounds.machine import RoundMachine
+from p2ptrain.rounds.rules import RoundRules
 
 ROW = Row(4, 16_000, 1000)
 CHUNKS = RULES["chunks"]
@@ -316,7 +317,7 @@ def test_a_fetch_that_fails_does_not_end_a_resync() -> None:
     machine.handle(tip("b", ChainState(RUN_ID, 16, b"x" * 32, bytes(32), 40, (), ())), 1.0)
     assert of(Resync, machine.handle(RoundsFetched(identity_of("b").peer_id, None, ()), 1.1))
     machine.handle(FetchFailed(identity_of("a").peer_id), 1.2)
-    assert machine._following.resyncing
+    assert machine.fetching.resyncing
 
 
 # ---- forks under way ------------------------------------------------------------------------------------------
@@ -485,7 +486,7 @@ def test_who_asked_to_join_long_ago_and_went_away_is_not_admitted() -> None:
     for number in range(6):
         sealed, head = seal_after(head, "a", {0: reply_of(Key(11 + number, head.parent), 0, 0, 1)})
         machine.handle(RoundsFetched(identity_of("a").peer_id, sealed.seal.parent, (sealed,)), 1.0 + number)
-    assert identity_of("z").peer_id not in machine._group.joins
+    assert identity_of("z").peer_id not in machine.admissions.pending
 
 
 def test_a_member_that_was_dropped_asks_to_join_while_its_last_round_is_under_way() -> None:
