@@ -15,6 +15,7 @@ from p2ptrain.calls.messages import (
     NAMESPACE,
     TRANSPORT_FAILURES,
     Answer,
+    AuditRequest,
     CallError,
     ContributionHeader,
     DataRequest,
@@ -23,6 +24,7 @@ from p2ptrain.calls.messages import (
     Hello,
     JoinRequest,
     News,
+    ProofHeader,
     RefusedError,
     Relay,
     RoundsHeader,
@@ -38,6 +40,7 @@ from p2ptrain.calls.messages import (
 from p2ptrain.calls.servicer import PeerServicer
 from p2ptrain.calls.uplink import Burst
 from p2ptrain.chain import Row, SignedSeal
+from p2ptrain.chain.evidence import proof_digest
 from p2ptrain.config.manifest import PROTOCOL_VERSION
 from p2ptrain.errors import P2PTrainError
 from p2ptrain.state.pieces import piece_length, pieces_of
@@ -47,6 +50,8 @@ SECONDS = 8.0
 """For an answer, and for each frame of a stream."""
 NEWS_SECONDS = 4.0
 """Silence of a peer we follow after which we hang up; it says something every second."""
+PROOF_SECONDS = 60.0
+"""For a proof to get there and to be checked."""
 _SEALED_ROUND_SLACK_BYTES = 512 * 1024
 
 _FAILURES = (*TRANSPORT_FAILURES, P2PTrainError)
@@ -178,6 +183,33 @@ class Client:
             # The donor may have to pack it first.
             await reader.accepted(60.0)
             return await reader.blob(max_bytes, progress=progress)
+
+    async def audit(self, peer: bytes, reply: bytes, max_bytes: int) -> bytes:
+        """What `peer` summed for the reply of this digest; nothing of it is checked but its length.
+
+        Raises:
+            RefusedError: it does not show it.
+            CallError: no answer.
+        """
+        async with self._stream(peer, "rpc_audit", self.traffic.message(AuditRequest(self.run_id, reply))) as reader:
+            await reader.accepted()
+            return await reader.blob(max_bytes)
+
+    async def prove(self, peer: bytes, proof: bytes) -> None:
+        """Hand `peer` a proof. Raises RefusedError, CallError."""
+        wanted = asyncio.Event()
+
+        async def frames() -> AsyncIterator[BytesValue]:
+            yield self.traffic.message(ProofHeader(self.run_id, proof_digest(proof)))
+            # What is refused, as it is known already, is not sent.
+            await wanted.wait()
+            for frame in self.traffic.blob(proof):
+                yield frame
+
+        async with self._stream(peer, "rpc_prove", frames()) as reader:
+            await reader.accepted()
+            wanted.set()
+            await reader.accepted(PROOF_SECONDS)
 
     async def _unary(self, peer: bytes, name: str, request: BytesValue, kind: type[Any]) -> Any:
         return await unary(self.node, peer, name, request, kind, self.traffic)

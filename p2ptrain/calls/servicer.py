@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import AsyncIterator, Protocol  # noqa: UP035 - hivemind knows a stream by this type alone
 
 import msgspec
@@ -24,6 +24,7 @@ from p2ptrain.calls.messages import (
     NOT_LISTED,
     TOO_MANY_CALLS,
     Answer,
+    AuditRequest,
     CallError,
     ContributionHeader,
     DataRequest,
@@ -32,6 +33,7 @@ from p2ptrain.calls.messages import (
     Hello,
     JoinRequest,
     News,
+    ProofHeader,
     Relay,
     RoundsHeader,
     RoundsRequest,
@@ -44,6 +46,7 @@ from p2ptrain.calls.messages import (
     decode_message,
 )
 from p2ptrain.chain import SignedSeal
+from p2ptrain.chain.evidence import PROOF_MAX_BYTES
 from p2ptrain.chain.sealed import Key, Reply
 from p2ptrain.state.failpoints import failpoint
 from p2ptrain.state.pieces import PieceFile
@@ -52,6 +55,8 @@ from p2ptrain.swarm.identity import format_peer_id
 CALLS_PER_PEER = 32
 PIECES_A_CALL = 16
 PACED_BYTES = 64 * 1024
+SHOWING_SECONDS = 60.0
+"""A stream that shows what was summed, and is not done by then, ends."""
 FRAME_SECONDS = 15.0
 """Silence inside a request after which it is dropped."""
 
@@ -126,6 +131,15 @@ class AnsweringPeer(Protocol):
     async def frozen_reply(self, key: Key, part: int) -> Reply | None:
         """Return the reply of a part reduced here, once it is frozen; None when the round ended without."""
 
+    def show_summed(self, wanted: AuditRequest, peer: bytes) -> bytes | str:
+        """Return what a reply of ours is the sum of, or why it is refused."""
+
+    def refuse_proof(self, header: ProofHeader, peer: bytes) -> str | None:
+        """Return why a proof is refused before it is read, or None."""
+
+    async def take_proof(self, header: ProofHeader, peer: bytes, read: Callable[[], Awaitable[bytes]]) -> None:
+        """Read a proof and check it. Raises CallError when it does not come."""
+
     def hear_tip(self, peer: bytes, tip: Tip) -> None:
         """Hear where a peer stands."""
 
@@ -190,6 +204,16 @@ class PeerServicer(ServicerBase):
     async def rpc_data(self, request: BytesValue, context: P2PContext) -> AsyncIterator[BytesValue]:
         """The run's corpus."""
         async for frame in self._serve(context, lambda peer: self._data(request.value, peer)):
+            yield frame
+
+    async def rpc_audit(self, request: BytesValue, context: P2PContext) -> AsyncIterator[BytesValue]:
+        """What this peer summed for a reply."""
+        async for frame in self._serve(context, lambda peer: self._audit(request.value, peer)):
+            yield frame
+
+    async def rpc_prove(self, stream: AsyncIterator[BytesValue], context: P2PContext) -> AsyncIterator[BytesValue]:
+        """A proof that a reducer lied."""
+        async for frame in self._serve(context, lambda peer: self._prove(stream, peer)):
             yield frame
 
     # ---- what they do -----------------------------------------------------------------------------------------
@@ -301,6 +325,26 @@ class PeerServicer(ServicerBase):
             for number in numbers:
                 async for frame in self._paced(await asyncio.to_thread(found.read, number), going_on):
                     yield frame
+
+    async def _audit(self, request: bytes, peer: bytes) -> Frames:
+        wanted = decode_message(request, AuditRequest)
+        shown = self._answering.show_summed(wanted, peer)
+        yield self._traffic.message(Answer(shown if isinstance(shown, str) else ""))
+        if isinstance(shown, str):
+            return
+        clock = asyncio.get_running_loop().time
+        until = clock() + SHOWING_SECONDS
+        async for frame in self._paced(shown, lambda: clock() < until):
+            yield frame
+
+    async def _prove(self, stream: AsyncIterator[BytesValue], peer: bytes) -> Frames:
+        reader = FrameReader(stream, self._traffic, FRAME_SECONDS)
+        header = await reader.message(ProofHeader)
+        refusal = self._answering.refuse_proof(header, peer)
+        yield self._traffic.message(Answer(refusal or ""))
+        if refusal is None:
+            await self._answering.take_proof(header, peer, lambda: reader.blob(PROOF_MAX_BYTES))
+            yield self._traffic.message(Answer(""))
 
     async def _paced(self, data: bytes, going_on: Callable[[], bool]) -> Frames:
         """A blob at the pace of the handout, in frames small enough that none is long in coming."""

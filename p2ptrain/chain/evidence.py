@@ -88,8 +88,11 @@ class Contribution(NamedTuple):
     signature: bytes
 
 
-Verdict = Literal["right", "wrong", "withheld"]
-"""Of an audit: `withheld` when what came is not what the reply's attestation names, or nothing came."""
+Verdict = Literal["right", "wrong", "withheld", "skipped"]
+"""Of an audit: `withheld` when what came is not what the reply's attestation names, or nothing came; `skipped` when
+nothing was asked for."""
+AUDITED_SHARE = 0.04
+"""What audits may take of the bytes of contributions and replies."""
 
 _bundle_decoder = msgspec.msgpack.Decoder(Bundle)
 _proof_decoder = msgspec.msgpack.Decoder(Proof)
@@ -139,6 +142,11 @@ def _attested(run_id: bytes, key: Key, part: int, members: Sequence[bytes], body
 def body_of(reply: bytes) -> bytes:
     """Return a reply without its attestation: what `wire.decode_reply` reads."""
     return reply[:-ATTESTATION_BYTES]
+
+
+def reply_max_bytes(codec: Codec, start: int, end: int, members: int) -> int:
+    """Return the largest length of a reply with its attestation, in bytes."""
+    return wire.reply_max_bytes(codec, start, end, members) + ATTESTATION_BYTES
 
 
 def attest(
@@ -244,6 +252,22 @@ def audit(
     return "wrong", _encode(proof)
 
 
+def audits_a_part(codec: Codec) -> float:
+    """Return how many audits of each part of a round all members together may make.
+
+    A round of n members carries n - 1 contributions and as many replies of each part, an audit n contributions, and
+    n - 1 of n members draw one. So at an expected Q of each part they take Q c / (c + r) of a round's bytes.
+    """
+    contribution = wire.contribution_max_bytes(codec, 0, codec.chunks)
+    reply = wire.reply_max_bytes(codec, 0, codec.chunks, 1)
+    return min(1.0, AUDITED_SHARE * (contribution + reply) / contribution)
+
+
+def encode_bundle(bundle: Bundle) -> bytes:
+    """Encode what a reducer shows."""
+    return _encode(bundle)
+
+
 def bundle_max_bytes(codec: Codec, start: int, end: int, members: int) -> int:
     """Return the largest length of a bundle for chunks [start, end) of a round with `members` members, in bytes."""
     return 16 + members * (wire.contribution_max_bytes(codec, start, end) + _STATEMENT_MAX_BYTES)
@@ -251,9 +275,17 @@ def bundle_max_bytes(codec: Codec, start: int, end: int, members: int) -> int:
 
 def may_be_proven(codec: Codec, start: int, end: int, members: int) -> bool:
     """Say whether a proof about such a part is always short enough to count: else there is no use in an audit."""
-    reply = wire.reply_max_bytes(codec, start, end, members)
+    reply = reply_max_bytes(codec, start, end, members)
     longest = bundle_max_bytes(codec, start, end, members) + reply + members * _PEER_MAX_BYTES + 256
     return longest <= PROOF_MAX_BYTES
+
+
+def read_proof(encoded: bytes) -> Proof:
+    """Decode a proof, without checking what it says. Raises EvidenceError."""
+    try:
+        return _proof_decoder.decode(encoded)
+    except msgspec.MsgspecError as error:
+        raise EvidenceError(f"not a proof: {error}") from error
 
 
 def open_proof(encoded: bytes, run_id: bytes, codec: Codec, verify: Verify) -> Proof:
@@ -264,10 +296,7 @@ def open_proof(encoded: bytes, run_id: bytes, codec: Codec, verify: Verify) -> P
     """
     if len(encoded) > PROOF_MAX_BYTES:
         raise EvidenceError(f"a proof of {len(encoded)} bytes")
-    try:
-        proof = _proof_decoder.decode(encoded)
-    except msgspec.MsgspecError as error:
-        raise EvidenceError(f"not a proof: {error}") from error
+    proof = read_proof(encoded)
     if _encode(proof) != encoded:
         raise EvidenceError("a proof that is not in canonical form")
     key = Key(proof.round, proof.base)

@@ -21,7 +21,7 @@ from msgspec import Meta
 from p2ptrain.compression.codec import Robust
 from p2ptrain.errors import ManifestError
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 MANIFEST_MAX_BYTES = 16 * 1024
 PARAMETERS_MAX = 2**31
 TOKENIZER_VOCABULARY = 4096

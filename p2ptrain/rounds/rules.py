@@ -24,3 +24,5 @@ class RoundRules:
     root_interval: int
     last_round: int
     """The run ends with it; 0: never."""
+    audits_a_part: float
+    """Expected audits of each part of a round, by all members together (rule 14)."""

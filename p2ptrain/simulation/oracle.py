@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from p2ptrain import chain
 from p2ptrain.chain import ChainState, RoundShape
+from p2ptrain.chain.evidence import body_of
 from p2ptrain.chain.sealed import Key, SealedRound
 from p2ptrain.compression import decoded
 from p2ptrain.compression.codec import Codec
@@ -103,7 +104,7 @@ class Oracle:
         for part, data in zip(shape.parts, sealed.replies, strict=True):
             if data is None:
                 continue
-            reply = decoded.reply(data, self._codec, part.start, part.end, len(shape.members))
+            reply = decoded.reply(body_of(data), self._codec, part.start, part.end, len(shape.members))
             kept = reply.coefficients
             step = np.sign(dense(kept.chunk, kept.index, reply.byte.astype(np.float32), self._codec.chunks))
             parameters = parameters - step.astype(np.float32) * np.float32(rate)

@@ -30,6 +30,7 @@ from p2ptrain.chain import ChainState, RoundShape
 from p2ptrain.chain.forks import Mark
 from p2ptrain.chain.sealed import Key, SealedRound, reply_digest
 from p2ptrain.config.manifest import CodecConfig, GroupConfig, Manifest, OptimizerConfig, canonical_bytes, run_id
+from p2ptrain.peer.auditing import KEPT_BYTES
 from p2ptrain.rounds import events
 from p2ptrain.rounds.inbox import Restore
 from p2ptrain.simulation.adversaries import Adversary
@@ -125,6 +126,8 @@ class World:
         self.forged: dict[bytes, str] = {}
         #: id of such a state -> where its branch parts from an honest one
         self.parted_at: dict[bytes, ChainState] = {}
+        #: peers whose replies are not the sums of what they were sent
+        self.liars: set[bytes] = set()
         self.adversary_random = random.Random(scenario.seed + 3)
         self._history = hashlib.sha256()
         self._apply_random = random.Random(scenario.seed + 2)
@@ -363,11 +366,18 @@ class World:
                 count["resyncs"] += 1
             case events.FetchRounds():
                 count["fetches"] += 1
+            case events.Audit():
+                count["audits"] += 1
             case events.Note():
                 if effect.kind == "takeover":
                     count["takeovers"] += 1
             case (
-                events.StartRound() | events.StoodIn() | events.SendContribution() | events.Reduce() | events.SendJoin()
+                events.StartRound()
+                | events.StoodIn()
+                | events.SendContribution()
+                | events.Reduce()
+                | events.SendJoin()
+                | events.SendProof()
             ):
                 pass
             case _:
@@ -390,6 +400,15 @@ class World:
         except AssertionError as error:
             self.violate(f"{peer.name}: {error}")
         self._check_bounds(peer)
+        self._check_convicted(peer)
+
+    def _check_convicted(self, peer: SimPeer) -> None:
+        """Nobody is expelled, and nobody has a proof, but of those who lie."""
+        machine = peer.machine
+        convicted = {*machine.head.expelled, *(proof.reducer for proof in machine.audits.proofs.values())}
+        for innocent in convicted - self.liars:
+            named = next((other.name for other in self.peers if other.id == innocent), innocent.hex())
+            self.violate(f"{peer.name} convicts {named}, which has not lied")
 
     def _check_taken_over(self, peer: SimPeer) -> None:
         """Nobody follows a made-up branch who was a member where it parts; a newcomer may be misled, and comes back."""
@@ -505,6 +524,7 @@ class World:
             "tips": (len(machine.fetching.tips), 64 + 2 * len(self.peers)),
             "rounds in the journal": (journal.last - journal.first + 1, 5 * interval + 8),
             "pending": (len(peer.trainer.ledger.pending), 64),
+            "kept for audits": (peer.driver.auditing.kept_bytes, KEPT_BYTES),
             "waiting calls": (peer.driver.answering.awaited, 4 * self.chunks),
         }
         for what, (size, most) in sizes.items():
@@ -555,6 +575,8 @@ def _told(effect: events.Effect) -> str:
             | events.StoodIn()
             | events.SendContribution()
             | events.Reduce()
+            | events.Audit()
+            | events.SendProof()
             | events.FetchRounds()
             | events.Resync()
             | events.SendJoin()
