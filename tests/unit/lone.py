@@ -84,13 +84,21 @@ class Lone:
     @property
     def key(self) -> Key:
         """Of the round that comes next."""
-        shape = chain.shape_of(self.states[-1], self.chunks)
+        return self._key_after(self.states[-1])
+
+    def _key_after(self, state: ChainState) -> Key:
+        shape = chain.shape_of(state, self.chunks)
         return Key(shape.round, shape.base)
 
-    def reply(self, sent: Pending) -> bytes:
-        """What a reducer makes of this contribution alone."""
+    def reply(self, sent: Pending, after: ChainState | None = None, member: Identity | None = None) -> bytes:
+        """What the only member makes of its own contribution, in the round after this state or the one that comes next.
+
+        Args:
+            member: another than this one.
+        """
+        by = member or self.identity
         (payload,) = self.replica.optimizer.payloads(sent, [(0, self.chunks)])
-        key, sign = self.key, self.identity.sign
+        key, sign = self._key_after(after or self.states[-1]), by.sign
         signature = sign_contribution(sign, RUN_ID, key, 0, ROW, payload)
         reply, _ = reduce_and_attest(
             [Contribution(0, ROW, payload, signature)],
@@ -101,7 +109,7 @@ class Lone:
             run_id=RUN_ID,
             key=key,
             part=0,
-            members=[self.identity.peer_id],
+            members=[by.peer_id],
         )
         return reply
 

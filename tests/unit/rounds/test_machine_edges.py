@@ -446,7 +446,7 @@ def test_what_strangers_say_fills_no_memory() -> None:
         machine.handle(JoinReceived(stranger, ROW), 0.5)
     grace = identity_of("b").peer_id
     for part in range(3000):
-        machine.handle(ContributionReceived(Key(12, state.id), part, grace, ROW, 0, b"", b"x" * 10), 0.5)
+        machine.handle(ContributionReceived(Key(12, state.id), part, grace, ROW, 0, b"", b"x" * 10, b""), 0.5)
     assert sizes(machine) < 1000
 
 
