@@ -34,7 +34,7 @@ from p2ptrain.chain.seal import (
 ABSENCES_ALLOWED = 3  # consecutive seals without a member before it is no longer one
 NEWCOMER_ABSENCES_ALLOWED = 2  # the same for a member that no seal has included yet
 STRIKES_A_TIME = 2  # for owing something; a turn to seal on which nothing is owed takes one back
-STRIKES_TO_ACCUSE = 1  # what an accusation costs the accuser, beside the strike that its turn would have taken back
+STRIKES_TO_ACCUSE = 2  # what an accusation costs the accuser, who must not lose its turns by it
 STRIKES_BORNE = 2  # what is owed once may have been a moment late
 STRIKES_MAX = 8  # a member struck so often has a turn in one round of 2**6
 PART_CHUNKS_MIN = 1024  # a reducer's range is not cut into smaller parts
@@ -235,7 +235,7 @@ def extend(state: ChainState, identifier: bytes, seal: Seal, chunks: int) -> Cha
     if len(set(newcomers)) != len(newcomers) or (not seal.solo and listed & set(newcomers)):
         raise SealError("seal admits a peer that is a member already")
     convicted = _convicted(state, seal)
-    _check_accusation(shape, seal)
+    _check_accusation(state, shape, seal)
 
     if seal.solo:
         row = seal.rows[sealer] if sealer is not None else Row(0, 0, 1)
@@ -299,8 +299,10 @@ def _convicted(state: ChainState, seal: Seal) -> set[bytes]:
     return convicted
 
 
-def _check_accusation(shape: RoundShape, seal: Seal) -> None:
-    """Check that an accusation is of another member, in turn: so that one a turn is the most that anybody makes.
+def _check_accusation(state: ChainState, shape: RoundShape, seal: Seal) -> None:
+    """Check that an accusation is of another member, in turn, by one that can bear what it costs.
+
+    So nobody makes one more than every third turn: alone it takes no turn from a member that owes nothing.
 
     Raises:
         SealError: it is not.
@@ -310,6 +312,14 @@ def _check_accusation(shape: RoundShape, seal: Seal) -> None:
     accused, sealer = shape.index(seal.accused), shape.index(seal.sealer)
     if seal.solo or accused is None or accused == sealer or sealer != shape.sealer_order[0]:
         raise SealError("seal accuses out of turn, or one that is no member")
+    if not may_accuse(state, seal.sealer):
+        raise SealError("seal accuses once more than its sealer may")
+
+
+def may_accuse(state: ChainState, peer: bytes) -> bool:
+    """Say whether an accusation by this member would leave it its turns."""
+    strikes = {member.peer_id: member.strikes for member in state.following}
+    return strikes.get(peer, STRIKES_MAX) + STRIKES_TO_ACCUSE <= STRIKES_BORNE
 
 
 def room_for_newcomers(members: Sequence[Member]) -> int:

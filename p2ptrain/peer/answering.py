@@ -14,6 +14,7 @@ from p2ptrain.calls.handout import Handout
 from p2ptrain.calls.messages import AuditRequest, ContributionHeader, JoinRequest, ProofHeader, Tip, Welcome
 from p2ptrain.calls.news import NewsFeed
 from p2ptrain.chain import evidence
+from p2ptrain.chain.evidence import Bundle
 from p2ptrain.chain.sealed import Key, Reply, reply_digest
 from p2ptrain.compression import wire
 from p2ptrain.config.manifest import PROTOCOL_VERSION
@@ -170,18 +171,7 @@ class Answering:
         spec = shape.parts[effect.part] if shape is not None and effect.part < len(shape.parts) else None
         if spec is None or (spec.start, spec.end) != (effect.start, effect.end):
             return  # the round is over, or a fork has cut it otherwise
-        data, bundle = await asyncio.to_thread(
-            evidence.reduce_and_attest,
-            effect.contributions,
-            self._p.codec,
-            effect.start,
-            effect.end,
-            sign=self._p.node.identity.sign,
-            run_id=self._p.run_id,
-            key=effect.key,
-            part=effect.part,
-            members=effect.members,
-        )
+        data, bundle = await asyncio.to_thread(self._reduced, effect)
         if self._machine.shape is not shape:
             return  # the round is over, or its parts are others now
         included = wire.reply_members(evidence.body_of(data), len(effect.members))
@@ -193,6 +183,20 @@ class Answering:
         if not waiter.done():
             waiter.set_result(reply)
         self._dispatch(events.ReplyHeld(effect.key, effect.part, reply))
+
+    def _reduced(self, effect: events.Reduce) -> tuple[bytes, Bundle]:
+        """Return the reply of a part, and what it is the sum of. Any thread."""
+        return evidence.reduce_and_attest(
+            effect.contributions,
+            self._p.codec,
+            effect.start,
+            effect.end,
+            sign=self._p.node.identity.sign,
+            run_id=self._p.run_id,
+            key=effect.key,
+            part=effect.part,
+            members=effect.members,
+        )
 
     async def frozen_reply(self, key: Key, part: int) -> Reply | None:
         """Return the reply of a part that we reduce, once it is frozen; None when the round ended without."""

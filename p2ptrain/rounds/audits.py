@@ -5,10 +5,9 @@ shows to nobody. So neither a reducer nor a sealer can lie where nobody looks, o
 
 An audit ends in one of three ways. The reply is right. Or it is wrong: then we hold a proof, which convicts its reducer
 before everybody, and whoever seals next names it. Or the reducer does not show what it summed: that proves nothing, as
-it may have crashed since, or the line is bad, or we lie. Then we audit one part of that reducer in each round until it
-answers, and our next seal in turn accuses it. The accused gets two strikes, as for a reply that never came; we get one,
-and our turn takes none of ours back. So a member that accuses without cause runs out of turns to do it: alone it keeps
-nobody from reducing, and k of them keep fewer than k others from it.
+it may have crashed since, or the line is bad, or we lie. Our next seal in turn accuses it then, and all who adopt that
+seal audit a part of the accused in each round until it answers them: so all soon accuse one that withholds.
+An accusation costs the accuser as many strikes as the accused, and takes that it has none (`chain.state.may_accuse`).
 
 Memory: `PROOFS_KEPT` proofs, and a few peer ids.
 """
@@ -24,7 +23,7 @@ from p2ptrain import chain
 from p2ptrain.chain import ChainState, Expulsion, RoundShape
 from p2ptrain.chain.evidence import proof_digest
 from p2ptrain.chain.sealed import Key, Reply, SealedRound, reply_digest
-from p2ptrain.chain.state import STRIKES_BORNE, STRIKES_MAX, STRIKES_TO_ACCUSE
+from p2ptrain.chain.state import STRIKES_MAX, may_accuse
 from p2ptrain.rounds import events
 
 UNDER_WAY_MAX = 8
@@ -57,7 +56,7 @@ class Audits:
     audits_a_part: float
     #: digests of the replies being audited
     under_way: set[bytes] = field(default_factory=set)
-    #: reducers that have not answered us lately
+    #: reducers that have not answered us lately, or that a seal accuses and we have not heard yet
     suspects: set[bytes] = field(default_factory=set)
     #: reducers that our next seal in turn accuses, the first first
     owing: dict[bytes, None] = field(default_factory=dict)
@@ -104,12 +103,15 @@ class Audits:
                 self.owing.pop(event.reducer, None)
             case "withheld":
                 self._accuse(event.reducer)
-                if len(self.suspects) < SUSPECTS_MAX:
-                    self.suspects.add(event.reducer)
+                self._suspect(event.reducer)
             case "skipped":
                 pass
             case "wrong":
                 self.keep(event.reducer, event.proof, found=True)
+
+    def _suspect(self, peer: bytes) -> None:
+        if peer != self.me and len(self.suspects) < SUSPECTS_MAX:
+            self.suspects.add(peer)
 
     def _accuse(self, peer: bytes) -> None:
         if len(self.owing) < SUSPECTS_MAX:
@@ -125,7 +127,10 @@ class Audits:
             del self.proofs[next(iter(self.proofs))]
 
     def learn(self, sealed: SealedRound) -> None:
-        """Keep the proofs of a round that we adopt: a fork may undo it, and another branch need them."""
+        """Take note of whom a round that we adopt accuses, and keep its proofs: a fork may undo it, and another branch
+        need them."""
+        if sealed.seal.accused:
+            self._suspect(sealed.seal.accused)
         for named, encoded in zip(sealed.seal.expelled, sealed.proofs, strict=True):
             self.keep(named.peer_id, encoded, found=False)
 
@@ -149,11 +154,10 @@ class Audits:
         return tuple(named for named, _ in chosen.values()), tuple(encoded for _, encoded in chosen.values())
 
     def accusation(self, head: ChainState, shape: RoundShape, expelled: Sequence[Expulsion]) -> bytes:
-        """Return whom a seal of ours in turn accuses; empty: nobody. An honest member does not lose its own turns by
-        it, and adds nothing where an accusation changes nothing."""
-        strikes = {member.peer_id: member.strikes for member in head.following}
-        if strikes.get(self.me, STRIKES_BORNE) + STRIKES_TO_ACCUSE > STRIKES_BORNE:
+        """Return whom a seal of ours in turn accuses; empty: nobody, also where an accusation would change nothing."""
+        if not may_accuse(head, self.me):
             return b""
+        strikes = {member.peer_id: member.strikes for member in head.following}
         named = {expulsion.peer_id for expulsion in expelled}
         for peer in self.owing:
             there = shape.index(peer) is not None and strikes.get(peer, STRIKES_MAX) < STRIKES_MAX

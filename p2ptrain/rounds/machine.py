@@ -655,6 +655,7 @@ class RoundMachine:
         self._check_root(sealed.seal)
         exchange = self.exchanges.current
         self.audits.learn(sealed)
+        self.audits.forget_all_but(_members_of(state))
         if exchange is not None and exchange.sent_at is not None and exchange.shape == shape and not sealed.seal.solo:
             self._learn_from(sealed.seal, exchange)
             # Of rounds that we took part in, as they are sealed: reducers keep what they summed for a few rounds only.

@@ -42,6 +42,8 @@ class Oracle:
         self._nodes: dict[bytes, _Node] = {run_id: beginning}
         #: (peer, round key) -> [chunks, ENTRIES] that left it, and its weight
         self._sent: dict[tuple[bytes, Key], tuple[Rows, int]] = {}
+        #: peers whose replies may be anything of the right form
+        self.liars: set[bytes] = set()
 
     @property
     def codec(self) -> Codec:
@@ -121,7 +123,8 @@ class Oracle:
             scale = np.zeros((self._codec.chunks, 1))
             scale[part.start : part.end, 0] = reply.scale
             mean = self._mean([(rows, weight, reply.clips.get(member, 256)) for member, _, rows, weight in sent])
-            if not made_up and (abs(value - mean)[mask] > 0.51 * np.broadcast_to(scale, mask.shape)[mask] + 1e-5).any():
+            lied = made_up or shape.members[part.reducer].peer_id in self.liars
+            if not lied and (abs(value - mean)[mask] > 0.51 * np.broadcast_to(scale, mask.shape)[mask] + 1e-5).any():
                 raise ViolationError(f"round {after.round}: a reply is not the mean of what it includes")
         self._nodes[after.id] = _Node(after, parameters, consumed)
 

@@ -126,8 +126,6 @@ class World:
         self.forged: dict[bytes, str] = {}
         #: id of such a state -> where its branch parts from an honest one
         self.parted_at: dict[bytes, ChainState] = {}
-        #: peers whose replies are not the sums of what they were sent
-        self.liars: set[bytes] = set()
         self.adversary_random = random.Random(scenario.seed + 3)
         self._history = hashlib.sha256()
         self._apply_random = random.Random(scenario.seed + 2)
@@ -406,7 +404,7 @@ class World:
         """Nobody is expelled, and nobody has a proof, but of those who lie."""
         machine = peer.machine
         convicted = {*machine.head.expelled, *(proof.reducer for proof in machine.audits.proofs.values())}
-        for innocent in convicted - self.liars:
+        for innocent in convicted - self.oracle.liars:
             named = next((other.name for other in self.peers if other.id == innocent), innocent.hex())
             self.violate(f"{peer.name} convicts {named}, which has not lied")
 
