@@ -94,17 +94,21 @@ class Audits:
             if reducer != self.me and digest not in (b"", reply.digest):
                 self._accuse(reducer)
 
-    def conclude(self, event: events.Audited) -> None:
-        """Take note of how an audit ended."""
+    def conclude(self, event: events.Audited, *, owes: bool) -> None:
+        """Take note of how an audit ended.
+
+        Args:
+            owes: whether a reducer that withheld what it summed is there to be blamed.
+        """
         self.under_way.discard(event.reply)
         match event.verdict:
             case "right":
                 self.suspects.discard(event.reducer)
                 self.owing.pop(event.reducer, None)
-            case "withheld":
+            case "withheld" if owes:
                 self._accuse(event.reducer)
                 self._suspect(event.reducer)
-            case "skipped":
+            case "withheld" | "skipped":
                 pass
             case "wrong":
                 self.keep(event.reducer, event.proof, found=True)

@@ -639,7 +639,9 @@ class RoundMachine:
                     self._effects.append(events.SendProof(sealer, proof.reducer, proof.encoded))
 
     def _on_audited(self, event: events.Audited) -> None:
-        self.audits.conclude(event)
+        # Who has said goodbye owes nothing.
+        withheld = event.verdict == "withheld" and event.reducer not in self.group.left
+        self.audits.conclude(event, owes=withheld)
         self.audits.forget_all_but(self.group.members)
         if event.verdict == "wrong" and self.exchanges.current is not None:
             self._hand_on_proofs(self.exchanges.current.shape)

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from cluster import RULES, RUN_ID, Cluster, Peer, identity_of, roots
 
 from p2ptrain import chain
-from p2ptrain.chain import ChainState, Join, Member, Row, Seal, SignedSeal
+from p2ptrain.chain import ChainState, Expulsion, Join, Member, Row, Seal, SignedSeal
 from p2ptrain.chain.forks import Mark
 from p2ptrain.chain.sealed import Key, Reply, SealedRound
 from p2ptrain.rounds.events import (
@@ -71,7 +71,15 @@ def reply_of(key: Key, part: int, *indices: int) -> Reply:
 
 
 def seal_after(
-    state: ChainState, sealer: str, replies: dict[int, Reply], *, solo: bool = False, joins: tuple[Join, ...] = ()
+    state: ChainState,
+    sealer: str,
+    replies: dict[int, Reply],
+    *,
+    solo: bool = False,
+    joins: tuple[Join, ...] = (),
+    expelled: tuple[tuple[bytes, bytes], ...] = (),
+    proofs: tuple[bytes, ...] = (),
+    accused: bytes = b"",
 ) -> tuple[SealedRound, ChainState]:
     """What `sealer` seals on `state`, and the chain after it."""
     shape = chain.shape_of(state, CHUNKS)
@@ -89,10 +97,12 @@ def seal_after(
         rows=tuple(m.row for m in shape.members),
         joins=joins,
         root=b"",
+        expelled=tuple(Expulsion(*one) for one in expelled),
+        accused=accused,
     )
     signed: SignedSeal = chain.encode_seal(seal, identity_of(sealer).sign)
     data = tuple(replies[n].data if n in replies else None for n in range(len(shape.parts)))
-    sealed = SealedRound(chain.seal_id(signed.body), seal, signed, data)
+    sealed = SealedRound(chain.seal_id(signed.body), seal, signed, data, proofs)
     return sealed, chain.extend(state, sealed.id, seal, CHUNKS)
 
 
