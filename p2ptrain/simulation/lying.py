@@ -157,7 +157,7 @@ class Lying(World):
         scenario: without faults; its peers are the honest ones.
         kind: one of `LIES`.
         liars: how many.
-        rounds: to watch after the first lie.
+        rounds: to watch after the first lie, unless all liars are expelled before.
     """
 
     def __init__(self, scenario: Scenario, folder: Path, kind: str, *, liars: int = 1, rounds: int = 40) -> None:
@@ -191,7 +191,7 @@ class Lying(World):
         counts = {peer.name: 0 for peer in self.peers}
         included = {peer.name: 0 for peer in self._liars}
         outcome = self.outcome
-        while self._round_of(founder) < began + self._rounds:
+        while self._round_of(founder) < began + self._rounds and outcome.rounds_until_expelled is None:
             self._raise_faults()
             head = founder.machine.head
             if head.round > seen:
