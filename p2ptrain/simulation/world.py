@@ -27,6 +27,7 @@ import numpy as np
 
 from p2ptrain import chain
 from p2ptrain.chain import ChainState, RoundShape
+from p2ptrain.chain.evidence import proof_digest
 from p2ptrain.chain.forks import Mark
 from p2ptrain.chain.sealed import Key, SealedRound, reply_digest
 from p2ptrain.config.manifest import CodecConfig, GroupConfig, Manifest, OptimizerConfig, canonical_bytes, run_id
@@ -407,6 +408,8 @@ class World:
         for innocent in convicted - self.oracle.liars:
             named = next((other.name for other in self.peers if other.id == innocent), innocent.hex())
             self.violate(f"{peer.name} convicts {named}, which has not lied")
+        if set(machine.head.expelled) & {member.peer_id for member in machine.head.following}:
+            self.violate(f"{peer.name} has a member that is expelled")
 
     def _check_taken_over(self, peer: SimPeer) -> None:
         """Nobody follows a made-up branch who was a member where it parts; a newcomer may be misled, and comes back."""
@@ -493,6 +496,8 @@ class World:
         """A sealer seals what it holds, and all of it."""
         before = self.oracle.state(sealed.seal.parent)
         shape = chain.shape_of(before, self.chunks)
+        if [proof_digest(proof) for proof in sealed.proofs] != [named.proof for named in sealed.seal.expelled]:
+            self.violate(f"{peer.name} sealed proofs that it does not hold")
         for number, (digest, data) in enumerate(zip(sealed.seal.parts, sealed.replies, strict=True)):
             if (reply_digest(data) if data is not None else b"") != digest:
                 self.violate(f"{peer.name} sealed a reply that it does not hold")
