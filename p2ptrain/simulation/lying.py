@@ -19,6 +19,7 @@ from p2ptrain.chain.state import may_accuse
 from p2ptrain.compression import wire
 from p2ptrain.compression.codec import Codec
 from p2ptrain.compression.reduce import reduce_part
+from p2ptrain.peer.answering import Answering
 from p2ptrain.rounds import events
 from p2ptrain.rounds.audits import Audits
 from p2ptrain.simulation.network import Line
@@ -62,33 +63,16 @@ class LyingDriver(SimDriver):
             self._spawn(self._hand_false_proofs(effect))
 
     def _flipped(self, effect: events.Reduce) -> tuple[bytes, Bundle]:
-        """What the opposite of all contributions comes to, as if it were their sum."""
-        codec, start, end = self._p.codec, effect.start, effect.end
-        right, bundle = type(self.answering)._reduced(self.answering, effect)
-        summed = [
-            (said.member, said.row.weight, _flip(payload, codec, start, end))
-            for said, payload in zip(bundle.statements, bundle.payloads, strict=True)
-        ]
-        body = reduce_part(summed, codec, start, end, len(effect.members))
-        sign = self._p.node.identity.sign
-        lie = evidence.attest(sign, self._p.run_id, effect.key, effect.part, effect.members, body, bundle.statements)
+        lie, bundle, right = sum_of_opposites(self.answering, effect)
         if lie != right:
             self.peer.world.report.coverage["lies"] += 1
         return lie, bundle
 
     async def _either(self, key: Key, part: int) -> Reply | None:
-        """Every other time the right reply, else one that keeps nothing."""
+        """Return the right reply every other time, else one that keeps nothing."""
         reply = await self._right(key, part)
-        shape = self.machine.shape
         self._calls += 1
-        if reply is None or self._calls % 2 or shape is None or shape.round != key.round:
-            return reply
-        spec, members = shape.parts[part], [member.peer_id for member in shape.members]
-        body = reduce_part(
-            [(member, 0, b"") for member in sorted(reply.included)], self._p.codec, spec.start, spec.end, len(members)
-        )
-        data = evidence.attest(self._p.node.identity.sign, self._p.run_id, key, part, members, body, ())
-        return Reply(reply_digest(data), reply.included, data)
+        return reply if reply is None or self._calls % 2 else empty_reply(self.answering, key, part, reply)
 
     async def _hand_false_proofs(self, effect: events.Apply) -> None:
         """To all members: that a reducer, though it summed nothing, lied."""
@@ -106,6 +90,35 @@ class LyingDriver(SimDriver):
                         await self._client.prove(peer, evidence.encode_proof(proof))
                     except CallError:
                         continue
+
+
+def sum_of_opposites(answering: Answering, effect: events.Reduce) -> tuple[bytes, Bundle, bytes]:
+    """Return what the opposite of all contributions comes to, attested as their sum; what was summed; the right reply.
+
+    Any thread.
+    """
+    parts, codec = answering._p, answering._p.codec
+    right, bundle = Answering._reduced(answering, effect)
+    summed = [
+        (said.member, said.row.weight, _flip(payload, codec, effect.start, effect.end))
+        for said, payload in zip(bundle.statements, bundle.payloads, strict=True)
+    ]
+    body = reduce_part(summed, codec, effect.start, effect.end, len(effect.members))
+    sign = parts.node.identity.sign
+    lie = evidence.attest(sign, parts.run_id, effect.key, effect.part, effect.members, body, bundle.statements)
+    return lie, bundle, right
+
+
+def empty_reply(answering: Answering, key: Key, part: int, reply: Reply) -> Reply:
+    """Return another reply of the round under way than `reply`, to the same members; it keeps nothing."""
+    parts, shape = answering._p, answering._machine.shape
+    if shape is None or (shape.round, shape.base) != (key.round, key.base):
+        return reply
+    spec, members = shape.parts[part], [member.peer_id for member in shape.members]
+    nothing = [(member, 0, b"") for member in sorted(reply.included)]
+    body = reduce_part(nothing, parts.codec, spec.start, spec.end, len(members))
+    data = evidence.attest(parts.node.identity.sign, parts.run_id, key, part, members, body, ())
+    return Reply(reply_digest(data), reply.included, data)
 
 
 def _flip(payload: bytes, codec: Codec, start: int, end: int) -> bytes:
