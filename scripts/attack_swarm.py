@@ -6,9 +6,9 @@
 
 For each attack a fresh swarm of `p2ptrain` processes trains a small model on the embedded text, over loopback: first in
 calm, then while a hostile process (`attacks/`) does what it can for --seconds, then for a while after. A row holds if
-no honest peer has crashed, all hold one replica by their disks, none took a seal of the attacker's branch, rounds a
-minute stay at 0.8 of calm or more and no process has grown by a tenth. Rows go to stdout, progress to stderr; exits
-with 1 if a row does not hold.
+no honest peer has crashed or was expelled, all hold one replica by their disks, none took a seal of the attacker's
+branch, rounds a minute stay at 0.8 of calm or more and no process has grown by a tenth. Rows go to stdout, progress to
+stderr; exits with 1 if a row does not hold.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lab.replayed import replayed
 from lab.report import Figures, machine, merged, note, read, write
 
 from p2ptrain.config.home import Home
-from p2ptrain.swarm.identity import format_peer_id
+from p2ptrain.swarm.identity import format_peer_id, parse_peer_id
 
 NAMES = ("ada", "grace", "linus", "barbara", "edsger", "frances", "alan", "radia")
 START_SECONDS = 90.0
@@ -71,6 +71,7 @@ COLUMNS = (
     "crashed",
     "taken_over",
     "noticed_after_rounds",
+    "expelled",
     "rss_growth",
 )
 
@@ -223,6 +224,12 @@ class Measurement:
             note(f"{self.name}: a disk lacks round {common}, the peers ended at {last}: {error}")
             return True
 
+    def expelled(self, whom: set[bytes]) -> bool:
+        """Whether an honest peer has said that one of these is expelled."""
+        names = [f"{format_peer_id(peer)} is expelled" for peer in whom]
+        said = [str(entry.get("message", "")) for peer in self.peers for entry in peer.said]
+        return any(name in text for name in names for text in said)
+
     def journals(self) -> list[list[str]]:
         """Names of the files in each peer's journal."""
         return [[path.name for path in Home(peer.home).journal.glob("round-*")] for peer in self.peers]
@@ -249,6 +256,8 @@ class Measurement:
             "crashed": crashed,
             "taken_over": any(seal in self.hostile.branch for peer in self.peers for seal in peer.seals),
             "noticed_after_rounds": self.noticed(attack),
+            "expelled": self.expelled({bytes.fromhex(one) for one in self.hostile.identities or ()}),
+            "framed": self.expelled({parse_peer_id(peer.address.rpartition("/")[2]) for peer in self.peers}),
             "rss_growth": growth(0),
             "rounds_per_minute_after": round(self.rate(after), 1),
             "daemon_rss_growth": growth(1),
@@ -262,7 +271,7 @@ class Measurement:
 
 def holds(row: Figures) -> bool:
     """Whether the honest peers have withstood it."""
-    harmed = row["diverged"] or row["crashed"] or row["taken_over"]
+    harmed = row["diverged"] or row["crashed"] or row["taken_over"] or row["framed"]
     return not harmed and row["rounds_per_minute_ratio"] >= RATIO_AT_LEAST and row["rss_growth"] < GROWTH_BELOW
 
 

@@ -17,6 +17,7 @@ from p2ptrain.calls.messages import (
     TRANSPORT_FAILURES,
     Amend,
     Answer,
+    AuditRequest,
     CallError,
     ContributionHeader,
     DataRequest,
@@ -25,6 +26,7 @@ from p2ptrain.calls.messages import (
     Hello,
     JoinRequest,
     News,
+    ProofHeader,
     RefusedError,
     Relay,
     RoundsHeader,
@@ -41,6 +43,7 @@ from p2ptrain.calls.servicer import PeerServicer
 from p2ptrain.calls.uplink import Burst
 from p2ptrain.chain import Row, SignedSeal
 from p2ptrain.chain.admission import Grant, Statement
+from p2ptrain.chain.evidence import proof_digest
 from p2ptrain.config.manifest import PROTOCOL_VERSION
 from p2ptrain.errors import P2PTrainError
 from p2ptrain.state.pieces import piece_length, pieces_of
@@ -53,6 +56,8 @@ NEWS_SECONDS = 4.0
 """Silence of a peer we follow after which we hang up; it says something every second."""
 PRESENT_AGAIN_SECONDS = 1.0, 60.0
 """The first and the longest pause after a grant that did not help with a peer."""
+PROOF_SECONDS = 60.0
+"""For a proof to get there and to be checked."""
 _SEALED_ROUND_SLACK_BYTES = 512 * 1024
 
 _FAILURES = (*TRANSPORT_FAILURES, P2PTrainError)
@@ -205,6 +210,33 @@ class Client:
             # The donor may have to pack it first.
             await reader.accepted(60.0)
             return await reader.blob(max_bytes, progress=progress)
+
+    async def audit(self, peer: bytes, reply: bytes, max_bytes: int) -> bytes:
+        """What `peer` summed for the reply of this digest; nothing of it is checked but its length.
+
+        Raises:
+            RefusedError: it does not show it.
+            CallError: no answer.
+        """
+        async with self._stream(peer, "rpc_audit", self.traffic.message(AuditRequest(self.run_id, reply))) as reader:
+            await reader.accepted()
+            return await reader.blob(max_bytes)
+
+    async def prove(self, peer: bytes, proof: bytes) -> None:
+        """Hand `peer` a proof. Raises RefusedError, CallError."""
+        wanted = asyncio.Event()
+
+        async def frames() -> AsyncIterator[BytesValue]:
+            yield self.traffic.message(ProofHeader(self.run_id, proof_digest(proof)))
+            # What is refused, as it is known already, is not sent.
+            await wanted.wait()
+            for frame in self.traffic.blob(proof):
+                yield frame
+
+        async with self._stream(peer, "rpc_prove", frames()) as reader:
+            await reader.accepted()
+            wanted.set()
+            await reader.accepted(PROOF_SECONDS)
 
     async def _unary(self, peer: bytes, name: str, request: BytesValue, kind: type[Any]) -> Any:
         answer = await unary(self.node, peer, name, request, kind, self.traffic)

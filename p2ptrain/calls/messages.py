@@ -22,6 +22,7 @@ from msgspec import Meta
 
 from p2ptrain.chain import ChainState, Hash, OptionalHash, Row, SignedSeal
 from p2ptrain.chain.admission import AMENDMENTS_MAX, Revocation, Statement
+from p2ptrain.chain.evidence import Signature
 
 NAMESPACE = "p2ptrain"
 PIECE_BYTES = 256 * 1024
@@ -114,6 +115,7 @@ class ContributionHeader(_Message, frozen=True):
     base: Hash
     part: Annotated[int, Meta(ge=0, le=1024)]
     row: Row
+    signature: Signature
     root_round: Round
     root: OptionalHash
     tip: Tip
@@ -219,6 +221,20 @@ class DataRequest(_Message, frozen=True):
     """Asks for the run's corpus, packed, as one blob."""
 
     run_id: Hash
+
+
+class AuditRequest(_Message, frozen=True):
+    """Asks a reducer for the contributions that it summed for one of its replies, as one blob."""
+
+    run_id: Hash
+    reply: Hash
+
+
+class ProofHeader(_Message, frozen=True):
+    """Announces a proof that convicts a reducer; a blob, the proof, follows once this is accepted."""
+
+    run_id: Hash
+    proof: Hash
 
 
 M = TypeVar("M", bound=_Message)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import AsyncIterator, Protocol  # noqa: UP035 - hivemind knows a stream by this type alone
 
 import msgspec
@@ -28,6 +28,7 @@ from p2ptrain.calls.messages import (
     TOO_MANY_CALLS,
     Amend,
     Answer,
+    AuditRequest,
     CallError,
     ContributionHeader,
     DataRequest,
@@ -36,6 +37,7 @@ from p2ptrain.calls.messages import (
     Hello,
     JoinRequest,
     News,
+    ProofHeader,
     Relay,
     RoundsHeader,
     RoundsRequest,
@@ -49,6 +51,7 @@ from p2ptrain.calls.messages import (
 )
 from p2ptrain.chain import SignedSeal
 from p2ptrain.chain.admission import Revocation
+from p2ptrain.chain.evidence import PROOF_MAX_BYTES
 from p2ptrain.chain.sealed import Key, Reply
 from p2ptrain.state.failpoints import failpoint
 from p2ptrain.state.pieces import PieceFile
@@ -62,6 +65,8 @@ AMENDS_PER_SECOND, AMENDS_BURST = 4.0, 64.0
 """Of one peer, with statements whose signatures are to be checked."""
 OUTSIDERS_AMENDS_PER_SECOND, OUTSIDERS_AMENDS_BURST = 10.0, 100.0
 """Of all outsiders together, who may have any number of identities."""
+SHOWING_SECONDS = 60.0
+"""A stream that shows what was summed, and is not done by then, ends."""
 FRAME_SECONDS = 15.0
 """Silence inside a request after which it is dropped."""
 
@@ -145,6 +150,15 @@ class AnsweringPeer(Protocol):
     def parted_at(self, locator: tuple[bytes, ...]) -> bytes:
         """Return the first of these ids that our chain went through, or nothing."""
 
+    def show_summed(self, wanted: AuditRequest, peer: bytes) -> bytes | str:
+        """Return what a reply of ours is the sum of, or why it is refused."""
+
+    def refuse_proof(self, header: ProofHeader, peer: bytes) -> str | None:
+        """Return why a proof is refused before it is read, or None."""
+
+    async def take_proof(self, header: ProofHeader, peer: bytes, read: Callable[[], Awaitable[bytes]]) -> None:
+        """Read a proof and check it. Raises CallError when it does not come."""
+
     def hear_tip(self, peer: bytes, tip: Tip) -> None:
         """Hear where a peer stands."""
 
@@ -221,6 +235,16 @@ class PeerServicer(ServicerBase):
     async def rpc_data(self, request: BytesValue, context: P2PContext) -> AsyncIterator[BytesValue]:
         """The run's corpus."""
         async for frame in self._serve(context, lambda peer: self._data(request.value, peer)):
+            yield frame
+
+    async def rpc_audit(self, request: BytesValue, context: P2PContext) -> AsyncIterator[BytesValue]:
+        """What this peer summed for a reply."""
+        async for frame in self._serve(context, lambda peer: self._audit(request.value, peer)):
+            yield frame
+
+    async def rpc_prove(self, stream: AsyncIterator[BytesValue], context: P2PContext) -> AsyncIterator[BytesValue]:
+        """A proof that a reducer lied."""
+        async for frame in self._serve(context, lambda peer: self._prove(stream, peer)):
             yield frame
 
     # ---- what they do -----------------------------------------------------------------------------------------
@@ -333,6 +357,26 @@ class PeerServicer(ServicerBase):
             for number in numbers:
                 async for frame in self._paced(await asyncio.to_thread(found.read, number), going_on):
                     yield frame
+
+    async def _audit(self, request: bytes, peer: bytes) -> Frames:
+        wanted = decode_message(request, AuditRequest)
+        shown = self._answering.show_summed(wanted, peer)
+        yield self._traffic.message(Answer(shown if isinstance(shown, str) else ""))
+        if isinstance(shown, str):
+            return
+        clock = asyncio.get_running_loop().time
+        until = clock() + SHOWING_SECONDS
+        async for frame in self._paced(shown, lambda: clock() < until):
+            yield frame
+
+    async def _prove(self, stream: AsyncIterator[BytesValue], peer: bytes) -> Frames:
+        reader = FrameReader(stream, self._traffic, FRAME_SECONDS)
+        header = await reader.message(ProofHeader)
+        refusal = self._answering.refuse_proof(header, peer)
+        yield self._traffic.message(Answer(refusal or ""))
+        if refusal is None:
+            await self._answering.take_proof(header, peer, lambda: reader.blob(PROOF_MAX_BYTES))
+            yield self._traffic.message(Answer(""))
 
     async def _paced(self, data: bytes, going_on: Callable[[], bool]) -> Frames:
         """A blob at the pace of the handout, in frames small enough that none is long in coming."""

@@ -1,21 +1,25 @@
 """What a seal is, and what follows from a list of them. Pure: no sockets, no clock, no files.
 
-`seal` is the record and its form, `state` what a list of seals decides, `sealed` a round with its replies, `relay` the
-order in which a seal is passed on, `admission` whom seals let in and shut out. The names of the first two can be
-imported from here as well.
+`seal` is the record and its form, `state` what a list of seals decides, `evidence` what convicts a reducer, `sealed` a
+round with its replies, `relay` the order in which a seal is passed on, `admission` whom seals let in and shut out. The
+names of the first two can be imported from here as well.
 """
 
 from p2ptrain.chain.seal import (
     HASH_BYTES,
     JOINS_MAX,
     MEMBERS_MAX,
+    PROOFS_MAX,
     SEAL_MAX_BYTES,
     SEAL_VERSION,
     SEQUENCES_PER_KILOSECOND_MAX,
     UPLINK_MAX_KBIT,
+    Expulsion,
     Hash,
     Join,
+    Key,
     OptionalHash,
+    OptionalPeerId,
     PeerId,
     Row,
     Seal,
@@ -63,16 +67,20 @@ __all__ = [
     "PARTS_MAX",
     "PARTS_PER_REDUCER_MAX",
     "PART_CHUNKS_MIN",
+    "PROOFS_MAX",
     "SEAL_MAX_BYTES",
     "SEAL_VERSION",
     "SEQUENCES_PER_KILOSECOND_MAX",
     "SERVED_MAX",
     "UPLINK_MAX_KBIT",
     "ChainState",
+    "Expulsion",
     "Hash",
     "Join",
+    "Key",
     "Member",
     "OptionalHash",
+    "OptionalPeerId",
     "Part",
     "PeerId",
     "RoundShape",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Annotated
 
 import msgspec
@@ -19,15 +20,25 @@ from p2ptrain.compression import bitmaps
 SEAL_VERSION = 1
 MEMBERS_MAX = 1024
 JOINS_MAX = 32  # newcomers one seal may admit
+PROOFS_MAX = 2  # reducers one seal may expel
 SEAL_MAX_BYTES = 256 * 1024
 UPLINK_MAX_KBIT = 10_000_000
 SEQUENCES_PER_KILOSECOND_MAX = 1_000_000_000
 
 OptionalHash = Annotated[bytes, Meta(max_length=HASH_BYTES)]
+OptionalPeerId = Annotated[bytes, Meta(max_length=64)]
 
 
 class SealError(ValueError):
     """A seal that no honest peer would have made, or that does not continue the chain it was checked against."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What everything of a round is filed under: the round and id(t-2)."""
+
+    round: int
+    base: bytes
 
 
 class Row(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -48,6 +59,14 @@ class Join(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     row: Row
 
 
+class Expulsion(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A reducer that a seal expels."""
+
+    peer_id: PeerId
+    proof: Hash
+    """Of the proof that convicts it, which travels with the sealed round."""
+
+
 class Seal(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """The record of what one round decided. Its id is the hash of its encoding, its signature apart."""
 
@@ -65,6 +84,9 @@ class Seal(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     root: OptionalHash
     amendments: Annotated[tuple[Statement, ...], Meta(max_length=AMENDMENTS_MAX)] = ()
     """Whom this seal lets in and shuts out."""
+    expelled: Annotated[tuple[Expulsion, ...], Meta(max_length=PROOFS_MAX)] = ()
+    accused: OptionalPeerId = b""
+    """A member that owes the sealer an audit's answer; empty: none."""
 
 
 class SignedSeal(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

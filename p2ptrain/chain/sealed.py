@@ -13,23 +13,16 @@ import msgspec
 from msgspec import Meta
 
 from p2ptrain import chain
-from p2ptrain.chain import ChainState, RoundShape, SealError, SignedSeal, Verify
-from p2ptrain.chain.seal import Seal
+from p2ptrain.chain import ChainState, RoundShape, SealError, SignedSeal, Verify, evidence
+from p2ptrain.chain.evidence import EvidenceError
+from p2ptrain.chain.seal import Key, Seal
 from p2ptrain.compression import decoded, wire
 from p2ptrain.compression.codec import Codec
 
 
 @dataclass(frozen=True, slots=True)
-class Key:
-    """What everything of a round is filed under: the round and id(t-2)."""
-
-    round: int
-    base: bytes
-
-
-@dataclass(frozen=True, slots=True)
 class Reply:
-    """What a reducer froze for one part; the same bytes to everyone."""
+    """What a reducer froze for one part, with its attestation; the same bytes to everyone."""
 
     digest: bytes
     included: frozenset[int]
@@ -45,6 +38,8 @@ class SealedRound:
     signed: SignedSeal
     replies: tuple[bytes | None, ...]
     """One per part of the round's partition; None where the seal says SKIP."""
+    proofs: tuple[bytes, ...] = ()
+    """One for each expulsion that the seal names, in its order."""
 
 
 class SealedRoundError(ValueError):
@@ -54,6 +49,7 @@ class SealedRoundError(ValueError):
 class _Encoded(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     signed: SignedSeal
     replies: Annotated[tuple[bytes | None, ...], Meta(max_length=chain.MEMBERS_MAX)]
+    proofs: Annotated[tuple[bytes, ...], Meta(max_length=chain.PROOFS_MAX)] = ()
 
 
 _decoder = msgspec.msgpack.Decoder(_Encoded)
@@ -64,23 +60,25 @@ def reply_digest(data: bytes) -> bytes:
     return hashlib.sha256(b"p2ptrain reply 1\0" + data).digest()
 
 
-def make_reply(data: bytes, codec: Codec, shape: RoundShape, part: int) -> Reply:
-    """Check a reply's bytes for one part of a round.
+def make_reply(data: bytes, codec: Codec, shape: RoundShape, part: int, run_id: bytes, verify: Verify) -> Reply:
+    """Check a reply's bytes for one part of a round: that its reducer attests to them, and their form.
 
     Raises:
-        SealedRoundError: not a well-formed reply of that part.
+        SealedRoundError: not a well-formed reply of that part and reducer.
     """
-    spec = shape.parts[part]
+    spec, members = shape.parts[part], [member.peer_id for member in shape.members]
     try:
-        content = decoded.reply(data, codec, spec.start, spec.end, len(shape.members))
-    except wire.WireError as error:
+        key = Key(shape.round, shape.base)
+        evidence.check_attestation(data, members[spec.reducer], run_id, key, part, members, verify)
+        content = decoded.reply(evidence.body_of(data), codec, spec.start, spec.end, len(members))
+    except (EvidenceError, wire.WireError) as error:
         raise SealedRoundError(str(error)) from error
     return Reply(reply_digest(data), content.included, data)
 
 
 def encode_sealed(sealed: SealedRound) -> bytes:
     """Inverse of `decode_sealed`."""
-    return msgspec.msgpack.encode(_Encoded(sealed.signed, sealed.replies))
+    return msgspec.msgpack.encode(_Encoded(sealed.signed, sealed.replies, sealed.proofs))
 
 
 def decode_sealed(data: bytes, verify: Verify) -> SealedRound:
@@ -99,33 +97,51 @@ def decode_sealed(data: bytes, verify: Verify) -> SealedRound:
     for digest, reply in zip(seal.parts, encoded.replies, strict=True):
         if (reply is None) != (digest == b"") or (reply is not None and reply_digest(reply) != digest):
             raise SealedRoundError("a sealed round with other replies than its seal names")
-    return SealedRound(identifier, seal, encoded.signed, encoded.replies)
+    if [evidence.proof_digest(proof) for proof in encoded.proofs] != [one.proof for one in seal.expelled]:
+        raise SealedRoundError("a sealed round with other proofs than its seal names")
+    return SealedRound(identifier, seal, encoded.signed, encoded.replies, encoded.proofs)
 
 
-def check_replies(sealed: SealedRound, codec: Codec, shape: RoundShape) -> None:
+def check_replies(sealed: SealedRound, codec: Codec, shape: RoundShape, verify: Verify) -> None:
     """Decode every reply once, so that applying the round cannot fail later.
 
     Raises:
-        SealedRoundError: malformed, or including others than the seal says.
+        SealedRoundError: malformed, not its reducer's, or including others than the seal says.
     """
     included: frozenset[int] = frozenset()
     for part, data in enumerate(sealed.replies):
         if data is not None:
-            included |= make_reply(data, codec, shape, part).included
+            included |= make_reply(data, codec, shape, part, sealed.seal.run_id, verify).included
     if chain.bits(sealed.seal.included, len(shape.members)) != included:
         raise SealedRoundError("the seal includes others than its replies do")
 
 
-def check_continues(state: ChainState, sealed: SealedRound, codec: Codec) -> ChainState:
-    """The chain after `sealed`, whose replies are checked too.
+def check_proofs(sealed: SealedRound, codec: Codec, verify: Verify) -> None:
+    """Check that each proof convicts the peer that the seal expels for it.
 
     Raises:
-        SealedRoundError: it does not continue `state`, or a reply is malformed.
+        SealedRoundError: one does not.
+    """
+    for named, encoded in zip(sealed.seal.expelled, sealed.proofs, strict=True):
+        try:
+            proof = evidence.open_proof(encoded, sealed.seal.run_id, codec, verify)
+        except EvidenceError as error:
+            raise SealedRoundError(f"a seal expels a peer without proof: {error}") from error
+        if proof.reducer != named.peer_id:
+            raise SealedRoundError("a seal expels another peer than its proof convicts")
+
+
+def check_continues(state: ChainState, sealed: SealedRound, codec: Codec, verify: Verify) -> ChainState:
+    """The chain after `sealed`, whose replies and proofs are checked too.
+
+    Raises:
+        SealedRoundError: it does not continue `state`, a reply is malformed, or a proof convicts nobody.
     """
     shape = chain.shape_of(state, codec.chunks)
     try:
         following = chain.extend(state, sealed.id, sealed.seal, codec.chunks)
     except SealError as error:
         raise SealedRoundError(str(error)) from error
-    check_replies(sealed, codec, shape)
+    check_replies(sealed, codec, shape, verify)
+    check_proofs(sealed, codec, verify)
     return following

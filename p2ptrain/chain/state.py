@@ -40,12 +40,14 @@ from p2ptrain.chain.seal import (
 ABSENCES_ALLOWED = 3  # consecutive seals without a member before it is no longer one
 NEWCOMER_ABSENCES_ALLOWED = 2  # the same for a member that no seal has included yet
 STRIKES_A_TIME = 1  # for owing something; a turn to seal on which nothing is owed takes one back
+STRIKES_TO_ACCUSE = 2  # for both: who accuses must not lose its turns by it
 STRIKES_BORNE = 2  # what is owed once may have been a moment late
 STRIKES_MAX = 8  # a member struck so often has a turn in one round of 2**6
 SERVED_MAX = 64  # an uplink counts up to 2**8 times the middle one then
 SERVED_DOUBLES = 8  # served rounds after which twice as much of an uplink counts
 PART_CHUNKS_MIN = 1024  # a reducer's range is not cut into smaller parts
 PARTS_PER_REDUCER_MAX = 8
+EXPELLED_MAX = 256  # the oldest are forgotten beyond
 PARTS_MAX = 256  # cut no further beyond; a reducer has one part at least
 
 
@@ -88,6 +90,8 @@ class ChainState(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     """Members of round `round + 2`, as far as this seal knows."""
     access: Access = Access()
     """Who may take part from here on."""
+    expelled: tuple[PeerId, ...] = ()
+    """Peers that proofs have convicted, the latest at the end: never members again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,6 +283,8 @@ def extend(state: ChainState, identifier: bytes, seal: Seal, chunks: int) -> Cha
     if len(set(newcomers)) != len(newcomers) or (not seal.solo and listed & set(newcomers)):
         raise SealError("seal admits a peer that is a member already")
     access = _amended(state, seal)
+    convicted = _convicted(state, seal)
+    _check_accusation(state, shape, seal)
 
     if seal.solo:
         row = seal.rows[sealer] if sealer is not None else Row(0, 0, 1)
@@ -296,10 +302,12 @@ def extend(state: ChainState, identifier: bytes, seal: Seal, chunks: int) -> Cha
         missed = rows.keys() - present if included else owing
         struck, forgiven = _struck_and_forgiven(shape, seal)
         serving, failing = _serving_and_failing(shape, seal)
+        accusing = {seal.sealer} if seal.accused else set()
         listed_on, remaining = [], []
         for m in state.following:
             absent = 0 if m.peer_id in present else m.absent + (m.peer_id in missed)
-            strikes = m.strikes + STRIKES_A_TIME * (m.peer_id in struck) - (m.peer_id in forgiven)
+            strikes = m.strikes + STRIKES_A_TIME * (m.peer_id in struck) - (m.peer_id in forgiven - accusing)
+            strikes += STRIKES_TO_ACCUSE * (m.peer_id in accusing or m.peer_id == seal.accused)
             served = m.served + (m.peer_id in serving)
             if m.peer_id in struck & failing:
                 # So that no more than half of its uplink counts that did before.
@@ -317,13 +325,16 @@ def extend(state: ChainState, identifier: bytes, seal: Seal, chunks: int) -> Cha
                 remaining.append(after)
         # Never to the last: a group of nobody could not seal any more.
         following = _without_those_shut_out(tuple(remaining or listed_on), access)
+        following = tuple(m for m in following if m.peer_id not in convicted) or following
+    gone = convicted - {m.peer_id for m in following}
+    expelled = (*state.expelled, *sorted(gone))[-EXPELLED_MAX:]
     admitted = [Member(j.peer_id, j.row, -NEWCOMER_ABSENCES_ALLOWED, False) for j in seal.joins]
     if len(admitted) > room_for_newcomers(following):
         raise SealError("seal admits more newcomers than may come at once")
     following += tuple(m for m in admitted if m.peer_id != seal.sealer)
     if len(following) > MEMBERS_MAX:
         raise SealError("too many members")
-    return ChainState(state.run_id, seal.round, identifier, state.id, seal.total, now, following, access)
+    return ChainState(state.run_id, seal.round, identifier, state.id, seal.total, now, following, access, expelled)
 
 
 def _amended(state: ChainState, seal: Seal) -> Access:
@@ -350,6 +361,46 @@ def _without_those_shut_out(members: tuple[Member, ...], access: Access) -> tupl
     """Leave out members that the owner has revoked, unless no proven one were left, who could seal."""
     remaining = tuple(m for m in members if access.admits(m.peer_id))
     return remaining if any(not m.is_newcomer for m in remaining) else members
+
+
+def _convicted(state: ChainState, seal: Seal) -> set[bytes]:
+    """Return the peers that a seal expels. Whether its proofs convict them is for `sealed.check_proofs` to say.
+
+    Raises:
+        SealError: it is an expelled peer's, admits one, or expels one that is no member.
+    """
+    convicted = {expulsion.peer_id for expulsion in seal.expelled}
+    if seal.sealer in state.expelled or seal.sealer in convicted:
+        raise SealError("sealed by a peer that is expelled")
+    if any(join.peer_id in state.expelled or join.peer_id in convicted for join in seal.joins):
+        raise SealError("seal admits a peer that is expelled")
+    # Members alone, so that nobody fills the list with identities that were never there.
+    if len(convicted) != len(seal.expelled) or not convicted <= {m.peer_id for m in state.following}:
+        raise SealError("seal expels a peer twice, or one that is no member")
+    return convicted
+
+
+def _check_accusation(state: ChainState, shape: RoundShape, seal: Seal) -> None:
+    """Check that an accusation is of another member, in turn, by one that can bear what it costs.
+
+    So nobody makes one more than every third turn: alone it takes no turn from a member that owes nothing.
+
+    Raises:
+        SealError: it is not.
+    """
+    if not seal.accused:
+        return
+    accused, sealer = shape.index(seal.accused), shape.index(seal.sealer)
+    if seal.solo or accused is None or accused == sealer or sealer != shape.sealer_order[0]:
+        raise SealError("seal accuses out of turn, or one that is no member")
+    if not may_accuse(state, seal.sealer):
+        raise SealError("seal accuses once more than its sealer may")
+
+
+def may_accuse(state: ChainState, peer: bytes) -> bool:
+    """Say whether an accusation by this member would leave it its turns."""
+    strikes = {member.peer_id: member.strikes for member in state.following}
+    return strikes.get(peer, STRIKES_MAX) + STRIKES_TO_ACCUSE <= STRIKES_BORNE
 
 
 def room_for_newcomers(members: Sequence[Member]) -> int:

@@ -1,8 +1,10 @@
 """What a reducer computes: clip, cap, sum, keep the largest, quantise. Pure, and bounded whatever arrives.
 
 The sum is divided by the weight included, not by the number of peers that happened to pick a coefficient: the latter
-measured worse, and it hands every lone coefficient to its sender. The reply is frozen as bytes, so this arithmetic
-need not agree with anybody else's; only its decoding must (dct.decode_exact).
+measured worse, and it hands every lone coefficient to its sender. The reply is frozen as bytes, and replicas apply
+those. Still every machine makes the same bytes of the same contributions, because an auditor repeats the sum
+(chain/evidence.py): floats are added one after the other, by compiled loops or by `_total`, never by numpy, whose
+order of additions follows the processor, nor by `sum`, which newer Pythons compensate.
 
 There are three ways to sum, by `codec.robust`. `mean` bounds a sender's norm by `clip_ratio` times the median.
 `centered_clip` bounds how far a contribution lies from a center of all (Karimireddy et al., "Learning from History for
@@ -17,6 +19,7 @@ a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,9 +64,9 @@ def reduce_part(
     shares: list[float] = []
     parts = [part for _, _, part in work]
     if work:
-        cap = codec.weight_cap_ratio * float(np.median([weight for _, weight, _ in work]))
+        cap = codec.weight_cap_ratio * _median([float(weight) for _, weight, _ in work])
         capped = [min(float(weight), cap) for _, weight, _ in work]
-        weight_included = sum(capped)
+        weight_included = _total(capped)
         factors = _centered(parts, capped) if codec.robust == "centered_clip" else _clipped(parts, codec.clip_ratio)
         clips = {member: factor for (member, _, _), factor in zip(work, factors, strict=True) if factor < CLIP_UNIT}
         # Shares of one, not weights divided afterwards: a mean of what float32 holds cannot become inf - inf.
@@ -83,9 +86,33 @@ def reply_to_one(sent: Coefficients, codec: Codec) -> ReplyContent:
 
 def _clipped(parts: Sequence[Coefficients], ratio: float) -> list[int]:
     """Return factors in 256ths that bring each norm to `ratio` times the median norm or below."""
-    norms = [float(np.sqrt(np.square(part.value, dtype=np.float64).sum())) for part in parts]
-    limit = ratio * float(np.median(norms))
+    norms = [math.sqrt(_square(part.value)) for part in parts]
+    limit = ratio * _median(norms)
     return [int(CLIP_UNIT * limit / norm) if norm > limit else CLIP_UNIT for norm in norms]
+
+
+def _total(numbers: Sequence[float]) -> float:
+    """Add from the first to the last, each addition rounded."""
+    total = 0.0
+    for number in numbers:
+        total += number
+    return total
+
+
+def _median(numbers: Sequence[float]) -> float:
+    """Return the middle one, or the mean of the two in the middle."""
+    ascending = sorted(numbers)
+    middle = len(ascending) // 2
+    return ascending[middle] if len(ascending) % 2 else (ascending[middle - 1] + ascending[middle]) / 2
+
+
+@compiled
+def _square(value: _Values) -> float:
+    """Add the squares of `value` [n] in float64, in order."""
+    total = 0.0
+    for number in range(len(value)):
+        total += np.float64(value[number]) * np.float64(value[number])
+    return total
 
 
 def _centered(parts: Sequence[Coefficients], weights: Sequence[float]) -> list[int]:
@@ -97,16 +124,16 @@ def _centered(parts: Sequence[Coefficients], weights: Sequence[float]) -> list[i
     It starts at zero, not at the last update: a coefficient that was used has left its sender's momentum, so what comes
     next is no nearer to the last update than to zero.
     """
-    share = np.array(weights) / sum(weights)
+    share = np.array(weights) / _total(weights)
     coming = np.bincount(parts[0].chunk - parts[0].start, minlength=parts[0].end - parts[0].start)
     index, value = _stacked([part.index for part in parts]), _stacked([part.value for part in parts])
     squares, held, dots = np.zeros(len(parts)), np.zeros(len(parts)), np.zeros(len(parts))
     for step in range(CENTERINGS):
         center = _toward(coming, index, value, held, squares if step == 0 else dots, step == 0)
         norms = np.sqrt(np.maximum(squares - 2 * dots + center, 0))
-        limit = np.median(norms)
+        limit = _median(norms.tolist())
         used = share * np.where(norms > limit, limit / np.maximum(norms, np.finfo(np.float64).tiny), 1)
-        held = held * (1 - min(float(sum(used)), 1.0)) + used
+        held = held * (1 - min(_total(used.tolist()), 1.0)) + used
     return [min(int(CLIP_UNIT * of), CLIP_UNIT) for of in held / share]
 
 

@@ -352,6 +352,18 @@ def reply_members(data: bytes, members: int) -> frozenset[int]:
         raise WireError(f"reply includes members that are not there: {error}") from error
 
 
+def reply_chunks(data: bytes) -> tuple[int, int]:
+    """The chunks [start, end) that a reply says it is for.
+
+    Raises:
+        WireError: too short.
+    """
+    if len(data) < _REPLY.size:
+        raise WireError("reply ends too early")
+    _, _, start, end, *_ = _REPLY.unpack_from(data)
+    return start, end
+
+
 def header_bytes(data: bytes) -> int:
     """How much of a payload of our own is neither index, nor scale, nor value."""
     if data[:4] == CONTRIBUTION_MAGIC:

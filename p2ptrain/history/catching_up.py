@@ -28,6 +28,7 @@ from p2ptrain.calls.messages import (
     Tip,
 )
 from p2ptrain.chain import ChainState
+from p2ptrain.chain.evidence import PROOF_MAX_BYTES
 from p2ptrain.chain.forks import PAST_MAX, Mark
 from p2ptrain.chain.sealed import SealedRound, check_continues, decode_sealed
 from p2ptrain.compression import wire
@@ -87,8 +88,10 @@ class CatchingUp:
         self._sealed_roots: dict[int, bytes] = {}
         for number in range(journal.first, journal.last + 1):
             self.note_root(journal.read(number))
-        self._round_max_bytes = chain.SEAL_MAX_BYTES + 2 * wire.reply_max_bytes(
-            codec, 0, codec.chunks, chain.MEMBERS_MAX
+        self._round_max_bytes = (
+            chain.SEAL_MAX_BYTES
+            + 2 * wire.reply_max_bytes(codec, 0, codec.chunks, chain.MEMBERS_MAX)
+            + chain.PROOFS_MAX * PROOF_MAX_BYTES
         )
 
     def note_root(self, sealed: SealedRound) -> None:
@@ -327,7 +330,7 @@ def _check(state: ChainState, rounds: tuple[SealedRound, ...], codec: Codec) -> 
     """The chain after each of `rounds`. Raises SealedRoundError."""
     states = []
     for sealed in rounds:
-        state = check_continues(state, sealed, codec)
+        state = check_continues(state, sealed, codec, verify)
         states.append(state)
     return states
 

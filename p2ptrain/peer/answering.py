@@ -7,24 +7,34 @@ the form. Who sends a contribution waits here for the reply of its part, until t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from p2ptrain import chain
 from p2ptrain.calls.handout import Handout
-from p2ptrain.calls.messages import KNOWN_ALREADY, Amend, ContributionHeader, JoinRequest, Tip, Welcome
+from p2ptrain.calls.messages import (
+    KNOWN_ALREADY,
+    Amend,
+    AuditRequest,
+    ContributionHeader,
+    JoinRequest,
+    ProofHeader,
+    Tip,
+    Welcome,
+)
 from p2ptrain.calls.news import NewsFeed
-from p2ptrain.chain import Part
+from p2ptrain.chain import evidence
 from p2ptrain.chain.admission import Revocation
+from p2ptrain.chain.evidence import Bundle
 from p2ptrain.chain.sealed import Key, Reply, reply_digest
-from p2ptrain.compression import decoded, wire
-from p2ptrain.compression.codec import Codec
-from p2ptrain.compression.reduce import reduce_part
+from p2ptrain.compression import wire
 from p2ptrain.config.manifest import PROTOCOL_VERSION
 from p2ptrain.history.catching_up import CatchingUp
 from p2ptrain.peer.admission import Admission
+from p2ptrain.peer.auditing import Auditing
 from p2ptrain.peer.parts import DriverParts
 from p2ptrain.rounds import events
 from p2ptrain.state.failpoints import failpoint
+from p2ptrain.swarm.identity import verify
 
 
 class Answering:
@@ -36,6 +46,7 @@ class Answering:
         feed: the news that others hear of this peer.
         catching_up: where rounds and snapshots to hand out come from.
         admission: whom this peer lets in.
+        auditing: keeps what we summed, for those who audit us.
         dispatch: lets the machine hear an event, and does what it asks for.
     """
 
@@ -46,10 +57,11 @@ class Answering:
         feed: NewsFeed,
         catching_up: CatchingUp,
         admission: Admission,
+        auditing: Auditing,
         dispatch: Callable[[events.Event], None],
     ) -> None:
         self._p, self._machine, self._dispatch = parts, parts.machine, dispatch
-        self.handout, self.feed, self.catching_up = handout, feed, catching_up
+        self.handout, self.feed, self.catching_up, self._auditing = handout, feed, catching_up, auditing
         #: returns the corpus to hand out. Any thread
         self.packed_corpus = parts.packed_corpus
         #: says whether a peer may take part in the run and read anything of it
@@ -108,6 +120,8 @@ class Answering:
     def take_join(self, wanted: JoinRequest, peer: bytes) -> str:
         """Hear that a peer asks to be admitted; return a refusal or ""."""
         refusal = self.wrong_run(wanted.run_id)
+        if refusal is None and peer in self._machine.head.expelled:
+            refusal = "this peer is expelled, as a reply of it was not the sum of what it was sent"
         if refusal is not None:
             return refusal
         failpoint("join_received")
@@ -143,19 +157,44 @@ class Answering:
         key = Key(header.round, header.base)
         refusal = self._refusal(key, header.part, peer)
         shape = self._machine.shape if header.round == self._machine.head.round + 1 else None
-        # Without a shape it is looked at later.
+        # Without a shape its form is looked at when the part is reduced.
         spec = None if refusal is not None or shape is None else shape.parts[header.part]
-        if refusal is None and not _well_formed(self._p.codec, spec, header.row.weight, payload):
+        if refusal is None and (bool(payload) != bool(header.row.weight) or not self._is_signed(header, peer, payload)):
+            refusal = "malformed"
+        if spec is not None and not evidence.well_formed(
+            self._p.codec, spec.start, spec.end, header.row.weight, payload
+        ):
             refusal = "malformed"
         if refusal is None:
             self._dispatch(
-                events.ContributionReceived(key, header.part, peer, header.row, header.root_round, header.root, payload)
+                events.ContributionReceived(
+                    key, header.part, peer, header.row, header.root_round, header.root, payload, header.signature
+                )
             )
         return refusal
 
     def parted_at(self, locator: tuple[bytes, ...]) -> bytes:
         """Return the first of these ids that our chain went through, as far as we remember, or nothing."""
         return next((identifier for identifier in locator if identifier in self._machine.forks.past), b"")
+
+    def _is_signed(self, header: ContributionHeader, peer: bytes, payload: bytes) -> bool:
+        """Say whether a contribution is its sender's by its signature: an auditor will ask."""
+        key, row = Key(header.round, header.base), header.row
+        return evidence.check_contribution(
+            peer, header.signature, self._p.run_id, key, header.part, row, payload, verify
+        )
+
+    def show_summed(self, wanted: AuditRequest, peer: bytes) -> bytes | str:
+        """Return what a reply of ours is the sum of, or why it is refused."""
+        return self.wrong_run(wanted.run_id) or self._auditing.show(wanted.reply, peer)
+
+    def refuse_proof(self, header: ProofHeader, peer: bytes) -> str | None:
+        """Return why a proof is refused before it is read, or None."""
+        return self.wrong_run(header.run_id) or self._auditing.refuse_proof(header.proof, peer)
+
+    async def take_proof(self, header: ProofHeader, peer: bytes, read: Callable[[], Awaitable[bytes]]) -> None:
+        """Read a proof and check it. Raises CallError when it does not come."""
+        await self._auditing.take_proof(header.proof, peer, read)
 
     def hear_tip(self, peer: bytes, tip: Tip) -> None:
         """Hear where a peer stands."""
@@ -170,16 +209,32 @@ class Answering:
         spec = shape.parts[effect.part] if shape is not None and effect.part < len(shape.parts) else None
         if spec is None or (spec.start, spec.end) != (effect.start, effect.end):
             return  # the round is over, or a fork has cut it otherwise
-        data = await asyncio.to_thread(_reduced, effect, self._p.codec, spec)
+        data, bundle = await asyncio.to_thread(self._reduced, effect)
         if self._machine.shape is not shape:
             return  # the round is over, or its parts are others now
-        reply = Reply(reply_digest(data), wire.reply_members(data, effect.members), data)
+        included = wire.reply_members(evidence.body_of(data), len(effect.members))
+        reply = Reply(reply_digest(data), included, data)
+        self._auditing.keep(effect.key, reply.digest, effect.members, bundle)
         waiter = self._reply_waiters.get((effect.key, effect.part))
         if waiter is None:
             waiter = self._reply_waiters.setdefault((effect.key, effect.part), self._future())
         if not waiter.done():
             waiter.set_result(reply)
         self._dispatch(events.ReplyHeld(effect.key, effect.part, reply))
+
+    def _reduced(self, effect: events.Reduce) -> tuple[bytes, Bundle]:
+        """Return the reply of a part, and what it is the sum of. Any thread."""
+        return evidence.reduce_and_attest(
+            effect.contributions,
+            self._p.codec,
+            effect.start,
+            effect.end,
+            sign=self._p.node.identity.sign,
+            run_id=self._p.run_id,
+            key=effect.key,
+            part=effect.part,
+            members=effect.members,
+        )
 
     async def frozen_reply(self, key: Key, part: int) -> Reply | None:
         """Return the reply of a part that we reduce, once it is frozen; None when the round ended without."""
@@ -203,27 +258,3 @@ class Answering:
 
     def _future(self) -> asyncio.Future[Reply]:
         return asyncio.get_running_loop().create_future()
-
-
-def _well_formed(codec: Codec, part: Part | None, weight: int, payload: bytes) -> bool:
-    """Say whether a payload is what its part takes, as far as that can be said without the part."""
-    if bool(payload) != bool(weight):
-        return False
-    if not payload or part is None:
-        return True
-    try:
-        decoded.contribution(payload, codec, part.start, part.end)
-    except wire.WireError:
-        return False
-    return True
-
-
-def _reduced(effect: events.Reduce, codec: Codec, part: Part) -> bytes:
-    """Return the reply of a part, as bytes."""
-    contributions = effect.contributions
-    try:
-        return reduce_part(contributions, codec, part.start, part.end, effect.members)
-    except wire.WireError:
-        # What came a round early was not looked at yet.
-        good = [sent for sent in contributions if _well_formed(codec, part, *sent[1:])]
-        return reduce_part(good, codec, part.start, part.end, effect.members)

@@ -15,6 +15,7 @@ from p2ptrain.calls.messages import Traffic
 from p2ptrain.calls.uplink import UplinkMeter
 from p2ptrain.chain import ChainState, Row
 from p2ptrain.chain.admission import Grant
+from p2ptrain.chain.evidence import audits_a_part
 from p2ptrain.compression.codec import Codec
 from p2ptrain.config.home import Home
 from p2ptrain.config.manifest import DataConfig, Manifest, ModelConfig
@@ -101,7 +102,7 @@ def driver_parts(
     beginning = run.manifest.beginning(run.run_id)
     machine = RoundMachine(
         node.peer_id,
-        rules_of(run.manifest, replica.codec.chunks),
+        rules_of(run.manifest, replica.codec),
         replica.chain,
         node.identity.sign,
         Row(0, 0, uplink.declared_kbit),
@@ -175,11 +176,11 @@ class PackedCorpus:
             return self._path.read_bytes()
 
 
-def rules_of(manifest: Manifest, chunks: int) -> RoundRules:
+def rules_of(manifest: Manifest, codec: Codec) -> RoundRules:
     """What the state machine needs of a manifest."""
     config = manifest.round
     return RoundRules(
-        chunks=chunks,
+        chunks=codec.chunks,
         target_batch=config.target_batch,
         min_seconds=config.min_seconds,
         max_seconds=config.max_seconds,
@@ -193,4 +194,5 @@ def rules_of(manifest: Manifest, chunks: int) -> RoundRules:
         root_interval=config.root_interval,
         last_round=manifest.last_round,
         weight_cap_ratio=config.weight_cap_ratio,
+        audits_a_part=audits_a_part(codec),
     )

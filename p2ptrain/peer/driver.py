@@ -21,7 +21,7 @@ from p2ptrain.calls.handout import Handout
 from p2ptrain.calls.messages import NAMESPACE, CallError, RefusedError, Tip
 from p2ptrain.calls.news import NewsFeed
 from p2ptrain.calls.servicer import PeerServicer
-from p2ptrain.chain import ChainState, Member, Seal, SealError
+from p2ptrain.chain import ChainState, Member, Seal, SealError, evidence
 from p2ptrain.chain.admission import Grant
 from p2ptrain.chain.forks import Mark
 from p2ptrain.chain.sealed import Key, SealedRoundError
@@ -30,6 +30,7 @@ from p2ptrain.history.remembered import write_company
 from p2ptrain.observe.status import Standing
 from p2ptrain.peer.admission import Admission, shuts_out
 from p2ptrain.peer.answering import Answering
+from p2ptrain.peer.auditing import Auditing
 from p2ptrain.peer.parts import DriverParts
 from p2ptrain.peer.sending import Sending
 from p2ptrain.rounds import events
@@ -83,8 +84,11 @@ class RoundDriver:
         self._report = failure_logged(
             _logger, "a task of the round has failed", lambda error: self.write_decisions(repr(error))
         )
+        self.auditing = Auditing(parts, self._client, self.dispatch)
         #: what others ask, and what is sent to them
-        self.answering = Answering(parts, handout, self.feed, self.catching_up, self.admission, self.dispatch)
+        self.answering = Answering(
+            parts, handout, self.feed, self.catching_up, self.admission, self.auditing, self.dispatch
+        )
         self.sending = Sending(parts, self._client, self.dispatch, self._report)
         #: the round started last
         self._started: Key | None = None
@@ -244,6 +248,10 @@ class RoundDriver:
                 self.sending.send(effect)
             case events.Reduce():
                 self._spawn(self.answering.reduce(effect))
+            case events.Audit():
+                self._spawn(self.auditing.audit(effect))
+            case events.SendProof():
+                self._spawn(self.auditing.hand_on(effect))
             case events.PublishSeal():
                 self.feed.tell(effect.sealed.signed)
                 self.feed.pass_on(effect.sealed.id, effect.sealed.seal, effect.sealed.signed)
@@ -268,6 +276,8 @@ class RoundDriver:
 
     def _apply(self, effect: events.Apply) -> None:
         self._p.journal.append(effect.sealed)
+        for encoded in effect.sealed.proofs:
+            self._tell_expelled(evidence.read_proof(encoded))
         self.catching_up.note_root(effect.sealed)
         self._end_rounds_before(effect.state.round + 1)
         sent, received = self._p.traffic.sent, self._p.traffic.received
@@ -278,6 +288,16 @@ class RoundDriver:
         if effect.sealed.seal.sealer != self._me:
             self.feed.tell(None)
         self.follow_members()
+
+    def _tell_expelled(self, proof: evidence.Proof) -> None:
+        """Say whom a seal expels, and for what."""
+        who = "this peer" if proof.reducer == self._me else format_peer_id(proof.reducer)
+        _logger.warning(
+            "%s is expelled: its reply of round %d, part %d, is not the sum of what it was sent",
+            who,
+            proof.round,
+            proof.part,
+        )
 
     def _set_timer(self) -> None:
         if self._timer is not None:

@@ -18,13 +18,14 @@ from p2ptrain.calls.messages import NOT_LISTED, TOO_MANY_CALLS, CallError, Contr
 from p2ptrain.calls.news import RETRY_SECONDS
 from p2ptrain.calls.uplink import Burst
 from p2ptrain.chain import RoundShape
+from p2ptrain.chain.evidence import reply_max_bytes
 from p2ptrain.chain.sealed import Key, SealedRoundError, make_reply
 from p2ptrain.compression import wire
 from p2ptrain.peer.parts import DriverParts
 from p2ptrain.rounds import events
 from p2ptrain.rounds.inbox import Dropped
 from p2ptrain.state.own_log import OwnEntry
-from p2ptrain.swarm.identity import format_peer_id
+from p2ptrain.swarm.identity import format_peer_id, verify
 
 _TRANSIENT = ("foreign", "too early", TOO_MANY_CALLS, NOT_LISTED)
 """Reasons of a reducer that may pass: it has not seen the last seal yet, or that we were let in."""
@@ -123,7 +124,7 @@ class Sending:
             return
         root_round, root = self._machine.newest_root
         spec = shape.parts[effect.part]
-        reply_max = wire.reply_max_bytes(self._p.codec, spec.start, spec.end, len(shape.members))
+        reply_max = reply_max_bytes(self._p.codec, spec.start, spec.end, len(shape.members))
         rules = self._machine.rules
         reply_seconds = rules.max_seconds + rules.round_max_seconds + rules.grace_seconds + rules.reply_timeout_seconds
         burst = self._burst_of(effect.key, shape)
@@ -136,6 +137,7 @@ class Sending:
                 base=effect.key.base,
                 part=effect.part,
                 row=effect.row,
+                signature=effect.signature,
                 root_round=root_round,
                 root=root,
                 tip=Tip.of(self._machine.head),
@@ -144,7 +146,7 @@ class Sending:
                 data = await self._client.contribute(
                     effect.reducer, header, effect.payload, reply_max, reply_seconds, turn, burst
                 )
-                reply = make_reply(data, self._p.codec, shape, effect.part)
+                reply = make_reply(data, self._p.codec, shape, effect.part, self._p.run_id, verify)
                 if self._machine.shape is shape:
                     self._dispatch(events.ReplyHeld(effect.key, effect.part, reply))
                 return

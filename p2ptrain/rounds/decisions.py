@@ -157,6 +157,10 @@ def told(said: events.Event | events.Effect) -> Told:
             return Told("synced to round {} {}", (said.state.round, said.state.id[:3]))
         case events.RootComputed():
             return Told("root of round {} computed: {}", (said.round, said.root[:3]))
+        case events.Audited():
+            return Told("audit of {} ended: {}, {}", (_Peer(said.reducer), said.verdict, said.reply[:3]))
+        case events.ProofHeard():
+            return Told("proof against {} heard: {} B", (_Peer(said.reducer), len(said.proof)))
         case events.Tick():
             return Told("tick, late" if said.late else "tick", ())
         case events.StartRound():
@@ -168,9 +172,13 @@ def told(said: events.Event | events.Effect) -> Told:
             values = (said.key, said.part, _Peer(said.reducer), said.row.weight, _payload(said.payload))
             return Told("send {} part {} to {}: weight {}, {}", values)
         case events.Reduce():
-            messages = tuple(f"{member}:{weight}" for member, weight, _ in said.contributions[:LISTED])
-            listed = _List(messages, len(said.contributions))
-            return Told("reduce {} part {} from member:weight {} of {}", (said.key, said.part, listed, said.members))
+            messages = tuple(f"{one.member}:{one.row.weight}" for one in said.contributions[:LISTED])
+            values = (said.key, said.part, _List(messages, len(said.contributions)), len(said.members))
+            return Told("reduce {} part {} from member:weight {} of {}", values)
+        case events.Audit():
+            return Told("audit {} part {} of {}", (said.key, said.part, _Peer(said.reducer)))
+        case events.SendProof():
+            return Told("hand {} a proof against {}", (_Peer(said.sealer), _Peer(said.reducer)))
         case events.PublishSeal():
             return _seal("publish ", (), said.sealed.id, said.sealed.seal)
         case events.Apply():
@@ -213,6 +221,11 @@ def _seal(template: str, values: tuple[object, ...], identifier: bytes, seal: Se
         template, more = template + ", admits {}", (*more, _first([_Peer(join.peer_id) for join in seal.joins]))
     if seal.amendments:
         template, more = template + ", amended: {}", (*more, _statements(seal.amendments))
+    if seal.expelled:
+        expelled = _first([_Peer(expulsion.peer_id) for expulsion in seal.expelled])
+        template, more = template + ", expels {}", (*more, expelled)
+    if seal.accused:
+        template, more = template + ", accuses {}", (*more, _Peer(seal.accused))
     return Told(template, (*values, *more))
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from p2ptrain.chain import ChainState, RoundShape, Row, Seal, SignedSeal
 from p2ptrain.chain.admission import Statement
+from p2ptrain.chain.evidence import Contribution, Verdict
 from p2ptrain.chain.forks import Mark
 from p2ptrain.chain.sealed import Key, Reply, SealedRound
 
@@ -28,7 +29,7 @@ class ContributionReady:
 
 @dataclass(frozen=True, slots=True)
 class ContributionReceived:
-    """A peer's message for one part that we reduce. The driver's side has checked its length and hash."""
+    """A peer's message for one part that we reduce. The driver's side has checked its length, hash and signature."""
 
     key: Key
     part: int
@@ -37,6 +38,8 @@ class ContributionReceived:
     root_round: int
     root: bytes
     payload: bytes
+    signature: bytes
+    """Of `peer_id`, over the statement that `evidence.contribution_statement` makes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +141,26 @@ class RootComputed:
 
 
 @dataclass(frozen=True, slots=True)
+class Audited:
+    """Answer to `Audit`."""
+
+    reducer: bytes
+    reply: bytes
+    """Its digest."""
+    verdict: Verdict
+    proof: bytes
+    """Where the verdict is `wrong`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProofHeard:
+    """Another peer has handed us a proof that convicts `reducer`; the driver's side has checked it."""
+
+    reducer: bytes
+    proof: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time passed; `late`: the timer fired over a second late, as after a suspend."""
 
@@ -158,6 +181,8 @@ Event = (
     | FetchFailed
     | Synced
     | RootComputed
+    | Audited
+    | ProofHeard
     | Tick
 )
 
@@ -192,18 +217,41 @@ class SendContribution:
     reducer: bytes
     row: Row
     payload: bytes
+    signature: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Reduce:
-    """Freeze the reply of one part from these (member index, weight, payload); answer with ReplyHeld."""
+    """Freeze the reply of one part from these contributions, and attest to it; answer with ReplyHeld."""
 
     key: Key
     part: int
     start: int
     end: int
-    members: int
-    contributions: tuple[tuple[int, int, bytes], ...]
+    members: tuple[bytes, ...]
+    """Peer ids of the round's members, in order."""
+    contributions: tuple[Contribution, ...]
+    """In members' order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """Have this reducer show what it summed for a sealed reply, and repeat the sum; answer with Audited."""
+
+    key: Key
+    part: int
+    shape: RoundShape
+    reducer: bytes
+    reply: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SendProof:
+    """Hand a proof to a peer that may seal soon."""
+
+    sealer: bytes
+    reducer: bytes
+    proof: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,6 +325,8 @@ Effect = (
     | StoodIn
     | SendContribution
     | Reduce
+    | Audit
+    | SendProof
     | PublishSeal
     | Apply
     | Rollback

@@ -22,10 +22,12 @@ import msgspec
 
 from p2ptrain import chain
 from p2ptrain.chain import ChainState, RoundShape, Row, Seal, SealError, SignedSeal, relay
+from p2ptrain.chain.evidence import Contribution, sign_contribution
 from p2ptrain.chain.forks import Mark
 from p2ptrain.chain.sealed import Key, Reply, SealedRound
 from p2ptrain.rounds import events
 from p2ptrain.rounds.admissions import Admissions
+from p2ptrain.rounds.audits import Audits
 from p2ptrain.rounds.deadlines import Deadlines
 from p2ptrain.rounds.decisions import Decisions
 from p2ptrain.rounds.exchange import Exchange, Exchanges, Missed, OwnPart
@@ -75,7 +77,7 @@ class RoundMachine:
         me: our peer id, in bytes.
         rules: from the manifest.
         state: where our chain stands.
-        sign: signs a seal id.
+        sign: signs a hash: a seal's id, or what `chain.evidence` makes of a contribution.
         row: what we say of ourselves when we join (throughput, uplink).
         founder: we bootstrap: the first seal is ours to make at once.
         past: marks of our chain up to `state`, as far as they are known.
@@ -110,6 +112,7 @@ class RoundMachine:
         self.group = _Group()
         self.admissions = Admissions(me)
         self.statements = Statements(me)
+        self.audits = Audits(me, sign, rules.audits_a_part)
         self.roots = _Roots()
         self._deadlines = Deadlines(rules.grace_seconds, rules.reply_timeout_seconds, learns=not rules.fixed_pace)
         self._effects: list[events.Effect] = []
@@ -209,6 +212,7 @@ class RoundMachine:
             *self.forks.invariants(self.group.members),
             *self.admissions.invariants(self.head.round, len(self.group.members)),
             *self.statements.invariants(self.head),
+            *self.audits.invariants(self.group.members),
             ("the group is what the head says", self.group.members == _members_of(self.head)),
             ("signs of life are of other members", self.group.heard.keys() <= self.group.members - {self.me}),
             ("goodbyes are of members", self.group.left <= self.group.members),
@@ -272,6 +276,10 @@ class RoundMachine:
                 self.roots.own[event.round] = event.root
                 for old in sorted(self.roots.own)[:-4]:
                     del self.roots.own[old]
+            case events.Audited():
+                self._on_audited(event)
+            case events.ProofHeard():
+                self.audits.keep(event.reducer, event.proof, found=False)
             case events.Tick():
                 if event.late:
                     # Rule 12: we may have slept through seals; ask before deciding anything.
@@ -315,14 +323,15 @@ class RoundMachine:
                 reducing.half_at = now
         root_round, root = self.newest_root
         for number, part in enumerate(exchange.shape.parts):
-            reducer = exchange.shape.members[part.reducer].peer_id
+            reducer, payload = exchange.shape.members[part.reducer].peer_id, payloads[number]
+            signature = sign_contribution(self._sign, self.head.run_id, exchange.key, number, row, payload)
             if reducer == self.me:
                 mine = events.ContributionReceived(
-                    exchange.key, number, self.me, row, root_round, root, payloads[number]
+                    exchange.key, number, self.me, row, root_round, root, payload, signature
                 )
                 self._on_contribution(mine, now)
             else:
-                self._effects.append(events.SendContribution(exchange.key, number, reducer, row, payloads[number]))
+                self._effects.append(events.SendContribution(exchange.key, number, reducer, row, payload, signature))
         self.roots.votes[self.me] = (root_round, root)
 
     def _on_contribution(self, event: events.ContributionReceived, now: float) -> None:
@@ -599,9 +608,10 @@ class RoundMachine:
         self.exchanges.current = Exchange(shape, key, index, now, self._computing_since(shape, now), mine)
         for message in early.values():
             self._on_contribution(message, now)
-        if self.me not in {m.peer_id for m in self.head.following}:
+        if self.me not in {m.peer_id for m in self.head.following} and self.me not in self.head.expelled:
             self._join(shape)
         self._hand_on_statements(shape)
+        self._hand_on_proofs(shape)
         if index is not None:
             self._start_training(self.exchanges.current, now)
 
@@ -626,6 +636,7 @@ class RoundMachine:
         self.fetching.waiting = {s: w for s, w in self.fetching.waiting.items() if w.heard.seal.parent == head.id}
         self.admissions.forget_stale(head.round, len(group))
         self.statements.forget_stale(head)
+        self.audits.forget_all_but(group)
         self.exchanges.forget_before(head.round)
         self.forks.know_only(group)
         proven = {m.peer_id for m in head.now + head.following if not m.is_newcomer}
@@ -660,6 +671,22 @@ class RoundMachine:
         sealers = (shape.members[place].peer_id for place in shape.sealer_order[:2])
         return [sealer for sealer in sealers if sealer != self.me]
 
+    def _hand_on_proofs(self, shape: RoundShape) -> None:
+        """Give what we found to the peers that may seal this round, again each round until a seal names it."""
+        for proof in self.audits.to_hand_on(self.head):
+            for place in shape.sealer_order[:2]:
+                sealer = shape.members[place].peer_id
+                if sealer not in (self.me, proof.reducer):
+                    self._effects.append(events.SendProof(sealer, proof.reducer, proof.encoded))
+
+    def _on_audited(self, event: events.Audited) -> None:
+        # Who has said goodbye owes nothing.
+        withheld = event.verdict == "withheld" and event.reducer not in self.group.left
+        self.audits.conclude(event, owes=withheld)
+        self.audits.forget_all_but(self.group.members)
+        if event.verdict == "wrong" and self.exchanges.current is not None:
+            self._hand_on_proofs(self.exchanges.current.shape)
+
     def _adopt(self, sealed: SealedRound, state: ChainState, shape: RoundShape) -> None:
         """Move the head over one sealed round that we hold whole."""
         contributed = self.exchanges.sent.get(Key(shape.round, shape.base)) == shape
@@ -670,8 +697,13 @@ class RoundMachine:
         self._effects.append(events.Apply(sealed, state, shape, shape.index(self.me), contributed))
         self._check_root(sealed.seal)
         exchange = self.exchanges.current
+        self.audits.learn(sealed)
+        self.audits.forget_all_but(_members_of(state))
         if exchange is not None and exchange.sent_at is not None and exchange.shape == shape and not sealed.seal.solo:
             self._learn_from(sealed.seal, exchange)
+            # Of rounds that we took part in, as they are sealed: reducers keep what they summed for a few rounds only.
+            self.audits.note_two_replies(exchange.replies, sealed, shape)
+            self._effects += self.audits.draw(sealed, shape)
 
     def _learn_from(self, seal: Seal, exchange: Exchange) -> None:
         """What a seal of the round under way says about our deadlines."""
@@ -742,13 +774,15 @@ class RoundMachine:
             self.wake_at = at
 
     def _adopt_waiting(self, now: float) -> None:
-        """Adopt the best seal on our head whose replies we all hold."""
+        """Adopt the best seal on our head whose replies and proofs we all hold."""
         exchange = self.exchanges.current
         held = exchange.replies if exchange is not None else {}
         ready = []
         for sealer, waiting in list(self.fetching.waiting.items()):
             named = [(n, digest) for n, digest in enumerate(waiting.heard.seal.parts) if digest]
             if not all(n in held and held[n].digest == digest for n, digest in named):
+                continue
+            if self.audits.holds(waiting.heard.seal.expelled) is None:
                 continue
             included: frozenset[int] = frozenset().union(*(held[n].included for n, _ in named))
             if chain.bitmap(included, len(waiting.heard.seal.rows)) == waiting.heard.seal.included:
@@ -769,7 +803,8 @@ class RoundMachine:
             self._wake(self._seal_expected_from(best.seal.sealer))
             return
         replies = tuple(held[n].data if digest else None for n, digest in enumerate(best.seal.parts))
-        self._adopt(SealedRound(best.id, best.seal, best.signed, replies), state, shape)
+        proofs = self.audits.holds(best.seal.expelled) or ()
+        self._adopt(SealedRound(best.id, best.seal, best.signed, replies, proofs), state, shape)
         self._begin_round(now)
 
     def _follow_better(self, now: float) -> None:
@@ -817,6 +852,8 @@ class RoundMachine:
         if exchange is None or exchange.sent_at is None:
             return -math.inf
         held = exchange.replies
+        if self.audits.holds(waiting.heard.seal.expelled) is None:
+            return -math.inf  # proofs come with the whole round alone
         if any(n in held and digest and held[n].digest != digest for n, digest in enumerate(waiting.heard.seal.parts)):
             return -math.inf
         return waiting.at + self.rules.seal_timeout_seconds / 4
@@ -865,9 +902,10 @@ class RoundMachine:
     def _close(self, exchange: Exchange, number: int, part: OwnPart) -> None:
         part.closed = True
         place = {m.peer_id: i for i, m in enumerate(exchange.shape.members)}
-        messages = sorted((place[p], m.row.weight, m.payload) for p, m in part.received.items())
+        messages = [Contribution(place[p], m.row, m.payload, m.signature) for p, m in part.received.items()]
+        in_order = tuple(sorted(messages, key=lambda message: message.member))
         spec = exchange.shape.parts[number]
-        self._effects.append(events.Reduce(exchange.key, number, spec.start, spec.end, len(place), tuple(messages)))
+        self._effects.append(events.Reduce(exchange.key, number, spec.start, spec.end, tuple(place), in_order))
         missing = set(place) - part.received.keys()
         if missing and part.half_at is not None:
             since = self._grace_from(exchange, part.half_at)
@@ -926,7 +964,7 @@ class RoundMachine:
     def _seal_when_due(self, now: float) -> bool:
         """Seal what we hold when it is our place's turn (rule 6); True when we sealed."""
         exchange = self.exchanges.current
-        if exchange is None:
+        if exchange is None or self.me in self.head.expelled:
             return False
         if now < self.fetching.hold_seal_until:
             self._wake(self.fetching.hold_seal_until)
@@ -1034,6 +1072,8 @@ class RoundMachine:
             reply = exchange.replies.get(number)
             replies.append(reply.data if reply else None)
             digests.append(reply.digest if reply else b"")
+        expelled, proofs = self.audits.expulsions(self.head)
+        in_turn = not solo and exchange.index == shape.sealer_order[0]
         seal = Seal(
             version=chain.SEAL_VERSION,
             run_id=self.head.run_id,
@@ -1048,13 +1088,16 @@ class RoundMachine:
             joins=(),
             root=self._majority_root(shape),
             amendments=self.statements.choose(self.head, solo=solo),
+            expelled=expelled,
+            accused=self.audits.accusation(self.head, shape, expelled) if in_turn else b"",
         )
         listed = {m.peer_id for m in (() if solo else self.head.following)} | {self.me}
         without = chain.extend(self.head, b"", seal, self.rules.chunks)
-        listed |= {m.peer_id for m in without.following}
+        listed |= {m.peer_id for m in without.following} | set(without.expelled)
         seal = msgspec.structs.replace(seal, joins=self.admissions.choose(without, listed, now))
         signed: SignedSeal = chain.encode_seal(seal, self._sign)
-        sealed = SealedRound(chain.seal_id(signed.body), seal, signed, tuple(replies))
+        sealed = SealedRound(chain.seal_id(signed.body), seal, signed, tuple(replies), proofs)
+        self.audits.owing.pop(seal.accused, None)
         state = chain.extend(self.head, sealed.id, seal, self.rules.chunks)
         if solo and shape.members:
             self._effects.append(events.Note("solo", f"nobody heard: sealing round {shape.round} alone"))

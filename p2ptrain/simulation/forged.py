@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from p2ptrain import chain
 from p2ptrain.calls.messages import ROUNDS_MAX, Tip
-from p2ptrain.chain import ChainState, Join, Seal
+from p2ptrain.chain import ChainState, Join, Key, RoundShape, Seal
+from p2ptrain.chain.evidence import attest
 from p2ptrain.chain.sealed import SealedRound, decode_sealed, encode_sealed, reply_digest
 from p2ptrain.compression.codec import Codec
 from p2ptrain.compression.reduce import reduce_part
@@ -50,16 +51,19 @@ class Branch:
     def forge(self, sealer: Identity, *, solo: bool = False, joins: tuple[Join, ...] = ()) -> SealedRound:
         """Seal the next round: it includes all its members, or the sealer alone, and changes no parameter.
 
+        Replies of others cannot be made up: their parts are skipped, and where no part is the sealer's own, nobody is
+        included.
+
         Raises:
             SealError: the rules allow no such seal.
         """
         shape = chain.shape_of(self.state, self._codec.chunks)
         count, mine = len(shape.members), shape.index(sealer.peer_id)
-        everyone = frozenset(range(count))
-        included = everyone if not solo else frozenset() if mine is None else frozenset({mine})
-        nothing = [(member, 0, b"") for member in sorted(included)]
+        own = {number for number, part in enumerate(shape.parts) if part.reducer == mine}
+        included = frozenset({mine} if solo else range(count)) if own and mine is not None else frozenset()
         replies = tuple(
-            reduce_part(nothing, self._codec, part.start, part.end, count) if included else None for part in shape.parts
+            self._nothing(sealer, shape, number, included) if number in own else None
+            for number in range(len(shape.parts))
         )
         seal = Seal(
             version=chain.SEAL_VERSION,
@@ -80,6 +84,13 @@ class Branch:
         sealed = SealedRound(identifier, seal, signed, replies)
         self._append(identifier, seal, encode_sealed(sealed))
         return sealed
+
+    def _nothing(self, reducer: Identity, shape: RoundShape, part: int, included: frozenset[int]) -> bytes:
+        """A reply of a part that the forger reduces, to members that sent nothing."""
+        spec, members = shape.parts[part], [member.peer_id for member in shape.members]
+        body = reduce_part([(m, 0, b"") for m in sorted(included)], self._codec, spec.start, spec.end, len(members))
+        key = Key(shape.round, shape.base)
+        return attest(reducer.sign, self.state.run_id, key, part, members, body, ())
 
     def after(self, locator: tuple[bytes, ...]) -> tuple[bytes, list[bytes]]:
         """What a donor of this chain answers: the ancestor, and encoded rounds after it."""

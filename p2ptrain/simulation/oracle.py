@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from p2ptrain import chain
 from p2ptrain.chain import ChainState, RoundShape, Seal
 from p2ptrain.chain.admission import Grant, Revocation
+from p2ptrain.chain.evidence import body_of
 from p2ptrain.chain.sealed import Key, SealedRound
 from p2ptrain.compression import decoded
 from p2ptrain.compression.codec import Codec
@@ -51,6 +52,8 @@ class Oracle:
         self._nodes: dict[bytes, _Node] = {run_id: beginning}
         #: (peer, round key) -> [chunks, ENTRIES] that left it, and its weight
         self._sent: dict[tuple[bytes, Key], tuple[Rows, int]] = {}
+        #: peers whose replies may be anything of the right form
+        self.liars: set[bytes] = set()
 
     @property
     def codec(self) -> Codec:
@@ -117,7 +120,7 @@ class Oracle:
         for part, data in zip(shape.parts, sealed.replies, strict=True):
             if data is None:
                 continue
-            reply = decoded.reply(data, self._codec, part.start, part.end, len(shape.members))
+            reply = decoded.reply(body_of(data), self._codec, part.start, part.end, len(shape.members))
             kept = reply.coefficients
             step = np.sign(dense(kept.chunk, kept.index, reply.byte.astype(np.float32), self._codec.chunks))
             parameters = parameters - step.astype(np.float32) * np.float32(rate)
@@ -134,7 +137,8 @@ class Oracle:
             scale = np.zeros((self._codec.chunks, 1))
             scale[part.start : part.end, 0] = reply.scale
             mean = self._mean([(rows, weight, reply.clips.get(member, 256)) for member, _, rows, weight in sent])
-            if not made_up and (abs(value - mean)[mask] > 0.51 * np.broadcast_to(scale, mask.shape)[mask] + 1e-5).any():
+            lied = made_up or shape.members[part.reducer].peer_id in self.liars
+            if not lied and (abs(value - mean)[mask] > 0.51 * np.broadcast_to(scale, mask.shape)[mask] + 1e-5).any():
                 raise ViolationError(f"round {after.round}: a reply is not the mean of what it includes")
         self._nodes[after.id] = _Node(
             after, parameters, consumed, *self._access_after(parent, sealed.seal, after), served

@@ -26,7 +26,7 @@ from p2ptrain.observe.status import Status
 from p2ptrain.optim.settling import PartReply
 from p2ptrain.peer.assembly import Link, Run, driver_parts
 from p2ptrain.peer.driver import RoundDriver
-from p2ptrain.rounds.events import ContributionReady, Effect, Event, ReplyHeld, Rollback, StartRound, Synced
+from p2ptrain.rounds.events import Audited, ContributionReady, Effect, Event, ReplyHeld, Rollback, StartRound, Synced
 from p2ptrain.rounds.inbox import Restore, TrainerMessage
 from p2ptrain.rounds.machine import RoundMachine
 from p2ptrain.simulation.loop import Actor
@@ -236,6 +236,8 @@ class SimDriver(RoundDriver):
             self.peer.world.sends(self.peer, event, shape)
         if isinstance(event, Synced):
             self.peer.held.clear()  # it left that chain, and begins its round anew if it comes back
+        if isinstance(event, Audited):
+            self.peer.world.report.coverage[f"audits_{event.verdict}"] += 1
         super().dispatch(event)
         if isinstance(event, ReplyHeld) and self.machine.held_reply(event.key, event.part) is not None:
             held = self.peer.held

@@ -29,6 +29,7 @@ from p2ptrain import chain
 from p2ptrain.calls.messages import KNOWN_ALREADY, Amend
 from p2ptrain.chain import ChainState, RoundShape
 from p2ptrain.chain.admission import Grant, Pass, Revocation, pass_message
+from p2ptrain.chain.evidence import proof_digest
 from p2ptrain.chain.forks import Mark
 from p2ptrain.chain.sealed import Key, SealedRound, reply_digest
 from p2ptrain.config.manifest import (
@@ -40,6 +41,7 @@ from p2ptrain.config.manifest import (
     canonical_bytes,
     run_id,
 )
+from p2ptrain.peer.auditing import KEPT_BYTES
 from p2ptrain.rounds import events
 from p2ptrain.rounds.inbox import Restore
 from p2ptrain.simulation.adversaries import Adversary
@@ -429,6 +431,8 @@ class World:
                 count["resyncs"] += 1
             case events.FetchRounds():
                 count["fetches"] += 1
+            case events.Audit():
+                count["audits"] += 1
             case events.Note():
                 if effect.kind == "takeover":
                     count["takeovers"] += 1
@@ -440,6 +444,7 @@ class World:
                 | events.Reduce()
                 | events.SendJoin()
                 | events.SendStatements()
+                | events.SendProof()
             ):
                 pass
             case _:
@@ -462,6 +467,17 @@ class World:
         except AssertionError as error:
             self.violate(f"{peer.name}: {error}")
         self._check_bounds(peer)
+        self._check_convicted(peer)
+
+    def _check_convicted(self, peer: SimPeer) -> None:
+        """Nobody is expelled, and nobody has a proof, but of those who lie."""
+        machine = peer.machine
+        convicted = {*machine.head.expelled, *(proof.reducer for proof in machine.audits.proofs.values())}
+        for innocent in convicted - self.oracle.liars:
+            named = next((other.name for other in self.peers if other.id == innocent), innocent.hex())
+            self.violate(f"{peer.name} convicts {named}, which has not lied")
+        if set(machine.head.expelled) & {member.peer_id for member in machine.head.following}:
+            self.violate(f"{peer.name} has a member that is expelled")
 
     def _check_taken_over(self, peer: SimPeer) -> None:
         """Nobody follows a made-up branch who was a member where it parts; a newcomer may be misled, and comes back."""
@@ -552,6 +568,8 @@ class World:
         """A sealer seals what it holds, and all of it."""
         before = self.oracle.state(sealed.seal.parent)
         shape = chain.shape_of(before, self.chunks)
+        if [proof_digest(proof) for proof in sealed.proofs] != [named.proof for named in sealed.seal.expelled]:
+            self.violate(f"{peer.name} sealed proofs that it does not hold")
         for number, (digest, data) in enumerate(zip(sealed.seal.parts, sealed.replies, strict=True)):
             if (reply_digest(data) if data is not None else b"") != digest:
                 self.violate(f"{peer.name} sealed a reply that it does not hold")
@@ -581,6 +599,7 @@ class World:
             "tips": (len(machine.fetching.tips), 64 + 2 * len(self.peers)),
             "rounds in the journal": (journal.last - journal.first + 1, 5 * interval + 8),
             "pending": (len(peer.trainer.ledger.pending), 64),
+            "kept for audits": (peer.driver.auditing.kept_bytes, KEPT_BYTES),
             "waiting calls": (peer.driver.answering.awaited, 4 * self.chunks),
         }
         for what, (size, most) in sizes.items():
@@ -631,6 +650,8 @@ def _told(effect: events.Effect) -> str:
             | events.StoodIn()
             | events.SendContribution()
             | events.Reduce()
+            | events.Audit()
+            | events.SendProof()
             | events.FetchRounds()
             | events.Resync()
             | events.SendJoin()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from p2ptrain.chain import ChainState, RoundShape
+from p2ptrain.chain.evidence import body_of
 from p2ptrain.chain.sealed import SealedRound
 from p2ptrain.compression import decoded
 from p2ptrain.compression.codec import Codec
@@ -99,7 +100,7 @@ class Replica:
         for part, data in zip(shape.parts, sealed.replies, strict=True):
             content = None
             if data is not None:
-                content = decoded.reply(data, self.codec, part.start, part.end, len(shape.members))
+                content = decoded.reply(body_of(data), self.codec, part.start, part.end, len(shape.members))
             replies.append((part.start, part.end, content))
         parameters = [parameter.detach().clone() for parameter in self.model.parameters()]
         # Directions replace their state and never change it in place, so references are copies enough.

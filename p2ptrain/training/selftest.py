@@ -5,7 +5,9 @@ optimizer, on the peer's own device, takes some steps of another toy: every dire
 of whole chunks, with edges and vectors, weight decay, parts that are skipped. From the run's nonce to the bytes of a
 snapshot all that replicas must agree on lies between: initial parameters, learning rates, replies as bytes and
 decoded, the decode, directions, steps. A hash of it is compared with one shipped in the code. A device that rounds
-otherwise (TF32 forced on, subnormals flushed to zero, a faulty kernel) fails here instead of diverging later.
+otherwise (TF32 forced on, subnormals flushed to zero, a faulty kernel) fails here instead of diverging later. In the
+hash are replies reduced from fixed contributions, too, by every way to sum: a machine whose sums are not everybody's
+would be taken for a lying reducer (`chain/evidence.py`).
 
 Hashed are the bytes of parameters and of the directions' state as they are, zeros with their signs: that is what the
 root of a snapshot hashes. Neither holds a -0.0 on any device: they begin without one, and a sum or difference is one
@@ -32,7 +34,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from p2ptrain.compression import decoded, wire
+from p2ptrain.compression import coding, decoded, wire
 from p2ptrain.compression.codec import Codec, Robust
 from p2ptrain.compression.layout import CHUNK_SIZE, SIDE
 from p2ptrain.compression.reduce import reduce_part
@@ -45,7 +47,7 @@ from p2ptrain.optim.settling import PartReply
 from p2ptrain.state.snapshot import piece_hashes, root_of
 from p2ptrain.state.tensors import pack_tensors
 
-EXPECTED = "fc66dda03d6793f8eb4167e19ba79f8b58c2b9fc48acee3c10d42a87b4729b23"
+EXPECTED = "5e220c11d2b3bfa4c95f55798d182babd708f981e79eb2822ca69f0316a3b32f"
 """What `self_test` returns on a device that computes right."""
 
 _logger = logging.getLogger(__name__)
@@ -56,6 +58,8 @@ _NONCE = b"p2ptrain self-test"
 _SHAPES = {"whole": (2 * SIDE, SIDE), "wide": (SIDE, 2 * SIDE), "edges": (SIDE + 6, SIDE + 1), "gain": (SIDE + 6,)}
 """A matrix of whole chunks below each other and side by side, one with edges, a vector."""
 _STEPS, _PARTS = 3, 5
+_SUMMED = 6
+"""Members whose contributions are reduced; enough for one at each end to be trimmed."""
 _SMALL = 1.25 * 2.0**-127
 """An entry that has long been still has a second moment below the smallest normal float32, 2**-126."""
 
@@ -195,6 +199,29 @@ def _replies(step: int, codec: Codec) -> list[tuple[int, int, bytes | None]]:
     ]
 
 
+def _sums() -> list[bytes]:
+    """Replies to what made-up members sent for chunks of four coefficients, of sizes that are clipped and weights that
+    are capped, by every way to sum."""
+    chunks, members = 3, _SUMMED
+    made_up = unit_normal_integers(_NONCE, 2 * members * chunks * _TOPK).reshape(2, members, chunks, _TOPK)
+    codec = Codec((_TOPK,) * chunks, (2 * _TOPK,) * chunks, _VALUE_BITS, clip_ratio=1.25, weight_cap_ratio=1.5)
+    low, high = coding.LEVELS_2BIT
+    contributions = []
+    for member in range(members):
+        # Few places, so that members collide.
+        index = np.sort(made_up[0, member] % 8 + 8 * np.arange(_TOPK), axis=1)
+        sizes = coding.scale_table()[100 + 7 * member + np.arange(chunks)][:, None]
+        levels = np.where(made_up[1, member] & 1, sizes * high, sizes * low)
+        # One of each level, as a chunk's scale follows from both.
+        levels[:, :2] = np.concatenate([sizes * low, sizes * high], axis=1)
+        value = np.where(made_up[1, member] & 2, -levels, levels).astype(np.float32)
+        chunk = np.repeat(np.arange(chunks), _TOPK)
+        sent = wire.Coefficients(0, chunks, chunk, index.ravel(), value.ravel())
+        contributions.append((member, 3 + 5 * member, wire.encode_contribution(sent, codec)))
+    ways = (replace(codec, robust=robust) for robust in get_args(Robust))
+    return [reduce_part(contributions, way, 0, chunks, members) for way in ways]
+
+
 def _content_hash(content: wire.ReplyContent) -> bytes:
     of = content.coefficients
     digest = hashlib.sha256(repr((sorted(content.included), sorted(content.clips.items()), of.start, of.end)).encode())
@@ -222,6 +249,8 @@ def self_test(device: torch.device) -> str:
     """SHA-256 in hexadecimal of what `device` makes of fixed integers; see the module docstring."""
     rates = _rates(_RATED_ROUNDS)
     digest = hashlib.sha256(struct.pack(f"<{len(rates)}d", *rates))
+    for reply in _sums():
+        digest.update(hashlib.sha256(reply).digest())
     model = _Toy()
     initialise(model, _NONCE)
     model.to(device)

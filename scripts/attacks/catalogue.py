@@ -52,6 +52,19 @@ ATTACKS = {
     "withholding_member": Spec(
         LyingMember, "takes contributions, never replies", {"lie": "withhold"}, member=True, attacker="member"
     ),
+    "lying_reducer": Spec(
+        LyingMember, "replies with the opposite of each sum", {"lie": "wrong_sum"}, member=True, attacker="member"
+    ),
+    "withheld_audit": Spec(
+        LyingMember,
+        "does so, and shows nobody what it summed",
+        {"lie": "wrong_sum_withheld"},
+        member=True,
+        attacker="member",
+    ),
+    "two_replies": Spec(
+        LyingMember, "gives every other peer another reply", {"lie": "two_replies"}, member=True, attacker="member"
+    ),
     "member_solo": Spec(MemberSolo, "leaves, seals alone, comes back", member=True, attacker="member"),
     "censor": Spec(
         LyingMember,

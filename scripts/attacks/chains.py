@@ -189,6 +189,6 @@ class TipNeverDelivered(Attack):
         while True:
             better = self._liar.better
             row = Row(0, 1000, 0)
-            header = ContributionHeader(hostile.run_id, better.round, better.id, 0, row, 0, b"", better)
+            header = ContributionHeader(hostile.run_id, better.round, better.id, 0, row, bytes(64), 0, b"", better)
             await hostile.send(peer, "rpc_contribute", hostile.traffic.message(header))
             await asyncio.sleep(1.0)

@@ -20,7 +20,8 @@ from lab.report import say
 
 from p2ptrain.calls.client import Client
 from p2ptrain.calls.messages import NAMESPACE, CallError, ContributionHeader, DataRequest, JoinRequest, Traffic
-from p2ptrain.chain import Row, SealError, shape_of
+from p2ptrain.chain import Key, Row, SealError, shape_of
+from p2ptrain.chain.evidence import sign_contribution
 from p2ptrain.chain.sealed import SealedRoundError
 from p2ptrain.errors import P2PTrainError
 from p2ptrain.simulation.forged import Branch
@@ -129,8 +130,10 @@ class Visitor:
         elif shape.index(me) is not None:
             row = Row(0, self.row.sequences_per_kilosecond, self.row.uplink_kbit)
             tip = self.liar.tip()
+            key, sign = Key(shape.round, shape.base), self.node.identity.sign
             for number, part in enumerate(shape.parts):
-                header = ContributionHeader(hostile.run_id, shape.round, shape.base, number, row, 0, b"", tip)
+                signature = sign_contribution(sign, hostile.run_id, key, number, row, b"")
+                header = ContributionHeader(hostile.run_id, key.round, key.base, number, row, signature, 0, b"", tip)
                 message = self.calls.traffic.message(header)
                 task = asyncio.create_task(self._send(shape.members[part.reducer].peer_id, "rpc_contribute", message))
                 self._sending.add(task)

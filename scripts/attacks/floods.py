@@ -54,7 +54,7 @@ class Malformed(Attack):
             "rpc_hello": Hello(1),
             "rpc_join": JoinRequest(run, row),
             "rpc_relay": Relay(run, tip, SignedSeal(b"seal", bytes(64))),
-            "rpc_contribute": ContributionHeader(run, 5, bytes(32), 0, row, 0, b"", tip),
+            "rpc_contribute": ContributionHeader(run, 5, bytes(32), 0, row, bytes(64), 0, b"", tip),
             "rpc_follow": Follow(run, tip),
             "rpc_rounds": RoundsRequest(run, (bytes(32),)),
             "rpc_snapshot": SnapshotRequest(run, bytes(32), bytes(32), 0, 1, True),

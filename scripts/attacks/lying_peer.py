@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import itertools
 import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, AsyncIterator, cast  # noqa: UP035 - hivemind knows a stream by this type alone
 
 from google.protobuf.wrappers_pb2 import BytesValue
@@ -24,10 +26,17 @@ from p2ptrain.calls.messages import CallError, ContributionHeader
 from p2ptrain.calls.servicer import PeerServicer
 from p2ptrain.calls.uplink import UplinkMeter
 from p2ptrain.chain import RoundShape, Row, root_round
+from p2ptrain.chain.evidence import Bundle
 from p2ptrain.chain.seal import SEQUENCES_PER_KILOSECOND_MAX, UPLINK_MAX_KBIT
+from p2ptrain.chain.sealed import Key, Reply
+from p2ptrain.peer.answering import Answering
+from p2ptrain.peer.auditing import Auditing
+from p2ptrain.rounds import events
 from p2ptrain.rounds.events import ContributionReceived
 from p2ptrain.rounds.exchange import Exchange
 from p2ptrain.rounds.machine import RoundMachine
+from p2ptrain.simulation import lying
+from p2ptrain.simulation.lying import empty_reply, sum_of_opposites
 from p2ptrain.training import trainer
 from p2ptrain.training.replica import Replica
 
@@ -167,6 +176,35 @@ def replay(switch: Path) -> None:
     put(Client, "contribute", again)
 
 
+def lie_about_sums(switch: Path, *, show: bool) -> None:
+    """Reply with the sums' opposites; with `show` let auditors see what was summed."""
+    reduced, shown = Answering._reduced, Auditing.show
+
+    def _reduced(self: Answering, effect: events.Reduce) -> tuple[bytes, Bundle]:
+        return sum_of_opposites(self, effect)[:2] if switch.exists() else reduced(self, effect)
+
+    def hide(self: Auditing, digest: bytes, peer: bytes) -> bytes | str:
+        return "not today" if switch.exists() else shown(self, digest, peer)
+
+    # `sum_of_opposites` begins with what the class itself makes of the contributions.
+    lying.Answering = SimpleNamespace(_reduced=reduced)  # type: ignore[assignment, misc]
+    put(Answering, "_reduced", _reduced)
+    if not show:
+        put(Auditing, "show", hide)
+
+
+def reply_twice(switch: Path) -> None:
+    """Give every other peer another reply than the rest."""
+    frozen, calls = Answering.frozen_reply, itertools.count()
+
+    async def frozen_reply(self: Answering, key: Key, part: int) -> Reply | None:
+        reply = await frozen(self, key, part)
+        other = reply is not None and switch.exists() and next(calls) % 2
+        return empty_reply(self, key, part, reply) if reply is not None and other else reply
+
+    put(Answering, "frozen_reply", frozen_reply)
+
+
 def put(owner: Any, name: str, lie: Any) -> None:
     """Replace a part that must be there."""
     assert hasattr(owner, name), f"{owner} has no {name} any more"
@@ -175,6 +213,9 @@ def put(owner: Any, name: str, lie: Any) -> None:
 
 LIES: dict[str, Callable[[Path], None]] = {
     "withhold": withhold,
+    "wrong_sum": functools.partial(lie_about_sums, show=True),
+    "wrong_sum_withheld": functools.partial(lie_about_sums, show=False),
+    "two_replies": reply_twice,
     "no_throughput": functools.partial(claim_throughput, 0),
     "endless_throughput": functools.partial(claim_throughput, SEQUENCES_PER_KILOSECOND_MAX),
     "endless_uplink": functools.partial(claim_uplink, UPLINK_MAX_KBIT),

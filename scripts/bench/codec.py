@@ -301,7 +301,7 @@ def message_bytes(payload: bytes, part: int) -> int:
     traffic, digest = Traffic(), bytes(range(32))
     tip = Tip(100_000, digest, 10_000_000)
     row = Row(weight=64, sequences_per_kilosecond=20_000, uplink_kbit=10_000)
-    traffic.message(ContributionHeader(digest, 100_001, digest, part, row, 99_968, digest, tip))
+    traffic.message(ContributionHeader(digest, 100_001, digest, part, row, bytes(64), 99_968, digest, tip))
     for _ in traffic.blob(payload):
         pass
     return traffic.sent

@@ -20,20 +20,23 @@ sys.path.insert(0, str(Path(__file__).parent))
 from histories import MANIFEST, scenario
 
 from p2ptrain import chain
-from p2ptrain.chain import forks
+from p2ptrain.chain import evidence, forks
+from p2ptrain.chain import state as chain_state
 from p2ptrain.cli.main import app
 from p2ptrain.config.loading import render
 from p2ptrain.history.catching_up import CatchingUp
 from p2ptrain.optim.demo import DeMo
-from p2ptrain.peer import answering, assembly
+from p2ptrain.peer import answering, assembly, auditing
 from p2ptrain.rounds import fork_choice, machine
+from p2ptrain.rounds.audits import Audits
 from p2ptrain.rounds.events import PublishSeal
 from p2ptrain.rounds.fork_choice import ForkChoice
 from p2ptrain.rounds.machine import RoundMachine
+from p2ptrain.simulation import lying
 from p2ptrain.simulation.faults import CORRUPT, FAULTS
 from p2ptrain.simulation.loop import current_actor
 from p2ptrain.simulation.peer import SimPeer
-from p2ptrain.simulation.world import simulate
+from p2ptrain.simulation.world import Scenario, simulate
 from p2ptrain.state.own_log import OwnLog
 from p2ptrain.training.ledger import Ledger
 
@@ -144,8 +147,70 @@ def shape_the_round_from_the_seal_before(patch: Patch) -> None:
 
 
 def uncapped_weight(patch: Patch) -> None:
-    reduce_part, uncapped = answering.reduce_part, partial(dataclasses.replace, weight_cap_ratio=1e9)
-    patch.setattr(answering, "reduce_part", lambda sent, codec, *a: reduce_part(sent, uncapped(codec), *a))
+    """For auditors, too."""
+    reduce_part, uncapped = evidence.reduce_part, partial(dataclasses.replace, weight_cap_ratio=1e9)
+    patch.setattr(evidence, "reduce_part", lambda sent, codec, *a: reduce_part(sent, uncapped(codec), *a))
+
+
+def audit_by_another_sum(patch: Patch) -> None:
+    """As a machine would whose arithmetic is not everybody's."""
+    audit, uncapped = evidence.audit, partial(dataclasses.replace, weight_cap_ratio=1.0)
+    patch.setattr(evidence, "audit", lambda reply, bundle, codec, *rest: audit(reply, bundle, uncapped(codec), *rest))
+
+
+def name_another_weight_than_was_summed(patch: Patch) -> None:
+    statement = evidence.Statement
+
+    def heavier(member: int, row: chain.Row, *rest: bytes) -> evidence.Statement:
+        return statement(member, msgspec.structs.replace(row, weight=row.weight + bool(row.weight)), *rest)
+
+    patch.setattr(evidence, "Statement", heavier)
+
+
+def answer_for_the_members_of_another_branch(patch: Patch) -> None:
+    """The contributions are attested as if the members came in another order."""
+    attest = evidence.reduce_and_attest
+
+    def mixed_up(contributions: Any, *arguments: Any, **named: Any) -> Any:
+        turned = [one._replace(member=len(named["members"]) - 1 - one.member) for one in reversed(contributions)]
+        return attest(turned, *arguments, **named)
+
+    patch.setattr(evidence, "reduce_and_attest", mixed_up)
+
+
+def take_what_nobody_signed(patch: Patch) -> None:
+    patch.setattr(answering.Answering, "_is_signed", lambda *_: True)
+
+
+def believe_every_proof(patch: Patch) -> None:
+    patch.setattr(evidence, "_check_named", lambda proof: None)
+    patch.setattr(evidence, "_fault", lambda *_: "whatever")
+
+
+def accuse_at_no_cost(patch: Patch) -> None:
+    patch.setattr(chain_state, "STRIKES_TO_ACCUSE", 0)
+    patch.setattr(chain_state, "may_accuse", lambda *_: True)
+    patch.setattr(lying, "may_accuse", lambda *_: True)
+
+
+def look_the_other_way(patch: Patch) -> None:
+    patch.setattr(Audits, "draw", lambda *_: [])
+
+
+def keep_a_proof_to_oneself(patch: Patch) -> None:
+    """Neither hand it on nor seal it."""
+    patch.setattr(Audits, "to_hand_on", lambda *_: [])
+    patch.setattr(Audits, "expulsions", lambda *_: ((), ()))
+
+
+def seal_a_proof_without_its_bytes(patch: Patch) -> None:
+    expulsions = Audits.expulsions
+    patch.setattr(Audits, "expulsions", lambda self, head: (expulsions(self, head)[0], ()))
+    patch.setattr(Audits, "learn", lambda *_: None)
+
+
+def forget_what_was_summed(patch: Patch) -> None:
+    patch.setattr(auditing.Auditing, "keep", lambda *_: None)
 
 
 def uncapped_uplink(patch: Patch) -> None:
@@ -224,7 +289,20 @@ MUTATIONS = [
     serve_without_every_reply,
     send_before_the_own_log_knows,
     forget_outcomes_at_a_crash,
+    audit_by_another_sum,
+    name_another_weight_than_was_summed,
+    answer_for_the_members_of_another_branch,
 ]
+#: mutation -> the liars that it lets have their way
+OF_LIES = {
+    take_what_nobody_signed: "unsigned",
+    believe_every_proof: "false_prover",
+    accuse_at_no_cost: "false_accuser",
+    look_the_other_way: "wrong_sum",
+    keep_a_proof_to_oneself: "wrong_sum",
+    seal_a_proof_without_its_bytes: "wrong_sum",
+    forget_what_was_summed: "wrong_sum",
+}
 
 
 #: the histories that these break are rare: begin with one of them
@@ -249,6 +327,22 @@ def test_a_deliberate_bug_is_caught(mutation: Callable[[Patch], None], monkeypat
     assert caught is not None
     assert not re.search("(Attribute|Type|Name)Error", caught.violations[0]), "the bug itself is broken"
     print(f"{mutation.__name__}: seed {caught.seed}: {caught.violations[0][:200]}")
+
+
+@pytest.mark.parametrize("mutation", OF_LIES, ids=lambda mutation: mutation.__name__)
+def test_a_deliberate_bug_gives_liars_their_way(
+    mutation: Callable[[Patch], None], tmp_path: Path, monkeypatch: Patch
+) -> None:
+    """What `test_lying.py` claims of them does not hold."""
+    monkeypatch.setattr(evidence, "AUDITED_SHARE", 1e9)
+    mutation(monkeypatch)
+    torch.set_num_threads(1)
+    scenario = Scenario(manifest=MANIFEST, seed=1, peers=4, faults=(), even_speeds=True)
+    swarm = lying.Lying(scenario, tmp_path, OF_LIES[mutation])
+    report, outcome = swarm.run(), swarm.outcome
+    honest_reduce_less = min(outcome.reduced.values(), default=1.0) < 1.0
+    at_large = OF_LIES[mutation] == "wrong_sum" and outcome.rounds_until_expelled is None
+    assert report.violations or honest_reduce_less or at_large
 
 
 def test_a_violation_exits_with_the_command_that_replays_it(tmp_path: Path, monkeypatch: Patch) -> None:

@@ -24,12 +24,14 @@ from p2ptrain.calls.messages import (
     NAMESPACE,
     NOT_LISTED,
     Answer,
+    AuditRequest,
     CallError,
     ContributionHeader,
     DataRequest,
     Follow,
     Hello,
     JoinRequest,
+    ProofHeader,
     RefusedError,
     Relay,
     RoundsRequest,
@@ -121,7 +123,7 @@ def network() -> Iterator[NetworkThread]:
 def requests(run_id: bytes, sealed: SealedRound, offer: SnapshotOffer) -> dict[str, Any]:
     """{call: its request}, each as one of the list would send it."""
     tip = Tip(sealed.seal.round, sealed.id, sealed.seal.total)
-    header = ContributionHeader(run_id, tip.round + 1, sealed.seal.parent, 0, ROW, 0, b"", tip)
+    header = ContributionHeader(run_id, tip.round + 1, sealed.seal.parent, 0, ROW, bytes(64), 0, b"", tip)
     return {
         "rpc_hello": Hello(PROTOCOL_VERSION),
         "rpc_join": JoinRequest(run_id, ROW),
@@ -131,6 +133,8 @@ def requests(run_id: bytes, sealed: SealedRound, offer: SnapshotOffer) -> dict[s
         "rpc_snapshot": SnapshotRequest(run_id, offer.id, offer.root, 0, 1, True),
         "rpc_data": DataRequest(run_id),
         "rpc_contribute": header,
+        "rpc_audit": AuditRequest(run_id, sealed.seal.parts[0]),
+        "rpc_prove": ProofHeader(run_id, bytes(32)),
     }
 
 
@@ -144,7 +148,7 @@ async def frames_of(node: SwarmNode, peer: bytes, name: str, request: Any, secon
     async def one() -> AsyncIterator[BytesValue]:
         yield message
 
-    stream = await stub(one() if name == "rpc_contribute" else message)
+    stream = await stub(one() if name in ("rpc_contribute", "rpc_prove") else message)
     found = []
     try:
         async with asyncio.timeout(seconds):
@@ -230,7 +234,7 @@ def test_an_outsider_gets_nothing_by_any_call_or_key_and_the_two_go_on(two: RunO
                 assert await hello(outsider, peer) == welcome
             else:
                 said = [decode_message(data, Answer) for data in found]
-                assert said == [Answer(NOT_LISTED)] or (name == "rpc_contribute" and not said), name
+                assert said == [Answer(NOT_LISTED)] or (name in ("rpc_contribute", "rpc_prove") and not said), name
         assert set(await refusals(Client(outsider, Traffic(), run_id), peer, asked, offer)) == {NOT_LISTED}
 
     async def keys_say_nothing(outsider: SwarmNode) -> None:

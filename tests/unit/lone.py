@@ -9,8 +9,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from p2ptrain import chain
 from p2ptrain.chain import ChainState, Row, Seal
+from p2ptrain.chain.evidence import Contribution, reduce_and_attest, sign_contribution
 from p2ptrain.chain.sealed import Key, SealedRound, reply_digest
-from p2ptrain.compression.reduce import reduce_part
 from p2ptrain.config.manifest import Manifest, ModelConfig, OptimizerConfig, RoundConfig
 from p2ptrain.optim.settling import Pending
 from p2ptrain.swarm.identity import Identity
@@ -84,13 +84,34 @@ class Lone:
     @property
     def key(self) -> Key:
         """Of the round that comes next."""
-        shape = chain.shape_of(self.states[-1], self.chunks)
+        return self._key_after(self.states[-1])
+
+    def _key_after(self, state: ChainState) -> Key:
+        shape = chain.shape_of(state, self.chunks)
         return Key(shape.round, shape.base)
 
-    def reply(self, sent: Pending) -> bytes:
-        """What a reducer makes of this contribution alone."""
+    def reply(self, sent: Pending, after: ChainState | None = None, member: Identity | None = None) -> bytes:
+        """What the only member makes of its own contribution, in the round after this state or the one that comes next.
+
+        Args:
+            member: another than this one.
+        """
+        by = member or self.identity
         (payload,) = self.replica.optimizer.payloads(sent, [(0, self.chunks)])
-        return reduce_part([(0, 4, payload)], self.replica.codec, 0, self.chunks, 1)
+        key, sign = self._key_after(after or self.states[-1]), by.sign
+        signature = sign_contribution(sign, RUN_ID, key, 0, ROW, payload)
+        reply, _ = reduce_and_attest(
+            [Contribution(0, ROW, payload, signature)],
+            self.replica.codec,
+            0,
+            self.chunks,
+            sign=sign,
+            run_id=RUN_ID,
+            key=key,
+            part=0,
+            members=[by.peer_id],
+        )
+        return reply
 
     def seal(self, sealed: SealedRound) -> None:
         """Apply a sealed round."""

@@ -66,7 +66,7 @@ async def answers(name: str, peer: bytes) -> list[bytes]:
     method = getattr(PeerServicer(answering, Traffic()), name)
     if not inspect.isasyncgenfunction(getattr(PeerServicer, name)):
         return [(await method(BytesValue(value=b"noise"), context(peer))).value]
-    request = never_read() if name == "rpc_contribute" else BytesValue(value=b"noise")
+    request = never_read() if name in ("rpc_contribute", "rpc_prove") else BytesValue(value=b"noise")
     return [frame.value async for frame in method(request, context(peer))]
 
 
@@ -81,6 +81,8 @@ def test_the_calls_are_those_of_the_protocol() -> None:
         "rounds",
         "snapshot",
         "data",
+        "audit",
+        "prove",
     }
 
 

@@ -300,7 +300,9 @@ def test_a_flash_crowd_serves_itself(world: World) -> None:
 
 def test_a_snapshot_whose_root_no_later_seal_has_does_not_count(world: World, lone: Lone) -> None:
     learner, donor = world.peer(0), world.donor(1)
-    other = seal(lone.states[4], lone.identity, lone.chunks, (lone.reply(lone.replica.optimizer.select()),))
+    before = lone.states[4]
+    reply = lone.reply(lone.replica.optimizer.select(), before)
+    other = seal(before, lone.identity, lone.chunks, (reply,))
 
     async def scenario() -> None:
         async def chain_changes(count: int) -> None:

@@ -133,7 +133,8 @@ def test_a_member_does_not_change_to_its_own_chain_with_a_strangers_seals(home: 
     solo = seal(lone.states[-1], ZOE, lone.chunks, (None,), solo=True)
     state, rounds = chain.extend(lone.states[-1], solo.id, solo.seal, lone.chunks), [*lone.rounds, solo]
     for _ in range(work):
-        rounds.append(seal(state, ZOE, lone.chunks, (lone.reply(lone.replica.optimizer.select()),)))
+        reply = lone.reply(lone.replica.optimizer.select(), state, ZOE)
+        rounds.append(seal(state, ZOE, lone.chunks, (reply,)))
         state = chain.extend(state, rounds[-1].id, rounds[-1].seal, lone.chunks)
     assert not goes_over(home, lone, rounds, state)
 
@@ -141,7 +142,7 @@ def test_a_member_does_not_change_to_its_own_chain_with_a_strangers_seals(home: 
 def test_a_member_does_not_leave_its_own_seals_for_a_strangers(home: Home, lone: Lone) -> None:
     state, rounds = lone.states[-2], lone.rounds[:-1]
     for number in range(9):
-        replies = (lone.reply(lone.replica.optimizer.select()),) if number else (None,)
+        replies = (lone.reply(lone.replica.optimizer.select(), state, ZOE),) if number else (None,)
         rounds = [*rounds, seal(state, ZOE, lone.chunks, replies, solo=not number)]
         state = chain.extend(state, rounds[-1].id, rounds[-1].seal, lone.chunks)
     assert state.total > lone.states[-1].total

@@ -42,6 +42,8 @@ RULES: dict[str, Any] = {
     "root_interval": 1000,
     "last_round": 0,
     "weight_cap_ratio": 4.0,
+    # What the trainers here send are no payloads, so there is nothing to repeat.
+    "audits_a_part": 0.0,
 }
 
 
@@ -184,7 +186,8 @@ class Peer:
     def receives(self, sender: Peer, message: events.SendContribution) -> None:
         """What the servicer does with a contribution."""
         root = sender.machine.newest_root
-        event = events.ContributionReceived(message.key, message.part, sender.id, message.row, *root, message.payload)
+        said = message.payload, message.signature
+        event = events.ContributionReceived(message.key, message.part, sender.id, message.row, *root, *said)
         reason = self.machine.refusal(message.key, message.part, sender.id)
         if reason is None:
             self.hears(event)
@@ -208,8 +211,8 @@ class Peer:
         self.cluster.send(self, sender.id, lambda s: s.hears(events.ReplyHeld(key, part, reply)))
 
     def _reduce(self, effect: events.Reduce) -> None:
-        members = [member for member, _, _ in effect.contributions]
-        data = json.dumps([members, [payload.decode() for _, _, payload in effect.contributions]]).encode()
+        members = [sent.member for sent in effect.contributions]
+        data = json.dumps([members, [sent.payload.decode() for sent in effect.contributions]]).encode()
         reply = Reply(hashlib.sha256(data).digest(), frozenset(members), data)
         self.frozen[effect.key, effect.part] = reply
         self.later(0.0, events.ReplyHeld(effect.key, effect.part, reply))

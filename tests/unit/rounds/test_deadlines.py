@@ -181,7 +181,7 @@ def test_only_members_and_each_once_a_round_can_stretch_a_deadline() -> None:
     part = next(n for n, part in enumerate(shape.parts) if shape.members[part.reducer].peer_id == identity.peer_id)
     machine.handle(ContributionReady(key, ROW, (b"x",) * len(shape.parts)), 1.0)
     for name in "bc":
-        machine.handle(ContributionReceived(key, part, identity_of(name).peer_id, ROW, 0, b"", b"x"), 1.0)
+        machine.handle(ContributionReceived(key, part, identity_of(name).peer_id, ROW, 0, b"", b"x", b""), 1.0)
     machine.handle(Tick(), 1.0 + RULES["grace_seconds"])
     lateness = machine._deadlines.contributions
     machine.handle(CameLate(key, part, identity_of("z").peer_id), 2.1)

@@ -30,7 +30,7 @@ def test_payloads_are_not_kept_alive() -> None:
     payload = bytes(range(256)) * 4096
     ready = events.ContributionReady(KEY, Row(4, 1, 1), (payload, b""))
     decisions.hear(ready, 1.0)
-    decisions.decide([events.SendContribution(KEY, 0, b"p" * 38, Row(4, 1, 1), payload)])
+    decisions.decide([events.SendContribution(KEY, 0, b"p" * 38, Row(4, 1, 1), payload, b"")])
     del ready
     assert payload not in [held for record in decisions._records for held in gc.get_referents(record.event)]
     assert sys.getrefcount(payload) <= 2

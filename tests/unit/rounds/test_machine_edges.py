@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from cluster import RULES, RUN_ID, Cluster, Peer, identity_of, roots
 
 from p2ptrain import chain
-from p2ptrain.chain import ChainState, Join, Member, Row, Seal, SignedSeal
+from p2ptrain.chain import ChainState, Expulsion, Join, Member, Row, Seal, SignedSeal
 from p2ptrain.chain.forks import Mark
 from p2ptrain.chain.sealed import Key, Reply, SealedRound
 from p2ptrain.rounds.admissions import Admissions
@@ -73,7 +73,15 @@ def reply_of(key: Key, part: int, *indices: int) -> Reply:
 
 
 def seal_after(
-    state: ChainState, sealer: str, replies: dict[int, Reply], *, solo: bool = False, joins: tuple[Join, ...] = ()
+    state: ChainState,
+    sealer: str,
+    replies: dict[int, Reply],
+    *,
+    solo: bool = False,
+    joins: tuple[Join, ...] = (),
+    expelled: tuple[tuple[bytes, bytes], ...] = (),
+    proofs: tuple[bytes, ...] = (),
+    accused: bytes = b"",
 ) -> tuple[SealedRound, ChainState]:
     """What `sealer` seals on `state`, and the chain after it."""
     shape = chain.shape_of(state, CHUNKS)
@@ -91,10 +99,12 @@ def seal_after(
         rows=tuple(m.row for m in shape.members),
         joins=joins,
         root=b"",
+        expelled=tuple(Expulsion(*one) for one in expelled),
+        accused=accused,
     )
     signed: SignedSeal = chain.encode_seal(seal, identity_of(sealer).sign)
     data = tuple(replies[n].data if n in replies else None for n in range(len(shape.parts)))
-    sealed = SealedRound(chain.seal_id(signed.body), seal, signed, data)
+    sealed = SealedRound(chain.seal_id(signed.body), seal, signed, data, proofs)
     return sealed, chain.extend(state, sealed.id, seal, CHUNKS)
 
 
@@ -533,7 +543,7 @@ def test_what_strangers_say_fills_no_memory() -> None:
         machine.handle(JoinReceived(stranger, ROW), 0.5)
     grace = identity_of("b").peer_id
     for part in range(3000):
-        machine.handle(ContributionReceived(Key(12, state.id), part, grace, ROW, 0, b"", b"x" * 10), 0.5)
+        machine.handle(ContributionReceived(Key(12, state.id), part, grace, ROW, 0, b"", b"x" * 10, b""), 0.5)
     assert sizes(machine) < 1000
 
 

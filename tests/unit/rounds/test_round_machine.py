@@ -260,7 +260,7 @@ def test_a_contribution_is_refused_with_a_reason() -> None:
     assert ada.machine.refusal(Key(key.round - 1, key.base), mine, grace.id) == "late"
     assert ada.machine.refusal(Key(key.round, bytes(32)), mine, grace.id) == "foreign"
     assert ada.machine.refusal(Key(key.round + 5, key.base), mine, grace.id) == "too early"
-    ada.hears(ContributionReceived(key, mine, grace.id, Row(1, 1, 1), 0, b"", b"x"))
+    ada.hears(ContributionReceived(key, mine, grace.id, Row(1, 1, 1), 0, b"", b"x", b""))
     assert ada.machine.refusal(key, mine, grace.id) == "twice"
 
 
@@ -270,7 +270,7 @@ def test_what_comes_one_round_early_is_kept_and_used() -> None:
     cluster.until(lambda: ada.head.id == grace.head.id, 5)
     early = Key(ada.head.round + 2, ada.head.id)
     assert ada.machine.refusal(early, 0, grace.id) is None
-    ada.hears(ContributionReceived(early, 0, grace.id, Row(1, 1, 1), 0, b"", b"grace, early"))
+    ada.hears(ContributionReceived(early, 0, grace.id, Row(1, 1, 1), 0, b"", b"grace, early", b""))
     assert ada.machine.refusal(early, 0, grace.id) == "twice"
     cluster.until(lambda: ada.head.round == early.round, 30)
     shape = chain.shape_of(ada.states[-2], RULES["chunks"])

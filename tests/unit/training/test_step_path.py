@@ -22,9 +22,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lone import gradient, identity_of, replica, seal
+from lone import RUN_ID, gradient, identity_of, replica, seal
 
 from p2ptrain import chain
+from p2ptrain.chain.evidence import attest
 from p2ptrain.compression import decoded
 from p2ptrain.compression.bits import WireError
 from p2ptrain.compression.reduce import reduce_part
@@ -180,7 +181,8 @@ def begin_and_step(optimizer: dict[str, object]) -> Callable[[], None]:
     for number in range(2):
         gradient(one, number)
         (payload,) = one.optimizer.payloads(one.optimizer.select(), [(0, chunks)])
-        reply = reduce_part([(0, 4, payload)], one.codec, 0, chunks, 1)
+        body, shape = reduce_part([(0, 4, payload)], one.codec, 0, chunks, 1), chain.shape_of(states[-1], chunks)
+        reply = attest(ada.sign, RUN_ID, chain.Key(shape.round, shape.base), 0, [ada.peer_id], body, ())
         sealed.append(seal(states[-1], ada, chunks, (reply,)))
         states.append(chain.extend(states[-1], sealed[-1].id, sealed[-1].seal, chunks))
 
