@@ -1,7 +1,8 @@
 """What a seal is, and what follows from a list of them. Pure: no sockets, no clock, no files.
 
 `seal` is the record and its form, `state` what a list of seals decides, `sealed` a round with its replies, `relay` the
-order in which a seal is passed on. The names of the first two can be imported from here as well.
+order in which a seal is passed on, `admission` whom seals let in and shut out. The names of the first two can be
+imported from here as well.
 """
 
 from p2ptrain.chain.seal import (
@@ -12,7 +13,6 @@ from p2ptrain.chain.seal import (
     SEAL_VERSION,
     SEQUENCES_PER_KILOSECOND_MAX,
     UPLINK_MAX_KBIT,
-    Admits,
     Hash,
     Join,
     OptionalHash,
@@ -22,7 +22,6 @@ from p2ptrain.chain.seal import (
     SealError,
     SignedSeal,
     Verify,
-    anyone,
     bitmap,
     bits,
     decode_signed_seal,
@@ -69,7 +68,6 @@ __all__ = [
     "SEQUENCES_PER_KILOSECOND_MAX",
     "SERVED_MAX",
     "UPLINK_MAX_KBIT",
-    "Admits",
     "ChainState",
     "Hash",
     "Join",
@@ -83,7 +81,6 @@ __all__ = [
     "SealError",
     "SignedSeal",
     "Verify",
-    "anyone",
     "better",
     "bitmap",
     "bits",

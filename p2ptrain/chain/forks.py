@@ -103,6 +103,17 @@ class Past:
         steps = list(itertools.islice(itertools.takewhile(lambda step: step < len(ids) - 1, _steps()), most - 1))
         return [ids[step] for step in (*steps, len(ids) - 1)]
 
+    def between(self, older: bytes, newer: bytes, most: int) -> list[bytes]:
+        """Return at most so many ids, evenly spread, between two, and the older one; the newest first. None of them,
+        where one of the two is not here any more."""
+        if older not in self._marks or newer not in self._marks:
+            return []
+        ids = list(self._marks)
+        first, last = ids.index(older), ids.index(newer)
+        count = min(most - 1, last - first - 1)
+        places = [first + (last - first) * number // (count + 1) for number in range(count + 1)]
+        return [ids[place] for place in reversed(places)]
+
 
 def _steps() -> Iterator[int]:
     """Yield 0, 1, 2, 3, 4, 6, 8, 12, 16, 24 and so on."""

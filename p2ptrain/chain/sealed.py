@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from p2ptrain import chain
-from p2ptrain.chain import Admits, ChainState, RoundShape, SealError, SignedSeal, Verify, anyone
+from p2ptrain.chain import ChainState, RoundShape, SealError, SignedSeal, Verify
 from p2ptrain.chain.seal import Seal
 from p2ptrain.compression import decoded, wire
 from p2ptrain.compression.codec import Codec
@@ -83,7 +83,7 @@ def encode_sealed(sealed: SealedRound) -> bytes:
     return msgspec.msgpack.encode(_Encoded(sealed.signed, sealed.replies))
 
 
-def decode_sealed(data: bytes, verify: Verify, admits: Admits = anyone) -> SealedRound:
+def decode_sealed(data: bytes, verify: Verify) -> SealedRound:
     """Check form, signature and reply hashes. Whether it continues a chain is for `chain.extend` to say.
 
     Raises:
@@ -91,7 +91,7 @@ def decode_sealed(data: bytes, verify: Verify, admits: Admits = anyone) -> Seale
     """
     try:
         encoded = _decoder.decode(data)
-        identifier, seal = chain.open_seal(encoded.signed, verify, admits)
+        identifier, seal = chain.open_seal(encoded.signed, verify)
     except (msgspec.MsgspecError, SealError) as error:
         raise SealedRoundError(f"not a sealed round: {error}") from error
     if len(encoded.replies) != len(seal.parts):

@@ -23,6 +23,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from p2ptrain.chain.admission import Access, AdmissionError
 from p2ptrain.chain.seal import (
     HASH_BYTES,
     JOINS_MAX,
@@ -85,6 +86,8 @@ class ChainState(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     """Members of round `round + 1`."""
     following: Annotated[tuple[Member, ...], Meta(max_length=MEMBERS_MAX)]
     """Members of round `round + 2`, as far as this seal knows."""
+    access: Access = Access()
+    """Who may take part from here on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,14 +121,17 @@ class RoundShape:
         return None
 
 
-def genesis(run_id: bytes, founder: bytes = b"") -> ChainState:
+def genesis(run_id: bytes, founder: bytes = b"", access: Access = Access()) -> ChainState:
     """The chain before its first seal: round 1 has no members, so that seal is a solo seal, by the founder.
 
     Args:
         founder: peer id; empty: whoever bootstraps first.
+        access: who may take part, as the manifest says.
     """
     following = (Member(founder, Row(0, 0, 1), absent=0, included=False),) if founder else ()
-    return ChainState(run_id=run_id, round=0, id=run_id, parent=run_id, total=0, now=(), following=following)
+    return ChainState(
+        run_id=run_id, round=0, id=run_id, parent=run_id, total=0, now=(), following=following, access=access
+    )
 
 
 def counted_uplinks(reducers: Sequence[Member]) -> list[int]:
@@ -272,6 +278,7 @@ def extend(state: ChainState, identifier: bytes, seal: Seal, chunks: int) -> Cha
     newcomers = [join.peer_id for join in seal.joins]
     if len(set(newcomers)) != len(newcomers) or (not seal.solo and listed & set(newcomers)):
         raise SealError("seal admits a peer that is a member already")
+    access = _amended(state, seal)
 
     if seal.solo:
         row = seal.rows[sealer] if sealer is not None else Row(0, 0, 1)
@@ -309,14 +316,40 @@ def extend(state: ChainState, identifier: bytes, seal: Seal, chunks: int) -> Cha
             if absent < ABSENCES_ALLOWED and (not m.is_newcomer or absent < 0 or after.included):
                 remaining.append(after)
         # Never to the last: a group of nobody could not seal any more.
-        following = tuple(remaining or listed_on)
+        following = _without_those_shut_out(tuple(remaining or listed_on), access)
     admitted = [Member(j.peer_id, j.row, -NEWCOMER_ABSENCES_ALLOWED, False) for j in seal.joins]
     if len(admitted) > room_for_newcomers(following):
         raise SealError("seal admits more newcomers than may come at once")
     following += tuple(m for m in admitted if m.peer_id != seal.sealer)
     if len(following) > MEMBERS_MAX:
         raise SealError("too many members")
-    return ChainState(state.run_id, seal.round, identifier, state.id, seal.total, now, following)
+    return ChainState(state.run_id, seal.round, identifier, state.id, seal.total, now, following, access)
+
+
+def _amended(state: ChainState, seal: Seal) -> Access:
+    """Return who may take part after a seal, which must not bring in anybody else (docs/rounds.md, rule 3).
+
+    Members come into a chain as newcomers in a seal, or as the sealer of a solo seal.
+
+    Raises:
+        SealError: a statement in it does not count, or it brings in a peer that the run is not for.
+    """
+    access = state.access
+    try:
+        for statement in seal.amendments:
+            access = access.amended(statement, state.run_id)
+    except AdmissionError as error:
+        raise SealError(f"seal has an amendment that does not count: {error}") from error
+    brought = [join.peer_id for join in seal.joins] + ([seal.sealer] if seal.solo else [])
+    if not all(map(access.admits, brought)):
+        raise SealError("seal brings in a peer that the run is not for")
+    return access
+
+
+def _without_those_shut_out(members: tuple[Member, ...], access: Access) -> tuple[Member, ...]:
+    """Leave out members that the owner has revoked, unless no proven one were left, who could seal."""
+    remaining = tuple(m for m in members if access.admits(m.peer_id))
+    return remaining if any(not m.is_newcomer for m in remaining) else members
 
 
 def room_for_newcomers(members: Sequence[Member]) -> int:

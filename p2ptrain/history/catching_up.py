@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from p2ptrain import chain
@@ -57,7 +57,6 @@ class CatchingUp:
         snapshot_max_bytes: no snapshot of this run is longer.
         snapshot_chain: where on the chain a snapshot's bytes stand; raises TensorFileError. Any thread.
         progress: hears (what, done, of).
-        admits: which peers the run is for; a chain with another member is refused.
     """
 
     def __init__(
@@ -73,9 +72,7 @@ class CatchingUp:
         snapshot_max_bytes: int,
         snapshot_chain: Callable[[bytes], ChainState],
         progress: Callable[[str, int, int], None],
-        admits: chain.Admits = chain.anyone,
     ) -> None:
-        self._admits = admits
         self._client, self._codec, self._journal, self._snapshots = client, codec, journal, snapshots
         self._partials, self._peers = partials, peers
         self._beginning = beginning
@@ -153,8 +150,13 @@ class CatchingUp:
         locator: tuple[bytes, ...],
         our_round: int,
         known_state: Callable[[bytes], ChainState | None],
+        between: Callable[[bytes, bytes, int], Sequence[bytes]] | None = None,
     ) -> RoundsFetched:
         """Rounds of `donor` that continue one of the ids in `locator`, of which `known_state` has the chain state.
+
+        Args:
+            between: ids of our chain between two, at most so many and the older one, newest first. Where the donor's
+                journal does not reach back to our chain, it finds with them where the two parted.
 
         Raises:
             CallError: no answer.
@@ -165,8 +167,11 @@ class CatchingUp:
         if not header.ancestor or (newer and our_round == 0 and self._is_far(header.tip, our_round)):
             # For a newcomer a snapshot is less to fetch and to compute than all the rounds. Who has sent something
             # needs the rounds: they say what became of it.
-            return RoundsFetched(donor, None, (), parted_at=header.parted_at)
-        rounds = await asyncio.to_thread(_decode, encoded, self._admits)
+            parted_at = header.parted_at
+            if between is not None and not header.ancestor and parted_at in locator:
+                parted_at = await self._parted_at(donor, locator, parted_at, between)
+            return RoundsFetched(donor, None, (), parted_at=parted_at)
+        rounds = await asyncio.to_thread(_decode, encoded)
         ids = [header.ancestor, *(sealed.id for sealed in rounds)]
         for place in range(len(ids) - 1, -1, -1):
             # From the last state of ours that it goes through; what is before that we have.
@@ -175,6 +180,25 @@ class CatchingUp:
                 await asyncio.to_thread(_check, state, rounds[place:], self._codec)
                 return RoundsFetched(donor, ids[place], rounds[place:])
         return RoundsFetched(donor, header.ancestor, rounds, checked=False)
+
+    async def _parted_at(
+        self,
+        donor: bytes,
+        locator: tuple[bytes, ...],
+        parted_at: bytes,
+        between: Callable[[bytes, bytes, int], Sequence[bytes]],
+    ) -> bytes:
+        """The newest state of our chain that the donor's went through, given the newest in `locator`. CallError."""
+        while (place := locator.index(parted_at)) > 0:
+            closer = tuple(between(parted_at, locator[place - 1], LOCATOR_MAX))
+            if len(closer) <= 1:
+                break
+            header, _ = await self._client.rounds(donor, closer, self._round_max_bytes)
+            if header.ancestor or header.parted_at not in closer:
+                break
+            # What is newer than these is what they were asked for to be older than.
+            locator, parted_at = (locator[place - 1], *closer), header.parted_at
+        return parted_at
 
     async def change_chain(self, donor: bytes) -> tuple[Restore, ChainState, tuple[Mark, ...]]:
         """What it takes to go over to the donor's chain, where that stands, and its last marks, oldest first.
@@ -208,8 +232,7 @@ class CatchingUp:
         if snapshot is not None:
             data = await asyncio.to_thread(snapshot.read)
             base = self._snapshot_chain(data)
-            if not all(self._admits(member.peer_id) for member in base.now + base.following):
-                raise CallError("its snapshot has members that are not on the run's list")
+            await asyncio.to_thread(_check_access, base, self._beginning)
         rounds, state, marks = await self._to_tip(donor, base, header.tip.round, encoded)
         if snapshot is not None and downloaded and not self._root_is_sealed(snapshot, rounds):
             snapshot.path.unlink(missing_ok=True)
@@ -280,7 +303,7 @@ class CatchingUp:
         marks = deque([Mark.of(base)], maxlen=PAST_MAX)
         state, size = base, 0
         while encoded:
-            batch = await asyncio.to_thread(_decode, encoded, self._admits)
+            batch = await asyncio.to_thread(_decode, encoded)
             for sealed, after in zip(batch, await asyncio.to_thread(_check, state, batch, self._codec), strict=True):
                 state = after
                 marks.append(Mark.of(state, sealed.seal, marks[-1]))
@@ -295,9 +318,9 @@ class CatchingUp:
         return tuple(rounds), state, tuple(marks)
 
 
-def _decode(encoded: list[bytes], admits: chain.Admits) -> tuple[SealedRound, ...]:
+def _decode(encoded: list[bytes]) -> tuple[SealedRound, ...]:
     """Raises SealedRoundError."""
-    return tuple(decode_sealed(one, verify, admits) for one in encoded)
+    return tuple(decode_sealed(one, verify) for one in encoded)
 
 
 def _check(state: ChainState, rounds: tuple[SealedRound, ...], codec: Codec) -> list[ChainState]:
@@ -307,6 +330,14 @@ def _check(state: ChainState, rounds: tuple[SealedRound, ...], codec: Codec) -> 
         state = check_continues(state, sealed, codec)
         states.append(state)
     return states
+
+
+def _check_access(state: ChainState, beginning: ChainState) -> None:
+    """Check whom a snapshot's state has let in, by the statements in it alone. Raises CallError."""
+    if not state.access.continues(beginning.access, state.run_id):
+        raise CallError("its snapshot has let in or shut out peers without a word of whom it takes")
+    if not all(state.access.knows(member.peer_id) for member in state.now + state.following):
+        raise CallError("its snapshot has members that the run was never for")
 
 
 def _chain_at(path: Path, snapshot_chain: Callable[[bytes], ChainState]) -> ChainState:

@@ -30,6 +30,8 @@ class Standing:
     refused: RefusedRecord | None = None
     #: why this peer cannot go on
     failure: str | None = None
+    #: the run's owner has shut this peer out
+    revoked: bool = False
 
 
 @dataclass(slots=True)

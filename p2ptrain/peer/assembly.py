@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 from p2ptrain.calls.messages import Traffic
 from p2ptrain.calls.uplink import UplinkMeter
-from p2ptrain.chain import ChainState, Row, genesis
+from p2ptrain.chain import ChainState, Row
+from p2ptrain.chain.admission import Grant
 from p2ptrain.compression.codec import Codec
 from p2ptrain.config.home import Home
 from p2ptrain.config.manifest import DataConfig, Manifest, ModelConfig
@@ -46,6 +47,8 @@ class Run:
     """Whether the first seal is this peer's to make."""
     introducers: frozenset[bytes] = frozenset()
     """Peers whose addresses a person gave."""
+    grant: Grant | None = None
+    """By which this peer is in the run, where it comes as a guest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +98,7 @@ def driver_parts(
         traffic: counts what is sent and received.
     """
     snapshots = SnapshotStore(home.checkpoints)
-    beginning = genesis(run.run_id, run.manifest.founder_id)
+    beginning = run.manifest.beginning(run.run_id)
     machine = RoundMachine(
         node.peer_id,
         rules_of(run.manifest, replica.codec.chunks),
@@ -121,6 +124,8 @@ def driver_parts(
         uplink=uplink,
         traffic=Traffic() if traffic is None else traffic,
         beginning=beginning,
+        grant=run.grant,
+        introducers=run.introducers,
         snapshot_max_bytes=replica.snapshot_max_bytes,
         snapshot_chain=replica.snapshot_chain,
         packed_corpus=packed_corpus,

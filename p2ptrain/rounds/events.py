@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from p2ptrain.chain import ChainState, RoundShape, Row, Seal, SignedSeal
+from p2ptrain.chain.admission import Statement
 from p2ptrain.chain.forks import Mark
 from p2ptrain.chain.sealed import Key, Reply, SealedRound
 
@@ -92,6 +93,13 @@ class JoinReceived:
 
 
 @dataclass(frozen=True, slots=True)
+class StatementHeard:
+    """Somebody hands us a statement for the chain: whom to let in, or to shut out."""
+
+    statement: Statement
+
+
+@dataclass(frozen=True, slots=True)
 class RoundsFetched:
     """Answer to `FetchRounds`: sealed rounds that continue `ancestor`; empty when the donor had nothing newer."""
 
@@ -145,6 +153,7 @@ Event = (
     | TipHeard
     | PeerLeft
     | JoinReceived
+    | StatementHeard
     | RoundsFetched
     | FetchFailed
     | Synced
@@ -248,6 +257,14 @@ class SendJoin:
 
 
 @dataclass(frozen=True, slots=True)
+class SendStatements:
+    """Hand these statements, which the chain lacks, to a peer that may seal soon."""
+
+    sealer: bytes
+    statements: tuple[Statement, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Note:
     """Something an owner should read: a takeover, a fork, a solo seal."""
 
@@ -266,5 +283,6 @@ Effect = (
     | FetchRounds
     | Resync
     | SendJoin
+    | SendStatements
     | Note
 )

@@ -77,7 +77,9 @@ class ForkChoice:
         #: peer that is or was a member, without us, the latest at the end -> the last state of ours that it shared
         self.known: dict[bytes, Mark] = {}
         self._know_members_of(past)
-        self.known.update((peer, self.past.head._replace(members=self.company)) for peer in sorted(self.company - {me}))
+        # At which state they were is not remembered, so any that is heard of counts as later.
+        met = self.past.head._replace(round=-1, members=self.company)
+        self.known.update((peer, met) for peer in sorted(self.company - {me}) if peer not in self.known)
         #: donor -> the state of ours that its chain went through last, as it said; the latest at the end
         self.parted: dict[bytes, Mark] = {}
         #: those that we know and a seal has included

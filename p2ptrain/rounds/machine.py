@@ -32,6 +32,7 @@ from p2ptrain.rounds.exchange import Exchange, Exchanges, Missed, OwnPart
 from p2ptrain.rounds.fetching import FETCH_TIMEOUT_SECONDS, STRANGERS_MAX, Fetch, Fetching, RefusedBranch, Waiting
 from p2ptrain.rounds.fork_choice import ForkChoice, linked, marks_after
 from p2ptrain.rounds.rules import RoundRules
+from p2ptrain.rounds.statements import Statements
 
 LOCATOR_IDS = 16  # of the chain up to the head: far enough back for all that is remembered of it
 
@@ -41,7 +42,7 @@ class _Group:
     """Whom we train with.
 
     The members are those of the round under way and of the one after it, as the head says. Signs of life and goodbyes
-    are kept for members alone, and no sign of life of our own, nor of those whom a fork keeps apart from us.
+    are kept for members alone, and no sign of life of our own.
     """
 
     members: frozenset[bytes] = frozenset()
@@ -49,8 +50,6 @@ class _Group:
     heard: dict[bytes, float] = field(default_factory=dict)
     #: members that said goodbye and were not heard since
     left: set[bytes] = field(default_factory=set)
-    #: members whose branch was refused and who have not said since that they stand on ours: theirs is no sign of life
-    apart: set[bytes] = field(default_factory=set)
 
 
 @dataclass(slots=True)
@@ -110,6 +109,7 @@ class RoundMachine:
         self.fetching = Fetching(rules.reply_timeout_seconds, rules.seal_timeout_seconds)
         self.group = _Group()
         self.admissions = Admissions(me)
+        self.statements = Statements(me)
         self.roots = _Roots()
         self._deadlines = Deadlines(rules.grace_seconds, rules.reply_timeout_seconds, learns=not rules.fixed_pace)
         self._effects: list[events.Effect] = []
@@ -208,9 +208,10 @@ class RoundMachine:
             *self.fetching.invariants(self.head.id, self.me),
             *self.forks.invariants(self.group.members),
             *self.admissions.invariants(self.head.round, len(self.group.members)),
+            *self.statements.invariants(self.head),
             ("the group is what the head says", self.group.members == _members_of(self.head)),
             ("signs of life are of other members", self.group.heard.keys() <= self.group.members - {self.me}),
-            ("goodbyes and refusals are of members", self.group.left | self.group.apart <= self.group.members),
+            ("goodbyes are of members", self.group.left <= self.group.members),
             ("roots are the four newest", len(self.roots.own) <= 4),
             ("votes on roots are of members", self.roots.votes.keys() <= self.group.members),
         ]:
@@ -233,7 +234,6 @@ class RoundMachine:
             case events.ContributionReady():
                 self._on_ready(event, now)
             case events.ContributionReceived():
-                self.group.apart.discard(event.peer_id)
                 self._hear(event.peer_id, now)
                 self._on_contribution(event, now)
             case events.CameLate():
@@ -245,8 +245,6 @@ class RoundMachine:
                 self._hear(event.source, now)
                 self._on_seal(event, now)
             case events.TipHeard():
-                if event.id in self.forks.past:
-                    self.group.apart.discard(event.peer_id)
                 self._hear(event.peer_id, now)
                 self._note_tip(event, now)
             case events.PeerLeft():
@@ -257,6 +255,9 @@ class RoundMachine:
             case events.JoinReceived():
                 self._hear(event.peer_id, now)
                 self.admissions.ask(event.peer_id, event.row, self.head)
+            case events.StatementHeard():
+                if self.statements.hear([event.statement], self.head) and self.shape is not None:
+                    self._hand_on_statements(self.shape)
             case events.RoundsFetched():
                 self._hear(event.donor, now)
                 self.fetching.asked.pop(event.donor, None)
@@ -285,7 +286,7 @@ class RoundMachine:
     # ---- events -----------------------------------------------------------------------------------------------
 
     def _hear(self, peer_id: bytes, now: float) -> None:
-        if peer_id != self.me and peer_id in self.group.members - self.group.apart:
+        if peer_id != self.me and peer_id in self.group.members:
             self.group.heard[peer_id] = now
             self.group.left.discard(peer_id)
 
@@ -433,8 +434,6 @@ class RoundMachine:
         return judgement.follow
 
     def _refuse(self, donor: bytes, end: Mark, why: str, now: float) -> None:
-        if donor in self.group.members:
-            self.group.apart.add(donor)
         self.fetching.refused = RefusedBranch(donor, end.round, end.total, why, now)
         if donor not in self.fetching.shunned:  # else it was said lately
             text = f"refused a branch up to round {end.round} with total {end.total}: {why}"
@@ -550,6 +549,7 @@ class RoundMachine:
         self, base: ChainState, rounds: Sequence[SealedRound], states: Sequence[tuple[ChainState, RoundShape]]
     ) -> None:
         """Go over to these rounds after `base`, our head or the state before it."""
+        access = self.head.access
         if base is not self.head:
             text = f"fork at round {base.round + 1}: following the chain with total {states[-1][0].total}, not ours"
             self._effects.append(events.Note("fork", text))
@@ -559,11 +559,13 @@ class RoundMachine:
             self.roots.own = {round: root for round, root in self.roots.own.items() if round <= base.round}
         for (state, shape), sealed in zip(states, rounds, strict=True):
             self._adopt(sealed, state, shape)
+        self.statements.keep_lost(access, self.head)
 
     def _on_synced(self, event: events.Synced, now: float) -> None:
         donor, self.fetching.resyncing = self.fetching.resyncing or b"", None
-        self.head = event.state
+        access, self.head = self.head.access, event.state
         self._before = None
+        self.statements.keep_lost(access, self.head)
         self.forks.go_over_to(event.past or (Mark.of(event.state),), donor)
         # They were of the replica that was given up; the trainer tells those of the new one.
         self.roots.own.clear()
@@ -599,6 +601,7 @@ class RoundMachine:
             self._on_contribution(message, now)
         if self.me not in {m.peer_id for m in self.head.following}:
             self._join(shape)
+        self._hand_on_statements(shape)
         if index is not None:
             self._start_training(self.exchanges.current, now)
 
@@ -619,10 +622,10 @@ class RoundMachine:
         self.group.members = group
         self.group.heard = {p: at for p, at in self.group.heard.items() if p in group}
         self.group.left &= group
-        self.group.apart &= group
         self.roots.votes = {p: vote for p, vote in self.roots.votes.items() if p in group}
         self.fetching.waiting = {s: w for s, w in self.fetching.waiting.items() if w.heard.seal.parent == head.id}
         self.admissions.forget_stale(head.round, len(group))
+        self.statements.forget_stale(head)
         self.exchanges.forget_before(head.round)
         self.forks.know_only(group)
         proven = {m.peer_id for m in head.now + head.following if not m.is_newcomer}
@@ -643,10 +646,19 @@ class RoundMachine:
 
     def _join(self, shape: RoundShape) -> None:
         """Ask the peers that may seal this round to admit us, again each round until one does."""
-        for place in shape.sealer_order[:2]:
-            sealer = shape.members[place].peer_id
-            if sealer != self.me:
-                self._effects.append(events.SendJoin(sealer))
+        for sealer in self._next_sealers(shape):
+            self._effects.append(events.SendJoin(sealer))
+
+    def _hand_on_statements(self, shape: RoundShape) -> None:
+        """Give those that may seal this round what the chain lacks, again each round until it has it."""
+        statements = self.statements.choose(self.head)
+        for sealer in self._next_sealers(shape) if statements else ():
+            self._effects.append(events.SendStatements(sealer, statements))
+
+    def _next_sealers(self, shape: RoundShape) -> list[bytes]:
+        """The peers that may seal this round, without us."""
+        sealers = (shape.members[place].peer_id for place in shape.sealer_order[:2])
+        return [sealer for sealer in sealers if sealer != self.me]
 
     def _adopt(self, sealed: SealedRound, state: ChainState, shape: RoundShape) -> None:
         """Move the head over one sealed round that we hold whole."""
@@ -975,6 +987,8 @@ class RoundMachine:
         learning = exchange.index is None and self.fetching.asked
         if not self.head.round or learning or self.fetching.fetches_from_known:
             return False
+        if not self.head.access.admits(self.me):
+            return False  # the owner has shut us out, or we are a guest that no seal has let in yet
         members = exchange.shape.members
         if exchange.index is None:
             # A learner leaves it to those who are members soon, too.
@@ -1033,6 +1047,7 @@ class RoundMachine:
             rows=tuple(rows[m.peer_id] for m in shape.members),
             joins=(),
             root=self._majority_root(shape),
+            amendments=self.statements.choose(self.head, solo=solo),
         )
         listed = {m.peer_id for m in (() if solo else self.head.following)} | {self.me}
         without = chain.extend(self.head, b"", seal, self.rules.chunks)

@@ -10,11 +10,13 @@ import statistics
 from dataclasses import dataclass
 from fractions import Fraction
 
+import base58
 import numpy as np
 from numpy.typing import NDArray
 
 from p2ptrain import chain
-from p2ptrain.chain import ChainState, RoundShape
+from p2ptrain.chain import ChainState, RoundShape, Seal
+from p2ptrain.chain.admission import Grant, Revocation
 from p2ptrain.chain.sealed import Key, SealedRound
 from p2ptrain.compression import decoded
 from p2ptrain.compression.codec import Codec
@@ -32,6 +34,9 @@ class _Node:
     parameters: NDArray[np.float32]
     #: peer id -> [chunks, ENTRIES] consumed of its contributions on the way here
     consumed: dict[bytes, Rows]
+    #: peers that the manifest or a seal on the way here has let in, and those that one has shut out
+    let_in: frozenset[bytes]
+    shut_out: frozenset[bytes]
     #: member -> rounds in which another sealed all of its replies, halved when it was struck for one
     served: dict[bytes, int]
 
@@ -41,7 +46,8 @@ class Oracle:
 
     def __init__(self, manifest: Manifest, run_id: bytes, codec: Codec, parameters: NDArray[np.float32]) -> None:
         self._manifest, self._codec = manifest, codec
-        beginning = _Node(chain.genesis(run_id, manifest.founder_id), parameters.copy(), {}, {})
+        listed = frozenset(map(base58.b58decode, manifest.access.peers)) | {manifest.founder_id}
+        beginning = _Node(manifest.beginning(run_id), parameters.copy(), {}, listed, frozenset(), {})
         self._nodes: dict[bytes, _Node] = {run_id: beginning}
         #: (peer, round key) -> [chunks, ENTRIES] that left it, and its weight
         self._sent: dict[tuple[bytes, Key], tuple[Rows, int]] = {}
@@ -130,7 +136,25 @@ class Oracle:
             mean = self._mean([(rows, weight, reply.clips.get(member, 256)) for member, _, rows, weight in sent])
             if not made_up and (abs(value - mean)[mask] > 0.51 * np.broadcast_to(scale, mask.shape)[mask] + 1e-5).any():
                 raise ViolationError(f"round {after.round}: a reply is not the mean of what it includes")
-        self._nodes[after.id] = _Node(after, parameters, consumed, served)
+        self._nodes[after.id] = _Node(
+            after, parameters, consumed, *self._access_after(parent, sealed.seal, after), served
+        )
+
+    def _access_after(self, parent: _Node, seal: Seal, after: ChainState) -> tuple[frozenset[bytes], frozenset[bytes]]:
+        """Who was let in and shut out on the way to a state, whose members are then those that may be."""
+        let_in = parent.let_in | {one.guest for one in seal.amendments if isinstance(one, Grant)}
+        shut_out = parent.shut_out | {one.subject for one in seal.amendments if isinstance(one, Revocation)}
+        if self._manifest.access.mode == "open":
+            return let_in, shut_out
+        members = {member.peer_id for member in after.following}
+        proven = {member.peer_id for member in after.following if not member.is_newcomer}
+        if not members <= let_in or not {join.peer_id for join in seal.joins} <= let_in - shut_out:
+            raise ViolationError(f"round {after.round}: a seal brings in a peer that nobody has let in")
+        if members & shut_out and proven - shut_out:
+            raise ViolationError(f"round {after.round}: a peer that was shut out is a member")
+        if seal.solo and seal.sealer in shut_out:
+            raise ViolationError(f"round {after.round}: a peer that was shut out seals alone")
+        return let_in, shut_out
 
     def _check_parts(self, shape: RoundShape) -> None:
         """Each reducer's chunks are its share by what of its uplink counts, but for less than one chunk."""

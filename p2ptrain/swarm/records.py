@@ -109,6 +109,8 @@ class PeerRecord(Record, frozen=True, kw_only=True):
     version: Text = ""
     addresses: Annotated[list[Address], Meta(max_length=16)] = []
     """Multiaddrs with /p2p/ID that others may dial; empty when nobody can."""
+    grant: Annotated[bytes, Meta(max_length=1024)] = b""
+    """The encoded grant by which a guest is in the run, for peers whose chain lacks it."""
     refused: RefusedRecord | None = None
     """None: it has refused no branch since it started."""
 

@@ -167,3 +167,6 @@ class Peer:
 
     def wrong_run(self, run_id: bytes) -> str | None:
         return None
+
+    def parted_at(self, locator: tuple[bytes, ...]) -> bytes:
+        return b""

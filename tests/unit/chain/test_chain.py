@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from p2ptrain import chain
 from p2ptrain.chain import ChainState, Join, Member, Row, Seal, SealError, SignedSeal
+from p2ptrain.chain.admission import Access
 from p2ptrain.swarm.identity import Identity, new_identity, verify
 
 RUN_ID = bytes(range(32))
@@ -75,17 +76,19 @@ def test_a_seal_signed_by_another_than_it_names_is_refused() -> None:
 
 
 def test_a_seal_that_brings_in_a_peer_off_the_list_is_refused() -> None:
-    before = state(*map(member, PEERS))
-    _, plain = seal_on(before, PEERS[0], {0, 1})
-    newcomer = new_identity().peer_id
-    _, admitting = seal_on(before, PEERS[0], {0, 1}, joins=(Join(newcomer, Row(0, 0, 1)),))
-    listed = {peer.peer_id for peer in PEERS}
-    signed, with_newcomer = (chain.encode_seal(seal, PEERS[0].sign) for seal in (plain, admitting))
-    assert chain.open_seal(signed, verify, listed.__contains__)[1] == plain
-    assert chain.open_seal(with_newcomer, verify, (listed | {newcomer}).__contains__)[1] == admitting
-    for refused, admits in ((with_newcomer, listed), (signed, listed - {PEERS[0].peer_id})):
-        with pytest.raises(SealError, match="not on the run's list"):
-            chain.open_seal(refused, verify, admits.__contains__)
+    newcomer, row = new_identity(), Row(0, 0, 1)
+    listed = tuple(peer.peer_id for peer in PEERS)
+    for peers, comes in ((listed, False), ((*listed, newcomer.peer_id), True)):
+        before = state(*map(member, PEERS), access=Access("list", listed=peers))
+        for seal in (
+            seal_on(before, PEERS[0], {0, 1}, joins=(Join(newcomer.peer_id, row),)),
+            seal_on(before, newcomer, set(), solo=True, parts=(b"",) * 4),
+        ):
+            if comes:
+                chain.extend(before, *seal, CHUNKS)
+            else:
+                with pytest.raises(SealError, match="not for"):
+                    chain.extend(before, *seal, CHUNKS)
 
 
 @given(st.binary(max_size=200))

@@ -127,6 +127,27 @@ def test_a_locator_begins_at_the_head_and_ends_at_the_oldest(count: int, most: i
     assert back == [*steps[: most - 1], oldest]
 
 
+@given(st.integers(2, 2 * PAST_MAX), st.integers(2, 16), st.data())
+def test_with_ids_between_two_others_one_comes_to_the_state_where_two_chains_parted(
+    count: int, most: int, data: st.DataObject
+) -> None:
+    past = Past(chain_of(count))
+    rounds = [mark.round for mark in past.after(past.locator(PAST_MAX)[-1])]
+    if not rounds:
+        return
+    parted = data.draw(st.sampled_from(rounds))
+    older, newer, asked = min(rounds), max(rounds), 0
+    while newer - older > 1:
+        ids = past.between(older.to_bytes(4, "big"), newer.to_bytes(4, "big"), most)
+        there = [int.from_bytes(identifier, "big") for identifier in ids]
+        assert there == sorted(set(there), reverse=True) and there[-1] == older and len(there) <= most
+        newest = max([n for n in there if n <= parted], default=older)
+        newer = min([n for n in there if n > newest], default=newer)
+        older, asked = newest, asked + 1
+    assert older in (parted, max(rounds) - 1, max(rounds)) and older <= parted and asked <= 8
+    assert past.between(b"gone", rounds[-1].to_bytes(4, "big"), most) == []
+
+
 @given(st.integers(2, 2 * PAST_MAX), st.data())
 def test_the_past_is_the_last_states_of_one_chain(count: int, data: st.DataObject) -> None:
     marks = chain_of(count)
