@@ -38,7 +38,8 @@ FRAME_BYTES = 1024 * 1024 - 1
 ELSEWHERE = "127.0.0.9"
 RELAYS_AT_ONCE = 64
 RECORD_SECONDS = 30.0
-RECORDS_AT_ONCE = 100
+RECORDS_AT_ONCE, KEYS_AT_ONCE = 64, 8
+"""As many as a node takes in one call: of more it takes none."""
 KEYS_SECONDS = 3000.0
 
 
@@ -197,8 +198,8 @@ class FalseRecords(Attack):
             say(did={"records_stored": self._stored})
 
     def _batches(self) -> list[list[Any]]:
-        starts = range(0, len(self._identities), RECORDS_AT_ONCE)
-        return [self._identities[start : start + RECORDS_AT_ONCE] for start in starts]
+        size = KEYS_AT_ONCE if self.options["what"] == "keys" else RECORDS_AT_ONCE
+        return [self._identities[start : start + size] for start in range(0, len(self._identities), size)]
 
     async def _store(self, identities: list[Any]) -> None:
         seconds = KEYS_SECONDS if self.options["what"] == "keys" else RECORD_SECONDS
