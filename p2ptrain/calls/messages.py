@@ -170,6 +170,8 @@ class RoundsHeader(_Message, frozen=True):
     count: Annotated[int, Meta(ge=0, le=ROUNDS_MAX)]
     tip: Tip
     snapshots: Annotated[tuple[SnapshotOffer, ...], Meta(max_length=SNAPSHOTS_MAX)]
+    parted_at: OptionalHash = b""
+    """Without an ancestor: the first of the ids asked with that the donor's chain went through, as it remembers."""
 
 
 class JoinRequest(_Message, frozen=True):

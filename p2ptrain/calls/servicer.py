@@ -140,6 +140,9 @@ class AnsweringPeer(Protocol):
     async def take_proof(self, header: ProofHeader, peer: bytes, read: Callable[[], Awaitable[bytes]]) -> None:
         """Read a proof and check it. Raises CallError when it does not come."""
 
+    def parted_at(self, locator: tuple[bytes, ...]) -> bytes:
+        """Return the first of these ids that our chain went through, or nothing."""
+
     def hear_tip(self, peer: bytes, tip: Tip) -> None:
         """Hear where a peer stands."""
 
@@ -290,7 +293,8 @@ class PeerServicer(ServicerBase):
         if refusal is not None:
             return
         ancestor, rounds, snapshots = await self._answering.catching_up.offer_rounds(wanted.locator)
-        yield self._traffic.message(RoundsHeader(ancestor, len(rounds), self._answering.tip, snapshots))
+        parted_at = b"" if ancestor else self._answering.parted_at(wanted.locator)
+        yield self._traffic.message(RoundsHeader(ancestor, len(rounds), self._answering.tip, snapshots, parted_at))
         for encoded in rounds:
             for frame in self._traffic.blob(encoded):
                 yield frame

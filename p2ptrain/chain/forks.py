@@ -10,6 +10,7 @@ members serves all marks in a row that have the same.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -34,15 +35,19 @@ class Mark(NamedTuple):
     solo: bool
     #: peer ids of the members of the next round and the one after it, but for newcomers that no seal has included yet
     members: frozenset[bytes]
+    #: peer ids of these newcomers
+    newcomers: frozenset[bytes] = frozenset()
 
     @classmethod
     def of(cls, state: ChainState, seal: Seal | None = None, before: Mark | None = None) -> Mark:
         """Return the mark of a state, which `seal` led to from the state that `before` marks."""
-        members = frozenset(member.peer_id for member in state.now + state.following if not member.is_newcomer)
+        listed = state.now + state.following
+        members = frozenset(member.peer_id for member in listed if not member.is_newcomer)
+        newcomers = frozenset(member.peer_id for member in listed) - members
         if before is not None and before.members == members:
             members = before.members
         sealer, solo = (b"", False) if seal is None else (seal.sealer, seal.solo)
-        return cls(state.round, state.id, state.total, sealer, solo, members)
+        return cls(state.round, state.id, state.total, sealer, solo, members, newcomers)
 
 
 class Past:
@@ -93,17 +98,28 @@ class Past:
         return next((n for n in range(len(ids) - 1, -1, -1) if ids[n] in self._marks), None)
 
     def locator(self, most: int) -> list[bytes]:
-        """Return at most so many ids, the newest first, each twice as far back as the one before it."""
+        """Return at most so many ids, the newest first, each second one twice as far back, and the oldest of all."""
         ids = list(reversed(self._marks))
-        steps = _doubling(len(ids))
-        return [ids[step] for _, step in zip(range(most), steps, strict=False)]
+        steps = list(itertools.islice(itertools.takewhile(lambda step: step < len(ids) - 1, _steps()), most - 1))
+        return [ids[step] for step in (*steps, len(ids) - 1)]
+
+    def between(self, older: bytes, newer: bytes, most: int) -> list[bytes]:
+        """Return at most so many ids, evenly spread, between two, and the older one; the newest first. None of them,
+        where one of the two is not here any more."""
+        if older not in self._marks or newer not in self._marks:
+            return []
+        ids = list(self._marks)
+        first, last = ids.index(older), ids.index(newer)
+        count = min(most - 1, last - first - 1)
+        places = [first + (last - first) * number // (count + 1) for number in range(count + 1)]
+        return [ids[place] for place in reversed(places)]
 
 
-def _doubling(below: int) -> Iterator[int]:
-    step = 0
-    while step < below:
-        yield step
-        step = max(step + 1, 2 * step)
+def _steps() -> Iterator[int]:
+    """Yield 0, 1, 2, 3, 4, 6, 8, 12, 16, 24 and so on."""
+    yield from (0, 1)
+    for octave in itertools.count(1):
+        yield from (2**octave, 3 * 2 ** (octave - 1))
 
 
 class Branch(NamedTuple):
@@ -128,24 +144,42 @@ class Verdict:
     """Whether theirs is the one to be on."""
 
 
-def judge(common: Mark, ours: Branch, theirs: Branch) -> Verdict:
+def judge(common: Mark, ours: Branch, theirs: Branch, me: bytes = b"") -> Verdict:
     """Decide between two branches that part after `common`; `theirs` has one mark or more.
 
-    More of the common state's members behind it wins; a tie goes to the larger total, then to the smaller id. A seal
-    against a seal is no more than two sealers that did not hear of each other: who says what is not counted yet, and a
-    tie goes to whoever's turn came first, so that a member that seals out of turn undoes nobody's round. Where ours has
-    no mark, theirs continues our chain: a tie goes to theirs then; if it begins with a solo seal, only with work in it.
+    More of the common state's members behind it wins. Who says that it stands on one stands there, whatever it sealed
+    before; who has sealed on both and so spoke for either counts only where the others are even, by what it says.
+
+    Where nobody is left to count, those do whom the members had admitted; at a tie of these, all that are known and say
+    where they stand, but for `me`, who decides. Else the one member of a young run took those along who came after it,
+    and anybody a run that was carried on when its members had died.
+
+    A tie goes to the larger total, then to the smaller id. A seal against a seal is no more than two sealers that did
+    not hear of each other: who says what is not counted yet, and a tie goes to whoever's turn came first, so that a
+    member that seals out of turn undoes nobody's round. Where ours has no mark, theirs continues our chain: a tie goes
+    to theirs then; if it begins with a solo seal, only with work in it.
     """
-    seals = len(ours.marks), len(theirs.marks)
+    # Not all of its marks need be known.
+    seals = tuple(branch.marks[-1].round - common.round if branch.marks else 0 for branch in (ours, theirs))
     hear = seals != (1, 1) and seals[0] <= max(HEARD_SEALS_MIN, 2 * len(common.members))
-
-    def behind(branch: Branch) -> int:
-        peers = {mark.sealer for mark in branch.marks} | (set(branch.voices) if hear else set())
-        return len(peers & common.members)
-
-    standing = behind(ours), behind(theirs)
-    if standing[0] != standing[1]:
-        return Verdict(*standing, follow=standing[1] > standing[0])
+    branches = ours, theirs
+    sealed = [{mark.sealer for mark in branch.marks} & common.members for branch in branches]
+    said = [set(branch.voices) & common.members if hear else set[bytes]() for branch in branches]
+    twofold = sealed[0] & sealed[1]
+    behind = [((sealed[n] - said[1 - n]) | said[n]) - twofold for n in (0, 1)]
+    standing = len(behind[0]), len(behind[1])
+    counts = [standing]
+    if seals != (1, 1):
+        if any(standing):
+            counts.append((len(said[0] & twofold), len(said[1] & twofold)))
+        else:
+            there = [({mark.sealer for mark in branch.marks} | set(branch.voices)) - twofold for branch in branches]
+            counts.append((len(there[0] & common.newcomers), len(there[1] & common.newcomers)))
+            voices = [set(branch.voices) - twofold - {me} for branch in branches]
+            counts.append((len(voices[0]), len(voices[1])))
+    for behind_ours, behind_theirs in counts:
+        if behind_ours != behind_theirs:
+            return Verdict(*standing, follow=behind_theirs > behind_ours)
     if seals == (1, 1) and ours.place != theirs.place:
         return Verdict(*standing, follow=theirs.place < ours.place)
     end, head = theirs.marks[-1], ours.marks[-1] if ours.marks else None

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from p2ptrain import chain
@@ -156,8 +156,13 @@ class CatchingUp:
         locator: tuple[bytes, ...],
         our_round: int,
         known_state: Callable[[bytes], ChainState | None],
+        between: Callable[[bytes, bytes, int], Sequence[bytes]] | None = None,
     ) -> RoundsFetched:
         """Rounds of `donor` that continue one of the ids in `locator`, of which `known_state` has the chain state.
+
+        Args:
+            between: ids of our chain between two, at most so many and the older one, newest first. Where the donor's
+                journal does not reach back to our chain, it finds with them where the two parted.
 
         Raises:
             CallError: no answer.
@@ -168,7 +173,10 @@ class CatchingUp:
         if not header.ancestor or (newer and our_round == 0 and self._is_far(header.tip, our_round)):
             # For a newcomer a snapshot is less to fetch and to compute than all the rounds. Who has sent something
             # needs the rounds: they say what became of it.
-            return RoundsFetched(donor, None, ())
+            parted_at = header.parted_at
+            if between is not None and not header.ancestor and parted_at in locator:
+                parted_at = await self._parted_at(donor, locator, parted_at, between)
+            return RoundsFetched(donor, None, (), parted_at=parted_at)
         rounds = await asyncio.to_thread(_decode, encoded, self._admits)
         ids = [header.ancestor, *(sealed.id for sealed in rounds)]
         for place in range(len(ids) - 1, -1, -1):
@@ -178,6 +186,25 @@ class CatchingUp:
                 await asyncio.to_thread(_check, state, rounds[place:], self._codec)
                 return RoundsFetched(donor, ids[place], rounds[place:])
         return RoundsFetched(donor, header.ancestor, rounds, checked=False)
+
+    async def _parted_at(
+        self,
+        donor: bytes,
+        locator: tuple[bytes, ...],
+        parted_at: bytes,
+        between: Callable[[bytes, bytes, int], Sequence[bytes]],
+    ) -> bytes:
+        """The newest state of our chain that the donor's went through, given the newest in `locator`. CallError."""
+        while (place := locator.index(parted_at)) > 0:
+            closer = tuple(between(parted_at, locator[place - 1], LOCATOR_MAX))
+            if len(closer) <= 1:
+                break
+            header, _ = await self._client.rounds(donor, closer, self._round_max_bytes)
+            if header.ancestor or header.parted_at not in closer:
+                break
+            # What is newer than these is what they were asked for to be older than.
+            locator, parted_at = (locator[place - 1], *closer), header.parted_at
+        return parted_at
 
     async def change_chain(self, donor: bytes) -> tuple[Restore, ChainState, tuple[Mark, ...]]:
         """What it takes to go over to the donor's chain, where that stands, and its last marks, oldest first.

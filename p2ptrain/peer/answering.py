@@ -158,6 +158,10 @@ class Answering:
         """Read a proof and check it. Raises CallError when it does not come."""
         await self._auditing.take_proof(header.proof, peer, read)
 
+    def parted_at(self, locator: tuple[bytes, ...]) -> bytes:
+        """Return the first of these ids that our chain went through, as far as we remember, or nothing."""
+        return next((identifier for identifier in locator if identifier in self._machine.forks.past), b"")
+
     def hear_tip(self, peer: bytes, tip: Tip) -> None:
         """Hear where a peer stands."""
         self.feed.follow(peer)

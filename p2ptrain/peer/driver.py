@@ -21,7 +21,8 @@ from p2ptrain.calls.handout import Handout
 from p2ptrain.calls.messages import NAMESPACE, CallError, RefusedError, Tip
 from p2ptrain.calls.news import NewsFeed
 from p2ptrain.calls.servicer import PeerServicer
-from p2ptrain.chain import Member, Seal, SealError, evidence
+from p2ptrain.chain import ChainState, Member, Seal, SealError, evidence
+from p2ptrain.chain.forks import Mark
 from p2ptrain.chain.sealed import Key, SealedRoundError
 from p2ptrain.history.catching_up import CatchingUp
 from p2ptrain.history.remembered import write_company
@@ -31,6 +32,7 @@ from p2ptrain.peer.auditing import Auditing
 from p2ptrain.peer.parts import DriverParts
 from p2ptrain.peer.sending import Sending
 from p2ptrain.rounds import events
+from p2ptrain.rounds.inbox import Restore
 from p2ptrain.state.files import atomic_write
 from p2ptrain.state.own_log import OwnEntry
 from p2ptrain.state.pieces import Partials
@@ -325,7 +327,7 @@ class RoundDriver:
         machine, donor = self.machine, effect.donor
         try:
             fetched = await self.catching_up.fetch(
-                donor, tuple(effect.locator), machine.head.round, machine.known_state
+                donor, tuple(effect.locator), machine.head.round, machine.known_state, machine.forks.past.between
             )
         except (CallError, SealedRoundError) as error:
             _logger.debug("no rounds from %s: %s", format_peer_id(donor)[-8:], error)
@@ -341,15 +343,24 @@ class RoundDriver:
             restore, state, marks = await self.catching_up.change_chain(effect.donor)
             if not self.machine.worth_changing_to(marks, effect.donor, self._now()):
                 raise CallError("its chain is not the better one after all")
-            self.catching_up.adopt(restore)
-            self._p.inbox.put(restore)
-            self.dispatch(events.Synced(state, marks))
-            self.follow_members()
         except (CallError, SealedRoundError, TensorFileError, OSError) as error:
             _logger.warning("could not fetch the state of %s: %s", format_peer_id(effect.donor)[-8:], error)
             self.dispatch(events.FetchFailed(effect.donor))
+        else:
+            self._change_to(restore, state, marks)
         finally:
             self.syncing = False
+
+    def _change_to(self, restore: Restore, state: ChainState, marks: tuple[Mark, ...]) -> None:
+        try:
+            self.catching_up.adopt(restore)
+        except OSError as error:
+            # Half of it may be in the journal: at its next start this peer sees how far that goes.
+            self._fail(error)
+            return
+        self._p.inbox.put(restore)
+        self.dispatch(events.Synced(state, marks))
+        self.follow_members()
 
     def write_decisions(self, why: str) -> None:
         """Leave what the machine heard and decided before this process's first failure in the home, and say where."""

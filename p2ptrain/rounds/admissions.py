@@ -1,6 +1,7 @@
 """Who asks to be admitted, and whom our next seal admits (docs/rounds.md, rule 3).
 
-Memory: at most `JOINS_PENDING_MAX` of those who ask, and of those who were admitted and have not answered.
+Memory: at most `JOINS_PENDING_MAX` of those who ask, of those who were admitted and have not answered, and of those
+who held us up.
 """
 
 from __future__ import annotations
@@ -8,12 +9,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from p2ptrain import chain
 from p2ptrain.chain import ChainState, Join, RoundShape, Row, Seal
 
 JOINS_PENDING_MAX = 256
+MUTE_DOUBLINGS = 6
 JOIN_ROUNDS = 3  # and as many more as there are members: rounds after which a join that was not repeated is forgotten
+
+
+class Mute(NamedTuple):
+    """A member that was there and sent nothing until we sealed without it."""
+
+    until: float
+    #: lately
+    times: int
 
 
 @dataclass(slots=True)
@@ -28,6 +39,8 @@ class Admissions:
     pending: dict[bytes, tuple[Row, int]] = field(default_factory=dict)
     #: peer id -> how often it was admitted since a seal last included it; the one admitted last at the end
     admitted: dict[bytes, int] = field(default_factory=dict)
+    #: peer id -> that it held us up; the latest at the end
+    mute: dict[bytes, Mute] = field(default_factory=dict)
 
     def ask(self, peer: bytes, row: Row, head: ChainState) -> None:
         """Keep a peer's place among those who ask; where too many do, it is drawn by lot each round who may stay."""
@@ -57,13 +70,22 @@ class Admissions:
         while len(self.admitted) > JOINS_PENDING_MAX:
             del self.admitted[next(iter(self.admitted))]
 
-    def choose(self, state: ChainState, listed: Collection[bytes]) -> tuple[Join, ...]:
+    def leave_out(self, peer: bytes, now: float, seconds: float) -> None:
+        """Admit a peer that held us up no more for some seconds, and twice as long each further time."""
+        before = self.mute.pop(peer, None)
+        lately = before is not None and now < before.until + seconds * 2**MUTE_DOUBLINGS
+        times = before.times + 1 if before is not None and lately else 0
+        self.mute[peer] = Mute(now + seconds * 2 ** min(times, MUTE_DOUBLINGS), times)
+        while len(self.mute) > JOINS_PENDING_MAX:
+            del self.mute[next(iter(self.mute))]
+
+    def choose(self, state: ChainState, listed: Collection[bytes], now: float) -> tuple[Join, ...]:
         """Return whom to admit by the seal that leads to `state`, but for those `listed` already.
 
         Who asked first comes first; in every other round those that have answered whenever they were admitted. So
         neither a flood nor bad luck keeps anybody out for ever.
         """
-        asking = [peer for peer in self.pending if peer not in listed]
+        asking = [p for p in self.pending if p not in listed and (p not in self.mute or self.mute[p].until <= now)]
         if state.round % 2:
             asking.sort(key=lambda peer: self.admitted.get(peer, 0))
         chosen = asking[: chain.room_for_newcomers(state.following)]
@@ -74,4 +96,4 @@ class Admissions:
         yield "pending joins are bounded", len(self.pending) <= JOINS_PENDING_MAX
         yield "no pending join is ours", self.me not in self.pending
         yield "pending joins are fresh", all(at > round - JOIN_ROUNDS - members for _, at in self.pending.values())
-        yield "remembered admissions are bounded", len(self.admitted) <= JOINS_PENDING_MAX
+        yield "remembered admissions are bounded", max(len(self.admitted), len(self.mute)) <= JOINS_PENDING_MAX

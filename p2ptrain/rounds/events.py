@@ -104,6 +104,8 @@ class RoundsFetched:
     rounds: tuple[SealedRound, ...]
     checked: bool = True
     """Whether the replies were, which takes the state that they continue. Else they tell of a branch and no more."""
+    parted_at: bytes = b""
+    """Without an ancestor: a state of ours that the donor's chain went through, as it says."""
 
 
 @dataclass(frozen=True, slots=True)

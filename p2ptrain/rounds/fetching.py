@@ -1,8 +1,9 @@
 """Where the chains of others stand, and what we fetch of them.
 
 Every seal that waits for replies continues our head, and each sealer has one at most. Every peer has one tip, its
-latest. We fetch rounds from one peer that we know and from few strangers at a time, so that a stranger who never
-answers keeps nothing from us; a snapshot from one donor at a time; nothing from ourselves.
+latest. We fetch rounds from few peers at a time, from the next one when those asked are slow to answer. Strangers have
+a share of their own, so that those who never answer keep nothing from us. A snapshot is fetched from one donor at a
+time, and nothing from ourselves.
 
 Memory: `STRANGERS_MAX` tips and seals of peers outside the group, and `SHUNNED_MAX` donors that failed us.
 """
@@ -22,7 +23,8 @@ SHUNNED_MAX = 256
 SHUN_DOUBLINGS = {False: 2, True: 8}  # by whether the donor is a stranger
 SHUN_REMEMBERED_SECONDS = 120.0
 INTRODUCER_SECONDS = 10.0  # that a newcomer leaves to those whose addresses a person gave it
-STRANGERS_ASKED_MAX, NEWCOMER_ASKS_MAX = 1, 3  # strangers that rounds are fetched from at one time
+KNOWN_ASKED_MAX = 3  # peers that we know and fetch rounds from at one time
+STRANGERS_ASKED_MAX, NEWCOMER_ASKS_MAX = 1, 3  # strangers
 
 
 class Waiting(NamedTuple):
@@ -118,14 +120,15 @@ class Fetching:
         """
         if peer in self.asked:
             return math.inf
-        if not stranger:
-            return -math.inf if not self.fetches_from_known else math.inf
-        earliest = self.started_at + INTRODUCER_SECONDS if newcomer and introduced else -math.inf
-        strangers = [fetch.since for fetch in self.asked.values() if fetch.stranger]
-        if len(strangers) >= (NEWCOMER_ASKS_MAX if newcomer else STRANGERS_ASKED_MAX):
+        earliest, most = -math.inf, KNOWN_ASKED_MAX
+        if stranger:
+            most = NEWCOMER_ASKS_MAX if newcomer else STRANGERS_ASKED_MAX
+            if newcomer and introduced:
+                earliest = self.started_at + INTRODUCER_SECONDS
+        alike = [fetch.since for fetch in self.asked.values() if fetch.stranger == stranger]
+        if len(alike) >= most:
             return math.inf
-        # A newcomer asks the next one when the one before is slow to answer.
-        return max([earliest, *(since + self.reply_timeout_seconds for since in strangers)])
+        return max([earliest, *(since + self.reply_timeout_seconds for since in alike)])
 
     @property
     def fetches_from_known(self) -> bool:
@@ -140,7 +143,7 @@ class Fetching:
         yield "tips are filed under their peers", all(tip.peer_id == peer for peer, tip in self.tips.items())
         yield "rounds are not fetched from ourselves", me not in self.asked
         strangers = sum(fetch.stranger for fetch in self.asked.values())
-        yield "rounds are fetched from one known peer at a time", len(self.asked) - strangers <= 1
+        yield "rounds are fetched from few known peers at a time", len(self.asked) - strangers <= KNOWN_ASKED_MAX
         yield "rounds are fetched from few strangers at a time", strangers <= NEWCOMER_ASKS_MAX
         yield "what is shunned is bounded", len(self.shunned) <= SHUNNED_MAX
         yield "no snapshot is fetched from ourselves", self.resyncing != me

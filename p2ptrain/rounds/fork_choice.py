@@ -20,6 +20,7 @@ from p2ptrain.chain.forks import Branch, Mark, Past
 from p2ptrain.chain.sealed import SealedRound
 from p2ptrain.rounds import events
 
+PARTED_MAX = 64  # donors whose chain parted from ours at a state that they named
 KNOWN_MAX = 256  # former members whose word on forks still counts
 VOICE_IDS = 4  # the last states that a peer said it stands at: the newest may be ahead of us
 
@@ -46,7 +47,7 @@ class ForkChoice:
     """Judges chains for one peer.
 
     We know all members and the last `KNOWN_MAX` that were members before; what they say of where they stand counts in
-    forks.
+    forks. Proven are those of them that a seal has included.
 
     Args:
         me: our peer id.
@@ -74,21 +75,27 @@ class ForkChoice:
         #: nothing was adopted since the start: others may have gone on for long
         self.returning = True
         #: peer that is or was a member, without us, the latest at the end -> the last state of ours that it shared
-        self.known: dict[bytes, Mark] = {
-            peer: self.past.head._replace(members=self.company) for peer in sorted(self.company - {me})
-        }
+        self.known: dict[bytes, Mark] = {}
+        self._know_members_of(past)
+        # At which state they were is not remembered, so any that is heard of counts as later.
+        met = self.past.head._replace(round=-1, members=self.company)
+        self.known.update((peer, met) for peer in sorted(self.company - {me}) if peer not in self.known)
+        #: donor -> the state of ours that its chain went through last, as it said; the latest at the end
+        self.parted: dict[bytes, Mark] = {}
+        #: those that we know and a seal has included
+        self.proven: set[bytes] = set(self.company - {me})
         #: peer that we know, or whose address we were given -> where it says that it stands
         self.voices: dict[bytes, Voice] = {}
 
     # ---- what is heard and adopted ------------------------------------------------------------------------------
 
     def is_stranger(self, peer: bytes) -> bool:
-        """Whether a peer is none that we know, nor one whose address we were given."""
-        return peer not in self.known and peer not in self.introducers
+        """Whether a peer is none that has been in a round with us, nor one whose address we were given."""
+        return peer not in self.proven and peer not in self.introducers
 
     def note_tip(self, tip: events.TipHeard, now: float) -> None:
         """Hear where a peer says that it stands."""
-        if self.is_stranger(tip.peer_id):
+        if tip.peer_id not in self.known and tip.peer_id not in self.introducers:
             return
         mark = self.past.get(tip.id)
         if mark is not None and tip.peer_id in self.known and mark.round > self.known[tip.peer_id].round:
@@ -105,7 +112,31 @@ class ForkChoice:
             self.known[peer] = self.known.pop(peer, self.past.head)
         while len(self.known) > KNOWN_MAX + len(group):
             del self.known[next(iter(self.known))]
-        self.voices = {peer: voice for peer, voice in self.voices.items() if not self.is_stranger(peer)}
+        self.proven = (self.proven | self.past.head.members) & self.known.keys()
+        heard_of = self.known.keys() | self.introducers
+        self.voices = {peer: voice for peer, voice in self.voices.items() if peer in heard_of}
+
+    def note_parting(self, donor: bytes, identifier: bytes) -> Mark | None:
+        """Hear at which state a donor's chain parted from ours; None where that is our head, or we do not know it.
+
+        A donor that has shared a later state with us parted from us there or later: it names no other to be judged by.
+        """
+        mark = self.past.get(identifier)
+        shared = self.known.get(donor)
+        if mark is not None and shared is not None and shared.round > mark.round:
+            mark = self.past.get(shared.id)
+        self.parted.pop(donor, None)
+        if mark is None or mark is self.past.head:
+            return None
+        self.parted[donor] = mark
+        while len(self.parted) > PARTED_MAX:
+            del self.parted[next(iter(self.parted))]
+        return mark
+
+    def parted_from(self, donor: bytes) -> Mark | None:
+        """Return the state at which a donor's chain parted from ours, where it named one that ours still has."""
+        mark = self.parted.get(donor)
+        return None if mark is None else self.past.get(mark.id)
 
     def adopt(self, seal: Seal, shape: RoundShape, state: ChainState) -> None:
         """Go one seal further.
@@ -126,17 +157,33 @@ class ForkChoice:
         self.past.append(Mark.of(state, seal, head))
         self.returning = False
 
-    def go_over_to(self, marks: Sequence[Mark]) -> None:
+    def go_over_to(self, marks: Sequence[Mark], donor: bytes) -> None:
         """Take over a chain that was loaded: it goes through these states, the last of which is the head."""
         self.returning = False
         common = self.past.last_common([mark.id for mark in marks])
-        if common is None:
-            self.past = Past(marks)
-        else:
+        parted_at = self.parted_from(donor)
+        if common is not None:
             self.past.cut(marks[common].id)
-            for mark in marks[common + 1 :]:
-                self.past.append(mark)
+            marks = marks[common + 1 :]
+        elif parted_at is not None:
+            # With a gap, but what is before it is what others who know that chain may yet remember, too.
+            self.past.cut(parted_at.id)
+        else:
+            self.past = Past(marks[:1])
+        for mark in marks:
+            self.past.append(mark)
+        self._know_members_of(marks)
         self.company = self.past.head.members
+
+    def _know_members_of(self, marks: Sequence[Mark]) -> None:
+        """Know those who were there at states that we came by otherwise than with them."""
+        for mark in marks:
+            for peer in sorted((mark.members | mark.newcomers) - {self.me}):
+                if peer not in self.known or mark.round > self.known[peer].round:
+                    self.known.pop(peer, None)
+                    self.known[peer] = mark
+        while len(self.known) > KNOWN_MAX:
+            del self.known[next(iter(self.known))]
 
     # ---- what is judged -----------------------------------------------------------------------------------------
 
@@ -146,6 +193,7 @@ class ForkChoice:
         theirs: Sequence[Mark],
         now: float,
         *,
+        ids: Collection[bytes] | None,
         heard: Mapping[bytes, float],
         expected_from: Callable[[bytes], float],
         turn: Callable[[Sequence[Mark]], int],
@@ -154,6 +202,7 @@ class ForkChoice:
 
         Args:
             theirs: their members may be left empty where they are not known.
+            ids: of their states; None: not all known, so whoever stands at no state of ours may stand there.
             heard: when each member last gave a sign of life.
             expected_from: from when a sealer's seal of the round under way is followed on its word alone.
             turn: whose turn the first of some seals was.
@@ -165,8 +214,9 @@ class ForkChoice:
         in_time = not ours and len(theirs) == 1 and not theirs[0].solo and now >= expected_from(theirs[0].sealer)
         if continues or in_time:
             return Judgement(theirs[-1].total >= common.total, "its total is smaller")
-        on, off = self._voices({mark.id for mark in theirs}, since=common.round, now=now)
-        verdict = forks.judge(common, Branch(ours, on | {self.me}, turn(ours)), Branch(theirs, off, turn(theirs)))
+        on, off = self._voices(ids, since=common.round, now=now)
+        branches = Branch(ours, on | {self.me}, turn(ours)), Branch(theirs, off, turn(theirs))
+        verdict = forks.judge(common, *branches, self.me)
         why = f"{verdict.theirs} of {len(common.members)} members behind it, {verdict.ours} behind ours"
         return Judgement(verdict.follow, why)
 
@@ -183,10 +233,7 @@ class ForkChoice:
             is_member: whether we are listed as a member.
         """
         more = self.has_more(end.round, end.total, end.id)
-        on, off = self._voices(theirs or (), since=0, now=now)
-        if theirs is None:
-            fresh = {p for p, v in self.voices.items() if now - v.at <= self._counts_seconds}
-            off = fresh - on
+        on, off = self._voices(theirs, since=0, now=now)
         # Of an introducer that is not the donor it takes the ids to know that it stands there.
         if donor in self.introducers or (theirs is not None and off & self.introducers):
             if not is_member:
@@ -233,15 +280,18 @@ class ForkChoice:
         there = any(heard.get(peer, -math.inf) >= since for peer in common.members)
         return solo and (self.me in common.members or there)
 
-    def _voices(self, theirs: Collection[bytes], *, since: int, now: float) -> tuple[set[bytes], set[bytes]]:
-        """Who says of itself that it stands on our chain, at round `since` or later, and who at a state in `theirs`."""
+    def _voices(self, theirs: Collection[bytes] | None, *, since: int, now: float) -> tuple[set[bytes], set[bytes]]:
+        """Who says of itself that it stands on our chain, at round `since` or later, and who at a state in `theirs`.
+
+        Args:
+            theirs: None: whoever is heard and does not stand on ours.
+        """
         on, off = set(), set()
-        for peer, voice in self.voices.items():
-            if now - voice.at > self._counts_seconds:
-                continue
+        fresh = {peer: voice for peer, voice in self.voices.items() if now - voice.at <= self._counts_seconds}
+        for peer, voice in fresh.items():
             oldest = since
             for identifier in reversed(voice.ids):
-                if identifier in theirs:
+                if theirs is not None and identifier in theirs:
                     off.add(peer)
                     break
                 mark = self.past.get(identifier)
@@ -251,11 +301,13 @@ class ForkChoice:
                     break
                 # The newest may be one that we have not come to yet; then it stood at our head a moment ago.
                 oldest = max(since, self.past.head.round - VOICE_IDS)
-        return on, off
+        return on, off if theirs is not None else fresh.keys() - on
 
     def invariants(self, members: frozenset[bytes]) -> Iterator[tuple[str, bool]]:
         """Yield what must hold between two events, and whether it does."""
         yield "members are known", members - {self.me} <= self.known.keys()
+        yield "what others said of partings is bounded", len(self.parted) <= PARTED_MAX
+        yield "who is proven is known", self.proven <= self.known.keys()
         yield "the known are bounded", len(self.known) <= KNOWN_MAX + len(members)
         yield "voices are of known peers", self.voices.keys() <= self.known.keys() | self.introducers
 

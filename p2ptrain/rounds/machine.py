@@ -35,7 +35,7 @@ from p2ptrain.rounds.fetching import FETCH_TIMEOUT_SECONDS, STRANGERS_MAX, Fetch
 from p2ptrain.rounds.fork_choice import ForkChoice, linked, marks_after
 from p2ptrain.rounds.rules import RoundRules
 
-LOCATOR_IDS = 9  # of the chain behind the head: far enough back for all that is remembered of it
+LOCATOR_IDS = 16  # of the chain up to the head: far enough back for all that is remembered of it
 
 
 @dataclass(slots=True)
@@ -43,7 +43,7 @@ class _Group:
     """Whom we train with.
 
     The members are those of the round under way and of the one after it, as the head says. Signs of life and goodbyes
-    are kept for members alone, and no sign of life of our own.
+    are kept for members alone, and no sign of life of our own, nor of those whom a fork keeps apart from us.
     """
 
     members: frozenset[bytes] = frozenset()
@@ -51,6 +51,8 @@ class _Group:
     heard: dict[bytes, float] = field(default_factory=dict)
     #: members that said goodbye and were not heard since
     left: set[bytes] = field(default_factory=set)
+    #: members whose branch was refused and who have not said since that they stand on ours: theirs is no sign of life
+    apart: set[bytes] = field(default_factory=set)
 
 
 @dataclass(slots=True)
@@ -209,7 +211,7 @@ class RoundMachine:
             *self.audits.invariants(self.group.members),
             ("the group is what the head says", self.group.members == _members_of(self.head)),
             ("signs of life are of other members", self.group.heard.keys() <= self.group.members - {self.me}),
-            ("goodbyes are of members", self.group.left <= self.group.members),
+            ("goodbyes and refusals are of members", self.group.left | self.group.apart <= self.group.members),
             ("roots are the four newest", len(self.roots.own) <= 4),
             ("votes on roots are of members", self.roots.votes.keys() <= self.group.members),
         ]:
@@ -232,6 +234,7 @@ class RoundMachine:
             case events.ContributionReady():
                 self._on_ready(event, now)
             case events.ContributionReceived():
+                self.group.apart.discard(event.peer_id)
                 self._hear(event.peer_id, now)
                 self._on_contribution(event, now)
             case events.CameLate():
@@ -243,6 +246,8 @@ class RoundMachine:
                 self._hear(event.source, now)
                 self._on_seal(event, now)
             case events.TipHeard():
+                if event.id in self.forks.past:
+                    self.group.apart.discard(event.peer_id)
                 self._hear(event.peer_id, now)
                 self._note_tip(event, now)
             case events.PeerLeft():
@@ -285,7 +290,7 @@ class RoundMachine:
     # ---- events -----------------------------------------------------------------------------------------------
 
     def _hear(self, peer_id: bytes, now: float) -> None:
-        if peer_id != self.me and peer_id in self.group.members:
+        if peer_id != self.me and peer_id in self.group.members - self.group.apart:
             self.group.heard[peer_id] = now
             self.group.left.discard(peer_id)
 
@@ -402,15 +407,24 @@ class RoundMachine:
 
     # ---- forks (rule 9) ---------------------------------------------------------------------------------------
 
-    def _follows(self, common: Mark, theirs: Sequence[Mark], donor: bytes | None, now: float) -> bool:
+    def _follows(
+        self, common: Mark, theirs: Sequence[Mark], donor: bytes | None, now: float, *, whole: bool = True
+    ) -> bool:
         """Decide whether to go over to a chain that has these states after `common`, a state of ours.
 
         Args:
             theirs: their members may be left empty where they are not known.
+            whole: whether these are all states that it has after `common`.
             donor: who hands it out; None: it is looked at again in a moment, and a refusal is no news.
         """
         judgement = self.forks.follows(
-            common, theirs, now, heard=self.group.heard, expected_from=self._seal_expected_from, turn=self._turn
+            common,
+            theirs,
+            now,
+            ids={mark.id for mark in theirs} if whole else None,
+            heard=self.group.heard,
+            expected_from=self._seal_expected_from,
+            turn=self._turn,
         )
         if not judgement.follow and donor is not None:
             self._refuse(donor, theirs[-1], judgement.why)
@@ -425,6 +439,8 @@ class RoundMachine:
         return judgement.follow
 
     def _refuse(self, donor: bytes, end: Mark, why: str) -> None:
+        if donor in self.group.members:
+            self.group.apart.add(donor)
         self.fetching.refused = RefusedBranch(donor, end.round, end.total, why)
         if donor not in self.fetching.shunned:  # else it was said lately
             text = f"refused a branch up to round {end.round} with total {end.total}: {why}"
@@ -461,6 +477,9 @@ class RoundMachine:
         ids = [mark.id for mark in marks]
         common = self.forks.past.last_common(ids)
         if common is None:
+            parted_at = self.forks.parted_from(donor)
+            if parted_at is not None:
+                return self._follows(parted_at, marks, donor, now)
             return self._follows_from_afar(end, ids, donor, now)
         theirs = marks[common + 1 :]
         return bool(theirs) and self._follows(self.forks.past[ids[common]], theirs, donor, now)
@@ -473,7 +492,12 @@ class RoundMachine:
             if tip is None or not self.forks.wants(tip):
                 return
             end = Mark(tip.round, tip.id, tip.total, b"", False, frozenset())
-            if self._follows_from_afar(end, None, event.donor, now):
+            parted_at = self.forks.note_parting(event.donor, event.parted_at)
+            if (
+                self._follows_from_afar(end, None, event.donor, now)
+                if parted_at is None
+                else self._follows(parted_at, [end], event.donor, now, whole=False)
+            ):
                 self._want_snapshot(event.donor, "we are far behind its chain, or off it")
             else:
                 self._shun(event.donor, now)
@@ -543,10 +567,10 @@ class RoundMachine:
             self._adopt(sealed, state, shape)
 
     def _on_synced(self, event: events.Synced, now: float) -> None:
-        self.fetching.resyncing = None
+        donor, self.fetching.resyncing = self.fetching.resyncing or b"", None
         self.head = event.state
         self._before = None
-        self.forks.go_over_to(event.past or (Mark.of(event.state),))
+        self.forks.go_over_to(event.past or (Mark.of(event.state),), donor)
         # They were of the replica that was given up; the trainer tells those of the new one.
         self.roots.own.clear()
         exchange = self.exchanges.current
@@ -600,14 +624,15 @@ class RoundMachine:
         """Drop what was kept for peers and rounds that are of no more use."""
         head = self.head
         self.group.members = group
-        self.forks.know_only(group)
         self.group.heard = {p: at for p, at in self.group.heard.items() if p in group}
         self.group.left &= group
+        self.group.apart &= group
         self.roots.votes = {p: vote for p, vote in self.roots.votes.items() if p in group}
         self.fetching.waiting = {s: w for s, w in self.fetching.waiting.items() if w.heard.seal.parent == head.id}
         self.admissions.forget_stale(head.round, len(group))
         self.audits.forget_all_but(group)
         self.exchanges.forget_before(head.round)
+        self.forks.know_only(group)
         proven = {m.peer_id for m in head.now + head.following if not m.is_newcomer}
         self._deadlines.keep_only(proven - {self.me})
 
@@ -906,7 +931,7 @@ class RoundMachine:
     def _seal_when_due(self, now: float) -> bool:
         """Seal what we hold when it is our place's turn (rule 6); True when we sealed."""
         exchange = self.exchanges.current
-        if exchange is None or self.fetching.resyncing is not None or self.me in self.head.expelled:
+        if exchange is None or self.me in self.head.expelled:
             return False
         if now < self.fetching.hold_seal_until:
             self._wake(self.fetching.hold_seal_until)
@@ -915,11 +940,14 @@ class RoundMachine:
             if not self._founder or self.head.round:
                 return False
             return self._seal(exchange, frozenset(), now, solo=True)
+        included = frozenset[int]().union(*(reply.included for reply in exchange.replies.values()))
+        if self.fetching.resyncing is not None and included <= {exchange.index}:
+            # What we seal alone would make our chain seem worth staying on. With the others we do not hold them up.
+            return False
         if exchange.index is None:
             return self._solo_when_alone(exchange, frozenset(), now)
         if exchange.sent_at is None:
             return False
-        included = frozenset[int]().union(*(reply.included for reply in exchange.replies.values()))
         if exchange.others_awaited and included <= {exchange.index}:
             if self._solo_when_alone(exchange, included, now):
                 return True
@@ -989,7 +1017,12 @@ class RoundMachine:
             if not part.closed:
                 self._close(exchange, number, part)
             unfinished |= number not in exchange.replies
-        return not unfinished and self._seal(exchange, included, now, solo=True)
+        if unfinished:
+            return False
+        if now < silent_since + self.rules.alone_after_seconds:
+            for peer in sorted(others - self.group.left):
+                self.admissions.leave_out(peer, now, self.rules.alone_after_seconds)
+        return self._seal(exchange, included, now, solo=True)
 
     def _seal(self, exchange: Exchange, included: frozenset[int], now: float, *, solo: bool) -> bool:
         shape = exchange.shape
@@ -1025,7 +1058,7 @@ class RoundMachine:
         listed = {m.peer_id for m in (() if solo else self.head.following)} | {self.me}
         without = chain.extend(self.head, b"", seal, self.rules.chunks)
         listed |= {m.peer_id for m in without.following} | set(without.expelled)
-        seal = msgspec.structs.replace(seal, joins=self.admissions.choose(without, listed))
+        seal = msgspec.structs.replace(seal, joins=self.admissions.choose(without, listed, now))
         signed: SignedSeal = chain.encode_seal(seal, self._sign)
         sealed = SealedRound(chain.seal_id(signed.body), seal, signed, tuple(replies), proofs)
         self.audits.owing.pop(seal.accused, None)

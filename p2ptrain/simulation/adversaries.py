@@ -29,11 +29,12 @@ if TYPE_CHECKING:
     from p2ptrain.simulation.peer import SimPeer
     from p2ptrain.simulation.world import World
 
-ADVERSARIES = ("offline_chain", "made_up_members", "false_tip", "member_solo", "member_claims_all")
+ADVERSARIES = ("offline_chain", "made_up_members", "false_tip", "member_solo", "member_claims_all", "founder_solo")
 """
 offline_chain: an outsider seals alone. made_up_members: it admits identities that nobody has, and counts them in every
 round. false_tip: it says that it stands far ahead, and never answers who asks. member_solo: a member leaves with the
 chain and seals alone. member_claims_all: a member leaves with it and goes on sealing rounds that include everybody.
+founder_solo: the founder leaves and seals alone, from as far back as it can, so from before there were other members.
 """
 OUTSIDERS = ("offline_chain", "made_up_members", "false_tip")
 BEGINS_AFTER_ROUNDS = 6
@@ -64,7 +65,7 @@ class Adversary:
         """Until the history ends."""
         while self._victim() is None:
             await asyncio.sleep(1.0)
-        if self._kind.startswith("member"):
+        if self._kind not in OUTSIDERS:
             await self._become_a_member()
         line = Line(_LINE_BYTES_PER_SECOND, _LINE_BYTES_PER_SECOND)
         actor = Actor(self._world.loop)
@@ -94,7 +95,12 @@ class Adversary:
                 head = peer.machine.head if peer.running else None
                 members = {m.peer_id for m in head.now} if head is not None else set()
                 there = {p.id for p in self._world.peers if p.running and p.machine.head == head}
-                if peer.id in members and len(members & there) >= 4 and peer.dialable and not peer.founder:
+                if (
+                    peer.dialable
+                    and peer.id in members
+                    and len(members & there) >= 4
+                    and peer.founder == (self._kind == "founder_solo")
+                ):
                     self.identity = peer.identity
                     peer.die()
                     peer.gone = True
@@ -117,7 +123,10 @@ class Adversary:
             unknown = hashlib.sha256(f"{self._random.random()}".encode()).digest()
             self._tip = Tip(head.round + self._random.randrange(1, 1000), unknown, 2 * head.total + 1000)
             return
-        at = max(journal.first - 1, head.round - self._random.choice((0, 1, self._random.randrange(BACK_MAX + 1))))
+        back: tuple[int, ...] = (0, 1, self._random.randrange(BACK_MAX + 1))
+        if self._kind == "founder_solo":
+            back = (self._random.randrange(head.round), head.round - 1)
+        at = max(journal.first - 1, head.round - self._random.choice(back))
         shared = max(journal.first - 1, at - 2 * BACK_MAX)
         branch = Branch(self._world.oracle.state(journal.ids[shared]), self._world.oracle.codec)
         for number in range(shared + 1, at + 1):

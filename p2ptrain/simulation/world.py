@@ -421,7 +421,11 @@ class World:
         self.report.coverage["misled"] += before.id not in self.forged
         # One seal, in turn or out of it, is a member's to make.
         led = head.parent in self.forged if kind == "member_claims_all" else before.id not in self.forged
-        if led and peer.id in Mark.of(self.parted_at[head.id]).members:
+        parted_at = self.parted_at[head.id]
+        if kind == "founder_solo" and any(p is not peer and p.running and p.machine.head == before for p in self.peers):
+            # Whoever else stood there, too, came after it.
+            parted_at = before
+        if led and peer.id in Mark.of(parted_at).members:
             self.violate(f"{peer.name} was taken over at round {head.round}")
 
     def took(self, peer: SimPeer, message: object) -> None:

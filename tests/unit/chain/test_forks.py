@@ -72,6 +72,37 @@ def test_of_a_long_branch_only_seals_count() -> None:
     assert not judge(COMMON, ours._replace(marks=ours.marks[:-1]), theirs).follow
 
 
+def test_who_has_sealed_on_both_branches_speaks_for_neither() -> None:
+    ours = branch("ours", (*MEMBERS[:1], *MEMBERS[1:2]), voices=MEMBERS[1:2])
+    theirs = branch("theirs", MEMBERS[:1] * 9, each=5, voices=MEMBERS[:1])
+    verdict = judge(COMMON, ours, theirs)
+    assert (verdict.ours, verdict.theirs, verdict.follow) == (1, 0, False)
+
+
+def test_but_where_the_others_are_even_what_it_says_decides() -> None:
+    """As when it was led astray for a round, and went back."""
+    ours = branch("ours", MEMBERS[:2], each=5, voices=MEMBERS[1:2])
+    theirs = branch("theirs", (*MEMBERS[:1], *MEMBERS[2:3]), voices=MEMBERS[:1] + MEMBERS[2:3])
+    assert judge(COMMON, ours, theirs).follow and not judge(COMMON, theirs, ours).follow
+
+
+@pytest.mark.parametrize("length", [3, 30])
+def test_the_one_member_of_a_young_run_takes_those_who_came_after_it_nowhere(length: int) -> None:
+    """With it alone at the shared state, they are all that can count, however long ago that was."""
+    founder, others = MEMBERS[0], STRANGERS[:4]
+    common = COMMON._replace(members=frozenset({founder}))
+    ours = branch("ours", (founder, founder, *others[:1] * length), voices=others)
+    theirs = branch("theirs", (founder,) * 99, each=5, voices=(founder,))
+    assert not judge(common, ours, theirs).follow
+    assert judge(common, theirs._replace(marks=theirs.marks[:9]), ours).follow
+
+
+def test_who_says_that_it_went_over_counts_there_alone() -> None:
+    ours, theirs = branch("ours", MEMBERS[:3]), branch("theirs", MEMBERS[3:], voices=MEMBERS[1:2])
+    verdict = judge(COMMON, ours, theirs)
+    assert (verdict.ours, verdict.theirs) == (2, 3)
+
+
 @given(sealers, sealers, voices, voices)
 def test_with_the_same_voices_both_sides_judge_alike(
     one: tuple[bytes, ...], other: tuple[bytes, ...], heard: tuple[bytes, ...], also: tuple[bytes, ...]
@@ -87,12 +118,34 @@ def chain_of(count: int) -> list[Mark]:
 
 
 @given(st.integers(1, 2 * PAST_MAX), st.integers(1, 20))
-def test_a_locator_begins_at_the_head_and_reaches_back_by_doubling(count: int, most: int) -> None:
+def test_a_locator_begins_at_the_head_and_ends_at_the_oldest(count: int, most: int) -> None:
     past = Past(chain_of(count))
     rounds = [int.from_bytes(identifier, "big") for identifier in past.locator(most)]
     back = [count - 1 - number for number in rounds]
-    assert back == [0, 1, 2, 4, 8, 16, 32, 64, 128][: len(back)]
-    assert len(back) == min(most, 9, sum(step < min(count, PAST_MAX) for step in (0, 1, 2, 4, 8, 16, 32, 64, 128)))
+    oldest = min(count, PAST_MAX) - 1
+    steps = [step for step in (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192) if step < oldest]
+    assert back == [*steps[: most - 1], oldest]
+
+
+@given(st.integers(2, 2 * PAST_MAX), st.integers(2, 16), st.data())
+def test_with_ids_between_two_others_one_comes_to_the_state_where_two_chains_parted(
+    count: int, most: int, data: st.DataObject
+) -> None:
+    past = Past(chain_of(count))
+    rounds = [mark.round for mark in past.after(past.locator(PAST_MAX)[-1])]
+    if not rounds:
+        return
+    parted = data.draw(st.sampled_from(rounds))
+    older, newer, asked = min(rounds), max(rounds), 0
+    while newer - older > 1:
+        ids = past.between(older.to_bytes(4, "big"), newer.to_bytes(4, "big"), most)
+        there = [int.from_bytes(identifier, "big") for identifier in ids]
+        assert there == sorted(set(there), reverse=True) and there[-1] == older and len(there) <= most
+        newest = max([n for n in there if n <= parted], default=older)
+        newer = min([n for n in there if n > newest], default=newer)
+        older, asked = newest, asked + 1
+    assert older in (parted, max(rounds) - 1, max(rounds)) and older <= parted and asked <= 8
+    assert past.between(b"gone", rounds[-1].to_bytes(4, "big"), most) == []
 
 
 @given(st.integers(2, 2 * PAST_MAX), st.data())

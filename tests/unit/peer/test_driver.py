@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,6 +142,30 @@ def test_a_seal_of_its_own_group_is_followed_with_no_more_work_too(home: Home, l
     skip = seal(lone.states[-1], lone.identity, lone.chunks, (None,))
     after = chain.extend(lone.states[-1], skip.id, skip.seal, lone.chunks)
     assert goes_over(home, lone, [*lone.rounds, skip], after)
+
+
+def test_a_peer_whose_disk_fails_amid_a_change_of_chains_stops(home: Home, lone: Lone) -> None:
+    """What its journal says by then is not what its machine believes."""
+
+    async def scenario() -> None:
+        driver, journal, inbox = driver_of(home, lone)
+        driver._do(driver.machine.start(driver._now()))
+        restore = Restore(None, lone.states[0], tuple(lone.rounds))
+
+        async def fetched(donor: bytes) -> tuple[Restore, ChainState, tuple[Mark, ...]]:
+            return restore, lone.states[-1], marks_of(lone, lone.rounds)
+
+        def full(sealed: SealedRound) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        driver.catching_up.change_chain = fetched  # type: ignore[method-assign]
+        journal.append = full  # type: ignore[method-assign]
+        await driver._resync(events.Resync(ZOE.peer_id, "as the test wants it"))
+        assert driver.failure is not None and driver.failure.errno == errno.ENOSPC
+        assert restore not in inbox and driver.leaving
+        await driver.stop()
+
+    run(scenario())
 
 
 def test_its_own_chain_is_fetched_anew_for_a_replica_gone_wrong(home: Home, lone: Lone) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from p2ptrain import chain
 from p2ptrain.chain import ChainState, Expulsion, Join, Member, Row, Seal, SignedSeal
 from p2ptrain.chain.forks import Mark
 from p2ptrain.chain.sealed import Key, Reply, SealedRound
+from p2ptrain.rounds.admissions import Admissions
 from p2ptrain.rounds.events import (
     Apply,
     ContributionReady,
@@ -135,6 +137,25 @@ def test_a_member_that_talks_but_never_contributes_cannot_hold_the_chain() -> No
     number = ada.head.round
     cluster.run(90)
     assert ada.head.round > number
+
+
+def test_a_member_that_comes_back_only_to_be_mute_again_is_left_out_for_longer_each_time() -> None:
+    head = standing("a", "b")
+    admissions = Admissions(identity_of("a").peer_id)
+    mute, now, waits = identity_of("m").peer_id, 100.0, []
+    for _ in range(9):
+        admissions.leave_out(mute, now, 8.0)
+        admissions.ask(mute, member("m").row, head)
+        admissions.ask(identity_of("n").peer_id, member("n").row, head)
+        (other,) = admissions.choose(head, (), now)
+        assert other.peer_id == identity_of("n").peer_id
+        admissions.withdraw(other.peer_id)
+        until = next(later for later in range(10_000) if admissions.choose(head, (), now + later))
+        waits.append(until)
+        now += until
+    assert waits == [8 * 2 ** min(times, 6) for times in range(9)]
+    admissions.leave_out(mute, now + 2000.0, 8.0)
+    assert admissions.mute[mute].until == now + 2008.0, "it was long ago"
 
 
 def test_a_member_back_after_the_deadline_finds_the_round_still_open_for_it() -> None:
@@ -315,6 +336,52 @@ def test_a_learner_does_not_seal_alone_while_it_catches_up() -> None:
     machine.handle(tip("y", ChainState(RUN_ID, 90, bytes(32), bytes(32), 200, (), ())), 0.5)
     effects = machine.handle(Tick(), 0.5 + RULES["alone_after_seconds"] + RULES["seal_timeout_seconds"] + 1)
     assert not of(PublishSeal, effects)
+
+
+def test_when_a_known_peer_is_slow_to_answer_the_next_one_is_asked() -> None:
+    state = standing("a", "b", "c", "d")
+    machine = machine_of("a", state)
+    ahead, _ = seal_after(state, "b", {0: reply_of(Key(11, state.parent), 0, 0, 1)})
+    asked: dict[bytes, float] = {}
+    happens = [TipHeard(identity_of(name).peer_id, 11, ahead.id, 99) for name in "bcd"] + [Tick()] * 60
+    for number, event in enumerate(happens):
+        now = 0.5 + number / 4
+        asked.update((effect.donor, now) for effect in of(FetchRounds, machine.handle(event, now)))  # type: ignore[attr-defined]
+    times = sorted(asked.values())
+    assert len(times) == 3
+    assert all(b - a >= RULES["reply_timeout_seconds"] for a, b in itertools.pairwise(times))
+
+
+def test_a_newcomer_that_no_seal_has_included_has_no_place_among_those_that_are_asked_first() -> None:
+    newcomer = msgspec.structs.replace(member("n"), absent=-chain.NEWCOMER_ABSENCES_ALLOWED, included=False)
+    state = msgspec.structs.replace(standing("a", "b"), following=(member("a"), member("b"), newcomer))
+    machine = machine_of("a", state)
+    assert machine.forks.is_stranger(identity_of("n").peer_id)
+    assert not machine.forks.is_stranger(identity_of("b").peer_id)
+
+
+def test_while_all_fetch_a_snapshot_that_does_not_come_rounds_go_on() -> None:
+    cluster = Cluster()
+    peers = cluster.group(3)
+    cluster.run(5)
+    number = min(peer.head.round for peer in peers)
+    for peer in peers:
+        peer.machine.fetching.resyncing = identity_of("z").peer_id
+    cluster.run(30)
+    assert min(peer.head.round for peer in peers) >= number + 20
+    assert not any(sealed.seal.solo for sealed in peers[0].rounds[number:])
+
+
+def test_who_fetches_a_snapshot_seals_nothing_alone() -> None:
+    """Its own chain would seem worth staying on in the end."""
+    cluster = Cluster()
+    ada, grace = cluster.group(2)
+    cluster.run(5)
+    ada.machine.fetching.resyncing = identity_of("z").peer_id
+    cluster.split([ada], [grace])
+    number = ada.head.round
+    cluster.run(60)
+    assert ada.head.round <= number + 1 and grace.head.round > number + 10
 
 
 def test_a_fetch_that_fails_does_not_end_a_resync() -> None:
@@ -679,6 +746,29 @@ def test_no_peer_chooses_by_whom_it_is_judged() -> None:
     machine.handle(tip("x", old), 0.3)
     machine.handle(far("x"), 0.5)
     assert not of(Resync, machine.handle(RoundsFetched(identity_of("x").peer_id, None, ()), 0.6))
+    machine.handle(far("x"), 20.5)
+    machine.handle(tip("b", state), 20.5)
+    fetched = RoundsFetched(identity_of("x").peer_id, None, (), parted_at=old.id)
+    assert not of(Resync, machine.handle(fetched, 20.6))
+
+
+def test_a_fork_older_than_the_donors_journal_is_judged_by_those_who_were_there() -> None:
+    """Also by one whom neither side has heard of since: both remember the state at which they parted."""
+    shared = ChainState(RUN_ID, 5, b"5" * 32, b"4" * 32, 5, (member("c"), member("d")), (member("c"), member("d")))
+    state = standing("a", "b")
+    for stands_there, follows in ((True, True), (False, False)):
+        machine = machine_with("a", state, past=[Mark.of(shared), Mark.of(state)])
+        machine.handle(tip("b", state), 0.2)
+        machine.handle(far("z"), 0.5)
+        if stands_there:
+            machine.handle(TipHeard(identity_of("c").peer_id, *_far_tip(machine)), 0.5)
+        fetched = RoundsFetched(identity_of("z").peer_id, None, (), parted_at=shared.id)
+        assert bool(of(Resync, machine.handle(fetched, 0.6))) == follows
+
+
+def _far_tip(machine: RoundMachine) -> tuple[int, bytes, int]:
+    heard = machine.fetching.tips[identity_of("z").peer_id]
+    return heard.round, heard.id, heard.total
 
 
 def test_a_seal_out_of_turn_is_not_followed_before_it_may_be_its_sealers_turn() -> None:
