@@ -40,7 +40,8 @@ from p2ptrain.chain.seal import (
 ABSENCES_ALLOWED = 3  # consecutive seals without a member before it is no longer one
 NEWCOMER_ABSENCES_ALLOWED = 2  # the same for a member that no seal has included yet
 STRIKES_A_TIME = 1  # for owing something; a turn to seal on which nothing is owed takes one back
-STRIKES_TO_ACCUSE = 2  # for both: who accuses must not lose its turns by it
+STRIKES_ACCUSED = 2  # for an accusation, to the accused
+STRIKES_TO_ACCUSE = 2  # and to the accuser, who must not lose its turns by it
 STRIKES_BORNE = 2  # what is owed once may have been a moment late
 STRIKES_MAX = 8  # a member struck so often has a turn in one round of 2**6
 SERVED_MAX = 64  # an uplink counts up to 2**8 times the middle one then
@@ -306,8 +307,8 @@ def extend(state: ChainState, identifier: bytes, seal: Seal, chunks: int) -> Cha
         listed_on, remaining = [], []
         for m in state.following:
             absent = 0 if m.peer_id in present else m.absent + (m.peer_id in missed)
-            strikes = m.strikes + STRIKES_A_TIME * (m.peer_id in struck) - (m.peer_id in forgiven - accusing)
-            strikes += STRIKES_TO_ACCUSE * (m.peer_id in accusing or m.peer_id == seal.accused)
+            strikes = m.strikes + STRIKES_A_TIME * (m.peer_id in struck) + STRIKES_ACCUSED * (m.peer_id == seal.accused)
+            strikes += STRIKES_TO_ACCUSE * (m.peer_id in accusing) - (m.peer_id in forgiven - accusing)
             served = m.served + (m.peer_id in serving)
             if m.peer_id in struck & failing:
                 # So that no more than half of its uplink counts that did before.
