@@ -85,6 +85,12 @@ class DaemonError(P2PTrainError):
 
 
 class AccessError(P2PTrainError):
-    """The run is for listed peers only, and this one is not on its list."""
+    """The run is for some peers only, and this one is none of them."""
 
     exit_code = 14
+
+
+class RevokedError(P2PTrainError):
+    """The run's owner has shut this peer out."""
+
+    exit_code = 15

@@ -13,7 +13,9 @@ from google.protobuf.wrappers_pb2 import BytesValue
 from p2ptrain.calls.handout import Handout
 from p2ptrain.calls.messages import (
     NAMESPACE,
+    NOT_LISTED,
     TRANSPORT_FAILURES,
+    Amend,
     Answer,
     AuditRequest,
     CallError,
@@ -40,10 +42,12 @@ from p2ptrain.calls.messages import (
 from p2ptrain.calls.servicer import PeerServicer
 from p2ptrain.calls.uplink import Burst
 from p2ptrain.chain import Row, SignedSeal
+from p2ptrain.chain.admission import Grant, Statement
 from p2ptrain.chain.evidence import proof_digest
 from p2ptrain.config.manifest import PROTOCOL_VERSION
 from p2ptrain.errors import P2PTrainError
 from p2ptrain.state.pieces import piece_length, pieces_of
+from p2ptrain.swarm.limits import Backoff, loop_time
 from p2ptrain.swarm.node import SwarmNode
 
 SECONDS = 8.0
@@ -52,6 +56,8 @@ NEWS_SECONDS = 4.0
 """Silence of a peer we follow after which we hang up; it says something every second."""
 PROOF_SECONDS = 60.0
 """For a proof to get there and to be checked."""
+PRESENT_AGAIN_SECONDS = 1.0, 60.0
+"""The first and the longest pause after a grant that did not help with a peer."""
 _SEALED_ROUND_SLACK_BYTES = 512 * 1024
 
 _FAILURES = (*TRANSPORT_FAILURES, P2PTrainError)
@@ -69,12 +75,33 @@ class SnapshotAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """Calls in the name of one peer, for one run; `handout` lets contributions go before what others download."""
+    """Calls in the name of one peer, for one run; `handout` lets contributions go before what others download.
+
+    A guest has a `grant`. It shows it to each peer that refuses it as an outsider, which may not have come to the seal
+    that lets it in; the call that was refused fails, and is good when it is made again.
+    """
 
     node: SwarmNode
     traffic: Traffic
     run_id: bytes
     handout: Handout = field(default_factory=Handout)
+    grant: Grant | None = None
+    _shown: Backoff = field(default_factory=lambda: Backoff(*PRESENT_AGAIN_SECONDS, loop_time))
+
+    async def amend(self, peer: bytes, statements: tuple[Statement, ...]) -> None:
+        """Hand `peer` statements for the chain. Raises RefusedError, CallError."""
+        await amend(self.node, peer, self.run_id, statements)
+
+    async def _is_let_in_now(self, peer: bytes, refusal: str) -> bool:
+        """After a refusal: whether `peer` has taken our grant, so that the same call is worth another try."""
+        if refusal != NOT_LISTED or self.grant is None or not self._shown.ready(peer):
+            return False
+        self._shown.failed(peer)
+        try:
+            await self.amend(peer, (self.grant,))
+        except CallError:
+            return False
+        return True
 
     async def join(self, peer: bytes, row: Row) -> None:
         """Ask `peer` to admit us by its next seal. Raises RefusedError, CallError."""
@@ -212,7 +239,10 @@ class Client:
             await reader.accepted(PROOF_SECONDS)
 
     async def _unary(self, peer: bytes, name: str, request: BytesValue, kind: type[Any]) -> Any:
-        return await unary(self.node, peer, name, request, kind, self.traffic)
+        answer = await unary(self.node, peer, name, request, kind, self.traffic)
+        if await self._is_let_in_now(peer, answer.refusal):
+            answer = await unary(self.node, peer, name, request, kind, self.traffic)
+        return answer
 
     @contextlib.asynccontextmanager
     async def _stream(
@@ -233,6 +263,10 @@ class Client:
             yield FrameReader(frames, self.traffic, SECONDS)
         except TimeoutError as error:
             raise CallError("it takes too long") from error
+        except RefusedError as error:
+            if await self._is_let_in_now(peer, str(error)):
+                raise CallError("it did not know that we were let in") from error
+            raise
         finally:
             with contextlib.suppress(*_FAILURES, RuntimeError):
                 await frames.aclose()
@@ -253,3 +287,11 @@ async def hello(node: SwarmNode, peer: bytes) -> Welcome:
     """Ask a peer which run it is in. Raises CallError, also when it is no p2ptrain peer at all."""
     traffic = Traffic()
     return await unary(node, peer, "rpc_hello", traffic.message(Hello(PROTOCOL_VERSION)), Welcome, traffic)
+
+
+async def amend(node: SwarmNode, peer: bytes, run_id: bytes, statements: tuple[Statement, ...]) -> None:
+    """Hand a peer statements for the chain. Raises RefusedError, CallError."""
+    traffic = Traffic()
+    answer = await unary(node, peer, "rpc_amend", traffic.message(Amend(run_id, statements)), Answer, traffic)
+    if answer.refusal:
+        raise RefusedError(answer.refusal)

@@ -21,6 +21,7 @@ from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 from msgspec import Meta
 
 from p2ptrain.chain import ChainState, Hash, OptionalHash, Row, SignedSeal
+from p2ptrain.chain.admission import AMENDMENTS_MAX, Revocation, Statement
 from p2ptrain.chain.evidence import Signature
 
 NAMESPACE = "p2ptrain"
@@ -34,7 +35,13 @@ TOO_MANY_CALLS = "too many calls at once"
 TOO_MANY_FOLLOWERS = "too many follow this peer already"
 """The refusal that means: later."""
 NOT_LISTED = "this run is for listed peers only"
-"""The refusal of every call, where the run's access list does not have the caller."""
+"""The refusal of every call of an outsider: of a peer that the run is not for, or that its owner has revoked."""
+REVOKED = "the run's owner has revoked this peer"
+"""The same in the answer to `hello`, where a revocation is the reason."""
+KNOWN_ALREADY = "the chain has this already"
+"""The answer to statements that are all on the chain."""
+STATEMENTS_MAX_BYTES = 8 * 1024
+"""In one `amend`; more than `AMENDMENTS_MAX` grants take."""
 _FRAME_OVERHEAD_BYTES = 9  # length and marker that hivemind puts before each message
 
 TRANSPORT_FAILURES = (
@@ -87,13 +94,17 @@ class Hello(_Message, frozen=True):
 
 
 class Welcome(_Message, frozen=True):
-    """Answer to `Hello`: the run that this peer is in; with a refusal neither manifest nor tip."""
+    """Answer to `Hello`: the run that this peer is in; with a refusal neither manifest nor tip.
+
+    Whoever is refused because of a revocation is shown it, as no peer but the owner can make that up.
+    """
 
     protocol: int
     run_id: Hash
     manifest: Annotated[bytes, Meta(max_length=16 * 1024)]
     tip: Tip | None
     refusal: Annotated[str, Meta(max_length=200)]
+    revocation: Revocation | None = None
 
 
 class ContributionHeader(_Message, frozen=True):
@@ -179,6 +190,13 @@ class JoinRequest(_Message, frozen=True):
 
     run_id: Hash
     row: Row
+
+
+class Amend(_Message, frozen=True):
+    """Hands over statements for the chain: whom to let in, or to shut out. Each is checked by itself."""
+
+    run_id: Hash
+    statements: Annotated[tuple[Statement, ...], Meta(min_length=1, max_length=AMENDMENTS_MAX)]
 
 
 class SnapshotRequest(_Message, frozen=True):

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from p2ptrain import chain
 from p2ptrain.calls.client import Client
-from p2ptrain.calls.messages import TOO_MANY_CALLS, TOO_MANY_FOLLOWERS, CallError, News, RefusedError, Tip
+from p2ptrain.calls.messages import NOT_LISTED, TOO_MANY_CALLS, TOO_MANY_FOLLOWERS, CallError, News, RefusedError, Tip
 from p2ptrain.chain import Member, Seal, SealError, SignedSeal, relay
 from p2ptrain.errors import P2PTrainError
 from p2ptrain.rounds.events import PeerLeft, SealHeard, TipHeard
@@ -50,7 +50,8 @@ class NewsFeed:
         tip: where our chain stands now.
         heard: takes what others say.
         audience: the members that a seal is for, where it continues our chain or is its head; else nobody.
-        admits: which peers the run is for; no other is followed, and no seal that names another is heard.
+        admits: which peers the run is for now; no other is followed, and none goes on hearing news.
+        refused: hears of peers that refuse us as an outsider.
     """
 
     def __init__(
@@ -59,10 +60,11 @@ class NewsFeed:
         tip: Callable[[], Tip],
         heard: Heard,
         audience: Callable[[bytes, Seal], Sequence[Member]],
-        admits: chain.Admits = chain.anyone,
+        admits: Callable[[bytes], bool] = lambda peer: True,
+        refused: Callable[[bytes], None] = lambda peer: None,
     ) -> None:
         self._client, self._tip, self._heard, self._audience = client, tip, heard, audience
-        self._admits = admits
+        self._admits, self._refused = admits, refused
         self._me = client.node.peer_id
         self._followers: dict[bytes, asyncio.Queue[News | None]] = {}
         self._followed: dict[bytes, asyncio.Task[None]] = {}
@@ -117,7 +119,7 @@ class NewsFeed:
                         item = await news.get()
                 except TimeoutError:
                     item = News(self._tip(), None, self._leaving)
-                if item is None:
+                if item is None or not self._admits(peer):
                     return
                 yield item
         finally:
@@ -173,7 +175,7 @@ class NewsFeed:
         if not self._seals.take(peer):
             return None
         try:
-            identifier, seal = chain.open_seal(signed, verify, self._admits)
+            identifier, seal = chain.open_seal(signed, verify)
         except SealError as error:
             if self._lines.take(peer):
                 _logger.info("%s sent a bad seal: %s", format_peer_id(peer)[-8:], error)
@@ -205,7 +207,7 @@ class NewsFeed:
         """These are the members now: follow those of them that are near, and no others of them."""
         self._group = frozenset(member.peer_id for member in members)
         self._near = relay.neighbours(members, self._me)
-        for peer in [peer for peer in self._followed if self._is_far(peer)]:
+        for peer in [peer for peer in self._followed if self._is_far(peer) or not self._admits(peer)]:
             self._followed[peer].cancel()
         for peer in sorted(self._near):
             self.follow(peer)
@@ -249,6 +251,8 @@ class NewsFeed:
                 _logger.debug("%s cannot be followed: %s", format_peer_id(peer)[-8:], error)
                 if str(error) in (TOO_MANY_CALLS, TOO_MANY_FOLLOWERS):
                     self._note_life()
+                if str(error) == NOT_LISTED:
+                    self._refused(peer)
                 await asyncio.sleep(RETRY_SECONDS[-1])
                 return
             except CallError as error:

@@ -1,6 +1,7 @@
 """The calls that this peer answers. Each checks who asks and how much, and hands the rest to `AnsweringPeer`.
 
-Where the run has an access list, all that a caller who is not on it ever gets is one refusal.
+All that an outsider ever gets is one refusal, but for `amend`: what that brings is checked by its signatures, whoever
+brings it.
 
 One leaf class with all `rpc_*`, because hivemind caches handlers by class hierarchy. A stream handler that raises would
 leave the caller with a stream that ends as if all were well, so refusals are messages, and faults are logged here.
@@ -22,7 +23,10 @@ from p2ptrain.calls.downloads import Downloads
 from p2ptrain.calls.handout import Handout
 from p2ptrain.calls.messages import (
     NOT_LISTED,
+    REVOKED,
+    STATEMENTS_MAX_BYTES,
     TOO_MANY_CALLS,
+    Amend,
     Answer,
     AuditRequest,
     CallError,
@@ -46,17 +50,23 @@ from p2ptrain.calls.messages import (
     decode_message,
 )
 from p2ptrain.chain import SignedSeal
+from p2ptrain.chain.admission import Revocation
 from p2ptrain.chain.evidence import PROOF_MAX_BYTES
 from p2ptrain.chain.sealed import Key, Reply
 from p2ptrain.state.failpoints import failpoint
 from p2ptrain.state.pieces import PieceFile
 from p2ptrain.swarm.identity import format_peer_id
+from p2ptrain.swarm.limits import Allowance, loop_time
 
 CALLS_PER_PEER = 32
 PIECES_A_CALL = 16
 PACED_BYTES = 64 * 1024
 SHOWING_SECONDS = 60.0
 """A stream that shows what was summed, and is not done by then, ends."""
+AMENDS_PER_SECOND, AMENDS_BURST = 4.0, 64.0
+"""Of one peer, with statements whose signatures are to be checked."""
+OUTSIDERS_AMENDS_PER_SECOND, OUTSIDERS_AMENDS_BURST = 10.0, 100.0
+"""Of all outsiders together, who may have any number of identities."""
 FRAME_SECONDS = 15.0
 """Silence inside a request after which it is dropped."""
 
@@ -110,6 +120,12 @@ class AnsweringPeer(Protocol):
     def admits(self, peer: bytes) -> bool:
         """Return whether `peer` may take part in the run and read anything of it."""
 
+    def revocation(self, peer: bytes) -> Revocation | None:
+        """Return the statement by which the run's owner has shut `peer` out, if there is one."""
+
+    def take_statements(self, amend: Amend) -> str:
+        """Hear whom to let in or to shut out; returns a refusal or ""."""
+
     def welcome(self) -> Welcome:
         """Answer to hello, for a peer that is admitted."""
 
@@ -157,12 +173,16 @@ class PeerServicer(ServicerBase):
         self._answering, self._traffic = answering, traffic
         self._calls: Counter[bytes] = Counter()
         self._downloads = Downloads()
+        self._amends = Allowance(AMENDS_PER_SECOND, AMENDS_BURST, loop_time)
+        self._outsiders_amends = Allowance(OUTSIDERS_AMENDS_PER_SECOND, OUTSIDERS_AMENDS_BURST, loop_time)
 
     async def rpc_hello(self, request: BytesValue, context: P2PContext) -> BytesValue:
         """Which run this peer is in, and its manifest."""
         welcome = self._answering.welcome()
         if not self._admits(context):
-            welcome = msgspec.structs.replace(welcome, manifest=b"", tip=None, refusal=NOT_LISTED)
+            revocation = self._answering.revocation(context.remote_id.to_bytes())
+            refusal = NOT_LISTED if revocation is None else REVOKED
+            welcome = msgspec.structs.replace(welcome, manifest=b"", tip=None, refusal=refusal, revocation=revocation)
         else:
             decode_message(request.value, Hello)
         return self._traffic.message(welcome)
@@ -183,6 +203,14 @@ class PeerServicer(ServicerBase):
         if refusal is None:
             self._answering.feed.take_relayed(context.remote_id.to_bytes(), relay.tip, relay.seal)
         return self._traffic.message(Answer(refusal or ""))
+
+    async def rpc_amend(self, request: BytesValue, context: P2PContext) -> BytesValue:
+        """Hear whom the chain is to let in or to shut out."""
+        peer = context.remote_id.to_bytes()
+        free = self._amends.take(peer) and (self._admits(context) or self._outsiders_amends.take())
+        if not free or len(request.value) > STATEMENTS_MAX_BYTES:
+            return self._traffic.message(Answer(TOO_MANY_CALLS))
+        return self._traffic.message(Answer(self._answering.take_statements(decode_message(request.value, Amend))))
 
     async def rpc_contribute(self, stream: AsyncIterator[BytesValue], context: P2PContext) -> AsyncIterator[BytesValue]:
         """A contribution for one part, answered with that part's reply once it is frozen."""
@@ -222,7 +250,7 @@ class PeerServicer(ServicerBase):
     # ---- what they do -----------------------------------------------------------------------------------------
 
     def _admits(self, context: P2PContext) -> bool:
-        """Say whether the caller may have an answer; asked in every call, before its request is looked at."""
+        """Say whether the caller may have an answer; asked in every call but `amend`, before its request is read."""
         return self._answering.admits(context.remote_id.to_bytes())
 
     async def _serve(self, context: P2PContext, work: Callable[[bytes], Frames]) -> Frames:

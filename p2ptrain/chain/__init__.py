@@ -1,8 +1,8 @@
 """What a seal is, and what follows from a list of them. Pure: no sockets, no clock, no files.
 
 `seal` is the record and its form, `state` what a list of seals decides, `evidence` what convicts a reducer, `sealed` a
-round with its replies, `relay` the order in which a seal is passed on. The names of the first two can be imported from
-here as well.
+round with its replies, `relay` the order in which a seal is passed on, `admission` whom seals let in and shut out. The
+names of the first two can be imported from here as well.
 """
 
 from p2ptrain.chain.seal import (
@@ -14,7 +14,6 @@ from p2ptrain.chain.seal import (
     SEAL_VERSION,
     SEQUENCES_PER_KILOSECOND_MAX,
     UPLINK_MAX_KBIT,
-    Admits,
     Expulsion,
     Hash,
     Join,
@@ -27,7 +26,6 @@ from p2ptrain.chain.seal import (
     SealError,
     SignedSeal,
     Verify,
-    anyone,
     bitmap,
     bits,
     decode_signed_seal,
@@ -41,12 +39,15 @@ from p2ptrain.chain.state import (
     PART_CHUNKS_MIN,
     PARTS_MAX,
     PARTS_PER_REDUCER_MAX,
+    SERVED_MAX,
     ChainState,
     Member,
     Part,
     RoundShape,
     better,
     coming_shape,
+    counted_throughput,
+    counted_uplinks,
     cut,
     extend,
     genesis,
@@ -70,8 +71,8 @@ __all__ = [
     "SEAL_MAX_BYTES",
     "SEAL_VERSION",
     "SEQUENCES_PER_KILOSECOND_MAX",
+    "SERVED_MAX",
     "UPLINK_MAX_KBIT",
-    "Admits",
     "ChainState",
     "Expulsion",
     "Hash",
@@ -88,11 +89,12 @@ __all__ = [
     "SealError",
     "SignedSeal",
     "Verify",
-    "anyone",
     "better",
     "bitmap",
     "bits",
     "coming_shape",
+    "counted_throughput",
+    "counted_uplinks",
     "cut",
     "decode_signed_seal",
     "encode_seal",

@@ -23,13 +23,13 @@ from typing import Annotated, Literal, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from p2ptrain.chain.seal import HASH_BYTES, MEMBERS_MAX, Hash, Key, PeerId, Row, Verify
+from p2ptrain.chain.seal import MEMBERS_MAX, Key, Row, Verify
+from p2ptrain.chain.signatures import HASH_BYTES, SIGNATURE_BYTES, Hash, PeerId, Signature
 from p2ptrain.chain.state import PARTS_MAX, RoundShape
 from p2ptrain.compression import decoded, wire
 from p2ptrain.compression.codec import Codec
 from p2ptrain.compression.reduce import reduce_part
 
-SIGNATURE_BYTES = 64
 ATTESTATION_BYTES = HASH_BYTES + SIGNATURE_BYTES
 PROOF_MAX_BYTES = 8 * 1024 * 1024
 _STATEMENT_MAX_BYTES = 256
@@ -37,7 +37,6 @@ _STATEMENT_MAX_BYTES = 256
 _PEER_MAX_BYTES = 72
 
 Sign = Callable[[bytes], bytes]
-Signature = Annotated[bytes, Meta(min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)]
 
 
 class EvidenceError(ValueError):

@@ -13,10 +13,11 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from p2ptrain.chain.admission import AMENDMENTS_MAX, Statement
+from p2ptrain.chain.signatures import HASH_BYTES, Hash, PeerId
 from p2ptrain.compression import bitmaps
 
 SEAL_VERSION = 1
-HASH_BYTES = 32
 MEMBERS_MAX = 1024
 JOINS_MAX = 32  # newcomers one seal may admit
 PROOFS_MAX = 2  # reducers one seal may expel
@@ -24,9 +25,7 @@ SEAL_MAX_BYTES = 256 * 1024
 UPLINK_MAX_KBIT = 10_000_000
 SEQUENCES_PER_KILOSECOND_MAX = 1_000_000_000
 
-Hash = Annotated[bytes, Meta(min_length=HASH_BYTES, max_length=HASH_BYTES)]
 OptionalHash = Annotated[bytes, Meta(max_length=HASH_BYTES)]
-PeerId = Annotated[bytes, Meta(min_length=34, max_length=64)]
 OptionalPeerId = Annotated[bytes, Meta(max_length=64)]
 
 
@@ -83,6 +82,8 @@ class Seal(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     rows: Annotated[tuple[Row, ...], Meta(max_length=MEMBERS_MAX)]
     joins: Annotated[tuple[Join, ...], Meta(max_length=JOINS_MAX)]
     root: OptionalHash
+    amendments: Annotated[tuple[Statement, ...], Meta(max_length=AMENDMENTS_MAX)] = ()
+    """Whom this seal lets in and shuts out."""
     expelled: Annotated[tuple[Expulsion, ...], Meta(max_length=PROOFS_MAX)] = ()
     accused: OptionalPeerId = b""
     """A member that owes the sealer an audit's answer; empty: none."""
@@ -97,8 +98,6 @@ class SignedSeal(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 
 Verify = Callable[[bytes, bytes, bytes], bool]
 """(peer id, data, signature) -> whether that peer signed that data."""
-Admits = Callable[[bytes], bool]
-"""peer id -> whether the run's access list lets that peer take part."""
 
 _seal_decoder = msgspec.msgpack.Decoder(Seal)
 _signed_decoder = msgspec.msgpack.Decoder(SignedSeal)
@@ -115,20 +114,11 @@ def encode_seal(seal: Seal, sign: Callable[[bytes], bytes]) -> SignedSeal:
     return SignedSeal(body, sign(seal_id(body)))
 
 
-def anyone(peer_id: bytes) -> bool:
-    """Admit every peer, as an open run does."""
-    return True
-
-
-def open_seal(signed: SignedSeal, verify: Verify, admits: Admits = anyone) -> tuple[bytes, Seal]:
-    """Check the form and the signature of a seal, and whom it brings in; returns its id and content.
-
-    Members come into a chain as newcomers in a seal, or as the sealer of a solo seal. So a chain whose seals have all
-    been opened with a run's access list never has a member that is not on it.
+def open_seal(signed: SignedSeal, verify: Verify) -> tuple[bytes, Seal]:
+    """Check the form and the signature of a seal; returns its id and content.
 
     Raises:
-        SealError: not canonical, not a seal, not signed by the sealer that it names, or of a sealer or with a newcomer
-            that `admits` refuses.
+        SealError: not canonical, not a seal, or not signed by the sealer that it names.
     """
     try:
         seal = _seal_decoder.decode(signed.body)
@@ -139,8 +129,6 @@ def open_seal(signed: SignedSeal, verify: Verify, admits: Admits = anyone) -> tu
     identifier = seal_id(signed.body)
     if not verify(seal.sealer, identifier, signed.signature):
         raise SealError("seal is not signed by its sealer")
-    if not all(map(admits, (seal.sealer, *(join.peer_id for join in seal.joins)))):
-        raise SealError("seal names a peer that is not on the run's list")
     return identifier, seal
 
 

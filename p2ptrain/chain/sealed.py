@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from p2ptrain import chain
-from p2ptrain.chain import Admits, ChainState, RoundShape, SealError, SignedSeal, Verify, anyone, evidence
+from p2ptrain.chain import ChainState, RoundShape, SealError, SignedSeal, Verify, evidence
 from p2ptrain.chain.evidence import EvidenceError
 from p2ptrain.chain.seal import Key, Seal
 from p2ptrain.compression import decoded, wire
@@ -81,7 +81,7 @@ def encode_sealed(sealed: SealedRound) -> bytes:
     return msgspec.msgpack.encode(_Encoded(sealed.signed, sealed.replies, sealed.proofs))
 
 
-def decode_sealed(data: bytes, verify: Verify, admits: Admits = anyone) -> SealedRound:
+def decode_sealed(data: bytes, verify: Verify) -> SealedRound:
     """Check form, signature and reply hashes. Whether it continues a chain is for `chain.extend` to say.
 
     Raises:
@@ -89,7 +89,7 @@ def decode_sealed(data: bytes, verify: Verify, admits: Admits = anyone) -> Seale
     """
     try:
         encoded = _decoder.decode(data)
-        identifier, seal = chain.open_seal(encoded.signed, verify, admits)
+        identifier, seal = chain.open_seal(encoded.signed, verify)
     except (msgspec.MsgspecError, SealError) as error:
         raise SealedRoundError(f"not a sealed round: {error}") from error
     if len(encoded.replies) != len(seal.parts):

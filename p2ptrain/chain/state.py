@@ -6,23 +6,29 @@ asking anybody. `shape(t)` comes from seal t-2, so that contributions of round t
 
 All arithmetic is in integers. The partition in particular is a largest-remainder apportionment rather than a linear
 program: it must come out the same on every machine, and floating-point solvers promise no such thing.
+
+What members say of themselves, nobody can check. So no claim counts without bounds: a throughput counts in relation to
+those of the others, an uplink in relation to the others' and to how long its owner has been seen to reduce.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
+from p2ptrain.chain.admission import Access, AdmissionError
 from p2ptrain.chain.seal import (
     HASH_BYTES,
     JOINS_MAX,
     MEMBERS_MAX,
     SEAL_VERSION,
-    UPLINK_MAX_KBIT,
     Hash,
     PeerId,
     Row,
@@ -38,6 +44,8 @@ STRIKES_ACCUSED = 2  # for an accusation, to the accused
 STRIKES_TO_ACCUSE = 2  # and to the accuser, who must not lose its turns by it
 STRIKES_BORNE = 2  # what is owed once may have been a moment late
 STRIKES_MAX = 8  # a member struck so often has a turn in one round of 2**6
+SERVED_MAX = 64  # an uplink counts up to 2**8 times the middle one then
+SERVED_DOUBLES = 8  # served rounds after which twice as much of an uplink counts
 PART_CHUNKS_MIN = 1024  # a reducer's range is not cut into smaller parts
 PARTS_PER_REDUCER_MAX = 8
 EXPELLED_MAX = 256  # the oldest are forgotten beyond
@@ -49,12 +57,15 @@ class Member(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
 
     peer_id: PeerId
     row: Row
-    absent: int
+    absent: Annotated[int, Meta(ge=-NEWCOMER_ABSENCES_ALLOWED, le=2**48)]
     """Consecutive seals of its membership that left it out. Below 0 no seal has included it yet, and at 0 it is out."""
     included: bool
     """Whether the last seal included it."""
-    strikes: int = 0
-    """Two for each round in which it owed replies or a seal, less one for each turn to seal without owing anything."""
+    strikes: Annotated[int, Meta(ge=0, le=STRIKES_MAX)] = 0
+    """One for each round in which it owed replies or a seal, less one for each turn to seal without owing anything."""
+    served: Annotated[int, Meta(ge=0, le=SERVED_MAX)] = 0
+    """Rounds in which it reduced and another member sealed all of its replies; half of them, or less, after each strike
+    for a reply."""
 
     @property
     def dialable(self) -> bool:
@@ -74,10 +85,12 @@ class ChainState(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     id: Hash
     parent: Hash
     total: int
-    now: tuple[Member, ...]
+    now: Annotated[tuple[Member, ...], Meta(max_length=MEMBERS_MAX)]
     """Members of round `round + 1`."""
-    following: tuple[Member, ...]
+    following: Annotated[tuple[Member, ...], Meta(max_length=MEMBERS_MAX)]
     """Members of round `round + 2`, as far as this seal knows."""
+    access: Access = Access()
+    """Who may take part from here on."""
     expelled: tuple[PeerId, ...] = ()
     """Peers that proofs have convicted, the latest at the end: never members again."""
 
@@ -113,19 +126,40 @@ class RoundShape:
         return None
 
 
-def genesis(run_id: bytes, founder: bytes = b"") -> ChainState:
+def genesis(run_id: bytes, founder: bytes = b"", access: Access = Access()) -> ChainState:
     """The chain before its first seal: round 1 has no members, so that seal is a solo seal, by the founder.
 
     Args:
         founder: peer id; empty: whoever bootstraps first.
+        access: who may take part, as the manifest says.
     """
     following = (Member(founder, Row(0, 0, 1), absent=0, included=False),) if founder else ()
-    return ChainState(run_id=run_id, round=0, id=run_id, parent=run_id, total=0, now=(), following=following)
+    return ChainState(
+        run_id=run_id, round=0, id=run_id, parent=run_id, total=0, now=(), following=following, access=access
+    )
 
 
-def partition(chunks: int, uplinks: Sequence[int]) -> list[tuple[int, int]]:
-    """Contiguous chunk ranges [start, end) in proportion to `uplinks` (kbit/s), by largest remainder, in integers."""
-    shares = [min(max(uplink, 1), UPLINK_MAX_KBIT) for uplink in uplinks]
+def counted_uplinks(reducers: Sequence[Member]) -> list[int]:
+    """As much of each reducer's uplink as counts, in eighths of kbit/s.
+
+    An uplink counts up to the middle one, of an even number the smaller of the middle two. Each `SERVED_DOUBLES` rounds
+    in which its owner has served double that limit, and it grows linearly in between. So who claims much gets much once
+    it has been seen to carry half as much.
+    """
+    if not reducers:
+        return []
+    claims = [max(member.row.uplink_kbit, 1) for member in reducers]
+    middle = statistics.median_low(claims)
+    limits = []
+    for member in reducers:
+        doublings, rest = divmod(member.served, SERVED_DOUBLES)
+        limits.append((middle * (SERVED_DOUBLES + rest)) << doublings)
+    return [min(SERVED_DOUBLES * claim, limit) for claim, limit in zip(claims, limits, strict=True)]
+
+
+def partition(chunks: int, shares: Sequence[int]) -> list[tuple[int, int]]:
+    """Contiguous chunk ranges [start, end) in proportion to `shares`, by largest remainder, in integers."""
+    shares = [max(share, 1) for share in shares]
     whole = sum(shares)
     sizes = [chunks * share // whole for share in shares]
     remainders = sorted(range(len(shares)), key=lambda i: (-(chunks * shares[i] % whole), i))
@@ -181,7 +215,7 @@ def _shape(number: int, base: bytes, members: tuple[Member, ...], chunks: int) -
     dialable = [i for i, m in enumerate(members) if m.dialable]
     # A lone peer that cannot be dialled still reduces for itself.
     reducers = sorted(tried + trusted) or answering or dialable or awaited[:1]
-    ranges = partition(chunks, [members[i].row.uplink_kbit for i in reducers]) if reducers else []
+    ranges = partition(chunks, counted_uplinks([members[i] for i in reducers])) if reducers else []
     most = min(PARTS_PER_REDUCER_MAX, max(1, PARTS_MAX // max(1, len(reducers))))
     pieces = [(i, piece) for i, (start, end) in zip(reducers, ranges, strict=True) for piece in cut(start, end, most)]
     parts = tuple(Part(i, start, end) for i, (start, end) in pieces)
@@ -192,9 +226,23 @@ def _shape(number: int, base: bytes, members: tuple[Member, ...], chunks: int) -
     return RoundShape(number, base, members, parts, tuple(order), frozenset(awaited))
 
 
-def length_seconds(shape: RoundShape, target_batch: int, min_seconds: float, max_seconds: float) -> float:
+def counted_throughput(members: Sequence[Member], cap_ratio: float) -> float:
+    """Sequences in 1000 s that a group computes, as far as its members' claims count.
+
+    A claim counts up to `cap_ratio` times the median, as a weight does in a sum (`compression/reduce.py`): what a
+    member computes beyond that would make rounds shorter, and no sum better. Who claims nothing, or has done nothing
+    yet, is left out of the median as well.
+    """
+    claims = [m.row.sequences_per_kilosecond for m in members if not m.is_newcomer and m.row.sequences_per_kilosecond]
+    cap = cap_ratio * statistics.median(claims) if claims else 0.0
+    return float(sum(min(claim, cap) for claim in claims))
+
+
+def length_seconds(
+    shape: RoundShape, target_batch: int, min_seconds: float, max_seconds: float, cap_ratio: float
+) -> float:
     """How long every member computes in this round: the target batch over the group's throughput, within bounds."""
-    sequences_per_second = sum(m.row.sequences_per_kilosecond for m in shape.members) / 1000
+    sequences_per_second = counted_throughput(shape.members, cap_ratio) / 1000
     if sequences_per_second <= 0:
         return min_seconds
     return min(max(target_batch / sequences_per_second, min_seconds), max_seconds)
@@ -237,6 +285,7 @@ def extend(state: ChainState, identifier: bytes, seal: Seal, chunks: int) -> Cha
         raise SealError("seal admits a peer that is a member already")
     convicted = _convicted(state, seal)
     _check_accusation(state, shape, seal)
+    access = _amended(state, seal)
 
     if seal.solo:
         row = seal.rows[sealer] if sealer is not None else Row(0, 0, 1)
@@ -253,25 +302,30 @@ def extend(state: ChainState, identifier: bytes, seal: Seal, chunks: int) -> Cha
         owing = {m.peer_id for m in reducers if not m.included and m.peer_id != seal.sealer}
         missed = rows.keys() - present if included else owing
         struck, forgiven = _struck_and_forgiven(shape, seal)
+        serving, failing = _serving_and_failing(shape, seal)
         accusing = {seal.sealer} if seal.accused else set()
         listed_on, remaining = [], []
         for m in state.following:
             absent = 0 if m.peer_id in present else m.absent + (m.peer_id in missed)
             strikes = m.strikes + STRIKES_A_TIME * (m.peer_id in struck) + STRIKES_ACCUSED * (m.peer_id == seal.accused)
             strikes += STRIKES_TO_ACCUSE * (m.peer_id in accusing) - (m.peer_id in forgiven - accusing)
+            served = m.served + (m.peer_id in serving)
+            if m.peer_id in struck & failing:
+                # So that no more than half of its uplink counts that did before.
+                served = min(m.served // 2, max(m.served - SERVED_DOUBLES, 0))
             after = Member(
                 m.peer_id,
                 rows.get(m.peer_id, m.row),
                 absent,
                 m.peer_id in present,
                 min(max(strikes, 0), STRIKES_MAX),
+                min(served, SERVED_MAX),
             )
             listed_on.append(after)
             if absent < ABSENCES_ALLOWED and (not m.is_newcomer or absent < 0 or after.included):
                 remaining.append(after)
         # Never to the last: a group of nobody could not seal any more.
-        following = tuple(remaining or listed_on)
-        following = tuple(m for m in following if m.peer_id not in convicted) or following
+        following = _without_those_shut_out(tuple(remaining or listed_on), access, convicted)
     gone = convicted - {m.peer_id for m in following}
     expelled = (*state.expelled, *sorted(gone))[-EXPELLED_MAX:]
     admitted = [Member(j.peer_id, j.row, -NEWCOMER_ABSENCES_ALLOWED, False) for j in seal.joins]
@@ -280,7 +334,7 @@ def extend(state: ChainState, identifier: bytes, seal: Seal, chunks: int) -> Cha
     following += tuple(m for m in admitted if m.peer_id != seal.sealer)
     if len(following) > MEMBERS_MAX:
         raise SealError("too many members")
-    return ChainState(state.run_id, seal.round, identifier, state.id, seal.total, now, following, expelled)
+    return ChainState(state.run_id, seal.round, identifier, state.id, seal.total, now, following, access, expelled)
 
 
 def _convicted(state: ChainState, seal: Seal) -> set[bytes]:
@@ -323,6 +377,32 @@ def may_accuse(state: ChainState, peer: bytes) -> bool:
     return strikes.get(peer, STRIKES_MAX) + STRIKES_TO_ACCUSE <= STRIKES_BORNE
 
 
+def _amended(state: ChainState, seal: Seal) -> Access:
+    """Return who may take part after a seal, which must not bring in anybody else (docs/rounds.md, rule 3).
+
+    Members come into a chain as newcomers in a seal, or as the sealer of a solo seal.
+
+    Raises:
+        SealError: a statement in it does not count, or it brings in a peer that the run is not for.
+    """
+    access = state.access
+    try:
+        for statement in seal.amendments:
+            access = access.amended(statement, state.run_id)
+    except AdmissionError as error:
+        raise SealError(f"seal has an amendment that does not count: {error}") from error
+    brought = [join.peer_id for join in seal.joins] + ([seal.sealer] if seal.solo else [])
+    if not all(map(access.admits, brought)):
+        raise SealError("seal brings in a peer that the run is not for")
+    return access
+
+
+def _without_those_shut_out(members: tuple[Member, ...], access: Access, convicted: set[bytes]) -> tuple[Member, ...]:
+    """Leave out members that the owner has revoked or a proof convicts, unless no proven one were left to seal."""
+    remaining = tuple(m for m in members if access.admits(m.peer_id) and m.peer_id not in convicted)
+    return remaining if any(not m.is_newcomer for m in remaining) else members
+
+
 def room_for_newcomers(members: Sequence[Member]) -> int:
     """How many peers a seal may admit to these members.
 
@@ -347,6 +427,17 @@ def _struck_and_forgiven(shape: RoundShape, seal: Seal) -> tuple[set[bytes], set
     if 2 * len(owing) > len(shape.awaited):
         owing = set()
     return {shape.members[i].peer_id for i in owing}, {shape.members[i].peer_id for i in forgiven}
+
+
+def _serving_and_failing(shape: RoundShape, seal: Seal) -> tuple[set[bytes], set[bytes]]:
+    """Reducers with all of whose replies the round was sealed, but for the sealer, and those that owe some.
+
+    The sealer has its own replies in any case, whether or not its line carries them to others.
+    """
+    reducers = {part.reducer for part in shape.parts}
+    owing = {part.reducer for part, digest in zip(shape.parts, seal.parts, strict=True) if not digest}
+    serving, failing = ({shape.members[i].peer_id for i in some} for some in (reducers - owing, owing))
+    return serving - {seal.sealer}, failing
 
 
 def root_round(round: int, interval: int) -> int:

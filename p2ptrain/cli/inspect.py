@@ -45,7 +45,7 @@ def inspect(
     from p2ptrain.swarm.addresses import parse_addresses
 
     here = Home(home or default_home())
-    given = addresses or _addresses_of(here)
+    given = addresses or addresses_of(here)
     own = here.manifest.read_bytes() if here.manifest.exists() else None
     parse_addresses(given)
     from p2ptrain.swarm.thread import new_network_loop
@@ -70,7 +70,7 @@ async def _until_interrupted(work: Coroutine[None, None, None]) -> bool:
     return True
 
 
-def _addresses_of(home: Home) -> list[str]:
+def addresses_of(home: Home) -> list[str]:
     """How to reach the peer of this home, and those that it has met."""
     from p2ptrain.swarm.identity import format_peer_id, load_or_create_identity
 
@@ -172,3 +172,9 @@ def _show(seen: Inspection, format: str, watch: bool) -> None:
             )
         )
     console.print(table)
+    for peer in shown["peers"]:
+        refused = peer["refused_branch"]
+        if refused is not None:
+            branch = f"a branch up to round {refused['round']} (total {refused['total']}) that {refused['donor']} has"
+            told = f"{peer['name']} refused {branch}, {refused['age_seconds']:.0f} s ago: {refused['why']}"
+            console.print(Text(printable(told)))

@@ -38,6 +38,9 @@ def join(
     run: Annotated[
         str | None, typer.Option("--run", metavar="NAME|ID", help="Another run than that of the peer at ADDR.")
     ] = None,
+    invite: Annotated[
+        str | None, typer.Option("--invite", metavar="TOKEN", help="Invitation to a run that is not open to everyone.")
+    ] = None,
     data: Annotated[
         list[Path] | None,
         typer.Option(
@@ -59,14 +62,19 @@ def join(
     quiet: QuietOption = False,
 ) -> None:
     """Train with the swarm at ADDR: manifest, text and model come from it."""
+    from p2ptrain.swarm.invitations import read_invitation
+
+    invitation = None if invite is None else read_invitation(invite)
 
     def find(session: PeerSession) -> Run:
         own = session.own_run()
         if not addresses and run is None:
+            if invitation is not None:
+                raise UsageError("an invitation needs the address of a peer", hint="p2ptrain join ADDR --invite TOKEN")
             if own is None:
                 raise UsageError(f"which swarm? Home {session.home.path} has met none yet", hint="p2ptrain join ADDR")
             return own
-        return session.find_run(addresses or [], run)
+        return session.find_run(addresses or [], run, invitation)
 
     run_peer(
         {

@@ -46,11 +46,11 @@ def simulate(
     """Simulate a swarm under faults, and check that nothing is lost and no replica diverges."""
     set_up_logging(verbose, quiet)
     from p2ptrain.simulation.adversaries import ADVERSARIES, OUTSIDERS
-    from p2ptrain.simulation.faults import CORRUPT, FAULTS
+    from p2ptrain.simulation.faults import CORRUPT, FAULTS, GUESTS
     from p2ptrain.simulation.world import Scenario
     from p2ptrain.simulation.world import simulate as play
 
-    wanted = _wanted("faults", faults, FAULTS, (*FAULTS, CORRUPT))
+    wanted = _wanted("faults", faults, FAULTS, (*FAULTS, CORRUPT, GUESTS))
     hostile = _wanted("adversaries", adversaries, OUTSIDERS, ADVERSARIES)
     scenario = Scenario(
         manifest=load_manifest(manifest),

@@ -38,6 +38,10 @@ class Home:
         self.node_settings = path / "node.toml"
         #: signed manifest of the run that this home takes part in
         self.manifest = path / "manifest.signed"
+        #: the grant by which this home is in that run, where it came as a guest
+        self.grant = path / "grant"
+        #: the line by which others could join at this peer last
+        self.address = path / "address"
         #: the port listened on last
         self.port = path / "port"
         #: addresses of peers once seen

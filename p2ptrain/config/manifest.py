@@ -10,7 +10,7 @@ infinity too), every text has an alphabet, and a value is refused before anythin
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import base58
 import msgspec
@@ -20,6 +20,9 @@ from msgspec import Meta
 
 from p2ptrain.compression.codec import Robust
 from p2ptrain.errors import ManifestError
+
+if TYPE_CHECKING:
+    from p2ptrain.chain import ChainState
 
 PROTOCOL_VERSION = 8
 MANIFEST_MAX_BYTES = 16 * 1024
@@ -229,14 +232,15 @@ class RoundConfig(_Table, frozen=True, kw_only=True):
 class AccessConfig(_Table, frozen=True, kw_only=True):
     """Who may take part, and read anything of the run."""
 
-    mode: Literal["open", "list"] = "open"
-    """`open`: anyone; `list`: the founder and the peers listed."""
+    mode: Literal["open", "invite", "list"] = "open"
+    """`open`: anyone; `list`: the founder, the peers listed, and those that the owner adds later, one by one; `invite`:
+    the same, and whoever holds an invitation."""
     peers: Annotated[tuple[PeerId, ...], Meta(max_length=150)] = ()
-    """Peer ids for mode `list`, as `p2ptrain id` prints them."""
+    """Peer ids for modes `list` and `invite`, as `p2ptrain id` prints them."""
 
     def __post_init__(self) -> None:
-        if (self.mode == "list") != bool(self.peers):
-            raise ValueError(f'mode = "{self.mode}" contradicts peers, which lists {len(self.peers)}')
+        if self.mode == "open" and self.peers:
+            raise ValueError(f'mode = "open" contradicts peers, which lists {len(self.peers)}')
 
 
 class Manifest(_Table, frozen=True, kw_only=True):
@@ -272,11 +276,23 @@ class Manifest(_Table, frozen=True, kw_only=True):
         """Peer id of the founder; empty where the manifest names none, and whoever bootstraps first is."""
         return b"" if isinstance(self.founder, msgspec.UnsetType) else base58.b58decode(self.founder)
 
-    def admits(self, peer_id: bytes) -> bool:
-        """Say whether `peer_id` may take part in the run and read anything of it."""
-        if self.access.mode == "open" or peer_id == self.founder_id:
-            return True
-        return base58.b58encode(peer_id).decode() in self.access.peers
+    @property
+    def owner_id(self) -> bytes:
+        """Id of the owner's key, in the form of a peer's; empty where the manifest is not signed yet."""
+        from p2ptrain.chain.signatures import id_of_key
+
+        return id_of_key(bytes.fromhex(self.owner)) if self.owner else b""
+
+    def beginning(self, run_id: bytes) -> ChainState:
+        """Return the chain before its first seal: who may make that, and who may take part."""
+        # Here, because `--help` needs the manifest's words and none of what seals are made of.
+        from p2ptrain.chain import genesis
+        from p2ptrain.chain.admission import Access
+
+        founder = (self.founder_id,) if self.founder_id else ()
+        listed = tuple(dict.fromkeys((*founder, *map(base58.b58decode, self.access.peers))))
+        access = Access(self.access.mode, self.owner_id, () if self.access.mode == "open" else listed)
+        return genesis(run_id, self.founder_id, access)
 
     @property
     def records_key(self) -> bytes:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -58,7 +58,6 @@ class CatchingUp:
         snapshot_max_bytes: no snapshot of this run is longer.
         snapshot_chain: where on the chain a snapshot's bytes stand; raises TensorFileError. Any thread.
         progress: hears (what, done, of).
-        admits: which peers the run is for; a chain with another member is refused.
     """
 
     def __init__(
@@ -74,9 +73,7 @@ class CatchingUp:
         snapshot_max_bytes: int,
         snapshot_chain: Callable[[bytes], ChainState],
         progress: Callable[[str, int, int], None],
-        admits: chain.Admits = chain.anyone,
     ) -> None:
-        self._admits = admits
         self._client, self._codec, self._journal, self._snapshots = client, codec, journal, snapshots
         self._partials, self._peers = partials, peers
         self._beginning = beginning
@@ -177,7 +174,7 @@ class CatchingUp:
             if between is not None and not header.ancestor and parted_at in locator:
                 parted_at = await self._parted_at(donor, locator, parted_at, between)
             return RoundsFetched(donor, None, (), parted_at=parted_at)
-        rounds = await asyncio.to_thread(_decode, encoded, self._admits)
+        rounds = await asyncio.to_thread(_decode, encoded)
         ids = [header.ancestor, *(sealed.id for sealed in rounds)]
         for place in range(len(ids) - 1, -1, -1):
             # From the last state of ours that it goes through; what is before that we have.
@@ -238,8 +235,7 @@ class CatchingUp:
         if snapshot is not None:
             data = await asyncio.to_thread(snapshot.read)
             base = self._snapshot_chain(data)
-            if not all(self._admits(member.peer_id) for member in base.now + base.following):
-                raise CallError("its snapshot has members that are not on the run's list")
+            await asyncio.to_thread(_check_access, base, self._beginning)
         rounds, state, marks = await self._to_tip(donor, base, header.tip.round, encoded)
         if snapshot is not None and downloaded and not self._root_is_sealed(snapshot, rounds):
             snapshot.path.unlink(missing_ok=True)
@@ -258,8 +254,13 @@ class CatchingUp:
             self.note_root(sealed)
 
     def _root_is_sealed(self, snapshot: SnapshotFile, rounds: tuple[SealedRound, ...]) -> bool:
-        """Whether one of the rounds after a snapshot names its root."""
-        return any(s.seal.root == snapshot.root for s in rounds if self._root_round(s) == snapshot.round)
+        """Whether the rounds after a snapshot name its root, by more sealers than any other root for its round."""
+        sealers = defaultdict[bytes, set[bytes]](set)
+        for sealed in rounds:
+            if sealed.seal.root and self._root_round(sealed) == snapshot.round:
+                sealers[sealed.seal.root].add(sealed.seal.sealer)
+        ours = sealers.pop(snapshot.root, set())
+        return len(ours) > max(map(len, sealers.values()), default=0)
 
     def _is_far(self, tip: Tip, round: int) -> bool:
         return tip.round - round > 2 * self._root_interval
@@ -305,7 +306,7 @@ class CatchingUp:
         marks = deque([Mark.of(base)], maxlen=PAST_MAX)
         state, size = base, 0
         while encoded:
-            batch = await asyncio.to_thread(_decode, encoded, self._admits)
+            batch = await asyncio.to_thread(_decode, encoded)
             for sealed, after in zip(batch, await asyncio.to_thread(_check, state, batch, self._codec), strict=True):
                 state = after
                 marks.append(Mark.of(state, sealed.seal, marks[-1]))
@@ -320,9 +321,9 @@ class CatchingUp:
         return tuple(rounds), state, tuple(marks)
 
 
-def _decode(encoded: list[bytes], admits: chain.Admits) -> tuple[SealedRound, ...]:
+def _decode(encoded: list[bytes]) -> tuple[SealedRound, ...]:
     """Raises SealedRoundError."""
-    return tuple(decode_sealed(one, verify, admits) for one in encoded)
+    return tuple(decode_sealed(one, verify) for one in encoded)
 
 
 def _check(state: ChainState, rounds: tuple[SealedRound, ...], codec: Codec) -> list[ChainState]:
@@ -332,6 +333,14 @@ def _check(state: ChainState, rounds: tuple[SealedRound, ...], codec: Codec) -> 
         state = check_continues(state, sealed, codec, verify)
         states.append(state)
     return states
+
+
+def _check_access(state: ChainState, beginning: ChainState) -> None:
+    """Check whom a snapshot's state has let in, by the statements in it alone. Raises CallError."""
+    if not state.access.continues(beginning.access, state.run_id):
+        raise CallError("its snapshot has let in or shut out peers without a word of whom it takes")
+    if not all(state.access.knows(member.peer_id) for member in state.now + state.following):
+        raise CallError("its snapshot has members that the run was never for")
 
 
 def _chain_at(path: Path, snapshot_chain: Callable[[bytes], ChainState]) -> ChainState:

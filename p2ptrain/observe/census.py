@@ -14,7 +14,7 @@ from typing import Any
 
 from p2ptrain.swarm.crawl import Census
 from p2ptrain.swarm.identity import format_peer_id
-from p2ptrain.swarm.records import PeerRecord
+from p2ptrain.swarm.records import PeerRecord, RefusedRecord
 
 LOST_SECONDS = 6.5
 LOST_AND_SILENT_SECONDS = 4.0
@@ -83,4 +83,15 @@ def _row(record: PeerRecord, census: Census, now: float) -> dict[str, Any]:
         "version": record.version,
         "last_seen_seconds": round(age, 1),
         "addresses": list(record.addresses),
+        "refused_branch": None if record.refused is None else _refused(record.refused, age),
+    }
+
+
+def _refused(refused: RefusedRecord, record_age_seconds: float) -> dict[str, Any]:
+    return {
+        "round": refused.round,
+        "total": refused.total,
+        "donor": refused.donor,
+        "why": refused.why,
+        "age_seconds": round(refused.age_seconds + record_age_seconds, 1),
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from p2ptrain.swarm.records import PeerState
+from p2ptrain.swarm.records import PeerState, RefusedRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +26,12 @@ class Standing:
     #: in the last round, framing included, to itself excluded
     bytes_sent_per_round: int = 0
     bytes_received_per_round: int = 0
+    #: the branch that fork choice refused last
+    refused: RefusedRecord | None = None
     #: why this peer cannot go on
     failure: str | None = None
+    #: the run's owner has shut this peer out
+    revoked: bool = False
 
 
 @dataclass(slots=True)

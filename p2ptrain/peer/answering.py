@@ -11,14 +11,25 @@ from collections.abc import Awaitable, Callable
 
 from p2ptrain import chain
 from p2ptrain.calls.handout import Handout
-from p2ptrain.calls.messages import AuditRequest, ContributionHeader, JoinRequest, ProofHeader, Tip, Welcome
+from p2ptrain.calls.messages import (
+    KNOWN_ALREADY,
+    Amend,
+    AuditRequest,
+    ContributionHeader,
+    JoinRequest,
+    ProofHeader,
+    Tip,
+    Welcome,
+)
 from p2ptrain.calls.news import NewsFeed
 from p2ptrain.chain import evidence
+from p2ptrain.chain.admission import Revocation
 from p2ptrain.chain.evidence import Bundle
 from p2ptrain.chain.sealed import Key, Reply, reply_digest
 from p2ptrain.compression import wire
 from p2ptrain.config.manifest import PROTOCOL_VERSION
 from p2ptrain.history.catching_up import CatchingUp
+from p2ptrain.peer.admission import Admission
 from p2ptrain.peer.auditing import Auditing
 from p2ptrain.peer.parts import DriverParts
 from p2ptrain.rounds import events
@@ -34,6 +45,7 @@ class Answering:
         handout: how much of the line those get who fetch snapshots.
         feed: the news that others hear of this peer.
         catching_up: where rounds and snapshots to hand out come from.
+        admission: whom this peer lets in.
         auditing: keeps what we summed, for those who audit us.
         dispatch: lets the machine hear an event, and does what it asks for.
     """
@@ -44,6 +56,7 @@ class Answering:
         handout: Handout,
         feed: NewsFeed,
         catching_up: CatchingUp,
+        admission: Admission,
         auditing: Auditing,
         dispatch: Callable[[events.Event], None],
     ) -> None:
@@ -52,7 +65,8 @@ class Answering:
         #: returns the corpus to hand out. Any thread
         self.packed_corpus = parts.packed_corpus
         #: says whether a peer may take part in the run and read anything of it
-        self.admits = parts.manifest.admits
+        self.admits = admission.admits
+        self._admission = admission
         #: calls by which our replies are being handed out
         self.handing_out: set[asyncio.Future[None]] = set()
         #: replies frozen here: waiters by round and part
@@ -78,6 +92,26 @@ class Answering:
     def welcome(self) -> Welcome:
         """Answer to hello."""
         return Welcome(PROTOCOL_VERSION, self._p.run_id, self._p.signed_manifest, self.tip, "")
+
+    def revocation(self, peer: bytes) -> Revocation | None:
+        """Return the statement by which the run's owner has shut a peer out."""
+        return self._admission.revocation(peer)
+
+    def take_statements(self, amend: Amend) -> str:
+        """Hear whom to let in or to shut out; return a refusal, that the chain has all of it already, or ""."""
+        refusal = self.wrong_run(amend.run_id)
+        if refusal is not None:
+            return refusal
+        if all(map(self._machine.head.access.has, amend.statements)):
+            return KNOWN_ALREADY
+        refused = ""
+        for statement in amend.statements:
+            refusal = self._admission.take(statement)
+            if refusal:
+                refused = refused or refusal
+            else:
+                self._dispatch(events.StatementHeard(statement))
+        return refused
 
     def wrong_run(self, run_id: bytes) -> str | None:
         """Return why a request for this run is refused, or None."""

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 from p2ptrain.calls.messages import Traffic
 from p2ptrain.calls.uplink import UplinkMeter
-from p2ptrain.chain import ChainState, Row, genesis
+from p2ptrain.chain import ChainState, Row
+from p2ptrain.chain.admission import Grant
 from p2ptrain.chain.evidence import audits_a_part
 from p2ptrain.compression.codec import Codec
 from p2ptrain.config.home import Home
@@ -47,6 +48,8 @@ class Run:
     """Whether the first seal is this peer's to make."""
     introducers: frozenset[bytes] = frozenset()
     """Peers whose addresses a person gave."""
+    grant: Grant | None = None
+    """By which this peer is in the run, where it comes as a guest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,7 @@ def driver_parts(
         traffic: counts what is sent and received.
     """
     snapshots = SnapshotStore(home.checkpoints)
-    beginning = genesis(run.run_id, run.manifest.founder_id)
+    beginning = run.manifest.beginning(run.run_id)
     machine = RoundMachine(
         node.peer_id,
         rules_of(run.manifest, replica.codec),
@@ -122,6 +125,8 @@ def driver_parts(
         uplink=uplink,
         traffic=Traffic() if traffic is None else traffic,
         beginning=beginning,
+        grant=run.grant,
+        introducers=run.introducers,
         snapshot_max_bytes=replica.snapshot_max_bytes,
         snapshot_chain=replica.snapshot_chain,
         packed_corpus=packed_corpus,
@@ -189,4 +194,5 @@ def rules_of(manifest: Manifest, codec: Codec) -> RoundRules:
         root_interval=config.root_interval,
         last_round=manifest.last_round,
         audits_a_part=audits_a_part(codec),
+        weight_cap_ratio=config.weight_cap_ratio,
     )

@@ -16,17 +16,19 @@ from collections.abc import Coroutine
 from typing import assert_never
 
 from p2ptrain import chain
-from p2ptrain.calls.client import Client
+from p2ptrain.calls.client import Client, hello
 from p2ptrain.calls.handout import Handout
 from p2ptrain.calls.messages import NAMESPACE, CallError, RefusedError, Tip
 from p2ptrain.calls.news import NewsFeed
 from p2ptrain.calls.servicer import PeerServicer
 from p2ptrain.chain import ChainState, Member, Seal, SealError, evidence
+from p2ptrain.chain.admission import Grant
 from p2ptrain.chain.forks import Mark
 from p2ptrain.chain.sealed import Key, SealedRoundError
 from p2ptrain.history.catching_up import CatchingUp
 from p2ptrain.history.remembered import write_company
 from p2ptrain.observe.status import Standing
+from p2ptrain.peer.admission import Admission, shuts_out
 from p2ptrain.peer.answering import Answering
 from p2ptrain.peer.auditing import Auditing
 from p2ptrain.peer.parts import DriverParts
@@ -38,6 +40,7 @@ from p2ptrain.state.own_log import OwnEntry
 from p2ptrain.state.pieces import Partials
 from p2ptrain.state.tensors import TensorFileError
 from p2ptrain.swarm.identity import format_peer_id
+from p2ptrain.swarm.records import ID_END, REASON_MAX, RefusedRecord
 from p2ptrain.swarm.tasks import cancel_and_wait, failure_logged
 
 LOOK_SECONDS = 0.1
@@ -55,9 +58,16 @@ class RoundDriver:
         self._p = parts
         self.machine = parts.machine
         handout = Handout(lambda: parts.uplink.line_kbit)
-        self._client = Client(parts.node, parts.traffic, parts.run_id, handout)
-        admits = parts.manifest.admits
-        self.feed = NewsFeed(self._client, lambda: Tip.of(self.machine.head), self.dispatch, self._audience, admits)
+        self._client = Client(parts.node, parts.traffic, parts.run_id, handout, parts.grant)
+        self.admission = Admission(lambda: self.machine.head, parts.introducers, clock=self._now)
+        self.feed = NewsFeed(
+            self._client,
+            lambda: Tip.of(self.machine.head),
+            self.dispatch,
+            self._audience,
+            self.admission.admits,
+            self._note_refusal,
+        )
         self.catching_up = CatchingUp(
             self._client,
             parts.codec,
@@ -70,14 +80,15 @@ class RoundDriver:
             parts.snapshot_max_bytes,
             parts.snapshot_chain,
             parts.sync_progress,
-            admits,
         )
         self._report = failure_logged(
             _logger, "a task of the round has failed", lambda error: self.write_decisions(repr(error))
         )
         self.auditing = Auditing(parts, self._client, self.dispatch)
         #: what others ask, and what is sent to them
-        self.answering = Answering(parts, handout, self.feed, self.catching_up, self.auditing, self.dispatch)
+        self.answering = Answering(
+            parts, handout, self.feed, self.catching_up, self.admission, self.auditing, self.dispatch
+        )
         self.sending = Sending(parts, self._client, self.dispatch, self._report)
         #: the round started last
         self._started: Key | None = None
@@ -86,6 +97,10 @@ class RoundDriver:
         self._performing = False
         #: why this peer cannot go on
         self.failure: OSError | None = None
+        #: the run's owner has shut this peer out
+        self.revoked = False
+        #: somebody refuses us and is being asked why
+        self._asking_why = False
         self._me = parts.node.peer_id
         #: in the order of their making, as sets of objects have none
         self._tasks: dict[asyncio.Task[None], None] = {}
@@ -106,6 +121,8 @@ class RoundDriver:
         """Answer calls, and begin at the chain state that the machine was given."""
         await self._p.node.add_servicer(PeerServicer(self.answering, self._p.traffic), NAMESPACE)
         self._do(self.machine.start(self._now()))
+        if self._p.grant is not None:
+            self.dispatch(events.StatementHeard(self._p.grant))
 
     async def stop(self) -> None:
         """Say goodbye to all who follow us, and end everything."""
@@ -135,7 +152,21 @@ class RoundDriver:
             leaving=self.leaving,
             bytes_sent_per_round=sent,
             bytes_received_per_round=received,
+            revoked=self.revoked,
+            refused=self._refused_branch(),
             failure=None if self.failure is None else self.failure.strerror or str(self.failure),
+        )
+
+    def _refused_branch(self) -> RefusedRecord | None:
+        refused = self.machine.refused_branch
+        if refused is None:
+            return None
+        return RefusedRecord(
+            round=refused.round,
+            total=refused.total,
+            donor=format_peer_id(refused.donor)[-ID_END:],
+            why=refused.why[:REASON_MAX],
+            age_seconds=max(0, int(self._now() - refused.at)),
         )
 
     async def others_reach(self, round: int) -> None:
@@ -191,6 +222,8 @@ class RoundDriver:
             self._fail(error)
         finally:
             self._performing = False
+        if self.admission.revocation(self._me) is not None and not self.admission.admits(self._me):
+            self._end_as_revoked()
         self._set_timer()
 
     def _fail(self, error: OSError) -> None:
@@ -234,6 +267,8 @@ class RoundDriver:
                 self._spawn(self._resync(effect))
             case events.SendJoin():
                 self._spawn(self._ask_to_join(effect.sealer))
+            case events.SendStatements():
+                self._spawn(self._hand_on(effect))
             case events.Note():
                 _logger.info(effect.text)
             case _:
@@ -321,6 +356,42 @@ class RoundDriver:
         except CallError as error:
             _logger.debug("could not ask %s to admit us: %s", format_peer_id(sealer)[-8:], error)
             await self.feed.connect(sealer)
+
+    async def _hand_on(self, effect: events.SendStatements) -> None:
+        try:
+            await self._client.amend(effect.sealer, effect.statements)
+        except CallError as error:
+            _logger.debug("%s takes no statements: %s", format_peer_id(effect.sealer)[-8:], error)
+
+    def hear_grant(self, grant: Grant) -> None:
+        """Somebody's record shows by which grant it is in the run."""
+        if not self.admission.take(grant) and not self.machine.head.access.has(grant):
+            self.dispatch(events.StatementHeard(grant))
+
+    def _note_refusal(self, peer: bytes) -> None:
+        """A peer takes us for an outsider, although we are none by what we know."""
+        if not self._asking_why and not self.leaving:
+            self._asking_why = True
+            self._spawn(self._ask_why(peer))
+
+    async def _ask_why(self, peer: bytes) -> None:
+        """Learn whether the owner has shut us out; what says so is the owner's signature, not the peer's word."""
+        try:
+            revocation = (await hello(self._p.node, peer)).revocation
+        except CallError as error:
+            _logger.debug("%s does not say why it refuses us: %s", format_peer_id(peer)[-8:], error)
+        else:
+            if revocation is not None and shuts_out(revocation, self._me, self._p.grant, self._p.beginning):
+                self._end_as_revoked()
+        finally:
+            self._asking_why = False
+
+    def _end_as_revoked(self) -> None:
+        """Take no part any more: nobody listens."""
+        if not self.revoked:
+            self.revoked = True
+            self.leave()
+            self._p.inbox.put(None)
 
     async def _fetch(self, effect: events.FetchRounds) -> None:
         """Rounds that continue a state of ours, from one donor."""

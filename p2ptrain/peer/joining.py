@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 
 from p2ptrain.calls import client
 from p2ptrain.calls.client import Client
-from p2ptrain.calls.messages import CallError, Traffic
+from p2ptrain.calls.messages import KNOWN_ALREADY, CallError, RefusedError, Traffic
 from p2ptrain.calls.news import NewsFeed
+from p2ptrain.chain.admission import Grant, Revocation
 from p2ptrain.config.manifest import Manifest, open_manifest
-from p2ptrain.errors import AccessError, DataError, ManifestError, RunChoiceError, UnreachableError
+from p2ptrain.data.corpus import unpack
+from p2ptrain.errors import AccessError, DataError, ManifestError, RevokedError, RunChoiceError, UnreachableError
+from p2ptrain.peer.admission import shuts_out
+from p2ptrain.peer.corpus_download import CorpusDownload
 from p2ptrain.swarm.addresses import parse_addresses
 from p2ptrain.swarm.identity import format_peer_id
 from p2ptrain.swarm.node import SwarmNode
@@ -34,7 +39,23 @@ LISTED_RUNS = 20
 _logger = logging.getLogger(__name__)
 
 
-async def find_run(node: SwarmNode, addresses: list[str], choice: str | None, own: bytes | None = None) -> bytes:
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What the peers at some addresses say."""
+
+    #: run id -> its signed manifest
+    manifests: dict[bytes, bytes] = field(default_factory=dict)
+    #: ids of the runs that refuse us
+    closed: set[bytes] = field(default_factory=set)
+    #: of them those whose owner has shut us out, by what these peers show
+    revoked: dict[bytes, Revocation] = field(default_factory=dict)
+    #: run id -> why our invitation is refused
+    refusals: dict[bytes, str] = field(default_factory=dict)
+
+
+async def find_run(
+    node: SwarmNode, addresses: list[str], choice: str | None, own: bytes | None = None, grant: Grant | None = None
+) -> bytes:
     """The signed manifest of the run that the peers at `addresses` are in, or of the one that `choice` names.
 
     What others publish in the same DHT counts only where those peers are in no run, or not in the one named. Of two
@@ -44,16 +65,25 @@ async def find_run(node: SwarmNode, addresses: list[str], choice: str | None, ow
         choice: name or id of a run.
         own: signed manifest of the run that this home is in. Without a choice the home goes back to it, unless all of
             those peers are in others.
+        grant: by which this peer is a guest of a run, or wants to be.
 
     Raises:
-        AccessError: the run is for listed peers, and this is none.
+        AccessError: the run is for some peers, and this is none; or the grant is not taken.
+        RevokedError: the run's owner has shut this peer out.
         RunChoiceError: no run, several and no choice, or none of that name.
         ManifestError: what a peer hands out as the run's manifest is none.
     """
-    manifests, closed, records = await _look_for_runs(node, addresses)
-    own_id = None if own is None else open_manifest(own)[1]
-    if own is not None and own_id in closed:
-        manifests[own_id] = own
+    found, records = await _look_for_runs(node, addresses, grant)
+    manifests, closed = found.manifests, found.closed
+    own_id = None
+    if own is not None:
+        own_manifest, own_id = open_manifest(own)
+        shown = found.revoked.get(own_id)
+        beginning = own_manifest.beginning(own_id)
+        if own_id not in manifests and shown and shuts_out(shown, node.peer_id, grant, beginning):
+            raise revoked(own_id)
+        if own_id in closed:
+            manifests[own_id] = own
     theirs = {run_id: open_manifest(signed, run_id)[0].name for run_id, signed in manifests.items()}
     asked = parse_addresses(addresses).keys()
     for run_id, listed in records.items():
@@ -64,8 +94,14 @@ async def find_run(node: SwarmNode, addresses: list[str], choice: str | None, ow
     everyone = {run_id: listed[0].name for run_id, listed in records.items()} | theirs
     at_hand = theirs if choice is None else _named(theirs, choice) or _named(everyone, choice)
     if closed and not at_hand:
-        raise not_listed(min(closed))
+        refused = min(closed)
+        if refused in found.revoked:
+            raise revoked(refused)
+        elsewhere = grant is not None and grant.issued.run_id not in (refused, own_id)
+        raise not_listed(refused, "it is to another run" if elsewhere else found.refusals.get(refused))
     chosen = _choose(at_hand or everyone, choice)
+    if chosen in found.revoked and chosen not in manifests:
+        raise revoked(chosen)
     if chosen in manifests:
         return manifests[chosen]
     signed = await node.get_manifest(chosen)
@@ -88,42 +124,82 @@ async def find_run(node: SwarmNode, addresses: list[str], choice: str | None, ow
 
 
 async def _look_for_runs(
-    node: SwarmNode, addresses: list[str]
-) -> tuple[dict[bytes, bytes], set[bytes], dict[bytes, list[RunRecord]]]:
+    node: SwarmNode, addresses: list[str], grant: Grant | None
+) -> tuple[_Found, dict[bytes, list[RunRecord]]]:
     """What `_ask` hears from the peers at `addresses`, and {run id: its records} of all runs in their DHT."""
     for attempt in range(ATTEMPTS):
         if attempt:
             await asyncio.sleep(RETRY_SECONDS)
-        manifests, closed = await _ask(node, addresses)
+        found = await _ask(node, addresses, grant)
         records = await node.read_runs()
-        if manifests or closed or (records and not addresses):
+        if found.manifests or found.closed or (records and not addresses):
             break
-    return manifests, closed, records
+    return found, records
 
 
-async def _ask(node: SwarmNode, addresses: list[str]) -> tuple[dict[bytes, bytes], set[bytes]]:
-    """{run id: signed manifest} of the peers at `addresses` that are in a run, and ids of the runs that refuse us."""
-    manifests, closed = {}, set()
+async def _ask(node: SwarmNode, addresses: list[str], grant: Grant | None) -> _Found:
+    """Say hello to the peers at `addresses`; show our grant to those whose run it is for, if they refuse us.
+
+    Raises:
+        ManifestError: what one hands out is none, and no other is in a run.
+    """
+    found = _Found()
+    malformed: ManifestError | None = None
     for peer in parse_addresses(addresses, own_peer_id=node.peer_id):
         try:
             await node.connect(peer, addresses)
             welcome = await client.hello(node, peer)
+            if welcome.refusal and grant is not None and welcome.run_id == grant.issued.run_id:
+                found.refusals[welcome.run_id] = await _show(node, peer, grant)
+                welcome = await client.hello(node, peer)
         except (CallError, UnreachableError) as error:
             _logger.debug("%s is in no run: %s", format_peer_id(peer), error)
             continue
         if welcome.refusal:
-            closed.add(welcome.run_id)
+            found.closed.add(welcome.run_id)
+            if welcome.revocation is not None:
+                found.revoked[welcome.run_id] = welcome.revocation
             continue
-        open_manifest(welcome.manifest, welcome.run_id)
-        manifests[welcome.run_id] = welcome.manifest
-    return manifests, closed
+        try:
+            open_manifest(welcome.manifest, welcome.run_id)
+        except ManifestError as error:
+            _logger.warning("%s hands out no manifest that we can read: %s", format_peer_id(peer)[-8:], error)
+            malformed = error
+        else:
+            found.manifests[welcome.run_id] = welcome.manifest
+    if malformed is not None and not found.manifests and not found.closed:
+        raise malformed
+    return found
 
 
-def not_listed(run_id: bytes) -> AccessError:
-    """Make the error for a run whose access list does not have this peer."""
+async def _show(node: SwarmNode, peer: bytes, grant: Grant) -> str:
+    """Show a peer our grant; return why it does not take it, or "". Raises CallError."""
+    try:
+        await client.amend(node, peer, grant.issued.run_id, (grant,))
+    except RefusedError as error:
+        return "" if str(error) == KNOWN_ALREADY else str(error)
+    return ""
+
+
+def not_listed(run_id: bytes, why: str | None = None) -> AccessError:
+    """Make the error for a run that is not for this peer; `why` its invitation was refused, if it showed one."""
+    run = run_id.hex()[:16]
+    if why:
+        return AccessError(
+            f"the run {run} does not take this invitation: {why}", hint="ask who invited you for another one"
+        )
     return AccessError(
-        f"the run {run_id.hex()[:16]} is for listed peers only, and this peer is not on its list",
-        hint="send the run's owner the id that this prints (with --home DIR, if you join with it): p2ptrain id",
+        f"the run {run} is for listed peers only, and this peer is not on its list",
+        hint="with an invitation: p2ptrain join ADDR --invite TOKEN; or send the run's owner the id that this prints "
+        "(with --home DIR, if you join with it): p2ptrain id",
+    )
+
+
+def revoked(run_id: bytes) -> RevokedError:
+    """Make the error for a run whose owner has shut this peer out."""
+    return RevokedError(
+        f"the owner of the run {run_id.hex()[:16]} has revoked this peer: no peer of the run answers it any more",
+        hint="ask the owner; an invitation to another home is good, as it has another peer id: --home DIR",
     )
 
 
@@ -157,23 +233,35 @@ def _named(names: dict[bytes, str], choice: str) -> dict[bytes, str]:
 
 
 async def fetch_corpus(
-    node: SwarmNode, run_id: bytes, manifest: Manifest, progress: Callable[[str, int, int], None]
+    node: SwarmNode,
+    run_id: bytes,
+    manifest: Manifest,
+    introducers: Collection[bytes],
+    progress: Callable[[str, int, int], None],
 ) -> bytes:
-    """The packed corpus from any peer of the run that hands it out. Raises DataError."""
+    """The packed corpus from any peer of the run that hands it out, of those that `introducers` names first.
+
+    Raises:
+        DataError: nobody has it.
+    """
     config = manifest.data
-    calls = Client(node, Traffic(), run_id)
-    limit = config.bytes + config.heldout_bytes + PACKING_SLACK_BYTES
+    download = CorpusDownload(
+        Client(node, Traffic(), run_id),
+        node.connect,
+        config.bytes + config.heldout_bytes + PACKING_SLACK_BYTES,
+        lambda packed: unpack(packed, config),
+        lambda done, total: progress("data", done, total),
+    )
     for attempt in range(ATTEMPTS):
         if attempt:
             # A stream that breaks once is no reason to send a user away.
             await asyncio.sleep(RETRY_SECONDS)
-        peers = [peer for peer in await node.read_peers(run_id, manifest.records_key) if peer != node.peer_id]
-        for peer in peers:
-            try:
-                await node.connect(peer)
-                return await calls.data(peer, limit, lambda done, total: progress("data", done, total))
-            except (CallError, UnreachableError) as error:
-                _logger.info("no data from %s: %s", format_peer_id(peer)[-8:], error)
+        # Anyone may publish records, of any number of peers; a person has given the addresses of the first.
+        found = await node.read_peers(run_id, manifest.records_key)
+        peers = [peer for peer in dict.fromkeys((*introducers, *found)) if peer != node.peer_id]
+        packed = await download.run(peers)
+        if packed is not None:
+            return packed
     raise DataError(
         f"none of {len(peers)} peers hands out the run's text ({config.name})",
         hint="get the text elsewhere and join with --data PATH, or try again later",

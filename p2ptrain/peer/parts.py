@@ -9,6 +9,7 @@ from pathlib import Path
 from p2ptrain.calls.messages import Traffic
 from p2ptrain.calls.uplink import UplinkMeter
 from p2ptrain.chain import ChainState
+from p2ptrain.chain.admission import Grant
 from p2ptrain.compression.codec import Codec
 from p2ptrain.config.manifest import Manifest
 from p2ptrain.rounds.inbox import Inbox
@@ -36,6 +37,10 @@ class DriverParts:
     uplink: UplinkMeter
     traffic: Traffic
     beginning: ChainState
+    grant: Grant | None
+    """By which this peer is in the run, where it came as a guest."""
+    introducers: frozenset[bytes]
+    """Peers whose addresses a person gave."""
     snapshot_max_bytes: int
     snapshot_chain: Callable[[bytes], ChainState]
     """Any thread."""

@@ -22,6 +22,7 @@ from p2ptrain.errors import P2PTrainError
 from p2ptrain.observe.status import Status
 from p2ptrain.peer.driver import RoundDriver
 from p2ptrain.swarm.identity import format_peer_id
+from p2ptrain.swarm.invitations import decode_grant
 from p2ptrain.swarm.limits import Allowance, Backoff
 from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.swarm.records import PeerRecord, RunRecord
@@ -54,6 +55,7 @@ class Presence:
         run_name: for the index of runs.
         name, device: what this peer calls itself and computes on.
         secret: the manifest's `records_key`. With one nothing but encrypted peer records is published.
+        grant: by which this peer is in the run, encoded, where it is a guest.
     """
 
     def __init__(
@@ -69,10 +71,12 @@ class Presence:
         device: str,
         addresses: list[str],
         secret: bytes = b"",
+        grant: bytes = b"",
     ) -> None:
         self._node, self._driver, self._status = node, driver, status
         self._run_id, self._run_name, self._signed_manifest = run_id, run_name, signed_manifest
         self._name, self._device, self._addresses, self._secret = name, device, addresses, secret
+        self._grant = grant
         #: of peers, and of addresses
         self._failures = Backoff(*DIAL_AGAIN_SECONDS)
         self._hosts = Allowance(DIALS_PER_SECOND, DIALS_BURST)
@@ -126,6 +130,8 @@ class Presence:
             device=self._device,
             version=__version__,
             addresses=self._addresses[:8],
+            grant=self._grant,
+            refused=self._driver.standing.refused,
         )
         await self._node.publish_peer(record, self._secret)
 
@@ -150,6 +156,11 @@ class Presence:
         """Dial some of those who seem alive in this run, members first, and follow who answers."""
         now, feed = time.time(), self._driver.feed
         records = await self._node.read_peers(self._run_id, self._secret)
+        for peer, record in records.items():
+            # Neither of two peers that cannot know each other by their chains would call the other.
+            grant = decode_grant(record.grant) if record.grant else None
+            if grant is not None and grant.guest == peer:
+                self._driver.hear_grant(grant)
         if self._meeting is not None and not self._meeting.done():
             return
         alive = [

@@ -14,7 +14,7 @@ from dataclasses import replace
 import msgspec
 
 from p2ptrain.calls.client import Client
-from p2ptrain.calls.messages import TOO_MANY_CALLS, CallError, ContributionHeader, RefusedError, Tip
+from p2ptrain.calls.messages import NOT_LISTED, TOO_MANY_CALLS, CallError, ContributionHeader, RefusedError, Tip
 from p2ptrain.calls.news import RETRY_SECONDS
 from p2ptrain.calls.uplink import Burst
 from p2ptrain.chain import RoundShape
@@ -27,8 +27,8 @@ from p2ptrain.rounds.inbox import Dropped
 from p2ptrain.state.own_log import OwnEntry
 from p2ptrain.swarm.identity import format_peer_id, verify
 
-_TRANSIENT = ("foreign", "too early", TOO_MANY_CALLS)
-"""Reasons of a reducer that may pass: it has not seen the last seal yet."""
+_TRANSIENT = ("foreign", "too early", TOO_MANY_CALLS, NOT_LISTED)
+"""Reasons of a reducer that may pass: it has not seen the last seal yet, or that we were let in."""
 
 _logger = logging.getLogger(__name__)
 

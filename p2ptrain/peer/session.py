@@ -22,9 +22,11 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
+import msgspec
 import torch
 
 from p2ptrain.calls.uplink import UplinkMeter
+from p2ptrain.chain.admission import Grant
 from p2ptrain.config.home import Home
 from p2ptrain.config.manifest import Manifest, open_manifest, sign_manifest
 from p2ptrain.config.node import NodeSettings
@@ -44,6 +46,7 @@ from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import OwnLog
 from p2ptrain.swarm.addresses import parse_addresses
 from p2ptrain.swarm.identity import format_peer_id, verify
+from p2ptrain.swarm.invitations import Invitation, read_grant
 from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.swarm.tasks import failure_logged
 from p2ptrain.swarm.thread import NetworkThread
@@ -187,16 +190,21 @@ class PeerSession:
         except FileNotFoundError:
             return None
         manifest, run_id = open_manifest(signed)
-        return Run(manifest, run_id, signed, founder=False)
+        return Run(manifest, run_id, signed, founder=False, grant=self.own_grant(run_id))
+
+    def own_grant(self, run_id: bytes) -> Grant | None:
+        """The grant by which this home is in a run, where it is a guest of it."""
+        return read_grant(self.home, self.node.peer_id, run_id)
 
     def enter_run(self, run: Run) -> None:
         """Make this home one of that run.
 
         Raises:
-            AccessError: the run has a list, and this peer is not on it.
+            AccessError: the run is for some peers, and this is none of them.
             HomeError: it is one of another.
         """
-        if not run.manifest.admits(self.node.peer_id):
+        listed = run.manifest.beginning(run.run_id).access.admits(self.node.peer_id)
+        if not listed and run.grant is None:
             raise joining.not_listed(run.run_id)
         own = self.own_run()
         if own is not None and own.run_id != run.run_id:
@@ -206,6 +214,8 @@ class PeerSession:
             )
         if own is None:
             atomic_write(self.home.manifest, run.signed, durable=True)
+        if run.grant is not None and not listed:
+            atomic_write(self.home.grant, msgspec.msgpack.encode(run.grant), durable=True)
 
     def found_run(self, manifest: Manifest) -> Run:
         """Sign a manifest with this home's owner key; if such a run lives in the DHT already, this peer joins it."""
@@ -218,27 +228,35 @@ class PeerSession:
             _logger.info("this run lives already: joining it")
         return Run(opened, run_id, signed, founder=not lives)
 
-    def find_run(self, addresses: list[str], choice: str | None) -> Run:
+    def find_run(self, addresses: list[str], choice: str | None, invitation: Invitation | None = None) -> Run:
         """Find the run that the peers at `addresses` are in, or the one of that name or id.
 
         Without a choice this home goes back to its own, unless all of them are in others.
 
         Raises:
             RunChoiceError: none, or several and no choice made.
-            AccessError: it is for listed peers, and this is none.
+            AccessError: it is for some peers, and this is none; or the invitation is refused, or to another run.
+            RevokedError: its owner has shut this peer out.
         """
         own = self.own_run()
-        finding = joining.find_run(self.node, addresses, choice, None if own is None else own.signed)
+        grant = None if own is None else own.grant
+        if invitation is not None:
+            grant = invitation.grant(self.node.peer_id)
+        finding = joining.find_run(self.node, addresses, choice, None if own is None else own.signed, grant)
         signed = self.network.run(finding, FIND_RUN_SECONDS)
         manifest, run_id = open_manifest(signed)
         introducers = frozenset(parse_addresses(addresses, own_peer_id=self.node.peer_id))
-        return Run(manifest, run_id, signed, founder=False, introducers=introducers)
+        if grant is not None and grant.issued.run_id != run_id:
+            if invitation is not None:
+                raise joining.not_listed(run_id, "it is to another run")
+            grant = None
+        return Run(manifest, run_id, signed, founder=False, introducers=introducers, grant=grant)
 
     def fetch_corpus(self, run: Run, data: list[Path] | None) -> Corpus:
         """The run's text: from here, from `data`, or from the swarm by its hash. Raises DataError."""
 
         def from_swarm() -> bytes:
-            fetching = joining.fetch_corpus(self.node, run.run_id, run.manifest, self.display.transfer)
+            fetching = joining.fetch_corpus(self.node, run.run_id, run.manifest, run.introducers, self.display.transfer)
             return self.network.run(fetching, CORPUS_SECONDS)
 
         return obtain_corpus(self.home, run.manifest.data, data, from_swarm)
@@ -283,6 +301,7 @@ class PeerSession:
             device=str(device),
             addresses=addresses,
             secret=run.manifest.records_key,
+            grant=b"" if run.grant is None else msgspec.msgpack.encode(run.grant),
         )
         announcing = self.network.spawn(presence.run())
         self._print_join_line(addresses)
@@ -372,6 +391,8 @@ class PeerSession:
             failure = driver.standing.failure
             if failure is not None:
                 raise HomeError(f"cannot write to home {self.home.path}: {failure}", hint="make room, then start again")
+            if driver.standing.revoked:
+                raise joining.revoked(trainer.replica.run_id)
             if not waiting.cancel():
                 waiting.result()
         finally:
@@ -413,6 +434,8 @@ class PeerSession:
 
     def _print_join_line(self, addresses: list[str]) -> None:
         """The one line that others need; what scripts read is all of it."""
+        with contextlib.suppress(OSError):
+            atomic_write(self.home.address, "\n".join(addresses[:1]).encode())
         if addresses:
             print(f"Join with:  p2ptrain join {addresses[0]}", flush=True)
         else:

@@ -80,12 +80,18 @@ class Admissions:
             del self.mute[next(iter(self.mute))]
 
     def choose(self, state: ChainState, listed: Collection[bytes], now: float) -> tuple[Join, ...]:
-        """Return whom to admit by the seal that leads to `state`, but for those `listed` already.
+        """Return whom to admit by the seal that leads to `state`, of those that the run is for, but those `listed`.
 
         Who asked first comes first; in every other round those that have answered whenever they were admitted. So
         neither a flood nor bad luck keeps anybody out for ever.
         """
-        asking = [p for p in self.pending if p not in listed and (p not in self.mute or self.mute[p].until <= now)]
+        asking = [
+            peer
+            for peer in self.pending
+            if peer not in listed
+            and state.access.admits(peer)
+            and (peer not in self.mute or self.mute[peer].until <= now)
+        ]
         if state.round % 2:
             asking.sort(key=lambda peer: self.admitted.get(peer, 0))
         chosen = asking[: chain.room_for_newcomers(state.following)]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from p2ptrain.chain import Seal
+from p2ptrain.chain.admission import Grant, Statement
 from p2ptrain.chain.sealed import Key, Reply
 from p2ptrain.rounds import events
 
@@ -144,6 +145,8 @@ def told(said: events.Event | events.Effect) -> Told:
             return Told("{} says goodbye", (_Peer(said.peer_id),))
         case events.JoinReceived():
             return Told("{} asks to join", (_Peer(said.peer_id),))
+        case events.StatementHeard():
+            return Told("handed: {}", (_statements([said.statement]),))
         case events.RoundsFetched():
             rounds = tuple(sealed.seal.round for sealed in said.rounds)
             known = said.ancestor[:3] if said.ancestor is not None else "nothing that we know"
@@ -189,6 +192,8 @@ def told(said: events.Event | events.Effect) -> Told:
             return Told("resync from {}: {}", (_Peer(said.donor), said.why))
         case events.SendJoin():
             return Told("ask {} to admit us", (_Peer(said.sealer),))
+        case events.SendStatements():
+            return Told("hand {}: {}", (_Peer(said.sealer), _statements(said.statements)))
         case events.Note():
             return Told("note {}: {}", (said.kind, said.text))
         case _:
@@ -199,8 +204,7 @@ def _seal(template: str, values: tuple[object, ...], identifier: bytes, seal: Se
     # Counted, not checked: of a seal that was just heard, form and signature alone are known to be right.
     included = sum(byte.bit_count() for byte in seal.included)
     skipped = sum(not digest for digest in seal.parts)
-    template += "{}seal {} of round {} by {}: includes {} of {}, total {}{}{}{}{}"
-    joins = _first([_Peer(join.peer_id) for join in seal.joins])
+    template += "{}seal {} of round {} by {}: includes {} of {}, total {}{}{}{}"
     more: tuple[object, ...] = (
         "solo " if seal.solo else "",
         identifier[:3],
@@ -213,14 +217,25 @@ def _seal(template: str, values: tuple[object, ...], identifier: bytes, seal: Se
         f", root {seal.root[:3].hex()}" if seal.root else "",
         ending,
     )
-    ends: tuple[object, ...] = ("",)
     if seal.joins:
-        ends = (", admits ", joins)
+        template, more = template + ", admits {}", (*more, _first([_Peer(join.peer_id) for join in seal.joins]))
+    if seal.amendments:
+        template, more = template + ", amended: {}", (*more, _statements(seal.amendments))
     if seal.expelled:
-        ends += (", expels ", _first([_Peer(expulsion.peer_id) for expulsion in seal.expelled]))
+        template += ", expels {}"
+        more = (*more, _first([_Peer(expulsion.peer_id) for expulsion in seal.expelled]))
     if seal.accused:
-        ends += (", accuses ", _Peer(seal.accused))
-    return Told(template + "{}" * (len(ends) - 1), (*values, *more, *ends))
+        template, more = template + ", accuses {}", (*more, _Peer(seal.accused))
+    return Told(template, (*values, *more))
+
+
+def _statements(statements: Iterable[Statement]) -> _List:
+    whole = tuple(statements)
+    kept = tuple(
+        Told("let in {}", (_Peer(one.guest),)) if isinstance(one, Grant) else Told("shut out {}", (_Peer(one.subject),))
+        for one in whole[:LISTED]
+    )
+    return _List(kept, len(whole))
 
 
 def _first(values: Iterable[object]) -> _List:
@@ -244,6 +259,8 @@ def _text(value: object, name_of: NameOf) -> str:
     match value:
         case _Peer():
             return name_of(value.id)
+        case Told():
+            return value.line(name_of)
         case _Payload():
             return f"{value.size} B {value.checksum:08x}" if value.size else "empty"
         case _List():

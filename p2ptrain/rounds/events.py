@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from p2ptrain.chain import ChainState, RoundShape, Row, Seal, SignedSeal
+from p2ptrain.chain.admission import Statement
 from p2ptrain.chain.evidence import Contribution, Verdict
 from p2ptrain.chain.forks import Mark
 from p2ptrain.chain.sealed import Key, Reply, SealedRound
@@ -95,6 +96,13 @@ class JoinReceived:
 
 
 @dataclass(frozen=True, slots=True)
+class StatementHeard:
+    """Somebody hands us a statement for the chain: whom to let in, or to shut out."""
+
+    statement: Statement
+
+
+@dataclass(frozen=True, slots=True)
 class RoundsFetched:
     """Answer to `FetchRounds`: sealed rounds that continue `ancestor`; empty when the donor had nothing newer."""
 
@@ -168,6 +176,7 @@ Event = (
     | TipHeard
     | PeerLeft
     | JoinReceived
+    | StatementHeard
     | RoundsFetched
     | FetchFailed
     | Synced
@@ -296,6 +305,14 @@ class SendJoin:
 
 
 @dataclass(frozen=True, slots=True)
+class SendStatements:
+    """Hand these statements, which the chain lacks, to a peer that may seal soon."""
+
+    sealer: bytes
+    statements: tuple[Statement, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Note:
     """Something an owner should read: a takeover, a fork, a solo seal."""
 
@@ -316,5 +333,6 @@ Effect = (
     | FetchRounds
     | Resync
     | SendJoin
+    | SendStatements
     | Note
 )

@@ -58,6 +58,8 @@ class RefusedBranch:
     round: int
     total: int
     why: str
+    #: monotonic seconds
+    at: float
 
 
 @dataclass(slots=True)

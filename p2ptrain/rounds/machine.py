@@ -34,6 +34,7 @@ from p2ptrain.rounds.exchange import Exchange, Exchanges, Missed, OwnPart
 from p2ptrain.rounds.fetching import FETCH_TIMEOUT_SECONDS, STRANGERS_MAX, Fetch, Fetching, RefusedBranch, Waiting
 from p2ptrain.rounds.fork_choice import ForkChoice, linked, marks_after
 from p2ptrain.rounds.rules import RoundRules
+from p2ptrain.rounds.statements import Statements
 
 LOCATOR_IDS = 16  # of the chain up to the head: far enough back for all that is remembered of it
 
@@ -43,7 +44,7 @@ class _Group:
     """Whom we train with.
 
     The members are those of the round under way and of the one after it, as the head says. Signs of life and goodbyes
-    are kept for members alone, and no sign of life of our own, nor of those whom a fork keeps apart from us.
+    are kept for members alone, and no sign of life of our own.
     """
 
     members: frozenset[bytes] = frozenset()
@@ -51,8 +52,6 @@ class _Group:
     heard: dict[bytes, float] = field(default_factory=dict)
     #: members that said goodbye and were not heard since
     left: set[bytes] = field(default_factory=set)
-    #: members whose branch was refused and who have not said since that they stand on ours: theirs is no sign of life
-    apart: set[bytes] = field(default_factory=set)
 
 
 @dataclass(slots=True)
@@ -66,6 +65,9 @@ class _Roots:
     own: dict[int, bytes] = field(default_factory=dict)
     #: peer id -> the round and the root that it said with its last message, for the seal
     votes: dict[bytes, tuple[int, bytes]] = field(default_factory=dict)
+    #: the newest round whose root was sealed, and each such root with the sealers that named it
+    sealed_round: int = 0
+    sealers: dict[bytes, set[bytes]] = field(default_factory=dict)
 
 
 class RoundMachine:
@@ -110,6 +112,7 @@ class RoundMachine:
         self.group = _Group()
         self.admissions = Admissions(me)
         self.audits = Audits(me, sign, rules.audits_a_part)
+        self.statements = Statements(me)
         self.roots = _Roots()
         self._deadlines = Deadlines(rules.grace_seconds, rules.reply_timeout_seconds, learns=not rules.fixed_pace)
         self._effects: list[events.Effect] = []
@@ -209,9 +212,10 @@ class RoundMachine:
             *self.forks.invariants(self.group.members),
             *self.admissions.invariants(self.head.round, len(self.group.members)),
             *self.audits.invariants(self.group.members),
+            *self.statements.invariants(self.head),
             ("the group is what the head says", self.group.members == _members_of(self.head)),
             ("signs of life are of other members", self.group.heard.keys() <= self.group.members - {self.me}),
-            ("goodbyes and refusals are of members", self.group.left | self.group.apart <= self.group.members),
+            ("goodbyes are of members", self.group.left <= self.group.members),
             ("roots are the four newest", len(self.roots.own) <= 4),
             ("votes on roots are of members", self.roots.votes.keys() <= self.group.members),
         ]:
@@ -234,7 +238,6 @@ class RoundMachine:
             case events.ContributionReady():
                 self._on_ready(event, now)
             case events.ContributionReceived():
-                self.group.apart.discard(event.peer_id)
                 self._hear(event.peer_id, now)
                 self._on_contribution(event, now)
             case events.CameLate():
@@ -246,8 +249,6 @@ class RoundMachine:
                 self._hear(event.source, now)
                 self._on_seal(event, now)
             case events.TipHeard():
-                if event.id in self.forks.past:
-                    self.group.apart.discard(event.peer_id)
                 self._hear(event.peer_id, now)
                 self._note_tip(event, now)
             case events.PeerLeft():
@@ -258,6 +259,9 @@ class RoundMachine:
             case events.JoinReceived():
                 self._hear(event.peer_id, now)
                 self.admissions.ask(event.peer_id, event.row, self.head)
+            case events.StatementHeard():
+                if self.statements.hear([event.statement], self.head) and self.shape is not None:
+                    self._hand_on_statements(self.shape)
             case events.RoundsFetched():
                 self._hear(event.donor, now)
                 self.fetching.asked.pop(event.donor, None)
@@ -290,7 +294,7 @@ class RoundMachine:
     # ---- events -----------------------------------------------------------------------------------------------
 
     def _hear(self, peer_id: bytes, now: float) -> None:
-        if peer_id != self.me and peer_id in self.group.members - self.group.apart:
+        if peer_id != self.me and peer_id in self.group.members:
             self.group.heard[peer_id] = now
             self.group.left.discard(peer_id)
 
@@ -427,7 +431,7 @@ class RoundMachine:
             turn=self._turn,
         )
         if not judgement.follow and donor is not None:
-            self._refuse(donor, theirs[-1], judgement.why)
+            self._refuse(donor, theirs[-1], judgement.why, now)
         return judgement.follow
 
     def _follows_from_afar(self, end: Mark, theirs: Collection[bytes] | None, donor: bytes, now: float) -> bool:
@@ -435,13 +439,11 @@ class RoundMachine:
         member = self.me in self.group.members
         judgement = self.forks.follows_from_afar(end, theirs, donor, now, is_member=member)
         if not judgement.follow:
-            self._refuse(donor, end, judgement.why)
+            self._refuse(donor, end, judgement.why, now)
         return judgement.follow
 
-    def _refuse(self, donor: bytes, end: Mark, why: str) -> None:
-        if donor in self.group.members:
-            self.group.apart.add(donor)
-        self.fetching.refused = RefusedBranch(donor, end.round, end.total, why)
+    def _refuse(self, donor: bytes, end: Mark, why: str, now: float) -> None:
+        self.fetching.refused = RefusedBranch(donor, end.round, end.total, why, now)
         if donor not in self.fetching.shunned:  # else it was said lately
             text = f"refused a branch up to round {end.round} with total {end.total}: {why}"
             self._effects.append(events.Note("refused", text))
@@ -556,6 +558,7 @@ class RoundMachine:
         self, base: ChainState, rounds: Sequence[SealedRound], states: Sequence[tuple[ChainState, RoundShape]]
     ) -> None:
         """Go over to these rounds after `base`, our head or the state before it."""
+        access = self.head.access
         if base is not self.head:
             text = f"fork at round {base.round + 1}: following the chain with total {states[-1][0].total}, not ours"
             self._effects.append(events.Note("fork", text))
@@ -565,11 +568,13 @@ class RoundMachine:
             self.roots.own = {round: root for round, root in self.roots.own.items() if round <= base.round}
         for (state, shape), sealed in zip(states, rounds, strict=True):
             self._adopt(sealed, state, shape)
+        self.statements.keep_lost(access, self.head)
 
     def _on_synced(self, event: events.Synced, now: float) -> None:
         donor, self.fetching.resyncing = self.fetching.resyncing or b"", None
-        self.head = event.state
+        access, self.head = self.head.access, event.state
         self._before = None
+        self.statements.keep_lost(access, self.head)
         self.forks.go_over_to(event.past or (Mark.of(event.state),), donor)
         # They were of the replica that was given up; the trainer tells those of the new one.
         self.roots.own.clear()
@@ -606,6 +611,7 @@ class RoundMachine:
         if self.me not in {m.peer_id for m in self.head.following} and self.me not in self.head.expelled:
             self._join(shape)
         self._hand_on_proofs(shape)
+        self._hand_on_statements(shape)
         if index is not None:
             self._start_training(self.exchanges.current, now)
 
@@ -626,11 +632,11 @@ class RoundMachine:
         self.group.members = group
         self.group.heard = {p: at for p, at in self.group.heard.items() if p in group}
         self.group.left &= group
-        self.group.apart &= group
         self.roots.votes = {p: vote for p, vote in self.roots.votes.items() if p in group}
         self.fetching.waiting = {s: w for s, w in self.fetching.waiting.items() if w.heard.seal.parent == head.id}
         self.admissions.forget_stale(head.round, len(group))
         self.audits.forget_all_but(group)
+        self.statements.forget_stale(head)
         self.exchanges.forget_before(head.round)
         self.forks.know_only(group)
         proven = {m.peer_id for m in head.now + head.following if not m.is_newcomer}
@@ -646,21 +652,30 @@ class RoundMachine:
 
     def _computing_seconds(self, exchange: Exchange) -> float:
         rules = self.rules
-        return chain.length_seconds(exchange.shape, rules.target_batch, rules.min_seconds, rules.max_seconds)
+        bounds = rules.min_seconds, rules.max_seconds
+        return chain.length_seconds(exchange.shape, rules.target_batch, *bounds, rules.weight_cap_ratio)
 
     def _join(self, shape: RoundShape) -> None:
         """Ask the peers that may seal this round to admit us, again each round until one does."""
-        for place in shape.sealer_order[:2]:
-            sealer = shape.members[place].peer_id
-            if sealer != self.me:
-                self._effects.append(events.SendJoin(sealer))
+        for sealer in self._next_sealers(shape):
+            self._effects.append(events.SendJoin(sealer))
+
+    def _hand_on_statements(self, shape: RoundShape) -> None:
+        """Give those that may seal this round what the chain lacks, again each round until it has it."""
+        statements = self.statements.choose(self.head)
+        for sealer in self._next_sealers(shape) if statements else ():
+            self._effects.append(events.SendStatements(sealer, statements))
+
+    def _next_sealers(self, shape: RoundShape) -> list[bytes]:
+        """The peers that may seal this round, without us."""
+        sealers = (shape.members[place].peer_id for place in shape.sealer_order[:2])
+        return [sealer for sealer in sealers if sealer != self.me]
 
     def _hand_on_proofs(self, shape: RoundShape) -> None:
         """Give what we found to the peers that may seal this round, again each round until a seal names it."""
         for proof in self.audits.to_hand_on(self.head):
-            for place in shape.sealer_order[:2]:
-                sealer = shape.members[place].peer_id
-                if sealer not in (self.me, proof.reducer):
+            for sealer in self._next_sealers(shape):
+                if sealer != proof.reducer:
                     self._effects.append(events.SendProof(sealer, proof.reducer, proof.encoded))
 
     def _on_audited(self, event: events.Audited) -> None:
@@ -710,15 +725,32 @@ class RoundMachine:
                 self._deadlines.head_start.observe(exchange.index in included)
 
     def _check_root(self, seal: Seal) -> None:
-        """Resync and say so when our root differs from the sealed one (rule 10)."""
+        """Resync and say so when our root differs from the sealed one, and more vouch for that one (rule 10).
+
+        A seal says one root, and its sealer may have made it up: it is worth as much as a member's word.
+        """
         interval = self.rules.root_interval
         at = chain.root_round(seal.round, interval)
-        if not seal.root or self.roots.own.get(at, seal.root) == seal.root:
+        if not seal.root:
             return
-        holders = sorted(p for p, vote in self.roots.votes.items() if vote == (at, seal.root) and p != self.me)
-        donor = next(iter(holders), seal.sealer)
-        if donor != self.me:
-            self._want_snapshot(donor, "our replica differs from the sealed root")
+        if self.roots.sealed_round != at:
+            self.roots.sealed_round, self.roots.sealers = at, {}
+        self.roots.sealers.setdefault(seal.root, set()).add(seal.sealer)
+        own = self.roots.own.get(at, seal.root)
+        if own == seal.root:
+            return
+        theirs = sorted(self._vouching(at, seal.root) - {self.me})
+        ours = self._vouching(at, own) | {self.me}
+        # At a tie, once all members have had a turn to seal another root.
+        all_sealed = seal.round - at - 2 >= min(len(self.head.now), interval - 1)
+        if theirs and (len(theirs) > len(ours) or (len(theirs) == len(ours) and all_sealed)):
+            holders = [peer for peer in theirs if self.roots.votes.get(peer) == (at, seal.root)]
+            self._want_snapshot((holders or theirs)[0], "our replica differs from the sealed root")
+
+    def _vouching(self, at: int, root: bytes) -> set[bytes]:
+        """Peers that sent us this root of this round with a contribution, or named it in a seal."""
+        voted = {peer for peer, vote in self.roots.votes.items() if vote == (at, root)}
+        return voted | self.roots.sealers.get(root, set())
 
     # ---- what time and state make due -------------------------------------------------------------------------
 
@@ -992,6 +1024,8 @@ class RoundMachine:
         learning = exchange.index is None and self.fetching.asked
         if not self.head.round or learning or self.fetching.fetches_from_known:
             return False
+        if not self.head.access.admits(self.me):
+            return False  # the owner has shut us out, or we are a guest that no seal has let in yet
         members = exchange.shape.members
         if exchange.index is None:
             # A learner leaves it to those who are members soon, too.
@@ -1054,6 +1088,7 @@ class RoundMachine:
             root=self._majority_root(shape),
             expelled=expelled,
             accused=self.audits.accusation(self.head, shape, expelled) if in_turn else b"",
+            amendments=self.statements.choose(self.head, solo=solo),
         )
         listed = {m.peer_id for m in (() if solo else self.head.following)} | {self.me}
         without = chain.extend(self.head, b"", seal, self.rules.chunks)

@@ -26,3 +26,5 @@ class RoundRules:
     """The run ends with it; 0: never."""
     audits_a_part: float
     """Expected audits of each part of a round, by all members together (rule 14)."""
+    weight_cap_ratio: float
+    """Of a member's throughput this many times the median counts."""

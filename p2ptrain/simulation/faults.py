@@ -36,6 +36,9 @@ slow: a peer's line gets a tenth as fast, its delay ten times as long. late, tru
 CORRUPT = "corrupt"
 """A replica gets a wrong bit. Not with the others: roots find it where most members are right and there. Nobody else
 crashes meanwhile, and only a member of three or more that live goes wrong."""
+GUESTS = "guests"
+"""A guest comes by an invitation; after a while the owner shuts it out again, most of the time. Not with the others, as
+it takes a run that is not open."""
 MEAN_SECONDS_BETWEEN = 5.0
 
 
@@ -51,7 +54,7 @@ class Faults:
     async def run(self) -> None:
         """Forever."""
         kinds: dict[str, Callable[[], Awaitable[None]]] = {
-            name: getattr(self, f"_{name}") for name in (*FAULTS, CORRUPT)
+            name: getattr(self, f"_{name}") for name in (*FAULTS, CORRUPT, GUESTS)
         }
         wanted = [name for name in kinds if name in self._world.scenario.faults]
         if not wanted:
@@ -79,6 +82,7 @@ class Faults:
                     peer.daemon_back()
             elif not peer.gone:
                 peer.start()
+        world.bury_revoked()
 
     def _some(self) -> SimPeer | None:
         there = [peer for peer in self._world.peers if peer.running]
@@ -143,6 +147,13 @@ class Faults:
         outvoted = shape is not None and len(shape.members) >= 3 and all(m.peer_id in well for m in shape.members)
         if peer is not None and outvoted and self._corrupt_one is None:
             peer.trainer.replica.go_wrong()
+
+    async def _guests(self) -> None:
+        world, guest = self._world, self._world.add_peer(len(self._world.peers), f"g{next(self._names)}")
+        guest.start()
+        await asyncio.sleep(self._random.uniform(5.0, 40.0))
+        if self._random.random() < 0.75:
+            await world.revoke(guest)
 
     # ---- links ------------------------------------------------------------------------------------------------
 

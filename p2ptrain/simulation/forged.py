@@ -27,6 +27,11 @@ class Branch:
         return self._states[-1]
 
     @property
+    def beginning(self) -> bytes:
+        """Id of the state that its rounds come after."""
+        return self._states[0].id
+
+    @property
     def tip(self) -> Tip:
         """The same, as it is said to others."""
         return Tip.of(self.state)

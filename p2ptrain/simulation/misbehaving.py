@@ -1,8 +1,9 @@
-"""Peers that cost the others time: they are silent where an answer is due, or come in floods.
+"""Peers that cost the others time: they are silent where an answer is due, come in floods, or boast.
 
 `Attacked` is a swarm of honest peers that trains in calm for a while, then with one kind of misbehaviour beside it, and
 then in calm again; it measures how many rounds each of these phases seals. What a silent peer withholds never reaches
-the network, because its driver drops the effect or its machine never seals; all else about it is the real peer.
+the network, because its driver drops the effect or its machine never seals, and what a boastful one claims is put into
+the rows that leave its trainer; all else about them is the real peer.
 """
 
 from __future__ import annotations
@@ -11,25 +12,35 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from p2ptrain.calls.client import Client
 from p2ptrain.calls.handout import Handout
 from p2ptrain.calls.messages import CallError, Traffic
-from p2ptrain.chain import Row, bits
+from p2ptrain.chain import SEQUENCES_PER_KILOSECOND_MAX, UPLINK_MAX_KBIT, Row, bits
 from p2ptrain.rounds import events
 from p2ptrain.simulation.network import Line, SimNode
 from p2ptrain.simulation.peer import SimDriver, SimPeer
 from p2ptrain.simulation.toy import identity_of
 from p2ptrain.simulation.world import Scenario, World
 
-MISBEHAVIOURS = ("nothing", "flood", "churn", "no_replies", "no_contributions", "no_seals")
+CLAIMS = {
+    "no_throughput": {"sequences_per_kilosecond": 0},
+    "endless_throughput": {"sequences_per_kilosecond": SEQUENCES_PER_KILOSECOND_MAX},
+    "endless_uplink": {"uplink_kbit": UPLINK_MAX_KBIT},
+}
+"""What a member says of itself in every row."""
+BY_A_MEMBER = ("no_replies", "no_contributions", "no_seals", *CLAIMS)
+MISBEHAVIOURS = ("nothing", "flood", "churn", *BY_A_MEMBER)
 """
 flood: an outsider asks for admission with `FLOOD_IDENTITIES` identities, again and again, and none of them answers.
 churn: a new peer comes every `CHURN_SECONDS` and dies as soon as it is a member. no_replies: a member reduces none of
-its parts. no_contributions: a member sends no messages, but goes on saying its tip. no_seals: a member never seals.
+its parts. no_contributions: a member sends no messages, but goes on saying its tip. no_seals: a member never seals. The
+others: see `CLAIMS`.
 """
 FLOOD_IDENTITIES = 50
 FLOOD_SECONDS = 1.0
@@ -42,6 +53,13 @@ class SilentDriver(SimDriver):
 
     withholds: frozenset[type] = frozenset()
     """Effects that are not carried out."""
+    claims: dict[str, int] = {}  # noqa: RUF012 - replaced, never changed
+    """Fields of its rows that are not true."""
+
+    def dispatch(self, event: events.Event) -> None:
+        if isinstance(event, events.ContributionReady) and self.claims:
+            event = replace(event, row=msgspec.structs.replace(event.row, **self.claims))
+        super().dispatch(event)
 
     def _perform(self, effect: events.Effect) -> None:
         if type(effect) not in self.withholds:
@@ -62,8 +80,13 @@ class SilentPeer(SimPeer):
         """Leave every seal to the others."""
         self.driver.machine._seal_when_due = lambda now: False  # type: ignore[method-assign]
 
+    def claim(self, **fields: int) -> None:
+        """Say this of itself from here on."""
+        self.driver.claims = fields
+
     def behave(self) -> None:
         """Be honest again."""
+        self.driver.claims = {}
         self.driver.withholds = frozenset()
         self.driver.machine.__dict__.pop("_seal_when_due", None)
 
@@ -112,15 +135,15 @@ class Attacked(World):
         self.measured = Measured()
         self._calm_seconds, self._attack_seconds = calm_seconds, attack_seconds
         self._recovery_seconds, self._newcomer_after = recovery_seconds, newcomer_after
-        attacks: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
-            name: getattr(self, f"_{name}") for name in MISBEHAVIOURS
-        }
-        self._attack = attacks[misbehaviour]
+        self._misbehaviour = misbehaviour
+        self._attack: Callable[[], Coroutine[Any, Any, None]] = getattr(
+            self, "_claim" if misbehaviour in CLAIMS else f"_{misbehaviour}"
+        )
         #: seals that the founder adopted, and how many of them included each member
         self._applied = 0
         self._included = Counter[bytes]()
         self._silent: SilentPeer | None = None
-        if misbehaviour.startswith("no_"):
+        if misbehaviour in BY_A_MEMBER:
             line = Line(scenario.uplink_bytes_per_second, scenario.uplink_bytes_per_second)
             self._silent = SilentPeer(self, "silent", batch_seconds=0.2, line=line, dialable=True)
 
@@ -201,6 +224,10 @@ class Attacked(World):
     async def _no_seals(self) -> None:
         assert self._silent is not None
         self._silent.never_seal()
+
+    async def _claim(self) -> None:
+        assert self._silent is not None
+        self._silent.claim(**CLAIMS[self._misbehaviour])
 
     async def _churn(self) -> None:
         number = 0

@@ -27,7 +27,7 @@ FRAME_OVERHEAD_BYTES = 9
 _TICK = 1e-9
 """Between two frames of a stream: timers that are due at once are in no order."""
 _NOBODY = Context()
-_UNARY = ("rpc_hello", "rpc_join", "rpc_relay")
+_UNARY = ("rpc_hello", "rpc_join", "rpc_relay", "rpc_amend")
 
 
 @dataclass(slots=True)

@@ -6,13 +6,17 @@ leave each peer. It knows every chain of the simulation, so that one id stands f
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
+from fractions import Fraction
 
+import base58
 import numpy as np
 from numpy.typing import NDArray
 
 from p2ptrain import chain
-from p2ptrain.chain import ChainState, RoundShape
+from p2ptrain.chain import ChainState, RoundShape, Seal
+from p2ptrain.chain.admission import Grant, Revocation
 from p2ptrain.chain.evidence import body_of
 from p2ptrain.chain.sealed import Key, SealedRound
 from p2ptrain.compression import decoded
@@ -31,6 +35,11 @@ class _Node:
     parameters: NDArray[np.float32]
     #: peer id -> [chunks, ENTRIES] consumed of its contributions on the way here
     consumed: dict[bytes, Rows]
+    #: peers that the manifest or a seal on the way here has let in, and those that one has shut out
+    let_in: frozenset[bytes]
+    shut_out: frozenset[bytes]
+    #: member -> rounds in which another sealed all of its replies, halved when it was struck for one
+    served: dict[bytes, int]
 
 
 class Oracle:
@@ -38,7 +47,8 @@ class Oracle:
 
     def __init__(self, manifest: Manifest, run_id: bytes, codec: Codec, parameters: NDArray[np.float32]) -> None:
         self._manifest, self._codec = manifest, codec
-        beginning = _Node(chain.genesis(run_id, manifest.founder_id), parameters.copy(), {})
+        listed = frozenset(map(base58.b58decode, manifest.access.peers)) | {manifest.founder_id}
+        beginning = _Node(manifest.beginning(run_id), parameters.copy(), {}, listed, frozenset(), {})
         self._nodes: dict[bytes, _Node] = {run_id: beginning}
         #: (peer, round key) -> [chunks, ENTRIES] that left it, and its weight
         self._sent: dict[tuple[bytes, Key], tuple[Rows, int]] = {}
@@ -93,6 +103,10 @@ class Oracle:
         shape = chain.shape_of(before, self._codec.chunks)
         if before.round > 1 and [m.peer_id for m in shape.members] != self._members_by_rule(before):
             raise ViolationError(f"round {after.round}: its members are not those of the seal two before")
+        self._check_parts(shape)
+        served = self._served(parent, sealed, shape)
+        if any(member.served != served.get(member.peer_id, 0) for member in after.following):
+            raise ViolationError(f"round {after.round}: what members have served is miscounted")
         key = Key(shape.round, shape.base)
         config = self._manifest.optimizer
         rate = learning_rate(
@@ -126,7 +140,80 @@ class Oracle:
             lied = made_up or shape.members[part.reducer].peer_id in self.liars
             if not lied and (abs(value - mean)[mask] > 0.51 * np.broadcast_to(scale, mask.shape)[mask] + 1e-5).any():
                 raise ViolationError(f"round {after.round}: a reply is not the mean of what it includes")
-        self._nodes[after.id] = _Node(after, parameters, consumed)
+        self._nodes[after.id] = _Node(
+            after, parameters, consumed, *self._access_after(parent, sealed.seal, after), served
+        )
+
+    def _access_after(self, parent: _Node, seal: Seal, after: ChainState) -> tuple[frozenset[bytes], frozenset[bytes]]:
+        """Who was let in and shut out on the way to a state, whose members are then those that may be."""
+        let_in = parent.let_in | {one.guest for one in seal.amendments if isinstance(one, Grant)}
+        shut_out = parent.shut_out | {one.subject for one in seal.amendments if isinstance(one, Revocation)}
+        if self._manifest.access.mode == "open":
+            return let_in, shut_out
+        members = {member.peer_id for member in after.following}
+        proven = {member.peer_id for member in after.following if not member.is_newcomer}
+        if not members <= let_in or not {join.peer_id for join in seal.joins} <= let_in - shut_out:
+            raise ViolationError(f"round {after.round}: a seal brings in a peer that nobody has let in")
+        if members & shut_out and proven - shut_out:
+            raise ViolationError(f"round {after.round}: a peer that was shut out is a member")
+        if seal.solo and seal.sealer in shut_out:
+            raise ViolationError(f"round {after.round}: a peer that was shut out seals alone")
+        return let_in, shut_out
+
+    def _check_parts(self, shape: RoundShape) -> None:
+        """Each reducer's chunks are its share by what of its uplink counts, but for less than one chunk."""
+        members = shape.members
+        included = [m for m in members if m.included]
+        turn = {m.peer_id for i, m in enumerate(members) if (shape.round + i) % 2 ** max(m.strikes - 2, 0) == 0}
+        reducers = [m for m in included if m.dialable and m.peer_id in turn] or [m for m in included if m.dialable]
+        reducers = reducers or [m for m in members if m.dialable] or included[:1] or list(members[:1])
+        if not reducers:
+            return
+        middle = sorted(max(m.row.uplink_kbit, 1) for m in reducers)[(len(reducers) - 1) // 2]
+        counts = {}
+        for m in reducers:
+            limit = middle * 2 ** (m.served // 8) * Fraction(8 + m.served % 8, 8)
+            counts[m.peer_id] = min(Fraction(max(m.row.uplink_kbit, 1)), limit)
+        chunks = dict.fromkeys(counts, 0)
+        for part in shape.parts:
+            chunks[members[part.reducer].peer_id] += part.end - part.start
+        for peer, count in counts.items():
+            if abs(chunks[peer] - self._codec.chunks * count / sum(counts.values())) >= 1:
+                raise ViolationError(f"round {shape.round}: a reducer has {chunks[peer]} chunks, not its share")
+
+    def _served(self, parent: _Node, sealed: SealedRound, shape: RoundShape) -> dict[bytes, int]:
+        """What each member has served after a seal; after a solo seal nobody has."""
+        if sealed.seal.solo:
+            return {}
+        first = shape.members[shape.sealer_order[0]].peer_id
+        replied: dict[bytes, bool] = {}
+        for part, digest in zip(shape.parts, sealed.seal.parts, strict=True):
+            peer = shape.members[part.reducer].peer_id
+            replied[peer] = replied.get(peer, True) and bool(digest)
+        owes = {peer for peer, all_there in replied.items() if not all_there} | ({first} - {sealed.seal.sealer})
+        struck = owes if len(owes) <= len(shape.awaited) / 2 else set()
+        served = dict(parent.served)
+        for peer in replied:
+            if peer in struck and not replied[peer]:
+                served[peer] = max(0, min(served.get(peer, 0) // 2, served.get(peer, 0) - 8))
+            elif replied[peer] and peer != sealed.seal.sealer:
+                served[peer] = min(served.get(peer, 0) + 1, 64)
+        # A member that comes back begins anew.
+        listed = {member.peer_id for member in parent.state.following}
+        return {peer: count for peer, count in served.items() if peer in listed}
+
+    def check_length(self, shape: RoundShape, seconds: float) -> None:
+        """Raises ViolationError where a round's length is not what its members' throughputs, as they count, give."""
+        rules = self._manifest.round
+        claims = [m.row.sequences_per_kilosecond for m in shape.members if m.absent >= 0]
+        claims = sorted(claim for claim in claims if claim > 0)
+        if claims:
+            most = rules.weight_cap_ratio * statistics.fmean(claims[(len(claims) - 1) // 2 : len(claims) // 2 + 1])
+            wanted = rules.target_batch * 1000 / sum(min(claim, most) for claim in claims)
+        else:
+            wanted = rules.min_seconds
+        if abs(min(max(wanted, rules.min_seconds), rules.max_seconds) - seconds) > 1e-6 * seconds:
+            raise ViolationError(f"round {shape.round} lasts {seconds} s")
 
     def _members_by_rule(self, before: ChainState) -> list[bytes]:
         """Of the round after `before`: what the seal two rounds before it says, or the last one, if that is solo."""

@@ -272,6 +272,8 @@ class SimPeer:
     def __init__(self, world: World, name: str, *, batch_seconds: float, line: Line, dialable: bool) -> None:
         self.world, self.name = world, name
         self.identity = identity_of(name, world.seed)
+        #: by which it is in the run, where that is not open and does not list it
+        self.grant = world.grant_for(self.identity.peer_id, name)
         self.batch_seconds, self.line, self.dialable = batch_seconds, line, dialable
         self.home = world.folder / name
         self.lives = 0
@@ -395,7 +397,7 @@ class SimPeer:
         self.trainer.restore(self.journal)
         world.restored(self, self.journal)
         parts = driver_parts(
-            Run(manifest, world.run_id, signed=b"", founder=self.founder),
+            Run(manifest, world.run_id, signed=b"", founder=self.founder, grant=self.grant),
             Home(self.home),
             cast(SwarmNode, self.node),
             replica,
@@ -416,7 +418,9 @@ class SimPeer:
         """What the records in the DHT do for a peer: it learns of the others."""
         while True:
             self.world.publish(self)
-            for other in self.world.others(self):
+            for other, grant in self.world.others(self):
+                if grant is not None:
+                    self.driver.hear_grant(grant)
                 self.driver.feed.follow(other)
             await asyncio.sleep(RECORD_SECONDS)
 

@@ -26,16 +26,26 @@ import msgspec
 import numpy as np
 
 from p2ptrain import chain
+from p2ptrain.calls.messages import KNOWN_ALREADY, Amend
 from p2ptrain.chain import ChainState, RoundShape
+from p2ptrain.chain.admission import Grant, Pass, Revocation, pass_message
 from p2ptrain.chain.evidence import proof_digest
 from p2ptrain.chain.forks import Mark
 from p2ptrain.chain.sealed import Key, SealedRound, reply_digest
-from p2ptrain.config.manifest import CodecConfig, GroupConfig, Manifest, OptimizerConfig, canonical_bytes, run_id
+from p2ptrain.config.manifest import (
+    AccessConfig,
+    CodecConfig,
+    GroupConfig,
+    Manifest,
+    OptimizerConfig,
+    canonical_bytes,
+    run_id,
+)
 from p2ptrain.peer.auditing import KEPT_BYTES
 from p2ptrain.rounds import events
 from p2ptrain.rounds.inbox import Restore
 from p2ptrain.simulation.adversaries import Adversary
-from p2ptrain.simulation.faults import FAULTS, Faults
+from p2ptrain.simulation.faults import FAULTS, GUESTS, Faults
 from p2ptrain.simulation.loop import VirtualLoop
 from p2ptrain.simulation.network import Line, Network
 from p2ptrain.simulation.oracle import Oracle
@@ -43,6 +53,7 @@ from p2ptrain.simulation.peer import RECORD_FRESH_SECONDS, SimPeer
 from p2ptrain.simulation.toy import PeerCrashed, ViolationError, identity_of, toy_beginning
 from p2ptrain.state.journal import Journal
 from p2ptrain.swarm.identity import format_peer_id
+from p2ptrain.swarm.invitations import Invitation, revoke
 
 CONVERGENCE_SECONDS = 90.0
 SETTLED_ROUNDS = 8
@@ -110,8 +121,16 @@ class World:
 
     def __init__(self, scenario: Scenario, folder: Path) -> None:
         self.scenario, self.folder, self.seed = scenario, folder, scenario.seed
-        founder = format_peer_id(identity_of("p0", self.seed).peer_id)
-        self.manifest = msgspec.structs.replace(toy_manifest(scenario.manifest), founder=founder)
+        names = [format_peer_id(identity_of(f"p{number}", self.seed).peer_id) for number in range(scenario.peers)]
+        #: signs who is let in and shut out
+        self.owner = identity_of("owner", self.seed)
+        self.manifest = msgspec.structs.replace(toy_manifest(scenario.manifest), founder=names[0])
+        if GUESTS in scenario.faults:
+            self.manifest = msgspec.structs.replace(
+                self.manifest,
+                owner=self.owner.key.public_key().public_bytes_raw().hex(),
+                access=AccessConfig(mode="invite", peers=tuple(names)),
+            )
         self.run_id = run_id(canonical_bytes(self.manifest))
         self.chunks = scenario.chunks
         self.random = random.Random(scenario.seed)
@@ -120,6 +139,8 @@ class World:
             self.loop, random.Random(scenario.seed + 1), delay_seconds=scenario.delay_seconds, loss=0.001
         )
         self.report = Report(scenario.seed)
+        #: what the owner has said, and some peer that it is on the chain
+        self.revocations: list[Revocation] = []
         self.peers: list[SimPeer] = []
         self.records: dict[bytes, float] = {}
         self.calm = not scenario.faults
@@ -201,6 +222,8 @@ class World:
                 self.violate(f"{peer.name} holds a replica gone wrong, and has not noticed")
             if peer.id not in members:
                 self.violate(f"{peer.name} is connected and not a member")
+        self._check_access(living[0].machine.head)
+        self.report.coverage["guests_in_the_end"] += len(living[0].machine.head.access.guests & members)
         for attack in attacks:
             attack.cancel()
         self.report.rounds = self._highest()
@@ -211,6 +234,7 @@ class World:
         deadline = self.loop.time() + seconds
         while not condition():
             self._raise_faults()
+            self.bury_revoked()
             if self.loop.time() > deadline:
                 if what:
                     raise ViolationError(f"not within {seconds:.0f} s: {what}; {self._standing()}")
@@ -238,6 +262,48 @@ class World:
         )
         self.peers.append(peer)
         return peer
+
+    # ---- who is let in ----------------------------------------------------------------------------------------
+
+    def grant_for(self, peer_id: bytes, name: str) -> Grant | None:
+        """The owner's invitation, used by a peer that the run does not list; None where it needs none."""
+        if self.manifest.beginning(self.run_id).access.admits(peer_id):
+            return None
+        token = identity_of(f"token of {name}", self.seed)
+        issued = Pass(self.run_id, self.owner.peer_id, token.peer_id, 2**40, 1, b"", False)
+        invitation = Invitation(issued, self.owner.sign(pass_message(issued)), token.key.private_bytes_raw())
+        return invitation.grant(peer_id)
+
+    async def revoke(self, peer: SimPeer) -> None:
+        """Hand the owner's word to one peer after another, until one says that its chain has it."""
+        revocation = revoke(self.owner, self.run_id, peer.id, with_guests=False)
+        while True:
+            there = [other for other in self.peers if other.running and other is not peer]
+            if there:
+                asked = self.random.choice(there)
+                said = asked.actor.context.run(  # type: ignore[union-attr]
+                    asked.driver.answering.take_statements, Amend(self.run_id, (revocation,))
+                )
+                if said == KNOWN_ALREADY:
+                    self.revocations.append(revocation)
+                    self.report.coverage["revoked"] += 1
+                    return
+            await asyncio.sleep(1.0)
+
+    def bury_revoked(self) -> None:
+        """Who has learned that it was revoked has ended, and does not come back."""
+        for peer in self.peers:
+            if peer.alive and hasattr(peer, "driver") and peer.driver.revoked:
+                self.report.coverage["revoked_peers_that_ended"] += 1
+                peer.die()
+                peer.gone = True
+
+    def _check_access(self, head: ChainState) -> None:
+        """What any chain has said of access and the owner was told of holds in the end, whatever fork it was on."""
+        for revocation in self.revocations:
+            subject = revocation.subject
+            if head.access.admits(subject) or any(m.peer_id == subject for m in head.following):
+                self.violate("a peer that the owner has revoked is in the run again")
 
     def _start(self, peer: SimPeer) -> None:
         if not peer.alive and not self.calm:
@@ -308,11 +374,11 @@ class World:
         if peer.dialable:
             self.records[peer.id] = self.loop.time()
 
-    def others(self, peer: SimPeer) -> list[bytes]:
-        """Whose records a peer finds."""
-        now = self.loop.time()
+    def others(self, peer: SimPeer) -> list[tuple[bytes, Grant | None]]:
+        """Whose records a peer finds, and the grants in them."""
+        now, grants = self.loop.time(), {other.id: other.grant for other in self.peers}
         return [
-            other
+            (other, grants.get(other))
             for other, at in self.records.items()
             if other != peer.id
             and now - at < RECORD_FRESH_SECONDS
@@ -370,13 +436,15 @@ class World:
             case events.Note():
                 if effect.kind == "takeover":
                     count["takeovers"] += 1
+            case events.StartRound():
+                self.oracle.check_length(effect.shape, effect.length_seconds)
             case (
-                events.StartRound()
-                | events.StoodIn()
+                events.StoodIn()
                 | events.SendContribution()
                 | events.Reduce()
                 | events.SendJoin()
                 | events.SendProof()
+                | events.SendStatements()
             ):
                 pass
             case _:
@@ -587,6 +655,7 @@ def _told(effect: events.Effect) -> str:
             | events.FetchRounds()
             | events.Resync()
             | events.SendJoin()
+            | events.SendStatements()
             | events.Note()
         ):
             return type(effect).__name__

@@ -1,8 +1,7 @@
 """A peer's Ed25519 identity: the key file libp2p reads, and signatures that others check from the peer id alone.
 
-A libp2p peer id of an Ed25519 key is the public key itself behind a six-byte header, so a signature over a record or a
-seal needs no key beside the 38-byte peer id (https://github.com/libp2p/specs/blob/master/peer-ids/peer-ids.md). What
-was given up: RSA identities, which hivemind generates by default, cannot sign anything here.
+How a signature is checked is in `chain/signatures.py`. What was given up: RSA identities, which hivemind generates by
+default, cannot sign anything here.
 
 Cost: a peer id is 38 bytes, a signature 64.
 """
@@ -14,22 +13,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import base58
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
+from p2ptrain.chain.signatures import PEER_ID_BYTES, SIGNATURE_DOMAIN, id_of_key, is_ed25519_peer_id, verify
 from p2ptrain.errors import HomeError
 
-PEER_ID_BYTES = 38
-SIGNATURE_BYTES = 64
+__all__ = [
+    "PEER_ID_BYTES",
+    "Identity",
+    "format_peer_id",
+    "identity_of_key",
+    "is_ed25519_peer_id",
+    "load_or_create_identity",
+    "new_identity",
+    "parse_peer_id",
+    "verify",
+]
 
-# Protobuf by hand: field 1 (key type) = 1 (Ed25519), field 2 (data) of 64 or 32 bytes. The peer id is an "identity"
-# multihash (code 0, length 36) of the same message for the public key.
+# Protobuf by hand: field 1 (key type) = 1 (Ed25519), field 2 (data) of 64 bytes.
 _PRIVATE_HEADER = b"\x08\x01\x12\x40"
-_PEER_ID_HEADER = b"\x00\x24\x08\x01\x12\x20"
-
-# libp2p's handshake signs with the same key; the prefix keeps a signature made here from ever meaning anything there.
-_DOMAIN = b"p2ptrain signature 1\0"
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,12 @@ class Identity:
 
     def sign(self, data: bytes) -> bytes:
         """The 64-byte signature of `data`, for `verify`."""
-        return self.key.sign(_DOMAIN + data)
+        return self.key.sign(SIGNATURE_DOMAIN + data)
 
 
 def new_identity() -> Identity:
     """A fresh identity, kept in memory only."""
-    return _identity(Ed25519PrivateKey.generate())
+    return identity_of_key(Ed25519PrivateKey.generate())
 
 
 def load_or_create_identity(path: Path) -> Identity:
@@ -73,29 +76,13 @@ def load_or_create_identity(path: Path) -> Identity:
             hint=f"move it away to get a new peer id: mv {path} {path}.old",
         )
     key = Ed25519PrivateKey.from_private_bytes(data[4:36])
-    identity = _identity(key)
+    identity = identity_of_key(key)
     if data[36:] != identity.peer_id[6:]:
         raise HomeError(
             f"{path} is damaged: its two halves do not belong together",
             hint=f"restore it from a copy, or move it away to get a new peer id: mv {path} {path}.old",
         )
     return identity
-
-
-def verify(peer_id: bytes, data: bytes, signature: bytes) -> bool:
-    """Whether `signature` is that of the owner of `peer_id` over `data`; False for any malformed input."""
-    if not is_ed25519_peer_id(peer_id) or len(signature) != SIGNATURE_BYTES:
-        return False
-    try:
-        Ed25519PublicKey.from_public_bytes(peer_id[6:]).verify(signature, _DOMAIN + data)
-    except (InvalidSignature, ValueError):
-        return False
-    return True
-
-
-def is_ed25519_peer_id(peer_id: bytes) -> bool:
-    """Whether `peer_id` [38 bytes] carries its Ed25519 public key."""
-    return len(peer_id) == PEER_ID_BYTES and peer_id.startswith(_PEER_ID_HEADER)
 
 
 def format_peer_id(peer_id: bytes) -> str:
@@ -111,8 +98,9 @@ def parse_peer_id(text: str) -> bytes:
     return peer_id
 
 
-def _identity(key: Ed25519PrivateKey) -> Identity:
-    return Identity(_PEER_ID_HEADER + key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw), key)
+def identity_of_key(key: Ed25519PrivateKey) -> Identity:
+    """Return the identity behind a private key: a peer's, the owner's, or a token's."""
+    return Identity(id_of_key(key.public_key().public_bytes_raw()), key)
 
 
 def _encode(key: Ed25519PrivateKey) -> bytes:

@@ -5,6 +5,7 @@ Cost: two numbers a key, of the `KEYS_MAX` keys used last; a key that was pushed
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Hashable
 from contextvars import ContextVar
@@ -13,6 +14,11 @@ KEYS_MAX = 4096
 
 caller: ContextVar[bytes | None] = ContextVar("caller", default=None)
 """The peer whose unary call is being answered; None: what happens is our own doing."""
+
+
+def loop_time() -> float:
+    """Monotonic seconds by the running loop's clock."""
+    return asyncio.get_running_loop().time()
 
 
 class Allowance:

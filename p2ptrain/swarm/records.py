@@ -35,6 +35,9 @@ RUNS_KEY = "p2ptrain/1/runs"
 SUBKEY_PREFIX = b"p2ptrain1:"
 MANIFEST_SUBKEY = SUBKEY_PREFIX + b"manifest"
 
+ID_END, REASON_MAX = 8, 120
+"""Characters of a peer id, and of a text that says why."""
+
 _DOMAIN = b"p2ptrain record 1\0"
 _NONCE_BYTES = 12
 
@@ -43,6 +46,9 @@ _PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f]*$"
 Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=_PRINTABLE)]
 Text = Annotated[str, Meta(max_length=128, pattern=_PRINTABLE)]
 Address = Annotated[str, Meta(max_length=256, pattern=r"^/[\x21-\x7e]*$")]
+Reason = Annotated[str, Meta(max_length=REASON_MAX, pattern=_PRINTABLE)]
+IdEnd = Annotated[str, Meta(min_length=ID_END, max_length=ID_END, pattern=r"^[1-9A-HJ-NP-Za-km-z]*$")]
+"""The last characters of a peer id: enough for people to tell peers apart."""
 Hash = Annotated[bytes, Meta(min_length=32, max_length=32)]
 PeerId = Annotated[bytes, Meta(min_length=PEER_ID_BYTES, max_length=PEER_ID_BYTES)]
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -65,6 +71,18 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     run_id: Hash
     time: float
     """Unix seconds on the publisher's clock."""
+
+
+class RefusedRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The branch that a peer's fork choice refused last."""
+
+    round: Count
+    """Of its last seal."""
+    total: Count
+    donor: IdEnd
+    why: Reason
+    age_seconds: Count
+    """Since then, when the record was published."""
 
 
 class PeerRecord(Record, frozen=True, kw_only=True):
@@ -91,6 +109,10 @@ class PeerRecord(Record, frozen=True, kw_only=True):
     version: Text = ""
     addresses: Annotated[list[Address], Meta(max_length=16)] = []
     """Multiaddrs with /p2p/ID that others may dial; empty when nobody can."""
+    grant: Annotated[bytes, Meta(max_length=1024)] = b""
+    """The encoded grant by which a guest is in the run, for peers whose chain lacks it."""
+    refused: RefusedRecord | None = None
+    """None: it has refused no branch since it started."""
 
     def last_seen_seconds(self, now: float) -> float:
         """Seconds since it was published, by the reader's clock `now` (Unix seconds); never negative."""

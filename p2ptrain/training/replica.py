@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from p2ptrain.chain import ChainState, RoundShape, genesis
+from p2ptrain.chain import ChainState, RoundShape
 from p2ptrain.chain.evidence import body_of
 from p2ptrain.chain.sealed import SealedRound
 from p2ptrain.compression import decoded
@@ -68,7 +68,7 @@ class Replica:
     @property
     def beginning(self) -> ChainState:
         """The chain before its first seal."""
-        return genesis(self.run_id, self.manifest.founder_id)
+        return self.manifest.beginning(self.run_id)
 
     @property
     def layout(self) -> ChunkLayout:

@@ -5,8 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from attacks.chains import MadeUpMembers, OfflineChain, TipNeverDelivered
-from attacks.comings import DyingNewcomers, ManyJoins, MemberSolo
-from attacks.floods import FalseRecords, IdleAndSlow, Malformed, UnfinishedFrames
+from attacks.comings import DataCalls, DyingNewcomers, ManyJoins, MemberSolo
+from attacks.floods import (
+    DialElsewhere,
+    FalseRecords,
+    IdleAndSlow,
+    Malformed,
+    ReplayedSeals,
+    UnfinishedFrames,
+)
 from attacks.hostile import Attack
 from attacks.members import LyingMember
 
@@ -59,11 +66,51 @@ ATTACKS = {
         LyingMember, "gives every other peer another reply", {"lie": "two_replies"}, member=True, attacker="member"
     ),
     "member_solo": Spec(MemberSolo, "leaves, seals alone, comes back", member=True, attacker="member"),
+    "censor": Spec(
+        LyingMember,
+        "reduces and seals nothing that one honest member has part in",
+        {"lie": "censor"},
+        member=True,
+        attacker="member",
+    ),
+    "seal_of_nothing": Spec(
+        LyingMember,
+        "seals rounds without any reply, each time that it may",
+        {"lie": "seal_of_nothing"},
+        member=True,
+        attacker="member",
+    ),
+    "seal_out_of_turn": Spec(
+        LyingMember,
+        "seals each round as soon as it can",
+        {"lie": "seal_out_of_turn"},
+        member=True,
+        attacker="member",
+    ),
+    "false_root": Spec(
+        LyingMember,
+        "names roots of a state that only its own snapshots have",
+        {"lie": "false_root"},
+        member=True,
+        attacker="member",
+    ),
+    "replayed_contributions": Spec(
+        LyingMember,
+        "sends its contributions again and again",
+        {"lie": "replay"},
+        member=True,
+        attacker="member",
+    ),
+    "replayed_seals": Spec(ReplayedSeals, "passes on the seals of all rounds again and again"),
+    "data_calls": Spec(DataCalls, "asks for the text with 50 identities, before it is packed", {"identities": 50}),
     "malformed": Spec(Malformed, "malformed messages over all calls, as fast as they are taken"),
     "idle_and_slow": Spec(IdleAndSlow, "500 idle connections, slow streams on all peers", {"connections": 500}),
     "unfinished_frames": Spec(UnfinishedFrames, "200 unfinished frames of 1 MiB on each peer", {"streams": 200}),
     "forged_peers": Spec(FalseRecords, "records of 2,000 made-up peers of the run", {"what": "peers", "count": 2000}),
     "foreign_runs": Spec(FalseRecords, "500 made-up runs in the same DHT", {"what": "runs", "count": 500}),
+    "dial_elsewhere": Spec(
+        DialElsewhere, "records have peers dial an address of its choice", {"what": "peers", "count": 2000}
+    ),
     "dht_keys": Spec(FalseRecords, "4,200 signed keys that outlive all others", {"what": "keys", "count": 4200}),
     "no_throughput": Spec(
         LyingMember, "says that it computes nothing", {"lie": "no_throughput"}, member=True, attacker="member"

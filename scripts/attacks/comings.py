@@ -14,11 +14,12 @@ from typing import Any
 
 from attacks.forged import key_from
 from attacks.hostile import ROUND_MAX_BYTES, Attack, Hostile, Liar, PeerServicer, confess
+from google.protobuf.wrappers_pb2 import BytesValue
 from hivemind.p2p import PeerID
 from lab.report import say
 
 from p2ptrain.calls.client import Client
-from p2ptrain.calls.messages import NAMESPACE, CallError, ContributionHeader, JoinRequest, Traffic
+from p2ptrain.calls.messages import NAMESPACE, CallError, ContributionHeader, DataRequest, JoinRequest, Traffic
 from p2ptrain.chain import Key, Row, SealError, shape_of
 from p2ptrain.chain.evidence import sign_contribution
 from p2ptrain.chain.sealed import SealedRoundError
@@ -162,7 +163,7 @@ class ManyJoins(Attack):
         try:
             await asyncio.gather(*(self._ask(daemon) for daemon in self._daemons))
         finally:
-            say(did={"asked_for_admission": self._asked})
+            say(did={"asked": self._asked})
 
     async def close(self) -> None:
         """End the daemons."""
@@ -193,12 +194,23 @@ class ManyJoins(Attack):
         def stub(peer: bytes) -> Any:
             return PeerServicer.get_stub(daemon.p2p, PeerID(peer), namespace=NAMESPACE)
 
-        request = self.hostile.traffic.message(JoinRequest(self.hostile.run_id, DIALABLE))
+        call, request = self._request()
         while True:
             for peer in self.hostile.peers:
-                await self.hostile.send(peer, "rpc_join", request, stub=stub)
+                await self.hostile.send(peer, call, request, stub=stub)
                 self._asked += 1
             await asyncio.sleep(ASKING_SECONDS)
+
+    def _request(self) -> tuple[str, BytesValue]:
+        """What each identity asks."""
+        return "rpc_join", self.hostile.traffic.message(JoinRequest(self.hostile.run_id, DIALABLE))
+
+
+class DataCalls(ManyJoins):
+    """So many identities ask for the run's text at once, before anybody has it packed; none reads what comes."""
+
+    def _request(self) -> tuple[str, BytesValue]:
+        return "rpc_data", self.hostile.traffic.message(DataRequest(self.hostile.run_id))
 
 
 class DyingNewcomers(Attack):

@@ -28,11 +28,15 @@ from p2ptrain.calls.messages import (
     Tip,
 )
 from p2ptrain.chain import Row, SignedSeal
+from p2ptrain.chain.sealed import decode_sealed
+from p2ptrain.swarm.identity import verify
 from p2ptrain.swarm.records import RUNS_KEY, PeerRecord, Record, RunRecord, encode_record, peers_key, subkey_of
 
 SENDERS = 24
 STREAMS_A_PEER = 32
 FRAME_BYTES = 1024 * 1024 - 1
+ELSEWHERE = "127.0.0.9"
+RELAYS_AT_ONCE = 64
 RECORD_SECONDS = 30.0
 RECORDS_AT_ONCE = 100
 KEYS_SECONDS = 3000.0
@@ -172,6 +176,9 @@ class UnfinishedFrames(_Streams):
 class FalseRecords(Attack):
     """Signed records in the DHT that say nothing true. `what`: peers, runs, keys; `count` of them."""
 
+    _route = "/ip4/127.0.0.1/tcp/9"
+    """Where peers are said to be."""
+
     async def prepare(self) -> list[bytes]:
         """Sign with identities that are made up, but have keys."""
         self._identities = [identity_from(self.hostile.chance) for _ in range(int(self.options["count"]))]
@@ -230,6 +237,66 @@ class FalseRecords(Attack):
             round=999_999,
             state_id=bytes(32),
             total=10**12,
-            addresses=[f"/ip4/127.0.0.1/tcp/9/p2p/{PeerID(peer_id)}"],
+            addresses=[f"{self._route}/p2p/{PeerID(peer_id)}"],
         )
         return peers_key(run_id), peer
+
+
+class DialElsewhere(FalseRecords):
+    """The same, of peers that are said to be at an address where nobody has asked to be dialled; counts the dials."""
+
+    async def prepare(self) -> list[bytes]:
+        """Listen there."""
+        self._dials = 0
+        self._began = 0.0
+        self._server = await asyncio.start_server(self._dialled, ELSEWHERE, 0)
+        port = self._server.sockets[0].getsockname()[1]
+        self._route = f"/ip4/{ELSEWHERE}/tcp/{port}"
+        return await super().prepare()
+
+    async def run(self) -> None:
+        """Store the records."""
+        self._began = time.monotonic()
+        try:
+            await super().run()
+        finally:
+            seconds = round(time.monotonic() - self._began, 1)
+            say(did={"dials": self._dials, "seconds": seconds, "peers": len(self.hostile.peers)})
+
+    async def close(self) -> None:
+        """Listen no more."""
+        self._server.close()
+
+    async def _dialled(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._dials += 1
+        writer.close()
+
+
+class ReplayedSeals(Attack):
+    """Real seals of real members, which are over: passed on to everybody again and again, with their tips."""
+
+    async def prepare(self) -> list[bytes]:
+        """Fetch the chain, and keep each seal as it was signed."""
+        hostile, self._relayed = self.hostile, 0
+        branch = await hostile.fetch()
+        sealed = [decode_sealed(one, verify) for one in branch.after((branch.beginning,))[1]]
+        tips = [Tip(one.seal.round, one.id, one.seal.total) for one in sealed]
+        self._messages = [
+            hostile.traffic.message(Relay(hostile.run_id, tip, one.signed))
+            for tip, one in zip(tips, sealed, strict=True)
+        ]
+        return [hostile.node.peer_id]
+
+    async def run(self) -> None:
+        """Pass them on."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                for number in range(RELAYS_AT_ONCE):
+                    group.create_task(self._relay(self.hostile.peers[number % len(self.hostile.peers)]))
+        finally:
+            say(did={"seals_relayed": self._relayed, "different_seals": len(self._messages)})
+
+    async def _relay(self, peer: bytes) -> None:
+        while True:
+            await self.hostile.send(peer, "rpc_relay", self.hostile.chance.choice(self._messages))
+            self._relayed += 1

@@ -105,6 +105,10 @@ class Peer:
         """Every run is ours."""
         return None
 
+    def parted_at(self, locator: tuple[bytes, ...]) -> bytes:
+        """Return nothing: what is not in the journal is not remembered."""
+        return b""
+
     async def fetch(self, offer: SnapshotOffer, donor: bytes) -> float:
         """Seconds that it takes."""
         began = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from histories import MANIFEST, play
+from histories import MANIFEST, scenario
 
 from p2ptrain import chain
 from p2ptrain.chain import evidence, forks
@@ -35,7 +36,7 @@ from p2ptrain.simulation import lying
 from p2ptrain.simulation.faults import CORRUPT, FAULTS
 from p2ptrain.simulation.loop import current_actor
 from p2ptrain.simulation.peer import SimPeer
-from p2ptrain.simulation.world import Scenario
+from p2ptrain.simulation.world import Scenario, simulate
 from p2ptrain.state.own_log import OwnLog
 from p2ptrain.training.ledger import Ledger
 
@@ -114,7 +115,7 @@ def partition_from_unsealed_members(patch: Patch) -> None:
             return shape
         new = tuple(chain.Member(peer, row, 0, True) for peer, (row, _) in sorted(joins.items()))
         members = shape.members + tuple(m for m in new if shape.index(m.peer_id) is None)
-        return chain._shape(shape.round, shape.base, members, chunks)
+        return chain.state._shape(shape.round, shape.base, members, chunks)
 
     start = SimPeer.start
 
@@ -139,7 +140,9 @@ def undo_consumption_but_not_returns(patch: Patch) -> None:
 
 def shape_the_round_from_the_seal_before(patch: Patch) -> None:
     patch.setattr(
-        chain, "shape_of", lambda state, chunks: chain._shape(state.round + 1, state.parent, state.following, chunks)
+        chain,
+        "shape_of",
+        lambda state, chunks: chain.state._shape(state.round + 1, state.parent, state.following, chunks),
     )
 
 
@@ -210,6 +213,33 @@ def forget_what_was_summed(patch: Patch) -> None:
     patch.setattr(auditing.Auditing, "keep", lambda *_: None)
 
 
+def uncapped_uplink(patch: Patch) -> None:
+    patch.setattr(chain.state, "counted_uplinks", lambda reducers: [m.row.uplink_kbit for m in reducers])
+
+
+def uncapped_throughput(patch: Patch) -> None:
+    def claimed(members: tuple[chain.Member, ...], ratio: float) -> float:
+        return float(sum(m.row.sequences_per_kilosecond for m in members))
+
+    patch.setattr(chain.state, "counted_throughput", claimed)
+
+
+def serve_by_the_own_seal(patch: Patch) -> None:
+    judge = chain.state._serving_and_failing
+
+    def boastful(shape: chain.RoundShape, seal: chain.Seal) -> tuple[set[bytes], set[bytes]]:
+        return judge(shape, msgspec.structs.replace(seal, sealer=b""))
+
+    patch.setattr(chain.state, "_serving_and_failing", boastful)
+
+
+def serve_without_every_reply(patch: Patch) -> None:
+    def lenient(shape: chain.RoundShape, seal: chain.Seal) -> tuple[set[bytes], set[bytes]]:
+        return {shape.members[part.reducer].peer_id for part in shape.parts} - {seal.sealer}, set()
+
+    patch.setattr(chain.state, "_serving_and_failing", lenient)
+
+
 def send_before_the_own_log_knows(patch: Patch) -> None:
     """After a crash the contribution is another one."""
     patch.setattr(OwnLog, "write", lambda self, entry: None)
@@ -253,6 +283,10 @@ MUTATIONS = [
     undo_consumption_but_not_returns,
     shape_the_round_from_the_seal_before,
     uncapped_weight,
+    uncapped_uplink,
+    uncapped_throughput,
+    serve_by_the_own_seal,
+    serve_without_every_reply,
     send_before_the_own_log_knows,
     forget_outcomes_at_a_crash,
     audit_by_another_sum,
@@ -285,8 +319,13 @@ def test_a_deliberate_bug_is_caught(mutation: Callable[[Patch], None], monkeypat
     faults = ("crash", "wipe", CORRUPT) if mutation is accept_a_snapshot_without_a_root else FAULTS
     begin = BEGIN_AT.get(mutation, 0)
     seeds = [*range(begin, SEEDS), *range(begin)]
-    caught = next((report for seed in seeds if (report := play(seed, faults)).violations), None)
+    # Lines are measured by messages of some thousands of bytes.
+    chunks = 400 if mutation is uncapped_uplink else 12
+    torch.set_num_threads(1)
+    histories = (simulate(dataclasses.replace(scenario(seed, faults), chunks=chunks)) for seed in seeds)
+    caught = next((report for report in histories if report.violations), None)
     assert caught is not None
+    assert not re.search("(Attribute|Type|Name)Error", caught.violations[0]), "the bug itself is broken"
     print(f"{mutation.__name__}: seed {caught.seed}: {caught.violations[0][:200]}")
 
 

@@ -36,7 +36,7 @@ async def serve(node: SwarmNode, manifest: bytes, *, to_us: bool = True) -> None
     """Answer hello as a peer in this run does; `to_us`: its list has us, if it has a list."""
     run_id = open_manifest(manifest)[1]
     welcome = Welcome(PROTOCOL_VERSION, run_id, manifest, Tip(0, run_id, 0), "")
-    answering: Any = SimpleNamespace(admits=lambda peer: to_us, welcome=lambda: welcome)
+    answering: Any = SimpleNamespace(admits=lambda peer: to_us, welcome=lambda: welcome, revocation=lambda peer: None)
     await node.add_servicer(PeerServicer(answering, Traffic()), NAMESPACE)
 
 

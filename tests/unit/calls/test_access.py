@@ -11,12 +11,27 @@ from typing import Any
 import pytest
 from google.protobuf.wrappers_pb2 import BytesValue
 
-from p2ptrain.calls.messages import NOT_LISTED, Answer, Hello, Tip, Traffic, Welcome, decode_message
-from p2ptrain.calls.servicer import PeerServicer
+from p2ptrain.calls.messages import (
+    NOT_LISTED,
+    REVOKED,
+    STATEMENTS_MAX_BYTES,
+    TOO_MANY_CALLS,
+    Amend,
+    Answer,
+    CallError,
+    Hello,
+    Tip,
+    Traffic,
+    Welcome,
+    decode_message,
+)
+from p2ptrain.calls.servicer import OUTSIDERS_AMENDS_BURST, PeerServicer
+from p2ptrain.chain.admission import Revocation
 from p2ptrain.config.manifest import PROTOCOL_VERSION
 
 RUN_ID = bytes(range(32))
-LISTED, OUTSIDER = b"listed", b"outsider"
+LISTED, OUTSIDER, REVOKED_PEER = b"listed", b"outsider", b"r" * 38
+REVOCATION = Revocation(RUN_ID, REVOKED_PEER, False, bytes(64))
 CALLS = [name for name in dir(PeerServicer) if name.startswith("rpc_")]
 
 
@@ -25,6 +40,12 @@ class ListedOnly:
 
     def admits(self, peer: bytes) -> bool:
         return peer == LISTED
+
+    def revocation(self, peer: bytes) -> Revocation | None:
+        return REVOCATION if peer == REVOKED_PEER else None
+
+    def take_statements(self, amend: Amend) -> str:
+        raise AssertionError("statements are not what the request has")
 
     def welcome(self) -> Welcome:
         return Welcome(PROTOCOL_VERSION, RUN_ID, b"the manifest", Tip(7, RUN_ID, 7), "")
@@ -56,6 +77,7 @@ def test_the_calls_are_those_of_the_protocol() -> None:
         "contribute",
         "follow",
         "relay",
+        "amend",
         "rounds",
         "snapshot",
         "data",
@@ -64,7 +86,7 @@ def test_the_calls_are_those_of_the_protocol() -> None:
     }
 
 
-@pytest.mark.parametrize("name", [name for name in CALLS if name != "rpc_hello"])
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in ("rpc_hello", "rpc_amend")])
 def test_a_call_of_an_outsider_is_answered_with_the_refusal_alone(name: str) -> None:
     (answer,) = asyncio.run(answers(name, OUTSIDER))
     assert decode_message(answer, Answer) == Answer(NOT_LISTED)
@@ -81,5 +103,42 @@ def test_a_listed_peer_that_says_hello_gets_the_manifest() -> None:
         request = Traffic().message(Hello(PROTOCOL_VERSION))
         answer = await PeerServicer(answering, Traffic()).rpc_hello(request, context(LISTED))
         assert decode_message(answer.value, Welcome) == answering.welcome()
+
+    asyncio.run(scenario())
+
+
+def test_a_peer_that_was_revoked_is_shown_the_owners_word() -> None:
+    (answer,) = asyncio.run(answers("rpc_hello", REVOKED_PEER))
+    assert decode_message(answer, Welcome) == Welcome(PROTOCOL_VERSION, RUN_ID, b"", None, REVOKED, REVOCATION)
+
+
+def test_statements_of_outsiders_are_read_and_no_more_of_them_than_signatures_can_be_checked() -> None:
+    class Counting(ListedOnly):
+        heard = 0
+
+        def take_statements(self, amend: Amend) -> str:
+            self.heard += 1
+            return ""
+
+    async def scenario() -> None:
+        answering: Any = Counting()
+        servicer = PeerServicer(answering, Traffic())
+        request = Traffic().message(Amend(RUN_ID, (REVOCATION,)))
+        said = [
+            decode_message((await servicer.rpc_amend(request, context(number.to_bytes(38)))).value, Answer).refusal
+            for number in range(300)
+        ]
+        assert OUTSIDERS_AMENDS_BURST <= answering.heard <= OUTSIDERS_AMENDS_BURST + 50
+        assert said.count("") == answering.heard and set(said) == {"", TOO_MANY_CALLS}
+        # A peer of the run is heard all the same.
+        heard = answering.heard
+        await servicer.rpc_amend(request, context(LISTED))
+        assert answering.heard == heard + 1
+        # What is too long is not read, and noise is none of ours.
+        long = BytesValue(value=bytes(STATEMENTS_MAX_BYTES + 1))
+        await servicer.rpc_amend(long, context(LISTED))
+        with pytest.raises(CallError):
+            await servicer.rpc_amend(BytesValue(value=b"noise"), context(LISTED))
+        assert answering.heard == heard + 1
 
     asyncio.run(scenario())

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from p2ptrain import chain
 from p2ptrain.chain import ChainState, Join, Member, Row, Seal, SealError, SignedSeal
+from p2ptrain.chain.admission import Access
 from p2ptrain.swarm.identity import Identity, new_identity, verify
 
 RUN_ID = bytes(range(32))
@@ -75,17 +76,19 @@ def test_a_seal_signed_by_another_than_it_names_is_refused() -> None:
 
 
 def test_a_seal_that_brings_in_a_peer_off_the_list_is_refused() -> None:
-    before = state(*map(member, PEERS))
-    _, plain = seal_on(before, PEERS[0], {0, 1})
-    newcomer = new_identity().peer_id
-    _, admitting = seal_on(before, PEERS[0], {0, 1}, joins=(Join(newcomer, Row(0, 0, 1)),))
-    listed = {peer.peer_id for peer in PEERS}
-    signed, with_newcomer = (chain.encode_seal(seal, PEERS[0].sign) for seal in (plain, admitting))
-    assert chain.open_seal(signed, verify, listed.__contains__)[1] == plain
-    assert chain.open_seal(with_newcomer, verify, (listed | {newcomer}).__contains__)[1] == admitting
-    for refused, admits in ((with_newcomer, listed), (signed, listed - {PEERS[0].peer_id})):
-        with pytest.raises(SealError, match="not on the run's list"):
-            chain.open_seal(refused, verify, admits.__contains__)
+    newcomer, row = new_identity(), Row(0, 0, 1)
+    listed = tuple(peer.peer_id for peer in PEERS)
+    for peers, comes in ((listed, False), ((*listed, newcomer.peer_id), True)):
+        before = state(*map(member, PEERS), access=Access("list", listed=peers))
+        for seal in (
+            seal_on(before, PEERS[0], {0, 1}, joins=(Join(newcomer.peer_id, row),)),
+            seal_on(before, newcomer, set(), solo=True, parts=(b"",) * 4),
+        ):
+            if comes:
+                chain.extend(before, *seal, CHUNKS)
+            else:
+                with pytest.raises(SealError, match="not for"):
+                    chain.extend(before, *seal, CHUNKS)
 
 
 @given(st.binary(max_size=200))
@@ -180,7 +183,10 @@ def test_those_who_reduce_are_dialable_and_were_included_and_the_sealers_rotate(
         member(PEERS[3], uplink=300),
     )
     shape = chain.shape_of(state(*members, round=10), CHUNKS)
-    assert [(part.reducer, part.end - part.start) for part in shape.parts] == [(0, 8), (3, 22)]
+    assert [(part.reducer, part.end - part.start) for part in shape.parts] == [(0, 15), (3, 15)]
+    served = (*members[:3], msgspec.structs.replace(members[3], served=8))
+    parts = chain.shape_of(state(*served, round=10), CHUNKS).parts
+    assert [(part.reducer, part.end - part.start) for part in parts] == [(0, 10), (3, 20)]
     assert shape.sealer_order == (3, 0, 1, 2)  # rotated by round 11: [0, 3] by 1; then 1, then 2, which is silent
     assert chain.shape_of(state(*members, round=11), CHUNKS).sealer_order == (0, 3, 1, 2)
 
@@ -204,9 +210,9 @@ def test_fork_choice_is_a_total_order(a: tuple[int, bytes], b: tuple[int, bytes]
 
 def test_a_round_lasts_as_long_as_the_target_batch_takes_within_bounds() -> None:
     shape = chain.shape_of(state(*map(member, PEERS)), CHUNKS)  # four times one sequence a second
-    assert chain.length_seconds(shape, 12, 0.5, 60) == 3
-    assert chain.length_seconds(shape, 1, 0.5, 60) == 0.5
-    assert chain.length_seconds(shape, 1000, 0.5, 60) == 60
+    assert chain.length_seconds(shape, 12, 0.5, 60, 4.0) == 3
+    assert chain.length_seconds(shape, 1, 0.5, 60, 4.0) == 0.5
+    assert chain.length_seconds(shape, 1000, 0.5, 60, 4.0) == 60
 
 
 @given(st.integers(1, 300_000), st.sampled_from([1, 2, 7, 40, 300]))

@@ -59,8 +59,8 @@ def extend(state: ChainState, seal: Seal) -> ChainState:
 
 def test_one_seal_has_one_encoding() -> None:
     signed = chain.encode_seal(seal_on(trio(), 0, 1), ADA.sign)
-    # The same array of fourteen, in the longer form that msgpack has for it.
-    longer = b"\xdc\x00\x0e" + signed.body[1:]
+    # The same array of fifteen, in the longer form that msgpack has for it.
+    longer = b"\xdc\x00\x0f" + signed.body[1:]
     assert msgspec.msgpack.decode(longer) == msgspec.msgpack.decode(signed.body)
     with pytest.raises(SealError, match="canonical"):
         chain.open_seal(SignedSeal(longer, ADA.sign(chain.seal_id(longer))), verify)

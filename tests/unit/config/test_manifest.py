@@ -207,18 +207,22 @@ def test_a_direction_for_matrices_is_refused_for_vectors() -> None:
 
 
 def test_a_list_of_peers_and_the_mode_must_agree() -> None:
-    AccessConfig(mode="list", peers=(PEER,))
-    for mode, peers in (("list", ()), ("open", (PEER,))):
-        with pytest.raises(ValueError, match="contradicts"):
-            AccessConfig(mode=mode, peers=peers)
+    for mode in ("list", "invite"):
+        # The owner may add some later.
+        for peers in ((PEER,), ()):
+            AccessConfig(mode=mode, peers=peers)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="contradicts"):
+        AccessConfig(mode="open", peers=(PEER,))
 
 
 def test_a_run_with_a_list_admits_its_founder_and_the_peers_listed_and_no_other() -> None:
     founder, listed, other = (new_identity().peer_id for _ in range(3))
-    access = AccessConfig(mode="list", peers=(format_peer_id(listed),))
-    closed = msgspec.structs.replace(small(), access=access, founder=format_peer_id(founder))
-    assert [closed.admits(peer) for peer in (founder, listed, other)] == [True, True, False]
-    assert small().admits(other)
+    for mode in ("list", "invite"):
+        access = AccessConfig(mode=mode, peers=(format_peer_id(listed),))  # type: ignore[arg-type]
+        closed = msgspec.structs.replace(small(), access=access, founder=format_peer_id(founder))
+        admits = closed.beginning(bytes(32)).access.admits
+        assert [admits(peer) for peer in (founder, listed, other)] == [True, True, False]
+    assert small().beginning(bytes(32)).access.admits(other)
 
 
 def test_what_records_are_encrypted_with_follows_from_the_whole_manifest_and_not_from_the_run_id() -> None:

@@ -12,16 +12,25 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lone import RUN_ID, identity_of
 
+from p2ptrain.cli.inspect import _show
 from p2ptrain.observe.census import LOST_AND_SILENT_SECONDS, LOST_SECONDS, inspect_run
 from p2ptrain.swarm.crawl import Census
 from p2ptrain.swarm.identity import format_peer_id
-from p2ptrain.swarm.records import PeerRecord
+from p2ptrain.swarm.records import PeerRecord, RefusedRecord
 
 NOW = 1_000_000.0
 A, B = bytes([1]) * 32, bytes([2]) * 32
 
 
-def record(name: str, *, age: float = 0.5, state: Any = "training", round: int = 7, state_id: bytes = A) -> PeerRecord:
+def record(
+    name: str,
+    *,
+    age: float = 0.5,
+    state: Any = "training",
+    round: int = 7,
+    state_id: bytes = A,
+    refused: RefusedRecord | None = None,
+) -> PeerRecord:
     return PeerRecord(
         peer_id=identity_of(name).peer_id,
         run_id=RUN_ID,
@@ -32,6 +41,7 @@ def record(name: str, *, age: float = 0.5, state: Any = "training", round: int =
         round=round,
         state_id=state_id,
         total=20,
+        refused=refused,
     )
 
 
@@ -59,6 +69,28 @@ def test_the_keys_are_those_that_programs_rely_on() -> None:
         "version last_seen_seconds"
     )
     assert set(promised.split()) <= peer.keys()
+
+
+def test_the_branch_that_a_peer_has_refused_is_shown_with_its_age() -> None:
+    refused = RefusedRecord(round=90, total=400, donor="8Jkwp3Zq", why="0 of 3 members behind it", age_seconds=12)
+    peers = {peer["name"]: peer for peer in look(record("ada", age=1.5, refused=refused), record("grace"))["peers"]}
+    assert peers["grace"]["refused_branch"] is None
+    assert peers["ada"]["refused_branch"] == {
+        "round": 90,
+        "total": 400,
+        "donor": "8Jkwp3Zq",
+        "why": "0 of 3 members behind it",
+        "age_seconds": 13.5,
+    }
+
+
+def test_the_table_says_it_in_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    refused = RefusedRecord(round=90, total=400, donor="8Jkwp3Zq", why="0 of 3 members behind it", age_seconds=12)
+    found = {one.peer_id: one for one in (record("ada", refused=refused), record("grace"))}
+    _show(inspect_run(RUN_ID, "run", found, Census(frozenset(found), frozenset()), NOW), "table", watch=False)
+    *_, line = capsys.readouterr().out.splitlines()
+    told = "ada refused a branch up to round 90 (total 400) that 8Jkwp3Zq has, 12 s ago: 0 of 3 members behind it"
+    assert line.strip() == told
 
 
 def test_who_has_said_nothing_for_long_is_lost() -> None:

@@ -67,7 +67,10 @@ def driver_of(home: Home, lone: Lone, manifest: Manifest = MANIFEST) -> tuple[Ro
     node: Any = FakeNode(Network(), identity.peer_id)
     node.identity, node.add_servicer = identity, nothing
     at: Any = SimpleNamespace(
-        codec=lone.replica.codec, chain=lone.states[-1], snapshot_max_bytes=1, snapshot_chain=lambda data: None
+        codec=lone.replica.codec,
+        chain=msgspec.structs.replace(lone.states[-1], access=manifest.beginning(RUN_ID).access),
+        snapshot_max_bytes=1,
+        snapshot_chain=lambda data: None,
     )
     parts = driver_parts(
         Run(manifest, RUN_ID, b"", founder=False),
@@ -108,6 +111,14 @@ def goes_over(home: Home, lone: Lone, rounds: list[SealedRound], state: ChainSta
         await driver._resync(events.Resync(ZOE.peer_id, "as the test wants it"))
         followed = driver.machine.head == state != head
         assert (restore in inbox) == followed
+        driver.publish_standing()
+        refused = driver.standing.refused
+        if followed:
+            assert refused is None
+        else:
+            assert refused is not None and refused.donor == format_peer_id(ZOE.peer_id)[-8:]
+            assert (refused.round, refused.total, refused.age_seconds) == (state.round, state.total, 0)
+            assert refused.why
         assert journal.position((state if followed else head).id) == journal.last
         await driver.stop()
         return followed
@@ -194,14 +205,16 @@ def test_a_driver_follows_nobody_off_the_list_and_takes_no_seal_that_names_one(h
         driver, _, _ = driver_of(home, lone, msgspec.structs.replace(MANIFEST, access=access))
         assert driver.feed.would_follow(BOB.peer_id) and not driver.feed.would_follow(ZOE.peer_id)
         # One who is on the list passes on the seal of one who is not.
-        assert driver.feed._open(BOB.peer_id, solo.signed) is None
+        driver.feed.take_relayed(BOB.peer_id, Tip(solo.seal.round, solo.id, solo.seal.total), solo.signed)
+        assert driver.machine.head.id == lone.states[-1].id
+        assert not driver.machine.fetching.waiting
         header = RoundsHeader(lone.states[-1].id, 1, Tip.of(lone.states[-1]), ())
 
         async def rounds(*arguments: object) -> tuple[RoundsHeader, list[bytes]]:
             return header, encoded
 
         driver.catching_up._client = SimpleNamespace(rounds=rounds)  # type: ignore[assignment]
-        with pytest.raises(SealedRoundError, match="not on the run's list"):
+        with pytest.raises(SealedRoundError, match="that the run is not for"):
             await driver.catching_up.fetch(BOB.peer_id, (header.ancestor,), 4, driver.machine.known_state)
         await driver.feed.close()
 

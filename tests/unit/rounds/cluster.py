@@ -11,6 +11,7 @@ import heapq
 import itertools
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, assert_never
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -42,6 +43,7 @@ RULES: dict[str, Any] = {
     "last_round": 0,
     # What the trainers here send are no payloads, so there is nothing to repeat.
     "audits_a_part": 0.0,
+    "weight_cap_ratio": 4.0,
 }
 
 
@@ -143,6 +145,9 @@ class Peer:
             case events.SendJoin():
                 join = events.JoinReceived(self.id, self.machine.row)
                 self.cluster.send(self, effect.sealer, lambda sealer: sealer.hears(join))
+            case events.SendStatements():
+                for statement in effect.statements:
+                    self.cluster.send(self, effect.sealer, partial(Peer.hears, event=events.StatementHeard(statement)))
             case events.Note():
                 self.notes.append(effect)
             case _:

@@ -502,6 +502,26 @@ def test_a_sealer_whose_own_root_differs_starts_anew_as_well(odd: int) -> None:
     assert [len(peer.resyncs) > 0 for peer in peers] == [number == odd for number in range(3)]
 
 
+@pytest.mark.parametrize("listens", [True, False])
+def test_a_sealer_that_makes_up_a_root_has_nobody_load_its_state(listens: bool) -> None:
+    """Whoever reduces has heard the others' roots; whoever does not waits for the others' seals."""
+    cluster = Cluster(root_interval=8)
+    ada, grace, linus = cluster.group(3)
+    frances = cluster.add("frances", dialable=listens)
+    cluster.until(lambda: len(ada.head.following) == 4 and all(m.included for m in ada.head.following), 60)
+    base = (ada.head.round // 8 + 1) * 8
+    everybody = (ada, grace, linus, frances)
+    cluster.until(lambda: min(p.head.round for p in everybody) >= base, 60)
+    false = b"\0" * 31 + b"x"
+    for peer in everybody:
+        roots(peer, base, false if peer is linus else b"r" * 32)
+    linus.machine._majority_root = lambda shape: false  # type: ignore[method-assign]
+    cluster.until(lambda: min(p.head.round for p in everybody) >= base + 7, 60)
+    sealed = [sealed.seal.root for sealed in ada.rounds if sealed.seal.round >= base + 2]
+    assert {false, b"r" * 32} <= set(sealed)
+    assert [peer.resyncs for peer in (ada, grace, frances)] == [[], [], []]
+
+
 # ---- floods ---------------------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ from p2ptrain.swarm.records import (
     MAX_RECORD_SECONDS,
     PeerRecord,
     RecordError,
+    RefusedRecord,
     RunRecord,
     check_record,
     encode_record,
@@ -53,6 +54,11 @@ def peer_record(identity: Identity = ME, **changes: Any) -> PeerRecord:
     return PeerRecord(**(fields | changes))
 
 
+def refused(**changes: Any) -> RefusedRecord:
+    fields = {"round": 90, "total": 400, "donor": "8Jkwp3Zq", "why": "0 of 3 members behind it", "age_seconds": 12}
+    return RefusedRecord(**(fields | changes))  # type: ignore[arg-type]
+
+
 def encoded(**changes: Any) -> bytes:
     return encode_record(ME, KEY, peer_record(**changes), NOW + 30)
 
@@ -63,7 +69,7 @@ def encoded(**changes: Any) -> bytes:
     total=st.integers(0, 2**63 - 1),
 )
 def test_a_record_comes_back_as_it_was(name: str, loss: float | None, total: int) -> None:
-    record = peer_record(name=name, loss=loss, total=total)
+    record = peer_record(name=name, loss=loss, total=total, refused=refused(total=total))
     data = encode_record(ME, KEY, record, NOW + 30)
     assert open_record(data, KEY, ME.peer_id, PeerRecord, now=NOW) == record
 
@@ -134,6 +140,15 @@ def test_a_record_ends_and_does_not_come_from_the_future() -> None:
         {"state_id": b"short"},
         {"addresses": ["/ip4/127.0.0.1/tcp/1"] * 17},
         {"addresses": ["/dns4/a b/tcp/1"]},
+        {"refused": refused(donor="12345678\x1b")},
+        {"refused": refused(donor="0OIl0OIl")},
+        {"refused": refused(donor="")},
+        {"refused": refused(why="x" * 121)},
+        {"refused": refused(why="\x1b[2J")},
+        {"refused": refused(round=-1)},
+        {"refused": refused(total=2**63)},
+        {"refused": refused(age_seconds=-1)},
+        {"refused": refused(age_seconds=math.inf)},
     ],
 )
 def test_impossible_values_are_not_published(changes: dict[str, Any]) -> None:
