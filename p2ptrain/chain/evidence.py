@@ -23,21 +23,20 @@ from typing import Annotated, Literal, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from p2ptrain.chain.seal import HASH_BYTES, MEMBERS_MAX, Hash, Key, PeerId, Row, Verify
+from p2ptrain.chain.seal import MEMBERS_MAX, Key, Row, Verify
+from p2ptrain.chain.signatures import HASH_BYTES, SIGNATURE_BYTES, Hash, PeerId, Signature
 from p2ptrain.chain.state import PARTS_MAX, RoundShape
 from p2ptrain.compression import decoded, wire
 from p2ptrain.compression.codec import Codec
 from p2ptrain.compression.reduce import reduce_part
 
-SIGNATURE_BYTES = 64
 ATTESTATION_BYTES = HASH_BYTES + SIGNATURE_BYTES
 PROOF_MAX_BYTES = 8 * 1024 * 1024
-_STATEMENT_MAX_BYTES = 256
-"""Of a statement, and of what msgpack adds to a payload."""
+_MESSAGE_MAX_BYTES = 256
+"""Of a message, and of what msgpack adds to a payload."""
 _PEER_MAX_BYTES = 72
 
 Sign = Callable[[bytes], bytes]
-Signature = Annotated[bytes, Meta(min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)]
 
 
 class EvidenceError(ValueError):
@@ -48,7 +47,7 @@ class _Wire(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     """Base of what is sent: arrays, of exactly their fields."""
 
 
-class Statement(_Wire, frozen=True):
+class SignedMessage(_Wire, frozen=True):
     """What a member signed of its message to one part, as the reducer passes it on."""
 
     member: Annotated[int, Meta(ge=0, lt=MEMBERS_MAX)]
@@ -61,7 +60,7 @@ class Statement(_Wire, frozen=True):
 class Bundle(_Wire, frozen=True):
     """What a reducer shows an auditor: the contributions that it summed, in members' order."""
 
-    statements: Annotated[tuple[Statement, ...], Meta(max_length=MEMBERS_MAX)]
+    messages: Annotated[tuple[SignedMessage, ...], Meta(max_length=MEMBERS_MAX)]
     payloads: Annotated[tuple[bytes, ...], Meta(max_length=MEMBERS_MAX)]
 
 
@@ -102,7 +101,7 @@ _encode = msgspec.msgpack.encode
 # ---- contributions --------------------------------------------------------------------------------------------------
 
 
-def contribution_statement(run_id: bytes, key: Key, part: int, row: Row, payload_sha256: bytes) -> bytes:
+def contribution_digest(run_id: bytes, key: Key, part: int, row: Row, payload_sha256: bytes) -> bytes:
     """Return what the sender of a message to a part signs."""
     said = _encode((run_id, key.round, key.base, part, row, payload_sha256))
     return hashlib.sha256(b"p2ptrain contribution 1\0" + said).digest()
@@ -110,7 +109,7 @@ def contribution_statement(run_id: bytes, key: Key, part: int, row: Row, payload
 
 def sign_contribution(sign: Sign, run_id: bytes, key: Key, part: int, row: Row, payload: bytes) -> bytes:
     """Sign a message to a part."""
-    return sign(contribution_statement(run_id, key, part, row, hashlib.sha256(payload).digest()))
+    return sign(contribution_digest(run_id, key, part, row, hashlib.sha256(payload).digest()))
 
 
 def check_contribution(
@@ -118,7 +117,7 @@ def check_contribution(
 ) -> bool:
     """Say whether `peer` signed this message."""
     digest = hashlib.sha256(payload).digest()
-    return verify(peer, contribution_statement(run_id, key, part, row, digest), signature)
+    return verify(peer, contribution_digest(run_id, key, part, row, digest), signature)
 
 
 # ---- replies --------------------------------------------------------------------------------------------------------
@@ -129,9 +128,9 @@ def members_digest(members: Sequence[bytes]) -> bytes:
     return hashlib.sha256(b"p2ptrain members 1\0" + _encode(tuple(members))).digest()
 
 
-def inputs_digest(statements: Sequence[Statement]) -> bytes:
+def inputs_digest(messages: Sequence[SignedMessage]) -> bytes:
     """Return what an attestation names the contributions by that were summed."""
-    return hashlib.sha256(b"p2ptrain inputs 1\0" + _encode(tuple(statements))).digest()
+    return hashlib.sha256(b"p2ptrain inputs 1\0" + _encode(tuple(messages))).digest()
 
 
 def _attested(run_id: bytes, key: Key, part: int, members: Sequence[bytes], body: bytes, inputs: bytes) -> bytes:
@@ -156,10 +155,10 @@ def attest(
     part: int,
     members: Sequence[bytes],
     body: bytes,
-    statements: Sequence[Statement],
+    messages: Sequence[SignedMessage],
 ) -> bytes:
     """Return a reply: `body` and the reducer's signature over it and over what it is the sum of."""
-    inputs = inputs_digest(statements)
+    inputs = inputs_digest(messages)
     return body + inputs + sign(_attested(run_id, key, part, members, body, inputs))
 
 
@@ -199,11 +198,11 @@ def reduce_and_attest(
     good = [one for one in contributions if well_formed(codec, start, end, one.row.weight, one.payload)]
     summed = [(one.member, one.row.weight, one.payload) for one in good]
     body = reduce_part(summed, codec, start, end, len(members))
-    statements = tuple(
-        Statement(one.member, one.row, hashlib.sha256(one.payload).digest(), one.signature) for one in good
+    messages = tuple(
+        SignedMessage(one.member, one.row, hashlib.sha256(one.payload).digest(), one.signature) for one in good
     )
-    reply = attest(sign, run_id, key, part, members, body, statements)
-    return reply, Bundle(statements, tuple(one.payload for one in good))
+    reply = attest(sign, run_id, key, part, members, body, messages)
+    return reply, Bundle(messages, tuple(one.payload for one in good))
 
 
 def well_formed(codec: Codec, start: int, end: int, weight: int, payload: bytes) -> bool:
@@ -275,7 +274,7 @@ def encode_bundle(bundle: Bundle) -> bytes:
 
 def bundle_max_bytes(codec: Codec, start: int, end: int, members: int) -> int:
     """Return the largest length of a bundle for chunks [start, end) of a round with `members` members, in bytes."""
-    return 16 + members * (wire.contribution_max_bytes(codec, start, end) + _STATEMENT_MAX_BYTES)
+    return 16 + members * (wire.contribution_max_bytes(codec, start, end) + _MESSAGE_MAX_BYTES)
 
 
 def may_be_proven(codec: Codec, start: int, end: int, members: int) -> bool:
@@ -314,11 +313,11 @@ def open_proof(encoded: bytes, run_id: bytes, codec: Codec, verify: Verify) -> P
 
 def _check_named(proof: Proof) -> None:
     """Check that these are the contributions that the reply names. Raises EvidenceError."""
-    statements, payloads = proof.bundle.statements, proof.bundle.payloads
-    if inputs_digest(statements) != proof.reply[-ATTESTATION_BYTES:-SIGNATURE_BYTES]:
+    messages, payloads = proof.bundle.messages, proof.bundle.payloads
+    if inputs_digest(messages) != proof.reply[-ATTESTATION_BYTES:-SIGNATURE_BYTES]:
         raise EvidenceError("other contributions than the reply names")
     digests = [hashlib.sha256(payload).digest() for payload in payloads]
-    if [statement.payload for statement in statements] != digests:
+    if [message.payload for message in messages] != digests:
         raise EvidenceError("other payloads than were signed")
 
 
@@ -328,24 +327,24 @@ def _fault(proof: Proof, run_id: bytes, codec: Codec, verify: Verify) -> str | N
     What is asked here is what `Answering` and `reduce_and_attest` see to before they sign.
     """
     body, members = body_of(proof.reply), proof.members
-    statements, payloads = proof.bundle.statements, proof.bundle.payloads
+    messages, payloads = proof.bundle.messages, proof.bundle.payloads
     try:
         start, end = wire.reply_chunks(body)
     except wire.WireError:
         return None  # nobody takes it for a reply
     if not start < end <= codec.chunks:
         return None  # nor this one, of another run's model
-    order = [statement.member for statement in statements]
+    order = [message.member for message in messages]
     if order != sorted(set(order)) or (order and order[-1] >= len(members)):
         return "it names members that are not there"
     key = Key(proof.round, proof.base)
-    for statement, payload in zip(statements, payloads, strict=True):
-        signed = contribution_statement(run_id, key, proof.part, statement.row, statement.payload)
-        if not verify(members[statement.member], signed, statement.signature):
+    for message, payload in zip(messages, payloads, strict=True):
+        signed = contribution_digest(run_id, key, proof.part, message.row, message.payload)
+        if not verify(members[message.member], signed, message.signature):
             return "it names a contribution that its sender has not signed"
-        if not well_formed(codec, start, end, statement.row.weight, payload):
+        if not well_formed(codec, start, end, message.row.weight, payload):
             return "it names a contribution that is malformed"
-    summed = [(s.member, s.row.weight, payload) for s, payload in zip(statements, payloads, strict=True)]
+    summed = [(s.member, s.row.weight, payload) for s, payload in zip(messages, payloads, strict=True)]
     if reduce_part(summed, codec, start, end, len(members)) != body:
         return "it is not the sum of what it names"
     return None

@@ -78,7 +78,7 @@ class Auditing:
 
     def keep(self, key: Key, digest: bytes, members: Sequence[bytes], bundle: Bundle) -> None:
         """Keep what a reply of ours is the sum of, for those who audit it."""
-        size = sum(map(len, bundle.payloads)) + 256 * len(bundle.statements)
+        size = sum(map(len, bundle.payloads)) + 256 * len(bundle.messages)
         self._kept[digest] = _Kept(key, frozenset(members), bundle, size)
         newest = max(kept.key.round for kept in self._kept.values())
         held = sum(kept.size for kept in self._kept.values())

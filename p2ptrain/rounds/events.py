@@ -39,7 +39,7 @@ class ContributionReceived:
     root: bytes
     payload: bytes
     signature: bytes
-    """Of `peer_id`, over the statement that `evidence.contribution_statement` makes."""
+    """Of `peer_id`, over what `evidence.contribution_digest` makes of it."""
 
 
 @dataclass(frozen=True, slots=True)

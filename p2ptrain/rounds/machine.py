@@ -674,9 +674,8 @@ class RoundMachine:
     def _hand_on_proofs(self, shape: RoundShape) -> None:
         """Give what we found to the peers that may seal this round, again each round until a seal names it."""
         for proof in self.audits.to_hand_on(self.head):
-            for place in shape.sealer_order[:2]:
-                sealer = shape.members[place].peer_id
-                if sealer not in (self.me, proof.reducer):
+            for sealer in self._next_sealers(shape):
+                if sealer != proof.reducer:
                     self._effects.append(events.SendProof(sealer, proof.reducer, proof.encoded))
 
     def _on_audited(self, event: events.Audited) -> None:

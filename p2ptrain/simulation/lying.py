@@ -101,11 +101,11 @@ def sum_of_opposites(answering: Answering, effect: events.Reduce) -> tuple[bytes
     right, bundle = Answering._reduced(answering, effect)
     summed = [
         (said.member, said.row.weight, _flip(payload, codec, effect.start, effect.end))
-        for said, payload in zip(bundle.statements, bundle.payloads, strict=True)
+        for said, payload in zip(bundle.messages, bundle.payloads, strict=True)
     ]
     body = reduce_part(summed, codec, effect.start, effect.end, len(effect.members))
     sign = parts.node.identity.sign
-    lie = evidence.attest(sign, parts.run_id, effect.key, effect.part, effect.members, body, bundle.statements)
+    lie = evidence.attest(sign, parts.run_id, effect.key, effect.part, effect.members, body, bundle.messages)
     return lie, bundle, right
 
 

@@ -159,12 +159,12 @@ def audit_by_another_sum(patch: Patch) -> None:
 
 
 def name_another_weight_than_was_summed(patch: Patch) -> None:
-    statement = evidence.Statement
+    signed = evidence.SignedMessage
 
-    def heavier(member: int, row: chain.Row, *rest: bytes) -> evidence.Statement:
-        return statement(member, msgspec.structs.replace(row, weight=row.weight + bool(row.weight)), *rest)
+    def heavier(member: int, row: chain.Row, *rest: bytes) -> evidence.SignedMessage:
+        return signed(member, msgspec.structs.replace(row, weight=row.weight + bool(row.weight)), *rest)
 
-    patch.setattr(evidence, "Statement", heavier)
+    patch.setattr(evidence, "SignedMessage", heavier)
 
 
 def answer_for_the_members_of_another_branch(patch: Patch) -> None:

@@ -21,7 +21,7 @@ from lone import identity_of
 
 from p2ptrain import chain
 from p2ptrain.chain import ChainState, Key, Member, RoundShape, Row, evidence
-from p2ptrain.chain.evidence import Bundle, Contribution, EvidenceError, Proof, Statement
+from p2ptrain.chain.evidence import Bundle, Contribution, EvidenceError, Proof, SignedMessage
 from p2ptrain.compression import coding, wire
 from p2ptrain.compression.codec import Codec
 from p2ptrain.compression.reduce import reduce_part
@@ -84,7 +84,7 @@ def reduced(contributions: Sequence[Contribution] = HONEST) -> tuple[bytes, Bund
 
 
 def lie(bundle: Bundle, body: bytes) -> bytes:
-    return evidence.attest(REDUCER.sign, RUN_ID, KEY, PART, IDS, body, bundle.statements)
+    return evidence.attest(REDUCER.sign, RUN_ID, KEY, PART, IDS, body, bundle.messages)
 
 
 def audited(reply: bytes, bundle: Bundle) -> tuple[str, bytes]:
@@ -102,7 +102,7 @@ def open_proof(encoded: bytes, run_id: bytes = RUN_ID) -> Proof:
 
 
 def body_of_sum(bundle: Bundle, payloads: Sequence[bytes]) -> bytes:
-    summed = [(said.member, said.row.weight, data) for said, data in zip(bundle.statements, payloads, strict=True)]
+    summed = [(said.member, said.row.weight, data) for said, data in zip(bundle.messages, payloads, strict=True)]
     return reduce_part(summed, CODEC, SPEC.start, SPEC.end, len(IDS))
 
 
@@ -142,25 +142,25 @@ def test_whatever_members_send_a_reducer_that_sums_it_is_right(
 
 
 def _without_the_last(bundle: Bundle) -> Bundle:
-    return Bundle(bundle.statements[:-1], bundle.payloads[:-1])
+    return Bundle(bundle.messages[:-1], bundle.payloads[:-1])
 
 
 def _of_other_payloads(bundle: Bundle) -> Bundle:
-    return Bundle(bundle.statements, (payload_of(99), *bundle.payloads[1:]))
+    return Bundle(bundle.messages, (payload_of(99), *bundle.payloads[1:]))
 
 
 def _of_another_weight(bundle: Bundle) -> Bundle:
-    first = msgspec.structs.replace(bundle.statements[0], row=Row(1, 1000, 100))
-    return Bundle((first, *bundle.statements[1:]), bundle.payloads)
+    first = msgspec.structs.replace(bundle.messages[0], row=Row(1, 1000, 100))
+    return Bundle((first, *bundle.messages[1:]), bundle.payloads)
 
 
 def _unsigned(bundle: Bundle) -> Bundle:
-    first = msgspec.structs.replace(bundle.statements[0], signature=bytes(64))
-    return Bundle((first, *bundle.statements[1:]), bundle.payloads)
+    first = msgspec.structs.replace(bundle.messages[0], signature=bytes(64))
+    return Bundle((first, *bundle.messages[1:]), bundle.payloads)
 
 
 def _with_a_payload_too_many(bundle: Bundle) -> Bundle:
-    return Bundle(bundle.statements, (*bundle.payloads, b""))
+    return Bundle(bundle.messages, (*bundle.payloads, b""))
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_one_bit_of_difference_is_a_lie() -> None:
 def test_whom_it_includes_is_part_of_the_sum() -> None:
     """Nobody is listed as present, or left out, against what the reducer has in hand."""
     _, bundle = reduced()
-    fewer = Bundle(bundle.statements[:2], bundle.payloads[:2])
+    fewer = Bundle(bundle.messages[:2], bundle.payloads[:2])
     assert audited(lie(bundle, body_of_sum(fewer, fewer.payloads)), bundle)[0] == "wrong"
     assert audited(lie(fewer, body_of_sum(bundle, bundle.payloads)), fewer)[0] == "wrong"
 
@@ -264,16 +264,16 @@ def test_a_signature_counts_for_one_message_only(moved: str) -> None:
 
 
 def _twice(bundle: Bundle) -> Bundle:
-    return Bundle((bundle.statements[0], *bundle.statements), (bundle.payloads[0], *bundle.payloads))
+    return Bundle((bundle.messages[0], *bundle.messages), (bundle.payloads[0], *bundle.payloads))
 
 
 def _in_another_order(bundle: Bundle) -> Bundle:
-    return Bundle(bundle.statements[::-1], bundle.payloads[::-1])
+    return Bundle(bundle.messages[::-1], bundle.payloads[::-1])
 
 
 def _of_one_too_many(bundle: Bundle) -> Bundle:
-    said = msgspec.structs.replace(bundle.statements[0], member=len(IDS))
-    return Bundle((*bundle.statements, said), (*bundle.payloads, bundle.payloads[0]))
+    said = msgspec.structs.replace(bundle.messages[0], member=len(IDS))
+    return Bundle((*bundle.messages, said), (*bundle.payloads, bundle.payloads[0]))
 
 
 @pytest.mark.parametrize("named", [_twice, _in_another_order, _of_one_too_many], ids=lambda one: one.__name__[1:])
@@ -286,8 +286,8 @@ def test_a_reply_names_each_contribution_once_and_in_order(named: Any) -> None:
 def test_a_malformed_contribution_must_not_be_named() -> None:
     payload = payload_of(1)[:-1]
     one = sent_by(0, payload)
-    statement = Statement(0, one.row, hashlib.sha256(payload).digest(), one.signature)
-    bundle = Bundle((statement,), (payload,))
+    message = SignedMessage(0, one.row, hashlib.sha256(payload).digest(), one.signature)
+    bundle = Bundle((message,), (payload,))
     assert audited(lie(bundle, reduce_part([], CODEC, SPEC.start, SPEC.end, len(IDS))), bundle)[0] == "wrong"
 
 
