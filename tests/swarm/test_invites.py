@@ -245,7 +245,18 @@ def test_a_guest_that_may_invites_others_and_goes_with_its_guests(swarm: Swarm, 
             await node.close()
 
     network.run(eve(), 60)
-    # One that has expired, one that is for another peer, one to another run, and one that is cut off.
+    # The owner ends Bob's invitations, and Bob with those who came by him.
+    there.revoke(format_peer_id(there.id_of("bob")), "--with-guests")
+    assert [peer.process.wait(60) for peer in (bob, cyd)] == [15, 15]
+    there.train(there.ada)
+    flags = ("--home", str(swarm.folder / "eve"), "--host", "127.0.0.1")
+    said = refused(14, "join", there.address, "--invite", token, *flags)
+    assert "revoked" in said or "may not invite" in said
+
+
+def test_an_invitation_that_is_no_good_is_refused_with_the_reason(swarm: Swarm) -> None:
+    there = Invited(swarm)
+    token = there.invite()
     other = run("invite", str(swarm.manifest), "--home", str(swarm.folder / "zoe")).stdout.split()[0]
     for flags, says in (
         (("--for", format_peer_id(there.id_of("ada"))), "for another peer"),
@@ -260,12 +271,6 @@ def test_a_guest_that_may_invites_others_and_goes_with_its_guests(swarm: Swarm, 
     flags = ("--home", str(swarm.folder / "eve"), "--host", "127.0.0.1")
     assert "another run" in refused(14, "join", there.address, "--invite", other, *flags)
     assert "not all of it" in refused(2, "join", there.address, "--invite", token[:-4], *flags)
-    # The owner ends Bob's invitations, and Bob with those who came by him.
-    there.revoke(format_peer_id(there.id_of("bob")), "--with-guests")
-    assert [peer.process.wait(60) for peer in (bob, cyd)] == [15, 15]
-    there.train(there.ada)
-    said = refused(14, "join", there.address, "--invite", token, *flags)
-    assert "revoked" in said or "may not invite" in said
 
 
 def test_in_a_run_with_a_list_the_owner_adds_a_peer_by_its_id(swarm: Swarm) -> None:
