@@ -144,7 +144,7 @@ class Verdict:
     """Whether theirs is the one to be on."""
 
 
-def judge(common: Mark, ours: Branch, theirs: Branch, me: bytes = b"") -> Verdict:
+def judge(common: Mark, ours: Branch, theirs: Branch, me: bytes = b"", *, whole: bool = True) -> Verdict:
     """Decide between two branches that part after `common`; `theirs` has one mark or more.
 
     More of the common state's members behind it wins. Who says that it stands on one stands there, whatever it sealed
@@ -158,10 +158,13 @@ def judge(common: Mark, ours: Branch, theirs: Branch, me: bytes = b"") -> Verdic
     not hear of each other: who says what is not counted yet, and a tie goes to whoever's turn came first, so that a
     member that seals out of turn undoes nobody's round. Where ours has no mark, theirs continues our chain: a tie goes
     to theirs then; if it begins with a solo seal, only with work in it.
+
+    Args:
+        whole: whether all seals of theirs are known. Else it would be unfair to count seals alone.
     """
     # Not all of its marks need be known.
     seals = tuple(branch.marks[-1].round - common.round if branch.marks else 0 for branch in (ours, theirs))
-    hear = seals != (1, 1) and seals[0] <= max(HEARD_SEALS_MIN, 2 * len(common.members))
+    hear = not whole or (seals != (1, 1) and seals[0] <= max(HEARD_SEALS_MIN, 2 * len(common.members)))
     branches = ours, theirs
     sealed = [{mark.sealer for mark in branch.marks} & common.members for branch in branches]
     said = [set(branch.voices) & common.members if hear else set[bytes]() for branch in branches]

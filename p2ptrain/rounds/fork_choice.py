@@ -216,7 +216,7 @@ class ForkChoice:
             return Judgement(theirs[-1].total >= common.total, "its total is smaller")
         on, off = self._voices(ids, since=common.round, now=now)
         branches = Branch(ours, on | {self.me}, turn(ours)), Branch(theirs, off, turn(theirs))
-        verdict = forks.judge(common, *branches, self.me)
+        verdict = forks.judge(common, *branches, self.me, whole=ids is not None)
         why = f"{verdict.theirs} of {len(common.members)} members behind it, {verdict.ours} behind ours"
         return Judgement(verdict.follow, why)
 

@@ -481,7 +481,7 @@ class RoundMachine:
         if common is None:
             parted_at = self.forks.parted_from(donor)
             if parted_at is not None:
-                return self._follows(parted_at, marks, donor, now)
+                return self._follows(parted_at, marks, donor, now, whole=False)
             return self._follows_from_afar(end, ids, donor, now)
         theirs = marks[common + 1 :]
         return bool(theirs) and self._follows(self.forks.past[ids[common]], theirs, donor, now)
