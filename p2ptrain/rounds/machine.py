@@ -68,6 +68,8 @@ class _Roots:
     #: the newest round whose root was sealed, and each such root with the sealers that named it
     sealed_round: int = 0
     sealers: dict[bytes, set[bytes]] = field(default_factory=dict)
+    #: the last round of which as many vouched for another root as for ours; -1: ours was named since
+    tied_round: int = -1
 
 
 class RoundMachine:
@@ -738,12 +740,15 @@ class RoundMachine:
         self.roots.sealers.setdefault(seal.root, set()).add(seal.sealer)
         own = self.roots.own.get(at, seal.root)
         if own == seal.root:
+            self.roots.tied_round = -1
             return
         theirs = sorted(self._vouching(at, seal.root) - {self.me})
         ours = self._vouching(at, own) | {self.me}
-        # At a tie, once all members have had a turn to seal another root.
-        all_sealed = seal.round - at - 2 >= min(len(self.head.now), interval - 1)
-        if theirs and (len(theirs) > len(ours) or (len(theirs) == len(ours) and all_sealed)):
+        # At a tie, once all members have had a turn to seal another root, or when nobody named ours the time before.
+        decided = seal.round - at - 2 >= min(len(self.head.now), interval - 1) or self.roots.tied_round == at - interval
+        if len(theirs) == len(ours) and not decided:
+            self.roots.tied_round = at
+        if theirs and (len(theirs) > len(ours) or (len(theirs) == len(ours) and decided)):
             holders = [peer for peer in theirs if self.roots.votes.get(peer) == (at, seal.root)]
             self._want_snapshot((holders or theirs)[0], "our replica differs from the sealed root")
 
