@@ -250,7 +250,7 @@ def forget_outcomes_at_a_crash(patch: Patch) -> None:
 
 
 def judge_forks_by_work_alone(patch: Patch) -> None:
-    def judge(common: forks.Mark, ours: forks.Branch, theirs: forks.Branch) -> forks.Verdict:
+    def judge(common: forks.Mark, ours: forks.Branch, theirs: forks.Branch, *_: object, **__: object) -> forks.Verdict:
         head, end = (ours.marks or [common])[-1], theirs.marks[-1]
         return forks.Verdict(0, 0, chain.better(end.total, end.id, head.total, head.id))
 
