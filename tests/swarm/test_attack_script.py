@@ -60,9 +60,14 @@ def test_what_lying_peers_replace_is_there() -> None:
 
 
 def test_a_row_holds_only_without_harm_and_near_calm() -> None:
-    good = dict.fromkeys(COLUMNS, False) | {"attack": "none", "rounds_per_minute_ratio": 0.8, "rss_growth": 0.09}
+    good = dict.fromkeys(COLUMNS, False) | {
+        "attack": "none",
+        "framed": False,
+        "rounds_per_minute_ratio": 0.8,
+        "rss_growth": 0.09,
+    }
     assert holds(good)
-    for harm in ({"crashed": True}, {"diverged": True}, {"taken_over": True}):
+    for harm in ({"crashed": True}, {"diverged": True}, {"taken_over": True}, {"framed": True}):
         assert not holds(good | harm)
     assert not holds(good | {"rounds_per_minute_ratio": 0.79})
     assert not holds(good | {"rss_growth": 0.1})
