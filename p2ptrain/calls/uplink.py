@@ -2,14 +2,16 @@
 
 The messages of one round leave together and fill the line. A reducer answers twice: to a message's header, which tells
 how long the way there and back is, and when the payload is there. From the first byte to the last answer, less the
-shortest way, the line has carried the payloads: bytes over that time is its rate, as far as receivers take it. The
-shortest way is remembered for much longer than rates: most answers wait in a line that is busy with its owner's own
-payloads, and with too long a way whoever sends less than the rest looks faster, is given more to reduce, and so sends
-still less. With too short a way the opposite happens, which finds its balance. Busy machines and other traffic make
-rounds look slow and never fast, so the upper quartile of the last ones counts. Beyond `MOST_KBIT` a line is not what
-limits a round, and its measured rate would be noise: all such peers say the same.
+shortest way, the line has carried the payloads: bytes over that time is its rate, as far as receivers take it. An
+answer may wait long in its sender's own line, if that is slow. But by each answer the line has carried what was
+answered until then, and perhaps more, so the highest of these rates counts, from half of the bytes on. The shortest way
+is remembered for much longer than rates: most answers wait in a line that is busy with its owner's own payloads, and
+with too long a way whoever sends less than the rest looks faster, is given more to reduce, and so sends still less.
+With too short a way the opposite happens, which finds its balance. Busy machines and other traffic make rounds look
+slow and never fast, so of the last ones the upper quartile counts. Beyond `MOST_KBIT` a line is not what limits a
+round, and its measured rate would be noise: all such peers say the same.
 
-Cost: two numbers a round; an answer of 30 bytes more a message.
+Cost: two numbers a round and two a message; an answer of 30 bytes more a message.
 """
 
 from __future__ import annotations
@@ -29,6 +31,11 @@ WAY_GROWS = 1.01
 """A round: where the way has become longer for good, this is known after some dozens of rounds."""
 BURST_MIN_BYTES = 4096
 """Less says nothing: it is timers and the way there that take the time."""
+
+
+def rate(seconds: float, size_bytes: int, way_seconds: float) -> float:
+    """Return the rate at which so many bytes are answered after `seconds`, of which the way takes some [kbit/s]."""
+    return size_bytes * 8 / 1000 / max(seconds - way_seconds, 1e-4)
 
 
 class UplinkMeter:
@@ -56,7 +63,7 @@ class UplinkMeter:
         """What it is, as far as we know [kbit/s]."""
         if not self._measured:
             return USUAL_KBIT
-        rates = [size * 8 / 1000 / max(seconds - self._way_seconds, 1e-4) for size, seconds in self._rounds]
+        rates = [rate(seconds, size, self._way_seconds) for size, seconds in self._rounds]
         return int(min(max(statistics.quantiles(rates, n=4, method="inclusive")[2], LEAST_KBIT), MOST_KBIT))
 
     @property
@@ -67,7 +74,11 @@ class UplinkMeter:
         """So many bytes were all answered after `seconds`, and the first header after `way_seconds`."""
         if size_bytes >= BURST_MIN_BYTES:
             self._rounds.append((size_bytes, seconds))
-            self._way_seconds = min(WAY_GROWS * self._way_seconds, way_seconds)
+            self._way_seconds = self.way_seconds(way_seconds)
+
+    def way_seconds(self, measured: float) -> float:
+        """Return the shortest way there and back, where the newest round's was as `measured`."""
+        return min(WAY_GROWS * self._way_seconds, measured)
 
     def burst(self, messages: int) -> Burst:
         """As many messages are about to leave together."""
@@ -81,7 +92,8 @@ class Burst:
         self._meter, self._missing = meter, messages
         self._began: float | None = None
         self._way_seconds = float("inf")
-        self._bytes = 0
+        #: of each answer: when it came, and the bytes answered until then
+        self._answers: list[tuple[float, int]] = []
 
     def heard(self, began: float, now: float) -> None:
         """A message's header, sent when it `began`, was answered."""
@@ -91,9 +103,14 @@ class Burst:
     def arrived(self, now: float, size_bytes: int) -> None:
         """A message's payload was answered."""
         self._missing -= 1
-        self._bytes += size_bytes
-        if not self._missing and self._began is not None:
-            self._meter.observe(self._bytes, now - self._began, self._way_seconds)
+        whole = size_bytes + (self._answers[-1][1] if self._answers else 0)
+        self._answers.append((now, whole))
+        if self._missing or self._began is None:
+            return
+        began, way_seconds = self._began, self._meter.way_seconds(self._way_seconds)
+        answers = [(when - began, carried) for when, carried in self._answers if 2 * carried >= whole]
+        seconds, carried = max(answers, key=lambda answer: rate(*answer, way_seconds))
+        self._meter.observe(carried, seconds, self._way_seconds)
 
     def spoil(self) -> None:
         """A message has to be sent again."""

@@ -311,8 +311,8 @@ def extend(state: ChainState, identifier: bytes, seal: Seal, chunks: int) -> Cha
             strikes += STRIKES_TO_ACCUSE * (m.peer_id in accusing) - (m.peer_id in forgiven - accusing)
             served = m.served + (m.peer_id in serving)
             if m.peer_id in struck & failing:
-                # So that no more than half of its uplink counts that did before.
-                served = min(m.served // 2, max(m.served - SERVED_DOUBLES, 0))
+                # So that no more than a quarter of its uplink counts that did before.
+                served = min(m.served // 2, max(m.served - 2 * SERVED_DOUBLES, 0))
             after = Member(
                 m.peer_id,
                 rows.get(m.peer_id, m.row),

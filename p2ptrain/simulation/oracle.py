@@ -195,7 +195,7 @@ class Oracle:
         served = dict(parent.served)
         for peer in replied:
             if peer in struck and not replied[peer]:
-                served[peer] = max(0, min(served.get(peer, 0) // 2, served.get(peer, 0) - 8))
+                served[peer] = max(0, min(served.get(peer, 0) // 2, served.get(peer, 0) - 16))
             elif replied[peer] and peer != sealed.seal.sealer:
                 served[peer] = min(served.get(peer, 0) + 1, 64)
         # A member that comes back begins anew.

@@ -42,6 +42,19 @@ def test_single_rounds_that_something_else_slowed_do_not_count() -> None:
     assert meter.declared_kbit == pytest.approx(20_000, rel=0.01)
 
 
+@pytest.mark.parametrize("late_seconds", [0.0, 2.0, 60.0])
+def test_a_reducer_whose_answers_wait_in_its_own_line_does_not_make_ours_slow(late_seconds: float) -> None:
+    meter = UplinkMeter(dialable=True)
+    for _ in range(5):
+        burst = meter.burst(3)
+        for number in range(3):
+            burst.heard(5.0, 5.08 + 0.2 * number)
+        for number in range(1, 3):
+            burst.arrived(5.08 + 0.2 * number, 25_000)
+        burst.arrived(5.08 + 0.6 + late_seconds, 25_000)
+    assert meter.declared_kbit == pytest.approx(1_000, rel=0.01)
+
+
 def test_what_is_said_has_bounds_and_who_cannot_be_dialled_says_nothing() -> None:
     fast, slow, hidden = UplinkMeter(dialable=True), UplinkMeter(dialable=True), UplinkMeter(dialable=False)
     for _ in range(5):

@@ -162,6 +162,8 @@ def test_each_strike_for_a_reply_halves_what_a_member_has_served_and_rounds_serv
         state = seal_on(state)
     assert {m.served for m in state.following} == {SERVED_MAX}
     assert served_by(seal_on(state, without=(2,)), 2) == SERVED_MAX // 2
+    few = state_of(*(member(n, served=19) for n in range(4)))
+    assert served_by(seal_on(few, without=(2,)), 2) == 3, "two doublings are gone at least"
     # Place 0 owes a seal: a strike as well, which says nothing of its line.
     shape = chain.shape_of(state, CHUNKS)
     first, second = (shape.members[i].peer_id for i in shape.sealer_order[:2])
