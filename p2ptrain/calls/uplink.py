@@ -109,7 +109,7 @@ class Burst:
             return
         began, way_seconds = self._began, self._meter.way_seconds(self._way_seconds)
         answers = [(when - began, carried) for when, carried in self._answers if 2 * carried >= whole]
-        seconds, carried = max(answers, key=lambda answer: rate(*answer, way_seconds))
+        seconds, carried = max(answers, key=lambda answer: rate(answer[0], answer[1], way_seconds))
         self._meter.observe(carried, seconds, self._way_seconds)
 
     def spoil(self) -> None:

@@ -209,7 +209,7 @@ class Answering:
         spec = shape.parts[effect.part] if shape is not None and effect.part < len(shape.parts) else None
         if spec is None or (spec.start, spec.end) != (effect.start, effect.end):
             return  # the round is over, or a fork has cut it otherwise
-        data, bundle = await asyncio.to_thread(self._reduced, effect)
+        data, bundle = await self._reduced(effect)
         if self._machine.shape is not shape:
             return  # the round is over, or its parts are others now
         included = wire.reply_members(evidence.body_of(data), len(effect.members))
@@ -222,9 +222,10 @@ class Answering:
             waiter.set_result(reply)
         self._dispatch(events.ReplyHeld(effect.key, effect.part, reply))
 
-    def _reduced(self, effect: events.Reduce) -> tuple[bytes, Bundle]:
-        """Return the reply of a part, and what it is the sum of. Any thread."""
-        return evidence.reduce_and_attest(
+    async def _reduced(self, effect: events.Reduce) -> tuple[bytes, Bundle]:
+        """Return the reply of a part, and what it is the sum of."""
+        return await asyncio.to_thread(
+            evidence.reduce_and_attest,
             effect.contributions,
             self._p.codec,
             effect.start,

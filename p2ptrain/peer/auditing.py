@@ -22,6 +22,7 @@ from p2ptrain.calls.news import RETRY_SECONDS
 from p2ptrain.chain import evidence
 from p2ptrain.chain.evidence import Bundle, EvidenceError, Proof, Verdict
 from p2ptrain.chain.sealed import Key, reply_digest
+from p2ptrain.compression.codec import Codec
 from p2ptrain.peer.parts import DriverParts
 from p2ptrain.rounds import events
 from p2ptrain.rounds.audits import A_REDUCER_MAX
@@ -174,7 +175,7 @@ class Auditing:
             encoded = await read()
             if evidence.proof_digest(encoded) != digest:
                 raise CallError("another proof than announced")
-            proof = await asyncio.to_thread(self._opened, encoded)
+            proof = await asyncio.to_thread(_opened, encoded, self._p.run_id, self._p.codec)
         finally:
             self._handing.discard(peer)
         if proof is None:
@@ -184,9 +185,10 @@ class Auditing:
         elif any(member.peer_id == proof.reducer for member in self._machine.head.following):
             self._dispatch(events.ProofHeard(proof.reducer, encoded))
 
-    def _opened(self, encoded: bytes) -> Proof | None:
-        try:
-            return evidence.open_proof(encoded, self._p.run_id, self._p.codec, verify)
-        except EvidenceError as error:
-            _logger.warning("a proof that convicts nobody: %s", error)
-            return None
+
+def _opened(encoded: bytes, run_id: bytes, codec: Codec) -> Proof | None:
+    try:
+        return evidence.open_proof(encoded, run_id, codec, verify)
+    except EvidenceError as error:
+        _logger.warning("a proof that convicts nobody: %s", error)
+        return None

@@ -62,8 +62,8 @@ class LyingDriver(SimDriver):
         if self.lies == "false_prover" and isinstance(effect, events.Apply):
             self._spawn(self._hand_false_proofs(effect))
 
-    def _flipped(self, effect: events.Reduce) -> tuple[bytes, Bundle]:
-        lie, bundle, right = sum_of_opposites(self.answering, effect)
+    async def _flipped(self, effect: events.Reduce) -> tuple[bytes, Bundle]:
+        lie, bundle, right = await sum_of_opposites(self.answering, effect)
         if lie != right:
             self.peer.world.report.coverage["lies"] += 1
         return lie, bundle
@@ -92,13 +92,10 @@ class LyingDriver(SimDriver):
                         continue
 
 
-def sum_of_opposites(answering: Answering, effect: events.Reduce) -> tuple[bytes, Bundle, bytes]:
-    """Return what the opposite of all contributions comes to, attested as their sum; what was summed; the right reply.
-
-    Any thread.
-    """
+async def sum_of_opposites(answering: Answering, effect: events.Reduce) -> tuple[bytes, Bundle, bytes]:
+    """Return what the opposite of all contributions comes to, attested as their sum; what they are; the right reply."""
     parts, codec = answering._p, answering._p.codec
-    right, bundle = Answering._reduced(answering, effect)
+    right, bundle = await Answering._reduced(answering, effect)
     summed = [
         (said.member, said.row.weight, _flip(payload, codec, effect.start, effect.end))
         for said, payload in zip(bundle.messages, bundle.payloads, strict=True)

@@ -124,9 +124,9 @@ class SimBooks(Books):
         self.retained = self._peer.retained_at[saved].copy()
         for entry in self.own_log.all():
             if not entry.stood_in and entry.decays > saved:
-                # Of the coefficients that it sends nothing was lost by then.
+                # Of the coefficients that it sends nothing was lost by then. Where it sends zero, nothing leaves.
                 sent = self.sent_by(entry)
-                inside = sent.index < ENTRIES
+                inside = (sent.index < ENTRIES) & (sent.value != 0)
                 place = sent.chunk[inside], sent.index[inside]
                 self.retained[place] = self._peer.retained_at[entry.decays][place]
         super().replay_own_log(outcomes, unsettled)

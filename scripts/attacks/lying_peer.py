@@ -180,8 +180,8 @@ def lie_about_sums(switch: Path, *, show: bool) -> None:
     """Reply with the sums' opposites; with `show` let auditors see what was summed."""
     reduced, shown = Answering._reduced, Auditing.show
 
-    def _reduced(self: Answering, effect: events.Reduce) -> tuple[bytes, Bundle]:
-        return sum_of_opposites(self, effect)[:2] if switch.exists() else reduced(self, effect)
+    async def _reduced(self: Answering, effect: events.Reduce) -> tuple[bytes, Bundle]:
+        return (await sum_of_opposites(self, effect))[:2] if switch.exists() else await reduced(self, effect)
 
     def hide(self: Auditing, digest: bytes, peer: bytes) -> bytes | str:
         return "not today" if switch.exists() else shown(self, digest, peer)

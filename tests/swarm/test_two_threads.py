@@ -27,6 +27,7 @@ from p2ptrain.data.corpus import load_embedded
 from p2ptrain.history.catching_up import CatchingUp
 from p2ptrain.peer import session as session_module
 from p2ptrain.peer.answering import Answering
+from p2ptrain.peer.auditing import Auditing
 from p2ptrain.peer.driver import RoundDriver
 from p2ptrain.peer.presence import Presence
 from p2ptrain.peer.progress import Display
@@ -181,7 +182,7 @@ def test_neither_thread_touches_what_is_the_others(
     messages = frozenset({"contribute", "root_computed", "prune_own_log", "others_reach", "stop", "standing"})
     belongs(RoundDriver, NETWORKS.__contains__, messages)
     belongs(Presence, NETWORKS.__contains__, frozenset({"hear", "say_leaving"}))
-    for kind in (Answering, Sending, RoundMachine, NewsFeed, CatchingUp, Journal, UplinkMeter, Traffic):
+    for kind in (Answering, Auditing, Sending, RoundMachine, NewsFeed, CatchingUp, Journal, UplinkMeter, Traffic):
         belongs(kind, NETWORKS.__contains__)
     fixed = frozenset({"peer_id", "identity", "port", "observer", "dialable", "close", "on_restart"})
     belongs(SwarmNode, NETWORKS.__contains__, fixed)
