@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2ptrain.errors import AddressError, PortInUseError
+from p2ptrain.simulation.toy import identity_of
 from p2ptrain.swarm.addresses import (
     claim_port,
     is_loopback_host,
@@ -18,11 +19,12 @@ from p2ptrain.swarm.addresses import (
     parse_addresses,
     parse_announced,
 )
-from p2ptrain.swarm.identity import format_peer_id, new_identity
+from p2ptrain.swarm.identity import format_peer_id
 
-PEER = new_identity().peer_id
+# The same in each process that collects these tests.
+PEER = identity_of("ada", 0).peer_id
 ID = format_peer_id(PEER)
-OTHER_ID = format_peer_id(new_identity().peer_id)
+OTHER_ID = format_peer_id(identity_of("bob", 0).peer_id)
 RSA_ID = "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
 
 
