@@ -141,6 +141,11 @@ def uncapped_weight(patch: Patch) -> None:
     patch.setattr(answering, "reduce_part", lambda sent, codec, *a: reduce_part(sent, uncapped(codec), *a))
 
 
+def unbounded_weight(patch: Patch) -> None:
+    reduce_part, plain = answering.reduce_part, partial(dataclasses.replace, robust="mean")
+    patch.setattr(answering, "reduce_part", lambda sent, codec, *a: reduce_part(sent, plain(codec), *a))
+
+
 def send_before_the_own_log_knows(patch: Patch) -> None:
     """After a crash the contribution is another one."""
     patch.setattr(OwnLog, "write", lambda self, entry: None)
@@ -184,6 +189,7 @@ MUTATIONS = [
     undo_consumption_but_not_returns,
     shape_the_round_from_the_seal_before,
     uncapped_weight,
+    unbounded_weight,
     send_before_the_own_log_knows,
     forget_outcomes_at_a_crash,
 ]

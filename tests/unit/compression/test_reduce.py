@@ -35,6 +35,15 @@ def coefficients(seed: int, value_bits: int = 32, size: float = 1.0) -> Coeffici
     return Coefficients(START, END, chunk, index, quantised(chunk, value, value_bits))
 
 
+def apart(member: int, seed: int = 0, size: float = 1.0) -> Coefficients:
+    """What a member might send where no other sends anything; of seed 0 ones."""
+    counts = TOPK[START:END]
+    chunk = np.repeat(np.arange(START, END), counts)
+    index = np.concatenate([np.arange(count) for count in counts]) + 100 * member
+    value = np.random.default_rng((seed, member)).standard_normal(len(chunk)) if seed else np.ones(len(chunk))
+    return Coefficients(START, END, chunk, index, (value * size).astype(np.float32))
+
+
 def reduced(
     sent: list[Sent],
     *,
@@ -42,8 +51,9 @@ def reduced(
     reply_topk: int = CHUNK_SIZE,
     clip_ratio: float = 1000.0,
     weight_cap_ratio: float = 1000.0,
+    robust: Robust = "mean",
 ) -> ReplyContent:
-    codec = Codec(TOPK, (reply_topk,) * END, value_bits, clip_ratio, weight_cap_ratio)
+    codec = Codec(TOPK, (reply_topk,) * END, value_bits, clip_ratio, weight_cap_ratio, robust)
     contributions = [
         (member, weight, wire.encode_contribution(part, codec) if weight else b"") for member, weight, part in sent
     ]
@@ -71,15 +81,44 @@ def dense(part: Coefficients) -> NDArray[np.float64]:
 
 
 def reference(
-    sent: list[Sent], clip_ratio: float = 1000.0, cap_ratio: float = 1000.0
+    sent: list[Sent], clip_ratio: float = 1000.0, cap_ratio: float = 1000.0, robust: Robust = "mean"
 ) -> tuple[NDArray[np.float64], dict[int, int]]:
     """The weighted mean of clipped contributions [chunks, 4096], and the clip factors in 256ths."""
     norms = {member: np.linalg.norm(dense(part)) for member, _, part in sent}
     limit = clip_ratio * np.median(list(norms.values()))
     clips = {member: int(256 * limit / norm) for member, norm in norms.items() if norm > limit}
     cap = cap_ratio * np.median([weight for _, weight, _ in sent])
-    total = sum(min(weight, cap) * clips.get(member, 256) / 256 * dense(part) for member, weight, part in sent)
-    return total / sum(min(weight, cap) for _, weight, _ in sent), clips
+    weights = {member: min(weight, cap) for member, weight, _ in sent}
+    if robust == "bounded":
+        most = np.median([weight * min(norms[member], limit) for member, weight in weights.items()])
+        weights = {member: min(weight, most / min(norms[member], limit)) for member, weight in weights.items()}
+        held = [weights[member] * clips.get(member, 256) / 256 for member, _, _ in sent]
+        for place in outsiders([dense(part) for _, _, part in sent], held):
+            weights[sent[place][0]] = clips[sent[place][0]] = 0
+    total = sum(weights[member] * clips.get(member, 256) / 256 * dense(part) for member, _, part in sent)
+    return total / sum(weights.values()), clips
+
+
+def outsiders(parts: list[NDArray[np.float64]], held: list[float]) -> list[int]:
+    """The places of those that point against the sum of the others, or in concert, by way of every entry: by their
+    products over their norms, six median distances above the median, or three below it and below zero; a quarter at
+    most. Twice, the second time without those found."""
+    found: list[int] = []
+    for _ in range(2):
+        agreement = np.zeros(len(parts))
+        for place, part in enumerate(parts):
+            others = np.zeros_like(part)
+            for other, (one, weight) in enumerate(zip(parts, held, strict=True)):
+                if other != place and other not in found:
+                    others += weight * one
+            agreement[place] = np.vdot(part, others) / max(np.linalg.norm(part), 1e-300)
+        middle = np.median(agreement)
+        distance = np.median(abs(agreement - middle))
+        high = [int(place) for place in np.argsort(-agreement) if agreement[place] > middle + 6 * distance]
+        low = [int(place) for place in np.argsort(agreement) if agreement[place] < min(middle - 3 * distance, 0)]
+        new = [place for place in (*high, *low) if place not in found]
+        found += new[: len(parts) // 4 - len(found)]
+    return found
 
 
 def dense_reply(sent: list[Sent], codec: Codec) -> bytes:
@@ -89,11 +128,20 @@ def dense_reply(sent: list[Sent], codec: Codec) -> bytes:
     weights = np.minimum(
         [weight for _, weight, _ in work], codec.weight_cap_ratio * np.median([weight for _, weight, _ in work])
     )
+    if codec.robust == "bounded":
+        clipped = np.minimum(norms, codec.clip_ratio * np.median(norms))
+        most = float(np.median(weights * clipped))
+        weights = np.array([w * (most / (w * n)) if w * n > most else w for w, n in zip(weights, clipped, strict=True)])
+    limit = codec.clip_ratio * float(np.median(norms))
+    factors = [int(256 * limit / norm) if norm > limit else 256 for norm in norms]
+    if codec.robust == "bounded":
+        held = [float(weight) * factor / 256 for weight, factor in zip(weights, factors, strict=True)]
+        for place in outsiders([dense(part) for _, _, part in work], held):
+            weights[place] = factors[place] = 0
     total, clips = np.zeros((END - START, CHUNK_SIZE), np.float32), {}
-    for (member, _, part), norm, weight in zip(work, norms, weights, strict=True):
-        factor = 256
-        if norm > codec.clip_ratio * float(np.median(norms)):
-            factor = clips[member] = int(256 * codec.clip_ratio * float(np.median(norms)) / norm)
+    for (member, _, part), factor, weight in zip(work, factors, weights, strict=True):
+        if factor < 256:
+            clips[member] = factor
         share = np.float32(float(weight) / sum(weights.tolist()) * factor / 256)
         total[part.chunk - START, part.index] += part.value * share
     counts, indices, values, codes = [], [], [], []
@@ -146,18 +194,19 @@ def test_a_reply_is_the_weighted_mean(value_bits: int) -> None:
     reply_topk=st.integers(1, 12),
     clip_ratio=st.floats(1, 3),
     cap_ratio=st.floats(1, 3),
+    robust=st.sampled_from(["mean", "bounded"]),
 )
-@settings(max_examples=60)
+@settings(max_examples=80, deadline=None)
 def test_a_reply_is_the_mean_of_clipped_and_capped_contributions(
-    seed: int, weights: list[int], reply_topk: int, clip_ratio: float, cap_ratio: float
+    seed: int, weights: list[int], reply_topk: int, clip_ratio: float, cap_ratio: float, robust: Robust
 ) -> None:
     sizes = np.exp2(np.random.default_rng(seed).integers(-6, 3, len(weights)))
     sent = [
         (member, weight, coefficients(seed + member, size=size))
         for member, (weight, size) in enumerate(zip(weights, sizes, strict=True))
     ]
-    content = reduced(sent, reply_topk=reply_topk, clip_ratio=clip_ratio, weight_cap_ratio=cap_ratio)
-    exact, clips = reference(sent, clip_ratio, cap_ratio)
+    content = reduced(sent, reply_topk=reply_topk, clip_ratio=clip_ratio, weight_cap_ratio=cap_ratio, robust=robust)
+    exact, clips = reference(sent, clip_ratio, cap_ratio, robust)
     assert content.clips == clips
     assert_quantises(content, exact, reply_topk)
 
@@ -168,14 +217,15 @@ def test_a_reply_is_the_mean_of_clipped_and_capped_contributions(
     value_bits=st.sampled_from([1, 2, 32]),
     reply_topk=st.integers(1, 12),
     ratio=st.sampled_from([1.0, 1.5, 1000.0]),
+    robust=st.sampled_from(["mean", "bounded"]),
 )
-@settings(max_examples=40)
+@settings(max_examples=60, deadline=None)
 def test_a_reply_is_the_bytes_that_a_dense_sum_gives(
-    seed: int, weights: list[int], value_bits: int, reply_topk: int, ratio: float
+    seed: int, weights: list[int], value_bits: int, reply_topk: int, ratio: float, robust: Robust
 ) -> None:
     """Equal magnitudes, which 1 and 2 bits make many of, are kept from the first on."""
     sent = [(member, weight, coefficients(seed + member, value_bits)) for member, weight in enumerate(weights)]
-    codec = Codec(TOPK, (reply_topk,) * END, value_bits, ratio, ratio)
+    codec = Codec(TOPK, (reply_topk,) * END, value_bits, ratio, ratio, robust)
     contributions = [(member, weight, wire.encode_contribution(part, codec)) for member, weight, part in sent]
     data = reduce_part(contributions, codec, START, END, MEMBERS)
     assert data == dense_reply(sent, codec)
@@ -243,6 +293,81 @@ def test_nobody_moves_the_mean_further_than_the_limit() -> None:
     limit = np.median([np.linalg.norm(dense(part)) for _, _, part in sent])
     clipped = np.linalg.norm(dense(sent[1][2])) * content.clips[3] / 256
     assert 0.95 * limit < clipped <= limit
+
+
+@pytest.mark.parametrize("claimed", [2, 1000, 10**6])
+def test_a_claimed_weight_counts_in_a_bounded_mean_for_no_more_than_the_member_in_the_middle(claimed: int) -> None:
+    sent = [(member, 1, apart(member)) for member in range(5)]
+    boasting = [*sent[:4], (4, claimed, apart(4))]
+    assert np.array_equal(reduced(boasting, robust="bounded").byte, reduced(sent, robust="bounded").byte)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    weights=st.lists(st.integers(1, 9), min_size=3, max_size=MEMBERS),
+    liars=st.integers(1, 3),
+    claimed=st.integers(1, 2**20),
+    size=st.floats(1e-3, 1e6),
+)
+@settings(max_examples=100, deadline=None)
+def test_fewer_liars_than_half_each_move_a_bounded_mean_by_no_more_than_the_honest_member_that_moves_it_most(
+    seed: int, weights: list[int], liars: int, claimed: int, size: float
+) -> None:
+    liars = min(liars, (len(weights) - 1) // 2)
+    honest = len(weights) - liars
+    sent = [
+        (member, weight, apart(member, seed)) if member < honest else (member, claimed, apart(member, seed, size))
+        for member, weight in enumerate(weights)
+    ]
+    content = reduced(sent, clip_ratio=3.0, weight_cap_ratio=4.0, robust="bounded")
+    moved = dense(content.coefficients)
+    rounding = np.linalg.norm(content.scale) * len(sent[0][2].value)
+    norms = [float(np.linalg.norm(moved[part.chunk - START, part.index])) for _, _, part in sent]
+    assert max(norms[honest:]) <= max(norms[:honest]) + rounding
+
+
+def agreeing(member: int, sign: float = 1.0) -> Coefficients:
+    """What members send who have much in common, or its opposite, and something of their own."""
+    common, own = apart(0), np.random.default_rng(member).standard_normal(19) / 4
+    return Coefficients(START, END, common.chunk, common.index, ((common.value + own) * sign).astype(np.float32))
+
+
+@pytest.mark.parametrize(("members", "liars"), [(4, 1), (5, 1), (7, 1)])
+def test_who_points_against_the_others_counts_for_nothing_in_a_bounded_mean_and_all_of_it_returns(
+    members: int, liars: int
+) -> None:
+    honest = [(member, 1, agreeing(member)) for member in range(members - liars)]
+    lies = [(member, 9, agreeing(member, -2.0)) for member in range(members - liars, members)]
+    content = reduced([*honest, *lies], weight_cap_ratio=4.0, robust="bounded")
+    assert content.clips == {member: 0 for member, _, _ in lies}
+    assert_quantises(content, reference([*honest, *lies], cap_ratio=4.0, robust="bounded")[0])
+    assert (content.byte > 0).all()
+
+
+def test_who_sends_the_same_as_another_counts_for_nothing_in_a_bounded_mean() -> None:
+    """Where honest members have little in common: four of sixteen."""
+    members = 16
+    honest = [(member, 1, coefficients(member)) for member in range(members - 4)]
+    lies = [(member, 1, apart(3, 5)) for member in range(members - 4, members)]
+    codec = Codec(TOPK, (CHUNK_SIZE,) * END, 32, 3.0, 4.0, "bounded")
+    contributions = [(member, weight, wire.encode_contribution(part, codec)) for member, weight, part in honest + lies]
+    content = wire.decode_reply(reduce_part(contributions, codec, START, END, members), codec, START, END, members)
+    assert content.clips == {member: 0 for member, _, _ in lies}
+    assert_quantises(content, reference(honest + lies, 3.0, 4.0, "bounded")[0])
+
+
+@given(seed=st.integers(0, 2**32 - 1), weights=st.lists(st.integers(1, 9), min_size=1, max_size=MEMBERS))
+@settings(max_examples=60, deadline=None)
+def test_no_more_than_a_quarter_is_left_out_of_a_bounded_mean_and_of_a_group_below_four_nobody(
+    seed: int, weights: list[int]
+) -> None:
+    content = reduced(sent_by(seed, weights), robust="bounded")
+    assert list(content.clips.values()) == [0] * len(content.clips)
+    assert len(content.clips) <= len(weights) // 4
+
+
+def test_what_nobody_else_sends_points_against_nobody() -> None:
+    assert not reduced([(member, member + 1, apart(member, 7)) for member in range(MEMBERS)], robust="bounded").clips
 
 
 @pytest.mark.parametrize("claimed", [1000, 10**6])
