@@ -529,29 +529,47 @@ POISON = {
     "flip": "`flip`: what training gives, its sign flipped",
     "noise": "`noise`: random coefficients",
     "common": "`common`: one random direction, the same of all liars in all rounds",
-    "against": "`against`: the honest members' sum, its sign flipped",
-    "concentrated": "`concentrated`: `flip`, nearly all of it on the same one in 32 chunks",
     "other_task": "`other_task`: what training gives on another text",
+    "against": "`against`: the honest members' sum, its sign flipped",
+    "little": "`little`: honest coefficients' mean less 1.5 deviations",
+    "concentrated": "`concentrated`: `flip`, nearly all of it on the same one in 32 chunks",
+}
+POISON_METHODS = {
+    ("bounded", 3.0): "`bounded`",
+    ("mean", 3.0): "`mean`",
+    ("mean", 1.0): "`mean`, `clip_ratio = 1`",
+    ("centered_clip", 3.0): "`centered_clip`",
+    ("trimmed", 3.0): "`trimmed`",
 }
 
 
-def poison() -> str:
-    """Held-out bits per byte under poison, by how reducers sum."""
-    rows = load("poison")
-    methods = (("mean", 3.0), ("mean", 1.0), ("centered_clip", 3.0), ("trimmed", 3.0))
+def poison(tokens: int = 1_000_000) -> str:
+    """Held-out bits per byte under poison, by how reducers sum; a cell is the mean of its seeds."""
+    cells: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in load("poison"):
+        if row["tokens"] == tokens:
+            case = row["attack"], row["unequal"], row["claim"]
+            cells.setdefault((*case, row["robust"], row["clip_ratio"]), []).append(row)
 
-    def cell(attack: str, *method: object) -> str:
-        of = [row for row in rows if row["attack"] == attack and (row["robust"], row["clip_ratio"]) == method]
-        if not of:
+    def cell(*case: object) -> str:
+        if not (of := cells.get(case, [])):
             return ""
         if any(row["heldout_bits_per_byte"] is None for row in of):
             return "diverged"
         bits, more = (statistics.mean(row[key] for row in of) for key in ("heldout_bits_per_byte", "against_calm"))
         return f"{bits:.2f} ({100 * more:+.1f} %)"
 
-    found: Rows = [(text, *(cell(attack, *method) for method in methods)) for attack, text in POISON.items()]
-    names = ("`mean`", "`mean`, `clip_ratio = 1`", "`centered_clip`", "`trimmed`")
-    return table(("What four of sixteen members send", *names), found)
+    found: Rows = []
+    for attack, text in POISON.items():
+        for unequal, claim in sorted({case[1:3] for case in cells if case[0] == attack}):
+            said = text + ", of unequal speed" * unequal + f"; they claim {claim} times their weight" * (claim > 1)
+            found.append((said, *(cell(attack, unequal, claim, *method) for method in POISON_METHODS)))
+    return table(("What four of sixteen members send", *POISON_METHODS.values()), found)
+
+
+def poison_briefly() -> str:
+    """The same after a fifth of the tokens."""
+    return poison(200_000)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -584,6 +602,7 @@ TABLES: dict[str, Callable[[], str]] = {
         soak_simulation,
         attacks,
         poison,
+        poison_briefly,
     )
 }
 

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-Robust = Literal["mean", "centered_clip", "trimmed"]
+Robust = Literal["bounded", "mean", "centered_clip", "trimmed"]
 """How a reducer sums contributions; see `reduce.py`."""
 
 

@@ -6,12 +6,15 @@ those. Still every machine makes the same bytes of the same contributions, becau
 (chain/evidence.py): floats are added one after the other, by compiled loops or by `_total`, never by numpy, whose
 order of additions follows the processor, nor by `sum`, which newer Pythons compensate.
 
-There are three ways to sum, by `codec.robust`. `mean` bounds a sender's norm by `clip_ratio` times the median.
-`centered_clip` bounds how far a contribution lies from a center of all (Karimireddy et al., "Learning from History for
-Byzantine Robust Optimization", arXiv 2012.10333). `trimmed` leaves out the largest and the smallest quarter of each
-entry (Yin et al., arXiv 1803.01498), where a member that did not send an entry counts as a zero: what a quarter of the
-members or fewer send alone, in concert or not, changes nothing. What honest members lose by that returns to their
-momenta, like all that a reply does not keep, until more of them send it.
+There are four ways to sum, by `codec.robust`. `mean` bounds a sender's norm by `clip_ratio` times the median. `bounded`
+bounds besides what a sender counts for, weight times norm, by the median of all: a claim of much work is worth no more
+than the work of the member in the middle. And it leaves out who points against the sum of the others, or is more like
+some of them than honest members are: a quarter of all at most. `centered_clip` bounds how far a contribution lies from
+a center of all (Karimireddy et al., "Learning from History for Byzantine Robust Optimization", arXiv 2012.10333).
+`trimmed` leaves out the largest and the smallest quarter of each entry (Yin et al., arXiv 1803.01498), where a member
+that did not send an entry counts as a zero: what a quarter of the members or fewer send alone, in concert or not,
+changes nothing. What honest members lose by being left out returns to their momenta, like all that a reply does not
+keep, and is sent again.
 
 Cost: a few passes over the coefficients that came, members * topk a chunk; of the part's entries, those of one chunk at
 a time.
@@ -34,9 +37,13 @@ from p2ptrain.native.compiled import compiled
 
 CLIP_UNIT = 256
 TRIMMED = 4
-"""One in so many members is left out of an entry's sum at each end."""
+"""One in so many members is left out of an entry's sum at each end, or of a bounded mean at most."""
 CENTERINGS = 3
 """Steps towards the center; the first is from zero."""
+OPPOSED, IN_CONCERT = 3.0, 6.0
+"""How many median distances below the median agreement, and above it, a part is left out."""
+LOOKS = 2
+"""How often agreement is measured."""
 _DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)
 """Times a power of two, its upper six bits tell which (Leiserson, Prokop and Randall, 1998): `_BIT` has it."""
 _BIT = np.zeros(64, np.int64)
@@ -66,8 +73,12 @@ def reduce_part(
     if work:
         cap = codec.weight_cap_ratio * _median([float(weight) for _, weight, _ in work])
         capped = [min(float(weight), cap) for _, weight, _ in work]
-        weight_included = _total(capped)
         factors = _centered(parts, capped) if codec.robust == "centered_clip" else _clipped(parts, codec.clip_ratio)
+        if codec.robust == "bounded":
+            capped = _bounded(parts, capped, codec.clip_ratio)
+            for number in _outsiders(parts, capped, factors):
+                capped[number], factors[number] = 0.0, 0
+        weight_included = _total(capped)
         clips = {member: factor for (member, _, _), factor in zip(work, factors, strict=True) if factor < CLIP_UNIT}
         # Shares of one, not weights divided afterwards: a mean of what float32 holds cannot become inf - inf.
         shares = [weight / weight_included * factor / CLIP_UNIT for weight, factor in zip(capped, factors, strict=True)]
@@ -99,11 +110,76 @@ def _total(numbers: Sequence[float]) -> float:
     return total
 
 
+def _bounded(parts: Sequence[Coefficients], weights: Sequence[float], ratio: float) -> list[float]:
+    """Return weights of which none, times its part's norm after clipping, is above the median of these products.
+
+    A weight that is cut takes nothing from what its sender has sent, as it does where it is capped: the share of others
+    becomes larger, and nothing returns to a momentum that would grow by it.
+    """
+    norms = [math.sqrt(_square(part.value)) for part in parts]
+    limit = ratio * _median(norms)
+    pulls = [weight * min(norm, limit) for weight, norm in zip(weights, norms, strict=True)]
+    most = _median(pulls)
+    return [weight * (most / pull) if pull > most else weight for weight, pull in zip(weights, pulls, strict=True)]
+
+
+def _outsiders(parts: Sequence[Coefficients], weights: Sequence[float], factors: Sequence[int]) -> list[int]:
+    """Return the places of those parts that point against what the others add up to, or in concert; a quarter at most.
+
+    A part's agreement is its product with the sum of the others, over its norm. It is against them if this is below
+    zero, and below the median of all by more than `OPPOSED` times the median distance from that median; in concert with
+    some of them if it is above by more than `IN_CONCERT` times that. Honest contributions have little in common in a
+    round, since what was used has left their momenta: a few that are alike stand out. Who was found is left out of the
+    sum that the second look is by.
+    """
+    if len(parts) < TRIMMED:
+        return []
+    coming = np.bincount(parts[0].chunk - parts[0].start, minlength=parts[0].end - parts[0].start)
+    index, value = _stacked([part.index for part in parts]), _stacked([part.value for part in parts])
+    norms = [math.sqrt(_square(part.value)) for part in parts]
+    held = np.array([weight * (factor / CLIP_UNIT) for weight, factor in zip(weights, factors, strict=True)])
+    found: list[int] = []
+    for _ in range(LOOKS):
+        held[found] = 0
+        products = _with_others(coming, index, value, held)
+        agreement = [product / norm if norm else 0.0 for product, norm in zip(products.tolist(), norms, strict=True)]
+        middle = _median(agreement)
+        distance = _median([abs(one - middle) for one in agreement])
+        low, high = min(middle - OPPOSED * distance, 0.0), middle + IN_CONCERT * distance
+        ascending = [number for number in sorted(range(len(parts)), key=agreement.__getitem__) if number not in found]
+        outside = [number for number in reversed(ascending) if agreement[number] > high]
+        outside += [number for number in ascending if agreement[number] < low]
+        found += outside[: len(parts) // TRIMMED - len(found)]
+    return found
+
+
 def _median(numbers: Sequence[float]) -> float:
     """Return the middle one, or the mean of the two in the middle."""
     ascending = sorted(numbers)
     middle = len(ascending) // 2
     return ascending[middle] if len(ascending) % 2 else (ascending[middle - 1] + ascending[middle]) / 2
+
+
+@compiled
+def _with_others(coming: _Numbers, index: _Numbers, value: _Values, held: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return each part's product with the sum of the others, each times its `held`: exactly 0 where no other sends
+    anything. In float64, one operation after the other in members' order."""
+    total, products = np.zeros(CHUNK_SIZE), np.zeros(len(index))
+    start = 0
+    for chunk in range(len(coming)):
+        end = start + coming[chunk]
+        for part in range(len(index)):
+            for number in range(start, end):
+                total[index[part, number]] += np.float64(value[part, number]) * held[part]
+        for part in range(len(index)):
+            for number in range(start, end):
+                own = np.float64(value[part, number])
+                products[part] += own * (total[index[part, number]] - own * held[part])
+        for part in range(len(index)):
+            for number in range(start, end):
+                total[index[part, number]] = 0
+        start = end
+    return products
 
 
 @compiled

@@ -216,8 +216,10 @@ class RoundConfig(_Table, frozen=True, kw_only=True):
     weight_cap_ratio: Annotated[float, Meta(ge=1, le=1000)] = 4.0
     """A contribution's weight is capped at this many times the median."""
     robust: Robust | msgspec.UnsetType = msgspec.UNSET
-    """How a reducer sums contributions: `mean`; `centered_clip`: each is clipped by its distance from a center of all;
-    `trimmed`: of each coefficient the largest and the smallest quarter do not count. Left out: `mean`."""
+    """How a reducer sums contributions: `mean`; `bounded`: the mean, but nobody counts for more than the member in the
+    middle, and who points against the others or is too much like some does not count; `centered_clip`: each is clipped
+    by its distance from a center of all; `trimmed`: of each coefficient the largest and the smallest quarter do not
+    count. Left out: `bounded`."""
 
     def __post_init__(self) -> None:
         if self.min_seconds > self.max_seconds:
@@ -225,8 +227,8 @@ class RoundConfig(_Table, frozen=True, kw_only=True):
 
     @property
     def sums_by(self) -> Robust:
-        """How contributions are summed; by their mean where the manifest does not say."""
-        return "mean" if isinstance(self.robust, msgspec.UnsetType) else self.robust
+        """How contributions are summed; by their bounded mean where the manifest does not say."""
+        return "bounded" if isinstance(self.robust, msgspec.UnsetType) else self.robust
 
 
 class AccessConfig(_Table, frozen=True, kw_only=True):

@@ -63,6 +63,9 @@ class Group:
         text: training text [tokens] of a peer, by its id.
         device: where all of them compute.
         forge: what hostile members send; default: all are honest.
+        sequences: how many a peer computes in a round, by its id, a multiple of the micro-batch or less than one;
+            default: as many as the manifest says.
+        weights: how many a peer says that it computed; default: the truth.
     """
 
     def __init__(
@@ -71,8 +74,12 @@ class Group:
         text: Callable[[bytes], NDArray[np.uint16]],
         device: torch.device | str = "cpu",
         forge: Forge = lambda number, selected: {},
+        sequences: Callable[[bytes], int] | None = None,
+        weights: Callable[[bytes], int] | None = None,
     ) -> None:
         self.manifest, self._text, self._device, self._forge = manifest, text, device, forge
+        self._sequences = sequences or (lambda peer_id: manifest.round.sequences_per_peer)
+        self._weights = weights or self._sequences
         self.model = GPT(manifest.model).to(device)
         initialise(self.model, bytes.fromhex(manifest.nonce))
         #: takes the steps; each member's own has its momentum
@@ -101,7 +108,8 @@ class Group:
             payloads.append(optimizer.payloads(pending[-1], ranges))
         for number, sent in self._forge(self.rounds, [of.sent for of in pending]).items():
             payloads[number] = tuple(wire.encode_contribution(sent.cut(*part), self.codec) for part in ranges)
-        replies = [self._reduce(part, [of[number] for of in payloads]) for number, part in enumerate(parts)]
+        weights = [self._weights(peer_id) for peer_id in members]
+        replies = [self._reduce(part, weights, [of[number] for of in payloads]) for number, part in enumerate(parts)]
         contents: list[PartReply] = [
             (part.start, part.end, decoded.reply(data, self.codec, part.start, part.end, len(members)))
             for part, data in zip(parts, replies, strict=True)
@@ -130,18 +138,19 @@ class Group:
         member, tokens, rules = self._members[peer_id], self._text(peer_id), self.manifest.round
         nonce, context = bytes.fromhex(self.manifest.nonce), self.manifest.model.context
         nats: list[float] = []
-        while len(nats) * rules.micro_batch < rules.sequences_per_peer:
-            offsets = sequence_offsets(nonce, peer_id, member.sequences_read, rules.micro_batch, len(tokens), context)
+        sequences = self._sequences(peer_id)
+        size = min(rules.micro_batch, sequences)
+        while len(nats) * size < sequences:
+            offsets = sequence_offsets(nonce, peer_id, member.sequences_read, size, len(tokens), context)
             batch = np.stack([tokens[offset : offset + context + 1] for offset in offsets]).astype(np.int64)
-            member.sequences_read += rules.micro_batch
+            member.sequences_read += size
             loss = functools.partial(self.model.loss, torch.from_numpy(batch).to(self._device))
-            nats.append(member.local.compute(loss, rules.micro_batch, self._rate()))
+            nats.append(member.local.compute(loss, size, self._rate()))
         member.local.gather()
         return float(np.mean(nats))
 
-    def _reduce(self, part: Part, payloads: Sequence[bytes]) -> bytes:
-        weight = self.manifest.round.sequences_per_peer
-        contributions = [(member, weight, payload) for member, payload in enumerate(payloads)]
+    def _reduce(self, part: Part, weights: Sequence[int], payloads: Sequence[bytes]) -> bytes:
+        contributions = list(zip(range(len(payloads)), weights, payloads, strict=True))
         return reduce_part(contributions, self.codec, part.start, part.end, len(payloads))
 
 

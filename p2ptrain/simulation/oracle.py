@@ -136,7 +136,7 @@ class Oracle:
             value = dense(kept.chunk, kept.index, kept.value, self._codec.chunks)
             scale = np.zeros((self._codec.chunks, 1))
             scale[part.start : part.end, 0] = reply.scale
-            mean = self._mean([(rows, weight, reply.clips.get(member, 256)) for member, _, rows, weight in sent])
+            mean = self._mean(part, [(rows, weight, reply.clips.get(member, 256)) for member, _, rows, weight in sent])
             lied = made_up or shape.members[part.reducer].peer_id in self.liars
             if not lied and (abs(value - mean)[mask] > 0.51 * np.broadcast_to(scale, mask.shape)[mask] + 1e-5).any():
                 raise ViolationError(f"round {after.round}: a reply is not the mean of what it includes")
@@ -222,17 +222,24 @@ class Oracle:
         solo = alone or (len(parent.following) > 1 and len(before.now) == 1)
         return [m.peer_id for m in (before.now if solo else parent.following)]
 
-    def _mean(self, sent: list[tuple[Rows, int, int]]) -> Rows:
+    def _mean(self, part: chain.Part, sent: list[tuple[Rows, int, int]]) -> Rows:
         """[chunks, ENTRIES] of (values, weight, clip factor): weights capped, divided by all the weight included."""
         if not sent:
             return np.zeros((self._codec.chunks, ENTRIES))
-        cap = self._codec.weight_cap_ratio * float(np.median([weight for _, weight, _ in sent]))
-        weights = [min(float(weight), cap) for _, weight, _ in sent]
+        weights = np.array([weight for _, weight, _ in sent], np.float64)
+        weights = np.minimum(weights, self._codec.weight_cap_ratio * np.median(weights))
+        if self._codec.robust == "bounded":
+            norms = np.array([np.linalg.norm(rows[part.start : part.end]) for rows, _, _ in sent])
+            norms = np.minimum(norms, self._codec.clip_ratio * np.median(norms))
+            most = np.median(weights * norms)
+            weights = np.minimum(weights, most / np.maximum(norms, np.finfo(np.float64).tiny))
+            # Who points against the others is told by the reply, as all clip factors are.
+            weights = np.where([clip == 0 for _, _, clip in sent], 0.0, weights)
         total: Rows = sum(
             (rows * weight * clip / 256 for (rows, _, clip), weight in zip(sent, weights, strict=True)),
             np.zeros((self._codec.chunks, ENTRIES)),
         )
-        return total / sum(weights)
+        return total / weights.sum()
 
     def check_parameters(self, identifier: bytes, parameters: NDArray[np.float32]) -> None:
         """Raises ViolationError where a replica at this state is not what it must be."""

@@ -1,8 +1,8 @@
 """Contributions that are meant to harm, for `group.Group`: what hostile members send in place of what they selected.
 
-All are well-formed: as many coefficients as a chunk must have, with values that are quantised. Each is 16 times as
-large as an honest one, where the codec has a scale for it, so that the reducer clips it to all that it lets through.
-Hostile members know what every honest one sends in the same round, which is more than real ones do.
+All are well-formed: as many coefficients as a chunk must have, with values that are quantised. Each but `little` is 16
+times as large as an honest one, where the codec has a scale for it, so that the reducer clips it to all that it lets
+through. Hostile members know what every honest one sends in the same round, which is more than real ones do.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ LARGEST = 8.0
 """Below the codec's largest scale."""
 CONCENTRATED = 32
 """One chunk in so many."""
+DEVIATIONS = 1.5
+"""Of the honest members' coefficients."""
 
 Attack = Callable[[Codec, int, Sequence[Coefficients], Sequence[Coefficients]], list[Coefficients]]
 """From codec, round, what honest and what hostile members selected: what the hostile ones send."""
@@ -75,13 +77,24 @@ def against(
     total = np.zeros((end - start, CHUNK_SIZE), np.float32)
     for part in honest:
         total[part.chunk - start, part.index] += part.value / np.float32(len(honest))
-    places, values = [], []
-    for row, topk in zip(total, codec.topk[start:end], strict=True):
-        place = np.sort(np.argsort(-np.abs(row), kind="stable")[:topk])
-        places.append(place)
-        values.append(quantise(torch.from_numpy(-row[place])[None], codec.value_bits)[0].numpy())
-    sent = replace(own[0], index=np.concatenate(places), value=np.concatenate(values))
-    return [scaled(sent, LARGER)] * len(own)
+    return [scaled(_largest(codec, own[0], -total), LARGER)] * len(own)
+
+
+def little(
+    codec: Codec, number: int, honest: Sequence[Coefficients], own: Sequence[Coefficients]
+) -> list[Coefficients]:
+    """Send each coefficient's mean over honest members less `DEVIATIONS` times its standard deviation, as large as an
+    honest contribution (Baruch et al., "A Little Is Enough", 2019)."""
+    start, end = own[0].start, own[0].end
+    mean, square = (np.zeros((end - start, CHUNK_SIZE), np.float32) for _ in range(2))
+    for part in honest:
+        mean[part.chunk - start, part.index] += part.value / np.float32(len(honest))
+        square[part.chunk - start, part.index] += part.value**2 / np.float32(len(honest))
+    lie = mean - np.float32(DEVIATIONS) * np.sign(mean) * np.sqrt(np.maximum(square - mean**2, 0))
+    usual = float(np.median([np.linalg.norm(part.value) for part in honest]))
+    sent = _largest(codec, own[0], lie)
+    factor = np.float32(usual / np.linalg.norm(sent.value))
+    return [_largest(codec, own[0], lie * factor)] * len(own)
 
 
 def concentrated(
@@ -107,6 +120,16 @@ def other_text(tokens: NDArray[np.uint16]) -> NDArray[np.uint16]:
     return ((tokens.astype(np.int64) * 2731 + 17) % 4096).astype(np.uint16)
 
 
+def _largest(codec: Codec, like: Coefficients, dense: NDArray[np.float32]) -> Coefficients:
+    """Return the largest entries of `dense` [chunks, 4096], quantised, as many as a contribution has."""
+    places, values = [], []
+    for row, topk in zip(dense, codec.topk[like.start : like.end], strict=True):
+        place = np.sort(np.argsort(-np.abs(row), kind="stable")[:topk])
+        places.append(place)
+        values.append(quantise(torch.from_numpy(row[place])[None], codec.value_bits)[0].numpy())
+    return replace(like, index=np.concatenate(places), value=np.concatenate(values))
+
+
 def _random(like: Coefficients, seed: tuple[int, int]) -> Coefficients:
     """Return as many coefficients of the same sizes, elsewhere and with other signs."""
     rng = np.random.default_rng(seed)
@@ -117,5 +140,5 @@ def _random(like: Coefficients, seed: tuple[int, int]) -> Coefficients:
 
 
 ATTACKS: dict[str, Attack] = {
-    attack.__name__: attack for attack in (flip, noise, common, against, concentrated, other_task)
+    attack.__name__: attack for attack in (flip, noise, common, against, little, concentrated, other_task)
 }

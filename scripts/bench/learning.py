@@ -240,7 +240,12 @@ def manifest_of(setting: Setting) -> Manifest:
             "warmup_rounds": max(1, round(WARM_UP_SHARE * rounds)),
             "inner_batch": 1,
         },
-        "round": {"pace": "fixed", "sequences_per_peer": each, "micro_batch": 1 if method.inner else each},
+        "round": {
+            "pace": "fixed",
+            "sequences_per_peer": each,
+            "micro_batch": 1 if method.inner else each,
+            "robust": "mean",
+        },
     }
     common["model"]["context"] = CONTEXT
     table = strategies.merged(common, method.table)

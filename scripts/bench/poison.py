@@ -1,13 +1,16 @@
 """What hostile members do to learning, by attack and by how reducers sum: held-out bits per byte beside calm.
 
-    python scripts/bench/poison.py --jobs 2 --out docs/results/poison.json --format json
+    python scripts/bench/poison.py --out docs/results/poison.json --attack flip --method bounded --claim 4
 
 Sixteen members train the model of `learning.py` with the default strategy, by rounds of `simulation/group.py`; the last
 four are hostile (`simulation/poison.py`). Held-out bits per byte after --tokens tokens stand beside those of a calm run
-with sixteen honest members that takes the `mean`, so that what a method costs honest members shows too. `fewer` are
-calm runs of the twelve honest members alone, the best that a defence can come to.
+with sixteen honest members that takes the `mean`, so that what a method costs honest members shows too. Tokens are
+those that all sixteen, the hostile ones included, compute gradients for. `fewer` are calm runs of the twelve honest
+members alone, for as many rounds: the best that a defence can come to. With --unequal members compute between 1 and 8
+sequences a round, as many in all; with --claim hostile ones say that they have computed so many times what they have.
 
-Runs that are in --out are kept. One takes a minute or two of a core. Progress on stderr, the result last.
+Runs that are in --out are kept, and each is written as it ends. One of 1M tokens takes two minutes of a core, four
+fifths of it for gradients. Progress on stderr, the result last.
 """
 
 from __future__ import annotations
@@ -42,6 +45,8 @@ CALM, FEWER = "calm", "fewer"
 RATE = 0.002
 """What did best with eight members; see docs/learning.md."""
 CLIP_RATIO = RoundConfig().clip_ratio
+UNEQUAL = (8, 8, 8, 8, 4, 4, 2, 2, 2, 1, 1, 1, 8, 4, 2, 1)
+"""Sequences a round of members of unequal speed: 64 in all, as of equal ones. Hostile are the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,10 @@ class Case:
     clip_ratio: float
     tokens: int
     seed: int
+    claim: int = 1
+    """How many times as many sequences as they compute hostile members claim."""
+    unequal: bool = False
+    """Members compute `UNEQUAL` sequences a round, as many in all."""
 
 
 def setting_of(case: Case) -> Setting:
@@ -78,8 +87,15 @@ def train(case: Case) -> Row:
     setting = setting_of(case)
     text, manifest = Text.load(setting.corpus), manifest_of(setting)
     rules = msgspec.structs.replace(manifest.round, robust=case.robust, clip_ratio=case.clip_ratio)
+    if case.unequal:
+        rules = msgspec.structs.replace(rules, micro_batch=max(UNEQUAL))
     manifest = msgspec.structs.replace(manifest, round=rules)
     members = members_of(setting)[: case.members]
+    speeds = UNEQUAL[: case.members] if case.unequal else [rules.sequences_per_peer] * case.members
+    sequences = dict(zip(members, speeds, strict=True))
+    weights = {
+        of: (case.claim if of in members[case.members - case.hostile :] else 1) * n for of, n in sequences.items()
+    }
     texts = dict.fromkeys(members, text.train)
     forge: Forge = lambda number, selected: {}  # noqa: E731
     if case.hostile:
@@ -87,7 +103,9 @@ def train(case: Case) -> Row:
         forge = forger(ATTACKS[case.attack], codec, case.hostile)
         if case.attack == "other_task":
             texts |= dict.fromkeys(members[-case.hostile :], other_text(text.train))
-    group = Group(manifest, texts.__getitem__, forge=forge)
+    group = Group(
+        manifest, texts.__getitem__, forge=forge, sequences=sequences.__getitem__, weights=weights.__getitem__
+    )
     parts, began = group.equal_parts(len(members)), time.process_time()
     for _ in range(rounds_of(setting)):
         group.play(members, parts)
@@ -113,6 +131,8 @@ def wanted(options: argparse.Namespace) -> list[Case]:
             options.clip_ratio,
             options.tokens,
             options.seed,
+            options.claim if attack not in (CALM, FEWER) else 1,
+            options.unequal,
         )
         for attack in attacks
         for robust in options.method
@@ -125,14 +145,18 @@ def case_of(row: Row) -> Case:
 
 
 def beside_calm(rows: list[Row]) -> list[Row]:
-    """Each row with the ratio of its bits to those of the calm run of as many members by the mean."""
+    """Each row with the ratio of its bits to those of the calm run of sixteen such members by the mean."""
+
+    def run(row: Row) -> tuple[Any, ...]:
+        return row["tokens"], row["seed"], row["unequal"]
+
     calm = {
-        (row["tokens"], row["seed"]): row["heldout_bits_per_byte"]
+        run(row): row["heldout_bits_per_byte"]
         for row in rows
-        if row["attack"] == CALM and row["robust"] == "mean" and row["clip_ratio"] == CLIP_RATIO
+        if (row["attack"], row["robust"], row["clip_ratio"]) == (CALM, "mean", CLIP_RATIO)
     }
     for row in rows:
-        bits, beside = row["heldout_bits_per_byte"], calm.get((row["tokens"], row["seed"]))
+        bits, beside = row["heldout_bits_per_byte"], calm.get(run(row))
         row["against_calm"] = round(bits / beside - 1, 4) if bits and beside else None
     return rows
 
@@ -149,7 +173,9 @@ def main() -> int:
     parser.add_argument("--members", type=int, default=16, help="hostile ones included, at most 16; %(default)s")
     parser.add_argument("--hostile", type=int, default=4, help="%(default)s")
     parser.add_argument("--clip-ratio", type=float, default=CLIP_RATIO, help="the manifest's; %(default)s")
-    parser.add_argument("--tokens", type=int, default=200_000, help="%(default)s")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="%(default)s")
+    parser.add_argument("--claim", type=int, default=1, help="weight that liars claim, over the truth; %(default)s")
+    parser.add_argument("--unequal", action="store_true", help=f"members compute {UNEQUAL} sequences a round")
     parser.add_argument("--seed", type=int, default=1, help="%(default)s")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, a core each; %(default)s")
     parser.add_argument("--out", type=Path, help="rows; those that it has are kept")

@@ -242,6 +242,11 @@ def serve_without_every_reply(patch: Patch) -> None:
     patch.setattr(chain.state, "_serving_and_failing", lenient)
 
 
+def unbounded_weight(patch: Patch) -> None:
+    reduce_part, plain = answering.reduce_part, partial(dataclasses.replace, robust="mean")
+    patch.setattr(answering, "reduce_part", lambda sent, codec, *a: reduce_part(sent, plain(codec), *a))
+
+
 def send_before_the_own_log_knows(patch: Patch) -> None:
     """After a crash the contribution is another one."""
     patch.setattr(OwnLog, "write", lambda self, entry: None)
@@ -289,6 +294,7 @@ MUTATIONS = [
     uncapped_throughput,
     serve_by_the_own_seal,
     serve_without_every_reply,
+    unbounded_weight,
     send_before_the_own_log_knows,
     forget_outcomes_at_a_crash,
     audit_by_another_sum,

@@ -38,6 +38,15 @@ def coefficients(seed: int, value_bits: int = 32, size: float = 1.0) -> Coeffici
     return Coefficients(START, END, chunk, index, quantised(chunk, value, value_bits))
 
 
+def apart(member: int, seed: int = 0, size: float = 1.0) -> Coefficients:
+    """What a member might send where no other sends anything; of seed 0 ones."""
+    counts = TOPK[START:END]
+    chunk = np.repeat(np.arange(START, END), counts)
+    index = np.concatenate([np.arange(count) for count in counts]) + 100 * member
+    value = np.random.default_rng((seed, member)).standard_normal(len(chunk)) if seed else np.ones(len(chunk))
+    return Coefficients(START, END, chunk, index, (value * size).astype(np.float32))
+
+
 def reduced(
     sent: list[Sent],
     *,
@@ -45,8 +54,9 @@ def reduced(
     reply_topk: int = CHUNK_SIZE,
     clip_ratio: float = 1000.0,
     weight_cap_ratio: float = 1000.0,
+    robust: Robust = "mean",
 ) -> ReplyContent:
-    codec = Codec(TOPK, (reply_topk,) * END, value_bits, clip_ratio, weight_cap_ratio)
+    codec = Codec(TOPK, (reply_topk,) * END, value_bits, clip_ratio, weight_cap_ratio, robust)
     contributions = [
         (member, weight, wire.encode_contribution(part, codec) if weight else b"") for member, weight, part in sent
     ]
@@ -74,15 +84,44 @@ def dense(part: Coefficients) -> NDArray[np.float64]:
 
 
 def reference(
-    sent: list[Sent], clip_ratio: float = 1000.0, cap_ratio: float = 1000.0
+    sent: list[Sent], clip_ratio: float = 1000.0, cap_ratio: float = 1000.0, robust: Robust = "mean"
 ) -> tuple[NDArray[np.float64], dict[int, int]]:
     """The weighted mean of clipped contributions [chunks, 4096], and the clip factors in 256ths."""
     norms = {member: np.linalg.norm(dense(part)) for member, _, part in sent}
     limit = clip_ratio * np.median(list(norms.values()))
     clips = {member: int(256 * limit / norm) for member, norm in norms.items() if norm > limit}
     cap = cap_ratio * np.median([weight for _, weight, _ in sent])
-    total = sum(min(weight, cap) * clips.get(member, 256) / 256 * dense(part) for member, weight, part in sent)
-    return total / sum(min(weight, cap) for _, weight, _ in sent), clips
+    weights = {member: min(weight, cap) for member, weight, _ in sent}
+    if robust == "bounded":
+        most = np.median([weight * min(norms[member], limit) for member, weight in weights.items()])
+        weights = {member: min(weight, most / min(norms[member], limit)) for member, weight in weights.items()}
+        held = [weights[member] * clips.get(member, 256) / 256 for member, _, _ in sent]
+        for place in outsiders([dense(part) for _, _, part in sent], held):
+            weights[sent[place][0]] = clips[sent[place][0]] = 0
+    total = sum(weights[member] * clips.get(member, 256) / 256 * dense(part) for member, _, part in sent)
+    return total / sum(weights.values()), clips
+
+
+def outsiders(parts: list[NDArray[np.float64]], held: list[float]) -> list[int]:
+    """The places of those that point against the sum of the others, or in concert, by way of every entry: by their
+    products over their norms, six median distances above the median, or three below it and below zero; a quarter at
+    most. Twice, the second time without those found."""
+    found: list[int] = []
+    for _ in range(2):
+        agreement = np.zeros(len(parts))
+        for place, part in enumerate(parts):
+            others = np.zeros_like(part)
+            for other, (one, weight) in enumerate(zip(parts, held, strict=True)):
+                if other != place and other not in found:
+                    others += weight * one
+            agreement[place] = np.vdot(part, others) / max(np.linalg.norm(part), 1e-300)
+        middle = np.median(agreement)
+        distance = np.median(abs(agreement - middle))
+        high = [int(place) for place in np.argsort(-agreement) if agreement[place] > middle + 6 * distance]
+        low = [int(place) for place in np.argsort(agreement) if agreement[place] < min(middle - 3 * distance, 0)]
+        new = [place for place in (*high, *low) if place not in found]
+        found += new[: len(parts) // 4 - len(found)]
+    return found
 
 
 def one_by_one(numbers: Iterable[float]) -> float:
@@ -93,11 +132,14 @@ def one_by_one(numbers: Iterable[float]) -> float:
     return total
 
 
+def norms(parts: list[Coefficients]) -> list[float]:
+    """Of squares that are summed float by float."""
+    return [math.sqrt(one_by_one(float(value) * float(value) for value in part.value)) for part in parts]
+
+
 def clip_factors(parts: list[Coefficients], ratio: float) -> list[int]:
-    """By norms that are summed float by float."""
-    norms = [math.sqrt(one_by_one(float(value) * float(value) for value in part.value)) for part in parts]
-    limit = ratio * statistics.median(norms)
-    return [int(256 * limit / norm) if norm > limit else 256 for norm in norms]
+    limit = ratio * statistics.median(norms(parts))
+    return [int(256 * limit / norm) if norm > limit else 256 for norm in norms(parts)]
 
 
 def centering_factors(parts: list[Coefficients], weights: list[float]) -> list[int]:
@@ -139,6 +181,16 @@ def dense_reply(sent: list[Sent], codec: Codec) -> bytes:
     weights, parts = [min(weight, cap) for _, weight, _ in work], [part for _, _, part in work]
     centered = codec.robust == "centered_clip"
     factors = centering_factors(parts, weights) if centered else clip_factors(parts, codec.clip_ratio)
+    if codec.robust == "bounded":
+        limit = codec.clip_ratio * statistics.median(norms(parts))
+        pulls = [weight * min(norm, limit) for weight, norm in zip(weights, norms(parts), strict=True)]
+        most = statistics.median(pulls)
+        weights = [
+            weight * (most / pull) if pull > most else weight for weight, pull in zip(weights, pulls, strict=True)
+        ]
+        held = [weight * factor / 256 for weight, factor in zip(weights, factors, strict=True)]
+        for place in outsiders([dense(part) for part in parts], held):
+            weights[place], factors[place] = 0.0, 0
     clips = {member: factor for (member, _, _), factor in zip(work, factors, strict=True) if factor < 256}
     whole = one_by_one(weights)
     products = np.zeros((len(work), END - START, CHUNK_SIZE), np.float32)
@@ -204,18 +256,19 @@ def test_a_reply_is_the_weighted_mean(value_bits: int) -> None:
     reply_topk=st.integers(1, 12),
     clip_ratio=st.floats(1, 3),
     cap_ratio=st.floats(1, 3),
+    robust=st.sampled_from(["mean", "bounded"]),
 )
-@settings(max_examples=60)
+@settings(max_examples=80, deadline=None)
 def test_a_reply_is_the_mean_of_clipped_and_capped_contributions(
-    seed: int, weights: list[int], reply_topk: int, clip_ratio: float, cap_ratio: float
+    seed: int, weights: list[int], reply_topk: int, clip_ratio: float, cap_ratio: float, robust: Robust
 ) -> None:
     sizes = np.exp2(np.random.default_rng(seed).integers(-6, 3, len(weights)))
     sent = [
         (member, weight, coefficients(seed + member, size=size))
         for member, (weight, size) in enumerate(zip(weights, sizes, strict=True))
     ]
-    content = reduced(sent, reply_topk=reply_topk, clip_ratio=clip_ratio, weight_cap_ratio=cap_ratio)
-    exact, clips = reference(sent, clip_ratio, cap_ratio)
+    content = reduced(sent, reply_topk=reply_topk, clip_ratio=clip_ratio, weight_cap_ratio=cap_ratio, robust=robust)
+    exact, clips = reference(sent, clip_ratio, cap_ratio, robust)
     assert content.clips == clips
     assert_quantises(content, exact, reply_topk)
 
@@ -311,6 +364,81 @@ def test_nobody_moves_the_mean_further_than_the_limit() -> None:
     limit = np.median([np.linalg.norm(dense(part)) for _, _, part in sent])
     clipped = np.linalg.norm(dense(sent[1][2])) * content.clips[3] / 256
     assert 0.95 * limit < clipped <= limit
+
+
+@pytest.mark.parametrize("claimed", [2, 1000, 10**6])
+def test_a_claimed_weight_counts_in_a_bounded_mean_for_no_more_than_the_member_in_the_middle(claimed: int) -> None:
+    sent = [(member, 1, apart(member)) for member in range(5)]
+    boasting = [*sent[:4], (4, claimed, apart(4))]
+    assert np.array_equal(reduced(boasting, robust="bounded").byte, reduced(sent, robust="bounded").byte)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    weights=st.lists(st.integers(1, 9), min_size=3, max_size=MEMBERS),
+    liars=st.integers(1, 3),
+    claimed=st.integers(1, 2**20),
+    size=st.floats(1e-3, 1e6),
+)
+@settings(max_examples=100, deadline=None)
+def test_fewer_liars_than_half_each_move_a_bounded_mean_by_no_more_than_the_honest_member_that_moves_it_most(
+    seed: int, weights: list[int], liars: int, claimed: int, size: float
+) -> None:
+    liars = min(liars, (len(weights) - 1) // 2)
+    honest = len(weights) - liars
+    sent = [
+        (member, weight, apart(member, seed)) if member < honest else (member, claimed, apart(member, seed, size))
+        for member, weight in enumerate(weights)
+    ]
+    content = reduced(sent, clip_ratio=3.0, weight_cap_ratio=4.0, robust="bounded")
+    moved = dense(content.coefficients)
+    rounding = np.linalg.norm(content.scale) * len(sent[0][2].value)
+    norms = [float(np.linalg.norm(moved[part.chunk - START, part.index])) for _, _, part in sent]
+    assert max(norms[honest:]) <= max(norms[:honest]) + rounding
+
+
+def agreeing(member: int, sign: float = 1.0) -> Coefficients:
+    """What members send who have much in common, or its opposite, and something of their own."""
+    common, own = apart(0), np.random.default_rng(member).standard_normal(19) / 4
+    return Coefficients(START, END, common.chunk, common.index, ((common.value + own) * sign).astype(np.float32))
+
+
+@pytest.mark.parametrize(("members", "liars"), [(4, 1), (5, 1), (7, 1)])
+def test_who_points_against_the_others_counts_for_nothing_in_a_bounded_mean_and_all_of_it_returns(
+    members: int, liars: int
+) -> None:
+    honest = [(member, 1, agreeing(member)) for member in range(members - liars)]
+    lies = [(member, 9, agreeing(member, -2.0)) for member in range(members - liars, members)]
+    content = reduced([*honest, *lies], weight_cap_ratio=4.0, robust="bounded")
+    assert content.clips == {member: 0 for member, _, _ in lies}
+    assert_quantises(content, reference([*honest, *lies], cap_ratio=4.0, robust="bounded")[0])
+    assert (content.byte > 0).all()
+
+
+def test_who_sends_the_same_as_another_counts_for_nothing_in_a_bounded_mean() -> None:
+    """Where honest members have little in common: four of sixteen."""
+    members = 16
+    honest = [(member, 1, coefficients(member)) for member in range(members - 4)]
+    lies = [(member, 1, apart(3, 5)) for member in range(members - 4, members)]
+    codec = Codec(TOPK, (CHUNK_SIZE,) * END, 32, 3.0, 4.0, "bounded")
+    contributions = [(member, weight, wire.encode_contribution(part, codec)) for member, weight, part in honest + lies]
+    content = wire.decode_reply(reduce_part(contributions, codec, START, END, members), codec, START, END, members)
+    assert content.clips == {member: 0 for member, _, _ in lies}
+    assert_quantises(content, reference(honest + lies, 3.0, 4.0, "bounded")[0])
+
+
+@given(seed=st.integers(0, 2**32 - 1), weights=st.lists(st.integers(1, 9), min_size=1, max_size=MEMBERS))
+@settings(max_examples=60, deadline=None)
+def test_no_more_than_a_quarter_is_left_out_of_a_bounded_mean_and_of_a_group_below_four_nobody(
+    seed: int, weights: list[int]
+) -> None:
+    content = reduced(sent_by(seed, weights), robust="bounded")
+    assert list(content.clips.values()) == [0] * len(content.clips)
+    assert len(content.clips) <= len(weights) // 4
+
+
+def test_what_nobody_else_sends_points_against_nobody() -> None:
+    assert not reduced([(member, member + 1, apart(member, 7)) for member in range(MEMBERS)], robust="bounded").clips
 
 
 @pytest.mark.parametrize("claimed", [1000, 10**6])

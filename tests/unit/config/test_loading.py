@@ -103,7 +103,7 @@ def test_what_the_template_says_is_what_a_bare_manifest_means() -> None:
 
 
 def test_a_key_that_is_not_set_stands_in_the_template_as_a_comment_with_what_it_means() -> None:
-    assert '# robust = "mean"' in render(new_manifest("a")).splitlines()
+    assert '# robust = "bounded"' in render(new_manifest("a")).splitlines()
     said = parse_manifest(f'{HEAD}\n[round]\nrobust = "trimmed"\n', HERE)
     assert 'robust = "trimmed"' in render(said).splitlines()
-    assert (said.round.sums_by, new_manifest("a").round.sums_by) == ("trimmed", "mean")
+    assert (said.round.sums_by, new_manifest("a").round.sums_by) == ("trimmed", "bounded")

@@ -42,7 +42,7 @@ def test_it_is_what_replicas_of_their_own_come_to(strategy: str) -> None:
     start = replicas[0].parameters_sha256()
     for round in range(1, 4):
         played = group.play(MEMBERS, group.equal_parts(3))
-        losses, payloads, pending = [], [], []
+        losses, pending = [], []
         for member, (replica, local) in enumerate(zip(replicas, locals_, strict=True)):
             for pair in range(SEQUENCES // 2):
                 counts = [(round - 1) * SEQUENCES + 2 * pair + n for n in (0, 1)]
@@ -56,24 +56,25 @@ def test_it_is_what_replicas_of_their_own_come_to(strategy: str) -> None:
             optimizer.accumulate()
             pending.append(optimizer.select())
             optimizer.zero_grad()
-            # One part: chunks of a reply do not depend on the parts they lie in, where nobody is clipped.
-            payloads.append(wire.encode_contribution(pending[-1].sent, optimizer.codec))
-        codec, contributions = (
-            replicas[0].codec,
-            [(member, SEQUENCES, payload) for member, payload in enumerate(payloads)],
-        )
-        reply = reduce_part(contributions, codec, 0, codec.chunks, 3)
-        content = wire.decode_reply(reply, codec, 0, codec.chunks, 3)
+        codec, contents, sent = replicas[0].codec, [], 0
+        for part in group.equal_parts(3):
+            contributions = [
+                (member, SEQUENCES, wire.encode_contribution(one.sent.cut(part.start, part.end), codec))
+                for member, one in enumerate(pending)
+            ]
+            reply = reduce_part(contributions, codec, part.start, part.end, 3)
+            # All but the part's reducer send it their part of a contribution, and it sends its reply to them.
+            sent += sum(len(payload) for member, _, payload in contributions if member != part.reducer) + 2 * len(reply)
+            contents.append((part.start, part.end, wire.decode_reply(reply, codec, part.start, part.end, 3)))
         inner = config.optimizer.gathers_way
         for member, replica in enumerate(replicas):
             rate = config.optimizer.outer_learning_rate if inner else replica.rate_at(round)
-            replica.optimizer.apply([(0, codec.chunks, content)], rate)
-            replica.optimizer.settle(pending[member], [(0, codec.chunks, content)], member)
+            replica.optimizer.apply(contents, rate)
+            replica.optimizer.settle(pending[member], contents, member)
         assert played.loss == pytest.approx(np.mean(losses), rel=1e-6)
-        assert not content.clips
+        assert not any(content.clips for _, _, content in contents)
         assert {replica.parameters_sha256() for replica in replicas} == {_hash(group)}
-        # Each sends two of three parts of its contribution, and its own part's reply to two others.
-        assert played.sent_bytes == pytest.approx((2 * len(payloads[0]) + 2 * len(reply)) / 3, rel=0.1)
+        assert played.sent_bytes == pytest.approx(sent / 3)
     assert replicas[0].parameters_sha256() != start
 
 

@@ -29,7 +29,7 @@ def group_under(attack: str, seen: list[tuple[Coefficients, Coefficients]]) -> G
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_what_is_sent_decodes_to_itself_and_is_larger_than_honest(attack: str) -> None:
+def test_what_is_sent_decodes_to_itself_and_is_as_large_as_it_is_meant_to_be(attack: str) -> None:
     seen: list[tuple[Coefficients, Coefficients]] = []
     group = group_under(attack, seen)
     for _ in range(2):
@@ -39,7 +39,8 @@ def test_what_is_sent_decodes_to_itself_and_is_larger_than_honest(attack: str) -
         assert np.array_equal(there.value, sent.value)
         assert np.array_equal(there.index, sent.index)
         # By less than `LARGER` where a toy's values come near the largest scale.
-        assert np.linalg.norm(sent.value) > 2 * np.linalg.norm(own.value)
+        larger = np.linalg.norm(sent.value) / np.linalg.norm(own.value)
+        assert 0.5 < larger < 2 if attack == "little" else larger > 2
 
 
 def test_flipped_signs_are_those_of_training() -> None:
@@ -65,5 +66,5 @@ def test_the_other_text_writes_every_token_as_one_other() -> None:
 def test_the_manifest_decides_how_a_group_sums() -> None:
     config = manifest("demo")
     trimming = msgspec.structs.replace(config, round=msgspec.structs.replace(config.round, robust="trimmed"))
-    assert Group(config, dict(zip(MEMBERS, TEXTS, strict=True)).__getitem__).codec.robust == "mean"
+    assert Group(config, dict(zip(MEMBERS, TEXTS, strict=True)).__getitem__).codec.robust == "bounded"
     assert Group(trimming, dict(zip(MEMBERS, TEXTS, strict=True)).__getitem__).codec.robust == "trimmed"
