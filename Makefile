@@ -38,7 +38,9 @@ test: $(STAMP)  ## lint, format, types, layers and the test suite
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy p2ptrain
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/pytest
+	@# Real peers share the cores that they are timed on, so their tests run one at a time; all others side by side.
+	code=0; $(BIN)/pytest --numprocesses logical --maxprocesses 4 tests/docs tests/unit tests/simulation || code=$$?; \
+		$(BIN)/pytest tests/swarm || code=$$?; exit $$code
 
 clean:  ## remove the virtual environment, compiled loops and the demo's output
 	rm -rf $(VENV) demo-output

@@ -88,6 +88,27 @@ def consumed_of(pending: Pending, replies: Sequence[PartReply], index: int | Non
     return Settled(pending, kept, tuple(clips))
 
 
+def products(pending: Pending, replies: Sequence[PartReply], index: int | None) -> dict[int, float]:
+    """Return, by the number of each reply that includes our contribution, its product with what we sent.
+
+    A mean has a share of us in it, so it hardly ever points against us: a product below zero says that somebody should
+    look at what was summed. A part that was clipped to nothing has none.
+
+    Args:
+        index: our place among that round's members; None: we were none, and there are none.
+    """
+    sent, found = pending.sent, {}
+    for number, (start, end, content) in enumerate(replies):
+        if content is None or index is None or index not in content.included or content.clips.get(index) == 0:
+            continue
+        low, high = (int(edge) for edge in np.searchsorted(sent.chunk, (start, end)))
+        here, theirs = slice(low, high), content.coefficients
+        found[number] = _product(
+            sent.chunk[here], sent.index[here], sent.value[here], theirs.chunk, theirs.index, theirs.value
+        )
+    return found
+
+
 def add_returned(momentum: Tensor, settled: Settled, factor: float, chunk_there: Tensor | None) -> None:
     """Add to the momentum, `factor` times, what was not consumed.
 
@@ -155,3 +176,31 @@ def _in_both(
             number += 1
         for place in other_index[first:other]:
             there[place] = False
+
+
+@compiled
+def _product(
+    chunk: NDArray[np.int64],
+    index: NDArray[np.int64],
+    value: NDArray[np.float32],
+    other_chunk: NDArray[np.int64],
+    other_index: NDArray[np.int64],
+    other_value: NDArray[np.float32],
+) -> float:
+    """Add up the products of what two lists have at the same place; both ascend, and each has a place once."""
+    there = np.zeros(CHUNK_SIZE, np.float32)
+    other, first, number, total = 0, 0, 0, 0.0
+    while number < len(chunk):
+        here = chunk[number]
+        while other < len(other_chunk) and other_chunk[other] < here:
+            other += 1
+        first = other
+        while other < len(other_chunk) and other_chunk[other] == here:
+            there[other_index[other]] = other_value[other]
+            other += 1
+        while number < len(chunk) and chunk[number] == here:
+            total += np.float64(value[number]) * np.float64(there[index[number]])
+            number += 1
+        for place in other_index[first:other]:
+            there[place] = 0
+    return total

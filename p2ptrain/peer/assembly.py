@@ -25,7 +25,7 @@ from p2ptrain.history.remembered import past_of, read_company
 from p2ptrain.models.gpt import GPT
 from p2ptrain.peer.driver import RoundDriver
 from p2ptrain.peer.parts import DriverParts
-from p2ptrain.rounds.events import ContributionReady
+from p2ptrain.rounds.events import ContributionReady, Doubted
 from p2ptrain.rounds.inbox import Inbox
 from p2ptrain.rounds.machine import RoundMachine
 from p2ptrain.rounds.rules import RoundRules
@@ -154,6 +154,10 @@ class Link:
     def root_computed(self, round: int, id: bytes, root: bytes) -> None:
         """Say that the snapshot of a round, at state `id`, is written."""
         self.call(self.driver.root_computed, round, id, root)
+
+    def doubt(self, doubted: Doubted) -> None:
+        """Say that a sealed reply points against what we sent for it."""
+        self.call(self.driver.doubt, doubted)
 
     def prune_own_log(self, before: int) -> None:
         """Say that no restart needs the own log's entries of rounds before this one."""

@@ -102,7 +102,7 @@ class Auditing:
         if peer not in kept.members:
             return "not a member of that round"
         others = [one for one in self._kept.values() if one.key == kept.key and one is not kept and one.shown[peer]]
-        if len(others) >= A_REDUCER_MAX or kept.shown[peer] >= SHOWN_MAX:
+        if len(others) > A_REDUCER_MAX or kept.shown[peer] >= SHOWN_MAX:
             return "shown often enough"
         kept.shown[peer] += 1
         return evidence.encode_bundle(kept.bundle)

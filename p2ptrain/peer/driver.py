@@ -192,6 +192,10 @@ class RoundDriver:
         if len(self._p.snapshots.all()) >= 3:
             self._p.journal.prune(keep_from + 1)
 
+    def doubt(self, doubted: events.Doubted) -> None:
+        """The trainer has a sealed reply that points against what we sent for it."""
+        self.dispatch(doubted)
+
     def prune_own_log(self, before: int) -> None:
         """No restart of the trainer needs the entries of rounds before this one."""
         # It may be on a branch that was left for a shorter one: what goes out now is needed for longer.

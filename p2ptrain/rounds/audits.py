@@ -28,7 +28,9 @@ from p2ptrain.rounds import events
 
 UNDER_WAY_MAX = 8
 A_REDUCER_MAX = 2
-"""Parts of one reducer that one member asks for in a round; a reducer shows it no more."""
+"""Parts of one reducer that one member draws in a round; a reducer shows it one more, that it doubts."""
+BELIEVED_MAX = 10_000
+"""Rounds."""
 PROOFS_KEPT = 8
 SUSPECTS_MAX = 64
 _LOTS = 2**64
@@ -60,6 +62,8 @@ class Audits:
     suspects: set[bytes] = field(default_factory=set)
     #: reducers that our next seal in turn accuses, the first first
     owing: dict[bytes, None] = field(default_factory=dict)
+    #: reducer -> round from which on we may doubt a reply of it again
+    believed_until: dict[bytes, int] = field(default_factory=dict)
     #: digest -> proof, the latest at the end
     proofs: dict[bytes, HeldProof] = field(default_factory=dict)
 
@@ -83,6 +87,23 @@ class Audits:
                 self.under_way.add(digest)
                 drawn.append(events.Audit(Key(shape.round, shape.base), number, shape, reducer, reply))
         return drawn
+
+    def doubt(self, event: events.Doubted, members: Collection[bytes]) -> list[events.Audit]:
+        """Return the audit of a reply that our trainer doubts; none, where we doubted one of this reducer lately, or
+        it is none of `members` any more.
+
+        So doubts cost at most what lots do, whatever is sent to make right replies look wrong.
+        """
+        shape = event.shape
+        reducer, digest = shape.members[shape.parts[event.part].reducer].peer_id, reply_digest(event.reply)
+        busy = digest in self.under_way or len(self.under_way) >= UNDER_WAY_MAX
+        if busy or reducer == self.me or reducer not in members or not self.audits_a_part:
+            return []
+        if event.key.round < self.believed_until.get(reducer, 0):
+            return []
+        self.believed_until[reducer] = event.key.round + int(min(len(shape.members) / self.audits_a_part, BELIEVED_MAX))
+        self.under_way.add(digest)
+        return [events.Audit(event.key, event.part, shape, reducer, event.reply)]
 
     def note_two_replies(self, held: dict[int, Reply], sealed: SealedRound, shape: RoundShape) -> None:
         """Accuse reducers that gave us another reply than the sealed one.
@@ -141,6 +162,7 @@ class Audits:
     def forget_all_but(self, members: Collection[bytes]) -> None:
         """Forget suspicions of peers that are no members."""
         self.suspects &= set(members)
+        self.believed_until = {peer: until for peer, until in self.believed_until.items() if peer in members}
         self.owing = {peer: None for peer in self.owing if peer in members}
 
     def to_hand_on(self, head: ChainState) -> list[HeldProof]:
@@ -180,6 +202,7 @@ class Audits:
         """Yield what must hold between two events, and whether it does."""
         yield "audits under way are bounded", len(self.under_way) <= UNDER_WAY_MAX
         yield "proofs are bounded", len(self.proofs) <= PROOFS_KEPT
+        yield "whom we believe is a member", self.believed_until.keys() <= set(members)
         yield "suspects are members", self.suspects <= set(members)
         yield "who owes us an answer is a member", self.owing.keys() <= set(members)
         ours = [

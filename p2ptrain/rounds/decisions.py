@@ -157,6 +157,8 @@ def told(said: events.Event | events.Effect) -> Told:
             return Told("synced to round {} {}", (said.state.round, said.state.id[:3]))
         case events.RootComputed():
             return Told("root of round {} computed: {}", (said.round, said.root[:3]))
+        case events.Doubted():
+            return Told("the reply of {} part {} points against what we sent", (said.key, said.part))
         case events.Audited():
             return Told("audit of {} ended: {}, {}", (_Peer(said.reducer), said.verdict, said.reply[:3]))
         case events.ProofHeard():

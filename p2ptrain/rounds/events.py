@@ -141,6 +141,16 @@ class RootComputed:
 
 
 @dataclass(frozen=True, slots=True)
+class Doubted:
+    """A sealed reply points against what we sent for it, which a mean with us in it hardly ever does."""
+
+    key: Key
+    part: int
+    shape: RoundShape
+    reply: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Audited:
     """Answer to `Audit`."""
 
@@ -181,6 +191,7 @@ Event = (
     | FetchFailed
     | Synced
     | RootComputed
+    | Doubted
     | Audited
     | ProofHeard
     | Tick

@@ -278,6 +278,8 @@ class RoundMachine:
                 self.roots.own[event.round] = event.root
                 for old in sorted(self.roots.own)[:-4]:
                     del self.roots.own[old]
+            case events.Doubted():
+                self._effects += self.audits.doubt(event, self.group.members)
             case events.Audited():
                 self._on_audited(event)
             case events.ProofHeard():

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from p2ptrain import chain
-from p2ptrain.chain import Row
+from p2ptrain.chain import RoundShape, Row
 from p2ptrain.chain.sealed import Key, SealedRound
 from p2ptrain.compression import wire
 from p2ptrain.compression.layout import CHUNK_SIZE
 from p2ptrain.optim.demo import Pending
+from p2ptrain.optim.settling import products
 from p2ptrain.state.checkpoint import Checkpoint, CheckpointMeta, SentUnsettled, load_checkpoint, save_checkpoint
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import Outcome, OwnEntry, OwnLog
@@ -45,6 +46,8 @@ class Books:
         self.sequences_read = 0
         #: share of our contribution to the round applied last that was consumed
         self.consumed_share = 0.0
+        #: parts of the round applied last whose replies point against what we sent for them, of each reducer the worst
+        self.opposing: list[int] = []
         self._checkpoints, self._snapshots = checkpoints, SnapshotStore(checkpoints)
         #: what the contribution handed over last takes into the own log: its round, its decays, outcomes
         self._carried: tuple[Key, int, tuple[Outcome, ...]] | None = None
@@ -146,6 +149,8 @@ class Books:
         index = shape.index(self.peer_id)
         if not self._has_sent(key):
             index = None
+        pending = self.ledger.pending.get(key)
+        self.opposing = [] if pending is None else _worst(products(pending, replies, index), shape)
         self.consumed_share = self.ledger.settle(shape.round, sealed.id, key, replies, index)
 
     def _has_sent(self, key: Key) -> bool:
@@ -216,6 +221,15 @@ class Books:
     def save_snapshot(self, round: int, id: bytes) -> SnapshotFile:
         """Write a snapshot of the replica, which is at this round and state id."""
         return self._snapshots.save(round, id, self.replica.snapshot())
+
+
+def _worst(products: dict[int, float], shape: RoundShape) -> list[int]:
+    """Return of each reducer the part with the lowest product, if that is below zero."""
+    worst: dict[int, int] = {}
+    for number in sorted(products, key=products.__getitem__):
+        if products[number] < 0:
+            worst.setdefault(shape.parts[number].reducer, number)
+    return list(worst.values())
 
 
 def _overlap(known: tuple[Outcome, ...], logged: tuple[Outcome, ...]) -> int:

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from p2ptrain.chain import SEQUENCES_PER_KILOSECOND_MAX, RoundShape, Row
-from p2ptrain.chain.sealed import SealedRound
+from p2ptrain.chain.sealed import Key, SealedRound
 from p2ptrain.compression import decoded
 from p2ptrain.data.assignment import sequence_offsets
 from p2ptrain.observe.status import Status
@@ -49,6 +49,9 @@ class Swarm(Protocol):
 
     def root_computed(self, round: int, id: bytes, root: bytes) -> None:
         """Say that the snapshot of a round is on disk."""
+
+    def doubt(self, doubted: events.Doubted) -> None:
+        """Say that a sealed reply points against what we sent for it."""
 
     def prune_own_log(self, before: int) -> None:
         """Say that no restart needs the own log's entries of rounds before this one."""
@@ -204,6 +207,10 @@ class Trainer:
     def _on_apply(self, message: events.Apply, swarm: Swarm) -> None:
         sealed = message.sealed
         self._apply(sealed)
+        for part in self.books.opposing:
+            reply, shape = sealed.replies[part], message.shape
+            if reply is not None:
+                swarm.doubt(events.Doubted(Key(shape.round, shape.base), part, shape, reply))
         if message.index is not None or sealed.seal.sealer == self._peer_id:
             self.rounds_applied += 1
         if self._current is not None and self._current.key.round <= sealed.seal.round:

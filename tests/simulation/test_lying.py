@@ -16,6 +16,7 @@ from histories import MANIFEST, coverage, play
 from p2ptrain.chain import evidence
 from p2ptrain.chain.state import STRIKES_BORNE
 from p2ptrain.peer import assembly
+from p2ptrain.rounds.audits import Audits
 from p2ptrain.simulation.lying import Lying, Outcome
 from p2ptrain.simulation.world import Scenario
 
@@ -40,6 +41,15 @@ def lied(folder: Path, kind: str, *, seed: int = 1, peers: int = 4, liars: int =
 def test_a_lying_reducer_is_expelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of five; with one part to lie about in each round, which is the fewest."""
     monkeypatch.setattr(assembly, "audits_a_part", lambda codec: AUDITS_BY_DEFAULT)
+    for seed in range(8):
+        found = lied(tmp_path / f"{seed}", "wrong_sum", seed=seed).rounds_until_expelled
+        assert found is not None and found <= WITHIN_ROUNDS
+
+
+def test_a_reducer_whose_lies_look_right_is_expelled_by_lot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same, where nobody notices that replies point the other way."""
+    monkeypatch.setattr(assembly, "audits_a_part", lambda codec: AUDITS_BY_DEFAULT)
+    monkeypatch.setattr(Audits, "doubt", lambda *_: [])
     outcomes = [lied(tmp_path / f"{seed}", "wrong_sum", seed=seed, rounds=80) for seed in range(8)]
     found = [outcome.rounds_until_expelled for outcome in outcomes]
     assert None not in found, "each is, in the end"

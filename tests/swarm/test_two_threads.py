@@ -179,7 +179,7 @@ def test_neither_thread_touches_what_is_the_others(
 
         monkeypatch.setattr(kind, "__getattribute__", look_up, raising=False)
 
-    messages = frozenset({"contribute", "root_computed", "prune_own_log", "others_reach", "stop", "standing"})
+    messages = frozenset({"contribute", "root_computed", "prune_own_log", "doubt", "others_reach", "stop", "standing"})
     belongs(RoundDriver, NETWORKS.__contains__, messages)
     belongs(Presence, NETWORKS.__contains__, frozenset({"hear", "say_leaving"}))
     for kind in (Answering, Auditing, Sending, RoundMachine, NewsFeed, CatchingUp, Journal, UplinkMeter, Traffic):

@@ -42,7 +42,7 @@ from p2ptrain.peer.assembly import Make
 from p2ptrain.peer.driver import RoundDriver
 from p2ptrain.peer.progress import Display
 from p2ptrain.peer.session import PeerSession
-from p2ptrain.rounds.events import Apply, ContributionReady, ContributionReceived, Effect, Event, ReplyHeld
+from p2ptrain.rounds.events import Apply, ContributionReady, ContributionReceived, Doubted, Effect, Event, ReplyHeld
 from p2ptrain.state.own_log import OwnEntry
 from p2ptrain.training.trainer import Swarm, Trainer
 
@@ -150,6 +150,10 @@ class Gate:
     def root_computed(self, round: int, id: bytes, root: bytes) -> None:
         """Passed on."""
         self._swarm.root_computed(round, id, root)
+
+    def doubt(self, doubted: Doubted) -> None:
+        """Passed on."""
+        self._swarm.doubt(doubted)
 
     def prune_own_log(self, before: int) -> None:
         """Passed on."""

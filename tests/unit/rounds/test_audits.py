@@ -27,6 +27,7 @@ from p2ptrain.rounds.events import (
     Audited,
     ContributionReady,
     ContributionReceived,
+    Doubted,
     Effect,
     FetchRounds,
     PeerLeft,
@@ -141,6 +142,41 @@ def test_a_reducer_is_asked_for_few_parts_in_a_round() -> None:
         tuple(reply.data for reply in replies.values()),
     )
     assert len(audits.draw(fake, shape)) == A_REDUCER_MAX
+
+
+# ---- doubts ---------------------------------------------------------------------------------------------------------
+
+
+def doubted(machine: RoundMachine, now: float) -> list[Audit]:
+    """Have it adopt a round and doubt each of its replies; the audits, which end well."""
+    assert machine.shape is not None
+    shape, key = machine.shape, Key(machine.shape.round, machine.shape.base)
+    sealed, _ = round_of(machine.head, "b")
+    audits = of(Audit, adopt(machine, "b", now))
+    for part, reply in enumerate(sealed.replies):
+        assert reply is not None
+        audits += of(Audit, machine.handle(Doubted(key, part, shape, reply), now + 0.6))
+    for audit in audits:
+        machine.handle(Audited(audit.reducer, reply_digest(audit.reply), "right", b""), now + 0.7)
+    return audits
+
+
+def test_a_reply_that_the_trainer_doubts_is_audited_and_its_reducer_believed_for_as_long_as_by_lot() -> None:
+    """Else who makes right replies look wrong would have everybody audit everything."""
+    rate, rounds = 0.05, 300
+    machine = machine_of("a", standing("a", "b", "c"), audits_a_part=rate)
+    audits = [doubted(machine, 1.0 * number) for number in range(rounds)]
+    assert {audit.reducer for audit in audits[0]} == {id_of("b"), id_of("c")}, "looked at at once"
+    lone = machine_of("a", standing("a", "b", "c"), audits_a_part=rate)
+    by_lot = sum(map(len, audits_of(lone, rounds)))
+    assert sum(map(len, audits)) - by_lot == pytest.approx(2 * rounds * rate / 3, abs=2)
+
+
+def test_nobody_doubts_itself_and_nothing_is_looked_at_at_a_rate_of_zero() -> None:
+    silent = machine_of("a", standing("a", "b", "c"), audits_a_part=0.0)
+    assert not doubted(silent, 1.0)
+    audits = doubted(machine_of("c", standing("a", "b", "c"), audits_a_part=0.1), 1.0)
+    assert {audit.reducer for audit in audits} == {id_of("a"), id_of("b")}
 
 
 def test_of_rounds_that_it_did_not_take_part_in_a_peer_audits_none() -> None:

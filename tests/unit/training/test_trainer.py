@@ -19,7 +19,7 @@ from lone import MANIFEST, ROW, RUN_ID, Lone, replica, seal
 from p2ptrain import chain
 from p2ptrain.chain.sealed import SealedRound
 from p2ptrain.observe.status import Status
-from p2ptrain.rounds.events import Apply, ContributionReady, Rollback, StartRound, StoodIn
+from p2ptrain.rounds.events import Apply, ContributionReady, Doubted, Rollback, StartRound, StoodIn
 from p2ptrain.rounds.inbox import Restore, TrainerMessage
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import OwnEntry, OwnLog
@@ -37,10 +37,14 @@ class Swarm:
         self.log = log
         self.handed: list[ContributionReady] = []
         self.roots: list[tuple[int, bytes]] = []
+        self.doubted: list[Doubted] = []
 
     def contribute(self, ready: ContributionReady, entry: OwnEntry) -> None:
         self.handed.append(ready)
         self.log.write(entry)
+
+    def doubt(self, doubted: Doubted) -> None:
+        self.doubted.append(doubted)
 
     def root_computed(self, round: int, id: bytes, root: bytes) -> None:
         self.roots.append((round, root))
@@ -141,6 +145,19 @@ def test_a_round_is_computed_handed_over_applied_and_settled(home: Home) -> None
     assert not home.trainer.ledger.pending
     assert home.trainer.replica.snapshot() == home.lone.replica.snapshot()
     assert home.trainer.status.consumed_share > 0.5
+
+
+def test_a_reply_that_points_against_what_was_sent_is_doubted(home: Home) -> None:
+    home.hand(home.start())
+    home.hand(home.apply(home.sealed(), contributed=True))
+    assert home.swarm.doubted == []
+    home.hand(home.start())
+    key, pending = home.lone.key, home.trainer.ledger.pending[home.lone.key]
+    shape = chain.shape_of(home.lone.states[-1], home.lone.chunks)
+    opposite = dataclasses.replace(pending.sent, value=-pending.sent.value)
+    lie = home.lone.reply(dataclasses.replace(pending, sent=opposite))
+    home.hand(home.apply(seal(home.lone.states[-1], home.lone.identity, home.lone.chunks, (lie,)), contributed=True))
+    assert home.swarm.doubted == [Doubted(key, 0, shape, lie)]
 
 
 def test_a_gradient_that_came_too_late_counts_in_the_next_contribution(home: Home) -> None:
