@@ -208,6 +208,7 @@ class Decoders:
         self._signed = sign_manifest(manifest, self._me.key, format_peer_id(self._me.peer_id))
         self._manifest, self.run_id = open_manifest(self._signed)
         self._replica = Replica(self._manifest, self.run_id, torch.device("cpu"))
+        self._peers_key = peers_key(self.run_id)
         self._snapshot, self._arrays = self._replica.snapshot(), self._replica.arrays()
         self._codec = self._replica.codec
         self._beginning = self._manifest.beginning(self.run_id)
@@ -350,7 +351,7 @@ class Decoders:
         chain.coming_shape(state, self._codec.chunks)
 
     def _records(self) -> Decoder:
-        key, me = peers_key(self.run_id), self._me
+        key, me = self._peers_key, self._me
         body = msgspec.msgpack.encode(self._peer_record())
 
         def make() -> bytes:
@@ -376,21 +377,23 @@ class Decoders:
             addresses=["/ip4/127.0.0.1/tcp/9"],
         )
 
+    def record_to_store(self) -> tuple[bytes, bytes, bytes, float]:
+        """Return key, subkey, value and expiry as a node is asked to store them."""
+        expires, me, chance = time.time() + 20, self._me, self._chance
+        value = signed_record(me, self._peers_key, msgspec.msgpack.encode(self._peer_record()), expires)
+        return (
+            key_id_of(self._peers_key) if chance.random() < 0.8 else chance.randbytes(20),
+            self._or_spoiled(msgspec.msgpack.encode(subkey_of(me.peer_id))),
+            self._or_spoiled(msgspec.msgpack.encode(value)),
+            expires if chance.random() < 0.8 else chance.choice((0.0, -1.0, 1e300, float("nan"))),
+        )
+
     def _validated(self) -> Decoder:
-        """Subkey, value, key and expiry as a node is asked to store them."""
-        validator, key, me = SignedRecordValidator(), peers_key(self.run_id), self._me
-        real = signed_record(me, key, msgspec.msgpack.encode(self._peer_record()), time.time() + 20)
-
-        def make() -> bytes:
-            subkey = msgspec.msgpack.encode(subkey_of(me.peer_id))
-            return msgspec.msgpack.encode((self._or_spoiled(subkey), self._or_spoiled(msgspec.msgpack.encode(real))))
-
-        def read(data: bytes) -> None:
-            subkey, value = msgspec.msgpack.decode(data)
-            expires = self._chance.choice((time.time() + 20, 0.0, 1e300, float("nan")))
-            validator.validate(DHTRecord(key_id_of(key), subkey, value, expires))
-
-        return Decoder(make, read)
+        validator = SignedRecordValidator()
+        return Decoder(
+            lambda: msgspec.msgpack.encode(self.record_to_store()),
+            lambda data: validator.validate(DHTRecord(*msgspec.msgpack.decode(data))),
+        )
 
     def _or_spoiled(self, data: bytes) -> bytes:
         return self.spoil(data) if self._chance.random() < 0.7 else data
