@@ -59,29 +59,32 @@ class _Donors(Attack):
 
     async def prepare(self) -> list[bytes]:
         """Begin to answer."""
-        hostile, self._nodes = self.hostile, list[SwarmNode]()
+        hostile = self.hostile
+        self._nodes: list[tuple[SwarmNode, Liar]] = []
         self.answered: dict[str, int] = {}
         for name, liar in (await self._liars()).items():
             self.answered[name] = 0
             node = await hostile.another_node()
-            self._nodes.append(node)
+            self._nodes.append((node, liar))
             await node.add_servicer(PeerServicer(liar), NAMESPACE)
-        say(addresses=[address for node in self._nodes for address in (await node.join_addresses())[:1]])
-        return [hostile.node.peer_id, *(node.peer_id for node in self._nodes)]
+        say(addresses=[address for node, _ in self._nodes for address in (await node.join_addresses())[:1]])
+        return [hostile.node.peer_id, *(node.peer_id for node, _ in self._nodes)]
 
     async def _liars(self) -> dict[str, Liar]:
         raise NotImplementedError
 
     async def run(self) -> None:
-        """Wait for newcomers."""
+        """Wait for newcomers, which find these nodes as they find all peers."""
         try:
-            await asyncio.Event().wait()
+            async with asyncio.TaskGroup() as group:
+                for node, liar in self._nodes:
+                    group.create_task(self.hostile.be_found(node, liar))
         finally:
             say(did=self.answered)
 
     async def close(self) -> None:
         """End the nodes."""
-        for node in self._nodes:
+        for node, _ in self._nodes:
             await node.close()
 
     def nothing_yet(self) -> Branch:
@@ -366,11 +369,13 @@ class FirstContact(Attack):
         for _ in range(int(self.options["rounds"]) - 1):
             await self._seal()
         say(addresses=(await self.hostile.node.join_addresses())[:1])
+        found = asyncio.create_task(self.hostile.be_found(self.hostile.node, self._liar))
         try:
             while True:
                 await asyncio.sleep(SEAL_SECONDS)
                 await self._seal(admits=True)
         finally:
+            found.cancel()
             say(did={"asked_for_rounds": self._liar.asked, "admitted": len(self._admitted)})
 
     async def _seal(self, *, solo: bool = False, admits: bool = False) -> None:

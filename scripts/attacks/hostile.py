@@ -18,6 +18,7 @@ import random
 import signal
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ from p2ptrain.config.manifest import open_manifest
 from p2ptrain.simulation.forged import Branch
 from p2ptrain.swarm.addresses import parse_addresses
 from p2ptrain.swarm.node import SwarmNode
+from p2ptrain.swarm.records import PeerRecord
 from p2ptrain.swarm.thread import new_network_loop
 from p2ptrain.training.replica import Replica
 
@@ -62,6 +64,7 @@ Stubs = Callable[[bytes], Any]
 ROUND_MAX_BYTES = 64 * 1024 * 1024
 NEWS_SECONDS = 1.0
 CALL_SECONDS = 4.0
+PUBLISH_SECONDS = 2.0
 FETCH_ATTEMPTS = 5
 STREAMED_REQUESTS = ("rpc_contribute", "rpc_prove")
 STATE_BYTES = 512 * 1024
@@ -282,6 +285,26 @@ class Hostile:
                 finally:
                     await answers.aclose()
         return None
+
+    async def be_found(self, node: SwarmNode, liar: Liar) -> None:
+        """Publish what a peer publishes of itself, so that others follow a node; for ever."""
+        addresses = await node.join_addresses()
+        while True:
+            tip = liar.tip()
+            record = PeerRecord(
+                peer_id=node.peer_id,
+                run_id=self.run_id,
+                time=time.time(),
+                name="mallory",
+                state="training",
+                role="member",
+                round=tip.round,
+                state_id=tip.id,
+                total=tip.total,
+                addresses=addresses,
+            )
+            await node.publish_peer(record)
+            await asyncio.sleep(PUBLISH_SECONDS)
 
     async def announce(self, tip: Callable[[], Tip]) -> None:
         """Follow all honest peers, which is how they hear of us and of our tip; for ever."""
