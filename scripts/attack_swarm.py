@@ -66,7 +66,7 @@ context = 32
 [round]
 min_seconds = 0.4
 max_seconds = 1.0
-root_interval = {root_interval}
+root_interval = 32
 """
 """What is not here has its default, waits above all."""
 COLUMNS = (
@@ -156,7 +156,7 @@ class Measurement:
     def found(self) -> None:
         """Start the swarm and wait until all are members."""
         manifest, spec = self.folder / "run.toml", self.spec
-        text = MANIFEST.format(nonce=f"{self.options.seed:032x}", root_interval=spec.root_interval)
+        text = MANIFEST.format(nonce=f"{self.options.seed:032x}")
         if spec.access != "open":
             text += f'\n[access]\nmode = "{spec.access}"\n'
         data: list[str] = []

@@ -36,9 +36,8 @@ class Spec:
     newcomer: Newcomer = "none"
     """Which addresses an honest newcomer is told that comes during the attack, if one does."""
     access: str = "open"
-    root_interval: int = 32
     rounds_before: int = 0
-    """Of the run, before the attack begins."""
+    """Of the run, before calm is measured: so many that a newcomer fetches a snapshot."""
     own_text: bool = False
     """The run's text is not the one that every peer has."""
     counts_messages: bool = False
@@ -143,8 +142,7 @@ ATTACKS = {
         HostileSnapshots,
         "hands a newcomer snapshots of a wrong content, in four ways",
         newcomer="one honest",
-        root_interval=8,
-        rounds_before=32,
+        rounds_before=80,
     ),
     **{
         name: Spec(

@@ -42,6 +42,7 @@ from p2ptrain.simulation.forged import Branch
 from p2ptrain.state.snapshot import piece_hashes, root_of
 from p2ptrain.state.tensors import pack_tensors, unpack_tensors
 from p2ptrain.swarm.node import SwarmNode
+from p2ptrain.swarm.tasks import cancel_and_wait
 
 TEXT_MAX_BYTES = 64 * 1024 * 1024
 NOT_UTF8 = b"\x91\xa2\xff\xfe"
@@ -257,19 +258,18 @@ class HostileSnapshots(_Donors):
     """Snapshots with wrong pieces, roots of their own, padded lists of members, or a state that is nobody's."""
 
     async def _liars(self) -> dict[str, Liar]:
+        self._tasks: list[asyncio.Task[None]] = []
         self._scout = await Visitor.create(self.hostile, None, self.hostile.node)
-        self._looking_on = asyncio.create_task(self._scout.live())
+        self._tasks.append(asyncio.create_task(self._scout.live()))
         names = ("wrong_pieces", "own_root", "padded", "elsewhere")
         self._made = {name: _Snapshots(self, name, self._scout) for name in names}
         await self._take_newest()
-        self._keeping_up = asyncio.create_task(self._keep_up())
+        self._tasks.append(asyncio.create_task(self._keep_up()))
         return dict(self._made)
 
     async def close(self) -> None:
         """Stop looking on as well."""
-        for task in (self._looking_on, self._keeping_up):
-            task.cancel()
-            await asyncio.wait({task})
+        await cancel_and_wait(self._tasks)
         await super().close()
 
     async def _keep_up(self) -> None:
