@@ -205,28 +205,25 @@ async def _never() -> AsyncIterator[BytesValue]:
     yield BytesValue()
 
 
-class _Snapshots(_Answers):
-    """Stands on the honest chain, and hands out its rounds after a snapshot, which it has in a way of its own."""
+class _WithSnapshot(Liar):
+    """Hands out the rounds of a chain after a snapshot, without which there is no way from the run's beginning."""
 
-    def __init__(self, attack: _Donors, name: str, scout: Visitor) -> None:
-        super().__init__(attack, name)
-        self._scout = scout
-        self.made_up: Branch | None = None
-        self.data_ = b""
+    def __init__(self, branch: Branch) -> None:
+        super().__init__(branch)
         self.offer: SnapshotOffer | None = None
+        self.held = b""
 
     @property
     def stands_on(self) -> Branch:
         """The chain that it hands out."""
-        return self.made_up or self._scout.liar.branch
+        return self.branch
 
     def tip(self) -> Tip:
         return self.stands_on.tip
 
     async def rounds(self, wanted: RoundsRequest) -> AsyncIterator[BytesValue]:
-        # From the run's beginning there is no way but by the snapshot.
-        locator = tuple(one for one in wanted.locator if one != wanted.run_id)
-        ancestor, rounds = self.stands_on.after(locator)
+        self.asked += 1
+        ancestor, rounds = self.stands_on.after(wanted.locator)
         yield self.traffic.message(Answer(""))
         offers = () if self.offer is None else (self.offer,)
         yield self.traffic.message(RoundsHeader(ancestor, len(rounds), self.tip(), offers))
@@ -235,22 +232,46 @@ class _Snapshots(_Answers):
                 yield frame
 
     async def snapshot(self, request: bytes) -> AsyncIterator[BytesValue]:
-        wanted, data, offer = decode_message(request, SnapshotRequest), self.data_, self.offer
+        wanted, held, offer = decode_message(request, SnapshotRequest), self.held, self.offer
         if offer is None or (wanted.id, wanted.root) != (offer.id, offer.root):
             yield self.traffic.message(Answer("no such snapshot here any more"))
             return
-        self.count()
         yield self.traffic.message(Answer(""))
         yield self.traffic.message(SnapshotHeld(b""))
         if wanted.hashes:
-            for frame in self.traffic.blob(b"".join(piece_hashes(data))):
+            for frame in self.traffic.blob(b"".join(piece_hashes(held))):
                 yield frame
         for number in range(wanted.first, wanted.end):
-            for frame in self.traffic.blob(self.piece(data[number * STATE_BYTES : (number + 1) * STATE_BYTES])):
+            for frame in self.traffic.blob(self.piece(held[number * STATE_BYTES : (number + 1) * STATE_BYTES])):
                 yield frame
 
     def piece(self, data: bytes) -> bytes:
-        """Hand out a piece."""
+        """Return a piece as it is handed out."""
+        return data
+
+
+class _Snapshots(_WithSnapshot):
+    """Stands on the honest chain, and has its snapshot in a way of its own."""
+
+    def __init__(self, attack: _Donors, name: str, scout: Visitor) -> None:
+        super().__init__(attack.nothing_yet())
+        self._attack, self._name, self._scout = attack, name, scout
+        self.made_up: Branch | None = None
+
+    async def hello(self) -> BytesValue:
+        return self.traffic.message(self._attack.hostile.welcome)
+
+    @property
+    def stands_on(self) -> Branch:
+        return self.made_up or self._scout.liar.branch
+
+    async def rounds(self, wanted: RoundsRequest) -> AsyncIterator[BytesValue]:
+        locator = tuple(one for one in wanted.locator if one != wanted.run_id)
+        async for frame in super().rounds(RoundsRequest(wanted.run_id, locator)):
+            yield frame
+
+    def piece(self, data: bytes) -> bytes:
+        self._attack.answered[self._name] += 1
         return data if self._name != "wrong_pieces" else bytes(byte ^ 1 for byte in data)
 
 
@@ -304,7 +325,7 @@ class HostileSnapshots(_Donors):
         made, root = self._made[name], root_of(len(data), piece_hashes(data))
         if name == "wrong_pieces":
             assert root == like.root, "an honest peer's snapshot is as it says"
-        made.data_ = data
+        made.held = data
         made.offer = msgspec.structs.replace(like, root=root, length=len(data))
 
     def _go_elsewhere(self, like: SnapshotOffer, round: int, data: bytes) -> None:
@@ -334,12 +355,13 @@ class HostileSnapshots(_Donors):
         confess(forged)
 
 
-class _Introducer(Liar):
+class _Introducer(_WithSnapshot):
     """The only peer whose address a newcomer is told: it hands out the true manifest, and a chain of its own."""
 
     def __init__(self, branch: Branch, hostile: Hostile) -> None:
         super().__init__(branch)
         self._hostile = hostile
+        self.offer, self.held = hostile.fetched
         self.asking: dict[bytes, Row] = {}
 
     async def hello(self) -> BytesValue:

@@ -33,7 +33,6 @@ from google.protobuf.wrappers_pb2 import BytesValue
 from hivemind.p2p import P2PContext, ServicerBase
 from lab.report import say
 
-from p2ptrain import chain
 from p2ptrain.calls.client import Client, hello
 from p2ptrain.calls.messages import (
     NAMESPACE,
@@ -44,6 +43,7 @@ from p2ptrain.calls.messages import (
     News,
     RoundsHeader,
     RoundsRequest,
+    SnapshotOffer,
     Tip,
     Traffic,
     Welcome,
@@ -186,6 +186,8 @@ class Hostile:
         self.traffic = Traffic()
         self.run_id = b""
         self.welcome: Welcome
+        #: the snapshot that the chain fetched last begins with, and its bytes; None: it begins with the run
+        self.fetched: tuple[SnapshotOffer | None, bytes] = None, b""
         self.calls: Client
         #: what the run trains, unless it is not for us
         self.replica: Replica
@@ -225,13 +227,15 @@ class Hostile:
 
     async def _fetch(self, donor: bytes) -> Branch:
         header, encoded = await self.calls.rounds(donor, (self.run_id,), ROUND_MAX_BYTES)
-        base = chain.genesis(self.run_id)
+        base = open_manifest(self.welcome.manifest, self.run_id)[0].beginning(self.run_id)
+        self.fetched = None, b""
         if not header.ancestor:
             offer = max(header.snapshots, key=lambda one: one.round)
             pieces = []
             for number in range(-(-offer.length // STATE_BYTES)):
                 pieces += (await self.calls.snapshot(donor, offer, number, number + 1, timeout_seconds=30.0)).pieces
-            base = self.replica.snapshot_chain(b"".join(pieces))
+            self.fetched = offer, b"".join(pieces)
+            base = self.replica.snapshot_chain(self.fetched[1])
             header, encoded = await self.calls.rounds(donor, (offer.id,), ROUND_MAX_BYTES)
         branch = Branch(base, self.codec)
         while encoded:
