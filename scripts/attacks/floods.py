@@ -45,6 +45,7 @@ CALLS = {
 """Each call, and the message that begins it."""
 SENDERS_A_PEER, CALLS_A_SECOND, STORES_A_SECOND = 4, 80, 15
 """Of each identity; of one a peer takes 100 calls a second and 20 requests to store and to find."""
+SEARCHES_SHARE = 0.2
 STREAMS_A_PEER = 32
 FRAME_BYTES = 1024 * 1024 - 1
 ELSEWHERE = "127.0.0.9"
@@ -108,28 +109,34 @@ class Malformed(ManyJoins):
             await self.hostile.send(peer, call, frame, stub=functools.partial(stub_of, daemon))
 
     async def _store(self, daemon: Daemon, peer: bytes) -> None:
-        """Records, and now and then what is no request at all."""
+        """Records to store, and now and then keys to find."""
         chance, seconds = self.hostile.chance, self.hostile.node.dht.protocol.wait_timeout
         # The protocol's own calls in the name of its one node.
         calls = ServicerBase.get_stub.__func__(DHTProtocol, daemon.p2p, PeerID(peer))
         stub = AuthRPCWrapper(calls, AuthRole.CLIENT, None)
-        while count := self._take("records", RECORDS_AT_ONCE):
-            keys, subkeys, values, expiries = zip(*(self._made.record_to_store() for _ in range(count)), strict=True)
-            request = dht_pb2.StoreRequest(
-                keys=[chance.randbytes(chance.choice((0, 19, 21))) if chance.random() < 0.01 else key for key in keys],
-                subkeys=subkeys,
-                values=values,
-                expiration_time=expiries,
-                in_cache=[chance.random() < 0.5 for _ in keys],
-                peer=dht_pb2.NodeInfo(node_id=chance.choice((b"", chance.randbytes(20), chance.randbytes(40)))),
-            )
+        while self._left:
+            ids = (b"", chance.randbytes(20), chance.randbytes(chance.randrange(100)))
+            sender = dht_pb2.NodeInfo(node_id=chance.choices(ids, (45, 45, 10))[0])
             with contextlib.suppress(*TRANSPORT_FAILURES):
-                if chance.random() < 0.5:
-                    await stub.rpc_store(request, timeout=seconds)
-                else:
-                    find = dht_pb2.FindRequest(keys=request.keys[:KEYS_AT_ONCE], peer=request.peer)
-                    await stub.rpc_find(find, timeout=seconds)
+                if chance.random() < SEARCHES_SHARE and self._take("calls", 1):
+                    keys = [chance.randbytes(chance.choice((20, 20, 19, 21, 0))) for _ in range(KEYS_AT_ONCE)]
+                    await stub.rpc_find(dht_pb2.FindRequest(keys=keys, peer=sender), timeout=seconds)
+                elif count := self._take("records", RECORDS_AT_ONCE):
+                    await stub.rpc_store(self._records(count, sender), timeout=seconds)
             await asyncio.sleep(1 / STORES_A_SECOND)
+
+    def _records(self, count: int, sender: dht_pb2.NodeInfo) -> dht_pb2.StoreRequest:
+        chance = self.hostile.chance
+        keys, subkeys, values, expiries = zip(*(self._made.record_to_store() for _ in range(count)), strict=True)
+        return dht_pb2.StoreRequest(
+            # One that is no key ends the whole request.
+            keys=[chance.randbytes(21) if chance.random() < 0.001 else key for key in keys],
+            subkeys=subkeys,
+            values=values,
+            expiration_time=expiries,
+            in_cache=[chance.random() < 0.5 for _ in keys],
+            peer=sender,
+        )
 
 
 class _Streams(Attack):
