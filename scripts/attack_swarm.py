@@ -189,7 +189,7 @@ class Measurement:
         return ["--invite", json.loads(subprocess.run(command, check=True, capture_output=True).stdout)["token"]]
 
     def attack(self) -> Window:
-        """Look on while it lasts: so many seconds, and until a newcomer has come or all messages are sent."""
+        """Look on while it lasts: so many seconds, once a newcomer has come or all messages are sent."""
         assert self.hostile is not None
         window = Window(time.monotonic())
         if self.spec.newcomer != "none":
@@ -206,6 +206,9 @@ class Measurement:
             return self.spec.counts_messages and not self.hostile.finished
 
         while time.monotonic() < least or (wanted() and time.monotonic() < longest):
+            if self.newcomer is not None and wanted():
+                # It is to stay when it has come.
+                least = time.monotonic() + self.options.seconds
             self.watch(LOOK_SECONDS)
             if self.hostile.process.poll() is not None:
                 raise NotMeasuredError(f"the attacker has ended: {self.hostile.log.read_text()[-3000:]}")
@@ -321,6 +324,15 @@ class Measurement:
         seconds = None if self.newcomer is None else self.arrived()
         return None if seconds is None else round(seconds, 1)
 
+    def newcomer_left_again(self) -> bool:
+        """Whether the newcomer had a round of the attacker's after it had come to the others."""
+        assert self.hostile is not None
+        seconds = None if self.newcomer is None else self.arrived()
+        if self.newcomer is None or seconds is None:
+            return False
+        since = self.newcomer.began + seconds + time.time() - time.monotonic()
+        return any(entry["time"] > since and entry["state_id"] in self.hostile.branch for entry in self.newcomer.rounds)
+
     def journals(self) -> list[list[str]]:
         """Names of the files in each peer's journal."""
         return [[path.name for path in Home(peer.home).journal.glob("round-*")] for peer in self.everyone]
@@ -355,6 +367,7 @@ class Measurement:
             "rss_growth": growth(0),
             "newcomer": self.spec.newcomer,
             "newcomer_seconds": self.newcomer_seconds(),
+            "newcomer_left_again": self.newcomer_left_again(),
             "newcomer_misled": self.newcomer is not None and bool(self.hostile.branch & self.newcomer.seals.keys()),
             "rounds_per_minute_after": round(self.rate(after), 1),
             "daemon_rss_growth": growth(1),
@@ -369,7 +382,7 @@ class Measurement:
 def holds(row: Figures) -> bool:
     """Whether the honest peers have withstood it."""
     harmed = row["diverged"] or row["crashed"] or row["taken_over"] or row["framed"]
-    lost = row["newcomer"] != "none" and row["newcomer_seconds"] is None
+    lost = row["newcomer"] != "none" and (row["newcomer_seconds"] is None or row["newcomer_left_again"])
     if harmed or lost or row["did"].get("let_in"):
         return False
     return bool(row["rounds_per_minute_ratio"] >= RATIO_AT_LEAST and row["rss_growth"] < GROWTH_BELOW)

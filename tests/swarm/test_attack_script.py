@@ -98,6 +98,7 @@ def test_a_row_holds_only_without_harm_and_near_calm() -> None:
         "framed": False,
         "newcomer": "none",
         "newcomer_seconds": None,
+        "newcomer_left_again": False,
         "did": {},
         "rounds_per_minute_ratio": 0.8,
         "rss_growth": 0.09,
@@ -109,5 +110,7 @@ def test_a_row_holds_only_without_harm_and_near_calm() -> None:
     assert not holds(good | {"rss_growth": 0.1})
     assert not holds(good | {"did": {"let_in": 1}}), "an outsider in a run that is not for it"
     assert not holds(good | {"newcomer": "one honest"}), "a newcomer that has not come"
-    assert holds(good | {"newcomer": "one honest", "newcomer_seconds": 12.0})
+    came = good | {"newcomer": "one honest", "newcomer_seconds": 12.0}
+    assert holds(came)
+    assert not holds(came | {"newcomer_left_again": True})
     assert len(show([good]).splitlines()) == 2
