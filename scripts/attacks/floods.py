@@ -121,6 +121,8 @@ class Malformed(ManyJoins):
                 if chance.random() < SEARCHES_SHARE and self._take("calls", 1):
                     keys = [chance.randbytes(chance.choice((20, 20, 19, 21, 0))) for _ in range(KEYS_AT_ONCE)]
                     await stub.rpc_find(dht_pb2.FindRequest(keys=keys, peer=sender), timeout=seconds)
+                elif self._sent["records"] > self._sent["calls"]:
+                    pass  # 64 come at a time
                 elif count := self._take("records", RECORDS_AT_ONCE):
                     await stub.rpc_store(self._records(count, sender), timeout=seconds)
             await asyncio.sleep(1 / STORES_A_SECOND)
