@@ -508,6 +508,12 @@ def attacks() -> str:
     rows: Rows = []
     for of in load("attacks")["rows"]:
         harm = [name for key, name in ATTACK_HARM.items() if of[key]]
+        if of.get("newcomer", "none") != "none" and of["newcomer_seconds"] is None:
+            harm.append("a newcomer stayed away")
+        if of.get("newcomer_left_again"):
+            harm.append("a newcomer left again")
+        if of["did"].get("let_in"):
+            harm.append("an outsider was let in")
         ratio = of["rounds_per_minute_ratio"]
         rows.append(
             (

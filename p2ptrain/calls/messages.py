@@ -270,7 +270,8 @@ def decode_message(data: bytes, kind: type[M]) -> M:
     """Read one message. Raises CallError."""
     try:
         return msgspec.msgpack.decode(data, type=kind)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        # A text that is not UTF-8 is a ValueError.
         raise CallError(f"not a {kind.__name__}: {error}") from error
 
 

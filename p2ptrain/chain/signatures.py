@@ -7,6 +7,7 @@ invitation's token have ids of this form too, though no peer has them.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Annotated
 
 from cryptography.exceptions import InvalidSignature
@@ -36,12 +37,18 @@ def is_ed25519_peer_id(peer_id: bytes) -> bool:
     return len(peer_id) == PEER_ID_BYTES and peer_id.startswith(PEER_ID_HEADER)
 
 
+@lru_cache(maxsize=1024)
+def _public_key(peer_id: bytes) -> Ed25519PublicKey:
+    """Raises ValueError. Kept, since members sign again and again, and this is a third of a check."""
+    return Ed25519PublicKey.from_public_bytes(peer_id[len(PEER_ID_HEADER) :])
+
+
 def verify(peer_id: bytes, data: bytes, signature: bytes) -> bool:
     """Whether `signature` is that of the owner of `peer_id` over `data`; False for any malformed input."""
     if not is_ed25519_peer_id(peer_id) or len(signature) != SIGNATURE_BYTES:
         return False
     try:
-        Ed25519PublicKey.from_public_bytes(peer_id[len(PEER_ID_HEADER) :]).verify(signature, SIGNATURE_DOMAIN + data)
+        _public_key(peer_id).verify(signature, SIGNATURE_DOMAIN + data)
     except (InvalidSignature, ValueError):
         return False
     return True

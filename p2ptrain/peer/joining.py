@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from p2ptrain.calls import client
 from p2ptrain.calls.client import Client
-from p2ptrain.calls.messages import KNOWN_ALREADY, CallError, RefusedError, Traffic
+from p2ptrain.calls.messages import KNOWN_ALREADY, CallError, RefusedError, Traffic, Welcome
 from p2ptrain.calls.news import NewsFeed
 from p2ptrain.chain.admission import Grant, Revocation
 from p2ptrain.config.manifest import Manifest, open_manifest
@@ -145,16 +145,15 @@ async def _ask(node: SwarmNode, addresses: list[str], grant: Grant | None) -> _F
     """
     found = _Found()
     malformed: ManifestError | None = None
-    for peer in parse_addresses(addresses, own_peer_id=node.peer_id):
-        try:
-            await node.connect(peer, addresses)
-            welcome = await client.hello(node, peer)
-            if welcome.refusal and grant is not None and welcome.run_id == grant.issued.run_id:
-                found.refusals[welcome.run_id] = await _show(node, peer, grant)
-                welcome = await client.hello(node, peer)
-        except (CallError, UnreachableError) as error:
-            _logger.debug("%s is in no run: %s", format_peer_id(peer), error)
+    peers = parse_addresses(addresses, own_peer_id=node.peer_id)
+    # All at once: those that are silent keep nobody waiting for longer than one of them does.
+    answers = await asyncio.gather(*(_greet(node, peer, addresses, grant) for peer in peers))
+    for peer, answer in zip(peers, answers, strict=True):
+        if answer is None:
             continue
+        welcome, why = answer
+        if why:
+            found.refusals[welcome.run_id] = why
         if welcome.refusal:
             found.closed.add(welcome.run_id)
             if welcome.revocation is not None:
@@ -170,6 +169,21 @@ async def _ask(node: SwarmNode, addresses: list[str], grant: Grant | None) -> _F
     if malformed is not None and not found.manifests and not found.closed:
         raise malformed
     return found
+
+
+async def _greet(node: SwarmNode, peer: bytes, addresses: list[str], grant: Grant | None) -> tuple[Welcome, str] | None:
+    """What a peer answers to hello, and why it does not take our grant, if we have shown it; None: no answer."""
+    why = ""
+    try:
+        await node.connect(peer, addresses)
+        welcome = await client.hello(node, peer)
+        if welcome.refusal and grant is not None and welcome.run_id == grant.issued.run_id:
+            why = await _show(node, peer, grant)
+            welcome = await client.hello(node, peer)
+    except (CallError, UnreachableError) as error:
+        _logger.debug("%s is in no run: %s", format_peer_id(peer), error)
+        return None
+    return welcome, why
 
 
 async def _show(node: SwarmNode, peer: bytes, grant: Grant) -> str:

@@ -70,6 +70,8 @@ class ForkChoice:
         #: the chain up to the head
         self.past = Past(past)
         self.introducers = frozenset(introducers) - {me}
+        #: introducers on whose chain, or with whose help, we have gone over to another chain
+        self.tried: set[bytes] = set()
         #: members of the last state that we shared with another peer
         self.company = company or self.past.head.members
         #: nothing was adopted since the start: others may have gone on for long
@@ -174,6 +176,10 @@ class ForkChoice:
             self.past.append(mark)
         self._know_members_of(marks)
         self.company = self.past.head.members
+        there = {
+            peer for peer, voice in self.voices.items() if any(identifier in self.past for identifier in voice.ids)
+        }
+        self.tried |= (there | {donor}) & self.introducers
 
     def _know_members_of(self, marks: Sequence[Mark]) -> None:
         """Know those who were there at states that we came by otherwise than with them."""
@@ -237,7 +243,7 @@ class ForkChoice:
         # Of an introducer that is not the donor it takes the ids to know that it stands there.
         if donor in self.introducers or (theirs is not None and off & self.introducers):
             if not is_member:
-                return FOLLOW
+                return self._as_told(on, off | {donor})
             if self.returning:
                 return Judgement(more, "it claims less than ours")
         shared = self.known.get(donor)
@@ -247,6 +253,17 @@ class ForkChoice:
             return FOLLOW
         why = f"{behind_theirs} of {len(members)} members behind it, {behind_ours} behind ours, nothing in common"
         return Judgement(follow=False, why=why)
+
+    def _as_told(self, on: set[bytes], off: set[bytes]) -> Judgement:
+        """Judge as a newcomer: by how many of those to whom it was sent stand on either, then by all that it hears.
+
+        At a tie it goes and looks, once: whom it has not met yet it does not hear. Going to and fro between two chains
+        that are there at the same time would cost a snapshot each time.
+        """
+        introduced, heard = (len(off & self.introducers), len(on & self.introducers)), (len(off), len(on))
+        there, here = introduced if introduced[0] != introduced[1] else heard
+        why = f"{there} of those that we hear are on it, {here} on ours"
+        return Judgement(there > here or (there == here and not off & self.introducers <= self.tried), why)
 
     def has_more(self, round: int, total: int, identifier: bytes) -> bool:
         """Whether a chain that ends like this claims more than ours does, or may continue ours."""

@@ -48,7 +48,9 @@ class Branch:
             raise IndexError("at the base")
         del self._places[self._states.pop().id], self._encoded[-1]
 
-    def forge(self, sealer: Identity, *, solo: bool = False, joins: tuple[Join, ...] = ()) -> SealedRound:
+    def forge(
+        self, sealer: Identity, *, solo: bool = False, joins: tuple[Join, ...] = (), root: bytes = b""
+    ) -> SealedRound:
         """Seal the next round: it includes all its members, or the sealer alone, and changes no parameter.
 
         Replies of others cannot be made up: their parts are skipped, and where no part is the sealer's own, nobody is
@@ -77,7 +79,7 @@ class Branch:
             parts=tuple(b"" if reply is None else reply_digest(reply) for reply in replies),
             rows=tuple(member.row for member in shape.members),
             joins=joins,
-            root=b"",
+            root=root,
         )
         signed = chain.encode_seal(seal, sealer.sign)
         identifier = chain.seal_id(signed.body)

@@ -9,6 +9,9 @@
 5. A dictionary may have any number of records, a signature each. More than a node of ours would store are refused.
 6. An answer that comes just as its call was cancelled or timed out ends the task that reads the daemon's answers, and
    with it the daemon's use. Such an answer is dropped.
+7. Whoever asks says its own node's id. One that is none ends a task, and writes a traceback into the log. And to each
+   new one a node hands over, unasked, all records that are close to it, which costs it far more than the caller. Ids
+   that are none are refused, and one peer is met under a few ids at most.
 
 They change hivemind's classes in place, because the node creates these objects itself, deep inside `DHTNode.create`.
 """
@@ -25,6 +28,7 @@ import hivemind.dht.protocol as dht_protocol
 import msgpack
 from google.protobuf.message import Message
 from hivemind.dht.protocol import DHTProtocol
+from hivemind.dht.routing import DHTID
 from hivemind.p2p import P2P
 from hivemind.p2p.p2p_daemon_bindings.control import ControlClient
 from hivemind.utils.logging import use_hivemind_log_handler
@@ -43,6 +47,9 @@ MAX_KEYS_STORED_AT_ONCE = 64
 MAX_KEYS_SOUGHT_AT_ONCE = 8
 REQUESTS_PER_SECOND, REQUESTS_BURST = 20.0, 100.0
 """To store and to search, of one peer. An honest one, which reads and publishes every 2 s, asks once or twice."""
+NODE_ID_BYTES = DHTID.HASH_NBYTES
+MET_PER_SECOND, MET_BURST = 1 / 15, 4.0
+"""Ids under which one peer is met; a peer that starts again has another one."""
 
 _depth = threading.local()
 _installed = threading.Lock()
@@ -94,10 +101,32 @@ def _may_ask(protocol: Any, context: Any) -> bool:
     return bool(protocol.allowance.take(context.remote_id.to_bytes()))
 
 
+def _check_sender(request: Any) -> None:
+    """Check the id that a caller says its node has. Raises ValueError."""
+    if request.peer.node_id and len(request.peer.node_id) != NODE_ID_BYTES:
+        raise ValueError("that is no node's id")
+
+
+@functools.wraps(DHTProtocol.rpc_ping)
+async def _rpc_ping(protocol: Any, request: Any, context: Any) -> Any:
+    _check_sender(request)
+    return await _ping(protocol, request, context)
+
+
+@functools.wraps(DHTProtocol.update_routing_table)
+async def _update_routing_table(protocol: Any, node_id: Any, peer_id: Any, responded: bool = True) -> None:
+    if not hasattr(protocol, "meetings"):
+        protocol.meetings = Allowance(MET_PER_SECOND, MET_BURST)
+    new = responded and node_id is not None and node_id not in protocol.routing_table
+    if not new or protocol.meetings.take(peer_id.to_bytes()):
+        await _update(protocol, node_id, peer_id, responded)
+
+
 @functools.wraps(DHTProtocol.rpc_store)
 async def _rpc_store(protocol: Any, request: Any, context: Any) -> Any:
     if len(request.keys) > MAX_KEYS_STORED_AT_ONCE or not _may_ask(protocol, context):
         raise ValueError("too many keys at once, or too many requests")
+    _check_sender(request)
     return await _store(protocol, request, context)
 
 
@@ -105,6 +134,7 @@ async def _rpc_store(protocol: Any, request: Any, context: Any) -> Any:
 async def _rpc_find(protocol: Any, request: Any, context: Any) -> Any:
     if len(request.keys) > MAX_KEYS_SOUGHT_AT_ONCE or not _may_ask(protocol, context):
         raise ValueError("too many keys at once, or too many requests")
+    _check_sender(request)
     return await _find(protocol, request, context)
 
 
@@ -113,7 +143,8 @@ def _validate_dictionary(protocol: Any, key: bytes, dictionary: Any) -> bool:
 
 
 _validate = DHTProtocol._validate_dictionary
-_store, _find = DHTProtocol.rpc_store, DHTProtocol.rpc_find
+_ping, _store, _find = DHTProtocol.rpc_ping, DHTProtocol.rpc_store, DHTProtocol.rpc_find
+_update = DHTProtocol.update_routing_table
 
 
 class _OpenCalls(dict[Any, "asyncio.Future[Any]"]):
@@ -142,7 +173,8 @@ def install_guards() -> None:
         ControlClient._ensure_persistent_conn = _ensure_persistent_conn
         dht_protocol.DHTLocalStorage = BoundedStorage
         DHTProtocol._validate_dictionary = _validate_dictionary
-        DHTProtocol.rpc_store, DHTProtocol.rpc_find = _rpc_store, _rpc_find
+        DHTProtocol.rpc_ping, DHTProtocol.rpc_store, DHTProtocol.rpc_find = _rpc_ping, _rpc_store, _rpc_find
+        DHTProtocol.update_routing_table = _update_routing_table
         use_hivemind_log_handler("nowhere")
         # Its import renames the level for the whole process.
         logging.addLevelName(logging.WARNING, "WARNING")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import base58
@@ -85,6 +86,7 @@ def load_or_create_identity(path: Path) -> Identity:
     return identity
 
 
+@lru_cache(maxsize=1024)
 def format_peer_id(peer_id: bytes) -> str:
     """The text form, such as 12D3KooW..."""
     return base58.b58encode(peer_id).decode()

@@ -196,7 +196,7 @@ def chain_of(meta: bytes, run_id: bytes) -> ChainState:
     """The chain state in a snapshot's meta. Raises TensorFileError."""
     try:
         state = _chain_decoder.decode(meta)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise TensorFileError(f"without a chain state: {error}") from error
     if state.run_id != run_id:
         raise TensorFileError("of another run")

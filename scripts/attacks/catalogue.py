@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from attacks.chains import MadeUpMembers, OfflineChain, TipNeverDelivered
 from attacks.comings import DataCalls, DyingNewcomers, ManyJoins, MemberSolo
+from attacks.donors import FirstContact, HostileManifests, HostileSnapshots, HostileTexts
 from attacks.floods import (
     DialElsewhere,
     FalseRecords,
@@ -16,6 +18,9 @@ from attacks.floods import (
 )
 from attacks.hostile import Attack
 from attacks.members import LyingMember
+from attacks.replays import ReplayedGrants, ReplayedJoins
+
+Newcomer = Literal["none", "one honest", "hostile alone"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,15 @@ class Spec:
     member: bool = False
     """It begins as a member that behaves: calm is measured with it."""
     attacker: str = "outsider"
+    newcomer: Newcomer = "none"
+    """Which addresses an honest newcomer is told that comes during the attack, if one does."""
+    access: str = "open"
+    rounds_before: int = 0
+    """Of the run, before calm is measured: so many that a newcomer fetches a snapshot."""
+    own_text: bool = False
+    """The run's text is not the one that every peer has."""
+    counts_messages: bool = False
+    """The attack lasts until as many as `--messages` says are sent."""
 
 
 ATTACKS = {
@@ -103,7 +117,48 @@ ATTACKS = {
     ),
     "replayed_seals": Spec(ReplayedSeals, "passes on the seals of all rounds again and again"),
     "data_calls": Spec(DataCalls, "asks for the text with 50 identities, before it is packed", {"identities": 50}),
-    "malformed": Spec(Malformed, "malformed messages over all calls, as fast as they are taken"),
+    "replayed_joins": Spec(
+        ReplayedJoins,
+        "20 identities repeat what newcomers said to join",
+        {"identities": 20},
+        member=True,
+        attacker="member",
+        newcomer="one honest",
+    ),
+    "replayed_grants": Spec(
+        ReplayedGrants,
+        "20 identities show a guest's grant as theirs, in a run by invitation",
+        {"identities": 20},
+        newcomer="one honest",
+        access="invite",
+    ),
+    "hostile_manifest": Spec(
+        HostileManifests, "hands a newcomer manifests that are none, in eight ways", newcomer="one honest"
+    ),
+    "hostile_text": Spec(
+        HostileTexts, "hands a newcomer texts that are none, in nine ways", newcomer="one honest", own_text=True
+    ),
+    "hostile_snapshot": Spec(
+        HostileSnapshots,
+        "hands a newcomer snapshots of a wrong content, in four ways",
+        newcomer="one honest",
+        rounds_before=80,
+    ),
+    **{
+        name: Spec(
+            FirstContact,
+            f"is the only peer that a newcomer is told, with {rounds} rounds of its own",
+            {"rounds": rounds},
+            newcomer="hostile alone",
+        )
+        for name, rounds in (("hostile_first_contact", 20), ("hostile_first_contact_far", 400))
+    },
+    "malformed": Spec(
+        Malformed,
+        "malformed messages over all calls, malformed records over the DHT",
+        {"identities": 8},
+        counts_messages=True,
+    ),
     "idle_and_slow": Spec(IdleAndSlow, "500 idle connections, slow streams on all peers", {"connections": 500}),
     "unfinished_frames": Spec(UnfinishedFrames, "200 unfinished frames of 1 MiB on each peer", {"streams": 200}),
     "forged_peers": Spec(FalseRecords, "records of 2,000 made-up peers of the run", {"what": "peers", "count": 2000}),

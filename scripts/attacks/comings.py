@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,7 @@ class Visitor:
             branch: where it begins; else it fetches the chain.
         """
         if node is None:
-            key = hostile.folder / f"visitor-{hostile.chance.randrange(2**32)}.key"
-            key_from(hostile.chance, key)
-            node = await SwarmNode.create(key, hostile.addresses)
-            for peer in hostile.peers:
-                await node.connect(peer, hostile.addresses)
+            node = await hostile.another_node()
         self = cls(hostile, node, row, branch or await hostile.fetch())
         await node.add_servicer(PeerServicer(self.liar), NAMESPACE)
         return self
@@ -144,6 +141,11 @@ class Visitor:
             await self._hostile.send(peer, call, frame, stub=lambda peer: self.node.stub(PeerServicer, peer, NAMESPACE))
 
 
+def stub_of(daemon: Daemon, peer: bytes) -> Any:
+    """Return what calls `peer` in the name of a daemon's identity."""
+    return PeerServicer.get_stub(daemon.p2p, PeerID(peer), namespace=NAMESPACE)
+
+
 class ManyJoins(Attack):
     """So many identities ask each honest peer for admission, again and again, and never do anything."""
 
@@ -191,26 +193,27 @@ class ManyJoins(Attack):
                 await meeting.dial(daemon.p2p, peer, routes, 10.0)
 
     async def _ask(self, daemon: Daemon) -> None:
-        def stub(peer: bytes) -> Any:
-            return PeerServicer.get_stub(daemon.p2p, PeerID(peer), namespace=NAMESPACE)
-
-        call, request = self._request()
+        stub = functools.partial(stub_of, daemon)
         while True:
-            for peer in self.hostile.peers:
-                await self.hostile.send(peer, call, request, stub=stub)
-                self._asked += 1
+            for call, request in self._requests():
+                for peer in self.hostile.peers:
+                    self._heard(call, await self.hostile.send(peer, call, request, stub=stub))
+                    self._asked += 1
             await asyncio.sleep(ASKING_SECONDS)
 
-    def _request(self) -> tuple[str, BytesValue]:
-        """What each identity asks."""
-        return "rpc_join", self.hostile.traffic.message(JoinRequest(self.hostile.run_id, DIALABLE))
+    def _requests(self) -> list[tuple[str, BytesValue]]:
+        """What each identity asks, again and again."""
+        return [("rpc_join", self.hostile.traffic.message(JoinRequest(self.hostile.run_id, DIALABLE)))]
+
+    def _heard(self, call: str, answer: bytes | None) -> None:
+        """Hear an answer."""
 
 
 class DataCalls(ManyJoins):
     """So many identities ask for the run's text at once, before anybody has it packed; none reads what comes."""
 
-    def _request(self) -> tuple[str, BytesValue]:
-        return "rpc_data", self.hostile.traffic.message(DataRequest(self.hostile.run_id))
+    def _requests(self) -> list[tuple[str, BytesValue]]:
+        return [("rpc_data", self.hostile.traffic.message(DataRequest(self.hostile.run_id)))]
 
 
 class DyingNewcomers(Attack):

@@ -4,35 +4,48 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import os
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
+from attacks.comings import ManyJoins, stub_of
 from attacks.forged import identity_from
 from attacks.hostile import NAMESPACE, Attack, PeerServicer
+from attacks.malformed import Decoders
 from google.protobuf.wrappers_pb2 import BytesValue
-from hivemind.p2p import P2P, PeerID
+from hivemind.dht.protocol import DHTProtocol
+from hivemind.p2p import P2P, PeerID, ServicerBase
+from hivemind.proto import dht_pb2
+from hivemind.utils.auth import AuthRole, AuthRPCWrapper
 from lab.report import say
 
-from p2ptrain.calls.messages import (
-    TRANSPORT_FAILURES,
-    ContributionHeader,
-    DataRequest,
-    Follow,
-    Hello,
-    JoinRequest,
-    Relay,
-    RoundsRequest,
-    SnapshotRequest,
-    Tip,
-)
-from p2ptrain.chain import Row, SignedSeal
+from p2ptrain.calls.messages import TRANSPORT_FAILURES, Relay, Tip
 from p2ptrain.chain.sealed import decode_sealed
+from p2ptrain.swarm.daemon import Daemon
 from p2ptrain.swarm.identity import verify
 from p2ptrain.swarm.records import RUNS_KEY, PeerRecord, Record, RunRecord, encode_record, peers_key, subkey_of
 
-SENDERS = 24
+CALLS = {
+    "rpc_hello": "Hello",
+    "rpc_join": "JoinRequest",
+    "rpc_relay": "Relay",
+    "rpc_amend": "Amend",
+    "rpc_contribute": "ContributionHeader",
+    "rpc_follow": "Follow",
+    "rpc_rounds": "RoundsRequest",
+    "rpc_snapshot": "SnapshotRequest",
+    "rpc_data": "DataRequest",
+    "rpc_audit": "AuditRequest",
+    "rpc_prove": "ProofHeader",
+}
+"""Each call, and the message that begins it."""
+SENDERS_A_PEER, CALLS_A_SECOND, STORES_A_SECOND = 4, 80, 15
+"""Of each identity; of one a peer takes 100 calls a second and 20 requests to store and to find."""
+SEARCHES_SHARE = 0.2
 STREAMS_A_PEER = 32
 FRAME_BYTES = 1024 * 1024 - 1
 ELSEWHERE = "127.0.0.9"
@@ -43,63 +56,89 @@ RECORDS_AT_ONCE, KEYS_AT_ONCE = 64, 8
 KEYS_SECONDS = 3000.0
 
 
-class Malformed(Attack):
-    """Messages over all calls that no honest peer would send, as fast as they are taken."""
+class Malformed(ManyJoins):
+    """Messages over all calls, and records over the DHT, that no honest peer would send, from many identities.
+
+    Each identity calls each peer about as often as one may, so that what it sends is read. Where their number is given,
+    it ends with the last one.
+    """
 
     async def prepare(self) -> list[bytes]:
-        """A well-formed message of each call, to spoil."""
-        hostile = self.hostile
-        tip, row = Tip(5, bytes(32), 5), Row(1, 1, 1)
-        run = hostile.run_id
-        messages: dict[str, Any] = {
-            "rpc_hello": Hello(1),
-            "rpc_join": JoinRequest(run, row),
-            "rpc_relay": Relay(run, tip, SignedSeal(b"seal", bytes(64))),
-            "rpc_contribute": ContributionHeader(run, 5, bytes(32), 0, row, bytes(64), 0, b"", tip),
-            "rpc_follow": Follow(run, tip),
-            "rpc_rounds": RoundsRequest(run, (bytes(32),)),
-            "rpc_snapshot": SnapshotRequest(run, bytes(32), bytes(32), 0, 1, True),
-            "rpc_data": DataRequest(run),
-        }
-        self._messages = {call: msgspec.msgpack.encode(message) for call, message in messages.items()}
-        self._sent = 0
-        return [hostile.node.peer_id]
+        """A daemon for each identity, and a well-formed message of each call to spoil."""
+        os.nice(19)  # what it takes of this machine, it would take of another one
+        self._made = Decoders(self.hostile.chance)
+        self._messages = {call: self._of_this_run(self._made.messages[kind]) for call, kind in CALLS.items()}
+        self._left = self.hostile.messages or sys.maxsize
+        self._sent = {"calls": 0, "records": 0}
+        self._due: dict[tuple[int, bytes], float] = {}
+        return await super().prepare()
 
     async def run(self) -> None:
         """Send."""
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(SENDERS):
-                    group.create_task(self._send())
+                for number, daemon in enumerate(self._daemons):
+                    for peer in self.hostile.peers:
+                        for _ in range(SENDERS_A_PEER):
+                            group.create_task(self._call(number, daemon, peer))
+                        group.create_task(self._store(daemon, peer))
         finally:
-            say(did={"malformed_messages": self._sent})
+            say(did={**self._sent, "malformed_messages": sum(self._sent.values())})
 
-    async def _send(self) -> None:
-        chance = self.hostile.chance
+    def _of_this_run(self, message: Any) -> bytes:
+        if hasattr(message, "run_id"):
+            message = msgspec.structs.replace(message, run_id=self.hostile.run_id)
+        return msgspec.msgpack.encode(message)
+
+    def _take(self, what: str, count: int) -> int:
+        """Up to so many of those that are left."""
+        count = min(count, self._left)
+        self._left -= count
+        self._sent[what] += count
+        return count
+
+    async def _call(self, number: int, daemon: Daemon, peer: bytes) -> None:
+        chance, loop = self.hostile.chance, asyncio.get_running_loop()
         calls = list(self._messages)
-        while True:
+        while self._take("calls", 1):
+            due = max(self._due.get((number, peer), 0.0), loop.time() - 1.0) + 1 / CALLS_A_SECOND
+            self._due[number, peer] = due
+            await asyncio.sleep(due - loop.time())
             call = chance.choice(calls)
-            frame = BytesValue(value=self._spoiled(self._messages[call]))
-            await self.hostile.send(chance.choice(self.hostile.peers), call, frame)
-            self._sent += 1
+            frame = BytesValue(value=self._made.spoil(self._messages[call]))
+            await self.hostile.send(peer, call, frame, stub=functools.partial(stub_of, daemon))
 
-    def _spoiled(self, message: bytes) -> bytes:
+    async def _store(self, daemon: Daemon, peer: bytes) -> None:
+        """Records to store, and now and then keys to find."""
+        chance, seconds = self.hostile.chance, self.hostile.node.dht.protocol.wait_timeout
+        # The protocol's own calls in the name of its one node.
+        calls = ServicerBase.get_stub.__func__(DHTProtocol, daemon.p2p, PeerID(peer))
+        stub = AuthRPCWrapper(calls, AuthRole.CLIENT, None)
+        while self._left:
+            ids = (b"", chance.randbytes(20), chance.randbytes(chance.randrange(100)))
+            sender = dht_pb2.NodeInfo(node_id=chance.choices(ids, (45, 45, 10))[0])
+            with contextlib.suppress(*TRANSPORT_FAILURES):
+                if chance.random() < SEARCHES_SHARE and self._take("calls", 1):
+                    keys = [chance.randbytes(chance.choice((20, 20, 19, 21, 0))) for _ in range(KEYS_AT_ONCE)]
+                    await stub.rpc_find(dht_pb2.FindRequest(keys=keys, peer=sender), timeout=seconds)
+                elif self._sent["records"] > self._sent["calls"]:
+                    pass  # 64 come at a time
+                elif count := self._take("records", RECORDS_AT_ONCE):
+                    await stub.rpc_store(self._records(count, sender), timeout=seconds)
+            await asyncio.sleep(1 / STORES_A_SECOND)
+
+    def _records(self, count: int, sender: dht_pb2.NodeInfo) -> dht_pb2.StoreRequest:
         chance = self.hostile.chance
-        spoiled = bytearray(message)
-        match chance.randrange(5):
-            case 0:
-                for _ in range(chance.randint(1, 8)):
-                    spoiled[chance.randrange(len(spoiled))] = chance.randrange(256)
-            case 1:
-                del spoiled[chance.randrange(len(spoiled)) :]
-            case 2:
-                spoiled = bytearray(chance.randbytes(chance.randrange(2000)))
-            case 3:
-                spoiled = bytearray(b"\x91" * chance.randrange(1, 100_000))
-            case _:
-                # An array, and in it more, than there is.
-                spoiled[:0] = b"\xdd\xff\xff\xff\xff"
-        return bytes(spoiled)
+        keys, subkeys, values, expiries = zip(*(self._made.record_to_store() for _ in range(count)), strict=True)
+        return dht_pb2.StoreRequest(
+            # One that is no key ends the whole request.
+            keys=[chance.randbytes(21) if chance.random() < 0.001 else key for key in keys],
+            subkeys=subkeys,
+            values=values,
+            expiration_time=expiries,
+            in_cache=[chance.random() < 0.5 for _ in keys],
+            peer=sender,
+        )
 
 
 class _Streams(Attack):

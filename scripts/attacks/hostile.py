@@ -4,7 +4,8 @@
 
 `attack_swarm.py` starts it. On stdin: a line begins the attack, the next one, or the end of the file, ends it. On
 stdout, a JSON object a line: `ready` with the ids of its identities once it is prepared, `branch` with ids of seals
-that no honest peer may ever hold, `did` with what it has done. An attack knows of honest peers what goes over the wire,
+that no honest peer may ever hold, `addresses` that a newcomer is told, `did` with what it has done, `finished` when
+there is no more to do. An attack knows of honest peers what goes over the wire,
 and the rules of a seal, as it has to forge some.
 """
 
@@ -17,6 +18,7 @@ import random
 import signal
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,6 @@ from google.protobuf.wrappers_pb2 import BytesValue
 from hivemind.p2p import P2PContext, ServicerBase
 from lab.report import say
 
-from p2ptrain import chain
 from p2ptrain.calls.client import Client, hello
 from p2ptrain.calls.messages import (
     NAMESPACE,
@@ -42,8 +43,10 @@ from p2ptrain.calls.messages import (
     News,
     RoundsHeader,
     RoundsRequest,
+    SnapshotOffer,
     Tip,
     Traffic,
+    Welcome,
     decode_message,
 )
 from p2ptrain.chain import SealError
@@ -53,6 +56,7 @@ from p2ptrain.config.manifest import open_manifest
 from p2ptrain.simulation.forged import Branch
 from p2ptrain.swarm.addresses import parse_addresses
 from p2ptrain.swarm.node import SwarmNode
+from p2ptrain.swarm.records import PeerRecord
 from p2ptrain.swarm.thread import new_network_loop
 from p2ptrain.training.replica import Replica
 
@@ -60,7 +64,9 @@ Stubs = Callable[[bytes], Any]
 ROUND_MAX_BYTES = 64 * 1024 * 1024
 NEWS_SECONDS = 1.0
 CALL_SECONDS = 4.0
+PUBLISH_SECONDS = 2.0
 FETCH_ATTEMPTS = 5
+STREAMED_REQUESTS = ("rpc_contribute", "rpc_prove")
 STATE_BYTES = 512 * 1024
 """Of a snapshot's piece."""
 
@@ -92,6 +98,20 @@ class Liar:
         """Answer to `snapshot`."""
         yield self.traffic.message(Answer("no such snapshot here any more"))
 
+    async def hello(self) -> BytesValue:
+        """Answer to `hello`: nothing of any use."""
+        return self.traffic.message(Answer(""))
+
+    async def data(self) -> AsyncIterator[BytesValue]:
+        """Answer to `data`."""
+        yield self.traffic.message(Answer("none here"))
+
+    def asked_to_join(self, peer: bytes, request: bytes) -> None:
+        """Hear that a peer wants to be admitted."""
+
+    def handed_statements(self, request: bytes) -> None:
+        """Hear whom a chain is to let in."""
+
 
 class PeerServicer(ServicerBase):
     """Answers in the name of a liar; its name and those of its methods are the protocol's."""
@@ -100,15 +120,22 @@ class PeerServicer(ServicerBase):
         self._liar = liar
 
     async def rpc_hello(self, request: BytesValue, context: P2PContext) -> BytesValue:
-        """Say nothing of any use."""
-        return self._liar.traffic.message(Answer(""))
+        """Say which run this is."""
+        return await self._liar.hello()
 
     async def rpc_data(self, request: BytesValue, context: P2PContext) -> Stream[BytesValue]:
-        """Hand out no text."""
-        yield self._liar.traffic.message(Answer("none here"))
+        """Hand out a text."""
+        async for frame in self._liar.data():
+            yield frame
 
     async def rpc_join(self, request: BytesValue, context: P2PContext) -> BytesValue:
-        """Take a newcomer, and forget it."""
+        """Take a newcomer."""
+        self._liar.asked_to_join(context.remote_id.to_bytes(), request.value)
+        return self._liar.traffic.message(Answer(""))
+
+    async def rpc_amend(self, request: BytesValue, context: P2PContext) -> BytesValue:
+        """Take statements, and pass them on to nobody."""
+        self._liar.handed_statements(request.value)
         return self._liar.traffic.message(Answer(""))
 
     async def rpc_relay(self, request: BytesValue, context: P2PContext) -> BytesValue:
@@ -137,30 +164,48 @@ class PeerServicer(ServicerBase):
         async for frame in self._liar.snapshot(request.value):
             yield frame
 
+    async def rpc_audit(self, request: BytesValue, context: P2PContext) -> Stream[BytesValue]:
+        """Show nothing."""
+        yield self._liar.traffic.message(Answer("not here"))
+
+    async def rpc_prove(self, stream: Stream[BytesValue], context: P2PContext) -> Stream[BytesValue]:
+        """Know it already."""
+        yield self._liar.traffic.message(Answer("known"))
+
 
 class Hostile:
     """What attacks have in common: a node in the run's network, the run, and chance from the seed."""
 
-    def __init__(self, node: SwarmNode, peers: list[str], folder: Path, chance: random.Random) -> None:
+    def __init__(
+        self, node: SwarmNode, peers: list[str], folder: Path, chance: random.Random, messages: int = 0
+    ) -> None:
         self.node, self.folder, self.chance, self.addresses = node, folder, chance, peers
         self.peers = list(parse_addresses(peers))
+        #: how many it is to send, where an attack counts them
+        self.messages = messages
         self.traffic = Traffic()
         self.run_id = b""
+        self.welcome: Welcome
+        #: the snapshot that the chain fetched last begins with, and its bytes; None: it begins with the run
+        self.fetched: tuple[SnapshotOffer | None, bytes] = None, b""
         self.calls: Client
+        #: what the run trains, unless it is not for us
         self.replica: Replica
 
     @classmethod
-    async def connect(cls, peers: list[str], folder: Path, seed: int) -> Hostile:
+    async def connect(cls, peers: list[str], folder: Path, seed: int, messages: int = 0) -> Hostile:
         """Join the DHT of these peers and learn which run they are in."""
         chance = random.Random(seed)
         key_from(chance, folder / "hostile.key")
         node = await SwarmNode.create(folder / "hostile.key", peers)
-        self = cls(node, peers, folder, chance)
+        self = cls(node, peers, folder, chance, messages)
         for peer in self.peers:
             await node.connect(peer, peers)
-        welcome = await hello(node, self.peers[0])
-        manifest, self.run_id = open_manifest(welcome.manifest)
-        self.replica = Replica(manifest, self.run_id, torch.device("cpu"))
+        self.welcome = await hello(node, self.peers[0])
+        self.run_id = self.welcome.run_id
+        if not self.welcome.refusal:
+            manifest, _ = open_manifest(self.welcome.manifest, self.run_id)
+            self.replica = Replica(manifest, self.run_id, torch.device("cpu"))
         self.calls = Client(node, self.traffic, self.run_id)
         return self
 
@@ -182,13 +227,15 @@ class Hostile:
 
     async def _fetch(self, donor: bytes) -> Branch:
         header, encoded = await self.calls.rounds(donor, (self.run_id,), ROUND_MAX_BYTES)
-        base = chain.genesis(self.run_id)
+        base = open_manifest(self.welcome.manifest, self.run_id)[0].beginning(self.run_id)
+        self.fetched = None, b""
         if not header.ancestor:
             offer = max(header.snapshots, key=lambda one: one.round)
             pieces = []
             for number in range(-(-offer.length // STATE_BYTES)):
                 pieces += (await self.calls.snapshot(donor, offer, number, number + 1, timeout_seconds=30.0)).pieces
-            base = self.replica.snapshot_chain(b"".join(pieces))
+            self.fetched = offer, b"".join(pieces)
+            base = self.replica.snapshot_chain(self.fetched[1])
             header, encoded = await self.calls.rounds(donor, (offer.id,), ROUND_MAX_BYTES)
         branch = Branch(base, self.codec)
         while encoded:
@@ -204,6 +251,15 @@ class Hostile:
     async def serve(self, liar: Liar) -> None:
         """Answer calls from now on."""
         await self.node.add_servicer(PeerServicer(liar), NAMESPACE)
+
+    async def another_node(self) -> SwarmNode:
+        """A node of another identity, connected to all honest peers."""
+        key = self.folder / f"visitor-{self.chance.randrange(2**32)}.key"
+        key_from(self.chance, key)
+        node = await SwarmNode.create(key, self.addresses)
+        for peer in self.peers:
+            await node.connect(peer, self.addresses)
+        return node
 
     def stub(self, peer: bytes) -> Any:
         """What calls `peer` in our name."""
@@ -223,7 +279,7 @@ class Hostile:
         with contextlib.suppress(*TRANSPORT_FAILURES):
             async with asyncio.timeout(CALL_SECONDS):
                 answers = await getattr((stub or self.stub)(peer), call)(
-                    sent() if call == "rpc_contribute" else frames[0]
+                    sent() if call in STREAMED_REQUESTS else frames[0]
                 )
                 if isinstance(answers, BytesValue):
                     return bytes(answers.value)
@@ -233,6 +289,26 @@ class Hostile:
                 finally:
                     await answers.aclose()
         return None
+
+    async def be_found(self, node: SwarmNode, liar: Liar) -> None:
+        """Publish what a peer publishes of itself, so that others follow a node; for ever."""
+        addresses = await node.join_addresses()
+        while True:
+            tip = liar.tip()
+            record = PeerRecord(
+                peer_id=node.peer_id,
+                run_id=self.run_id,
+                time=time.time(),
+                name="mallory",
+                state="training",
+                role="member",
+                round=tip.round,
+                state_id=tip.id,
+                total=tip.total,
+                addresses=addresses,
+            )
+            await node.publish_peer(record)
+            await asyncio.sleep(PUBLISH_SECONDS)
 
     async def announce(self, tip: Callable[[], Tip]) -> None:
         """Follow all honest peers, which is how they hear of us and of our tip; for ever."""
@@ -291,7 +367,7 @@ async def attack(options: argparse.Namespace) -> None:
                 return
 
     threading.Thread(target=read, daemon=True).start()
-    hostile = await Hostile.connect(options.peer, options.folder, options.seed)
+    hostile = await Hostile.connect(options.peer, options.folder, options.seed, options.messages)
     spec = ATTACKS[options.attack]
     chosen = spec.kind(hostile, **spec.options)
     try:
@@ -303,6 +379,7 @@ async def attack(options: argparse.Namespace) -> None:
             await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 work.result()
+                say(finished=True)
                 await stop
             work.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -323,6 +400,7 @@ def main() -> None:
     parser.add_argument("--attack", required=True)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--folder", type=Path, required=True, help="for its keys and logs")
+    parser.add_argument("--messages", type=int, default=0, help="to send, where the attack counts them")
     parser.add_argument("--peer", action="append", required=True, help="full address of an honest peer")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)

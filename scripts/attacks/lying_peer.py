@@ -205,6 +205,18 @@ def reply_twice(switch: Path) -> None:
     put(Answering, "frozen_reply", frozen_reply)
 
 
+def record_joins(switch: Path) -> None:
+    """Write down each call to join, beside the switch; nothing else is a lie."""
+    take = PeerServicer.rpc_join
+
+    async def rpc_join(self: PeerServicer, request: BytesValue, context: P2PContext) -> BytesValue:
+        with switch.with_name("joins").open("a") as joins:
+            joins.write(request.value.hex() + "\n")
+        return await take(self, request, context)
+
+    put(PeerServicer, "rpc_join", rpc_join)
+
+
 def put(owner: Any, name: str, lie: Any) -> None:
     """Replace a part that must be there."""
     assert hasattr(owner, name), f"{owner} has no {name} any more"
@@ -224,6 +236,7 @@ LIES: dict[str, Callable[[Path], None]] = {
     "seal_out_of_turn": seal_out_of_turn,
     "false_root": false_root,
     "replay": replay,
+    "record_joins": record_joins,
 }
 
 if __name__ == "__main__":

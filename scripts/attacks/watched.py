@@ -47,6 +47,9 @@ class Peer:
             start_new_session=True,  # Ctrl-C is for the one who measures
         )
         self.address = ""
+        self.began = time.monotonic()
+        #: the most memory that it had when it was looked at
+        self.peak_bytes = 0
         #: id of each seal that its journal ever held -> when that was seen
         self.seals: dict[str, float] = {}
         self.hostile_seals = 0
@@ -105,7 +108,9 @@ class Peer:
             process = psutil.Process(self.process.pid)
             self._children = process.children(recursive=True)
             daemons = [child.memory_info().rss for child in self._children if child.name().startswith("p2pd")]
-            return process.memory_info().rss, sum(daemons)
+            rss = process.memory_info().rss
+            self.peak_bytes = max(self.peak_bytes, rss)
+            return rss, sum(daemons)
         except psutil.NoSuchProcess:
             return 0, 0
 
@@ -133,12 +138,13 @@ class Peer:
 class HostileProcess:
     """The attacker, and what it says."""
 
-    def __init__(self, folder: Path, attack: str, seed: int, addresses: list[str]) -> None:
+    def __init__(self, folder: Path, attack: str, seed: int, addresses: list[str], messages: int = 0) -> None:
         folder.mkdir()
         self.log = folder / "hostile.log"
         self._err = self.log.open("w")
         peers = [word for address in addresses for word in ("--peer", address)]
         command = ["--attack", attack, "--seed", str(seed), "--folder", str(folder), *peers]
+        command += ["--messages", str(messages)]
         self.process = subprocess.Popen(
             [sys.executable, str(HOSTILE), *command],
             stdin=subprocess.PIPE,
@@ -150,7 +156,10 @@ class HostileProcess:
         )
         self.identities: list[str] | None = None
         self.branch: set[str] = set()
+        #: where newcomers find it
+        self.addresses: list[str] = []
         self.did: dict[str, Any] = {}
+        self.finished = False
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -161,6 +170,8 @@ class HostileProcess:
                 told = json.loads(line)
                 self.branch.update(told.get("branch", ()))
                 self.identities = told.get("ready", self.identities)
+                self.addresses = told.get("addresses", self.addresses)
+                self.finished = told.get("finished", self.finished)
                 self.did |= told.get("did", {})
 
     def word(self) -> None:

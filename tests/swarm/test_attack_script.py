@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import re
 import subprocess
 import sys
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+from google.protobuf.wrappers_pb2 import BytesValue
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts/bench"))
 
 from attack_swarm import COLUMNS, holds, show
 from attacks.catalogue import ATTACKS
-from attacks.forged import key_from, made_up_peer_id, random_row
+from attacks.donors import HostileManifests
+from attacks.forged import identity_from, key_from, made_up_peer_id, random_row
+from attacks.hostile import Hostile
 
 from p2ptrain import chain
+from p2ptrain.calls.messages import CallError, Welcome, decode_message
 from p2ptrain.chain import Join
 from p2ptrain.chain.sealed import decode_sealed
 from p2ptrain.compression.codec import Codec
+from p2ptrain.config.manifest import PROTOCOL_VERSION, Manifest, open_manifest, sign_manifest
+from p2ptrain.errors import ManifestError
 from p2ptrain.simulation.forged import Branch
-from p2ptrain.swarm.identity import load_or_create_identity, verify
+from p2ptrain.swarm.identity import format_peer_id, load_or_create_identity, verify
 
 ROOT = Path(__file__).resolve().parents[2]
 CODEC = Codec(topk=(8, 8), reply_topk=(8, 8), value_bits=2)
@@ -53,6 +65,27 @@ def test_one_seed_is_one_attacker(tmp_path: Path) -> None:
     assert made[0] == made[1] != made[2]
 
 
+def test_what_is_handed_out_for_a_manifest_is_none() -> None:
+    chance = random.Random(1)
+    owner = identity_from(chance)
+    made = Manifest(name="attacked", nonce="00" * 16)
+    signed = sign_manifest(made, owner.key, format_peer_id(owner.peer_id))
+    run_id = open_manifest(signed)[1]
+    welcome = Welcome(PROTOCOL_VERSION, run_id, signed, None, "")
+    attack = HostileManifests(cast(Hostile, SimpleNamespace(welcome=welcome, chance=chance, run_id=run_id)))
+    ways = attack.ways()
+    del ways["silent"]
+
+    async def first(way: Callable[[], AsyncIterator[BytesValue]]) -> bytes:
+        return bytes((await anext(way())).value)
+
+    assert len(ways) == 7
+    for name, way in ways.items():
+        with pytest.raises((CallError, ManifestError)):
+            open_manifest(decode_message(asyncio.run(first(way)), Welcome).manifest, run_id)
+            pytest.fail(f"{name} is one")
+
+
 def test_what_lying_peers_replace_is_there() -> None:
     code = "import pathlib, lying_peer; [lie(pathlib.Path('none')) for lie in lying_peer.LIES.values()]"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "scripts/attacks", capture_output=True, text=True)
@@ -63,6 +96,10 @@ def test_a_row_holds_only_without_harm_and_near_calm() -> None:
     good = dict.fromkeys(COLUMNS, False) | {
         "attack": "none",
         "framed": False,
+        "newcomer": "none",
+        "newcomer_seconds": None,
+        "newcomer_left_again": False,
+        "did": {},
         "rounds_per_minute_ratio": 0.8,
         "rss_growth": 0.09,
     }
@@ -71,4 +108,9 @@ def test_a_row_holds_only_without_harm_and_near_calm() -> None:
         assert not holds(good | harm)
     assert not holds(good | {"rounds_per_minute_ratio": 0.79})
     assert not holds(good | {"rss_growth": 0.1})
+    assert not holds(good | {"did": {"let_in": 1}}), "an outsider in a run that is not for it"
+    assert not holds(good | {"newcomer": "one honest"}), "a newcomer that has not come"
+    came = good | {"newcomer": "one honest", "newcomer_seconds": 12.0}
+    assert holds(came)
+    assert not holds(came | {"newcomer_left_again": True})
     assert len(show([good]).splitlines()) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import time
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import pytest
 from google.protobuf.wrappers_pb2 import BytesValue
 from hivemind.dht import DHTID
 from hivemind.p2p import P2P, P2PContext, P2PHandlerError, PeerID, ServicerBase
+from hivemind.proto import dht_pb2
 
 from p2ptrain.calls.client import Client
 from p2ptrain.calls.messages import Tip, Traffic
@@ -254,6 +256,62 @@ def test_a_request_names_few_keys(swarm: Swarm) -> None:
         keys = [DHTID.generate() for _ in range(MAX_KEYS_SOUGHT_AT_ONCE + 1)]
         assert await outsider.dht.protocol.call_find(PeerID(victim.peer_id), keys) is None
         assert await outsider.dht.protocol.call_find(PeerID(victim.peer_id), keys[1:]) is not None
+
+    swarm.run(scenario())
+
+
+def test_an_id_that_is_no_nodes_is_refused_and_no_task_fails_of_it(swarm: Swarm) -> None:
+    async def scenario() -> None:
+        failed: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: failed.append(context))
+        victim = await swarm.node()
+        outsider, other = await swarm.node(victim), await swarm.node(victim)
+        stub = outsider.dht.protocol.get_stub(PeerID(victim.peer_id))
+        for length in (1, 19, 21, 4000):
+            sender = dht_pb2.NodeInfo(node_id=b"\xff" * length)
+            for call, request in (
+                (stub.rpc_ping, dht_pb2.PingRequest(peer=sender)),
+                (stub.rpc_store, dht_pb2.StoreRequest(peer=sender)),
+                (stub.rpc_find, dht_pb2.FindRequest(peer=sender, keys=[bytes(20)])),
+            ):
+                with pytest.raises(P2PHandlerError, match="no node's id"):
+                    await call(request, timeout=5)
+        gc.collect()
+        assert failed == []
+        assert await other.ping(victim.peer_id)
+
+    swarm.run(scenario())
+
+
+def test_a_stranger_of_ever_new_ids_is_handed_a_nodes_records_a_few_times_only(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handed: list[PeerID] = []
+
+    async def scenario() -> None:
+        victim = await swarm.node()
+        outsider = await swarm.node(victim)
+        # A key that the victim is nearer to, so that it is for the victim to hand records over.
+        for number in itertools.count():
+            key = peers_key(number.to_bytes(32))
+            place = DHTID.generate(key.encode())
+            near, far = (place ^ node.dht.node_id for node in (victim, outsider))
+            if near < far:
+                break
+        assert await stores(outsider, victim, items([new_identity() for _ in range(20)], key=key)) == 20
+        call_store = victim.dht.protocol.call_store
+
+        def counted(peer: PeerID, *what: object, **how: object) -> object:
+            handed.append(peer)
+            return call_store(peer, *what, **how)
+
+        monkeypatch.setattr(victim.dht.protocol, "call_store", counted)
+        stub = outsider.dht.protocol.get_stub(PeerID(victim.peer_id))
+        for number in range(60):
+            # Nearer than all before, and not as near as the victim.
+            close = dht_pb2.NodeInfo(node_id=DHTID(place ^ ((near + far) // 2 - number)).to_bytes())
+            await stub.rpc_ping(dht_pb2.PingRequest(peer=close), timeout=5)
+        assert 0 < len(handed) <= guards.MET_BURST + 1
 
     swarm.run(scenario())
 

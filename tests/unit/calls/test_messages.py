@@ -151,3 +151,9 @@ def test_a_call_that_takes_too_long_as_a_whole_is_a_failed_call() -> None:
 
     with pytest.raises(CallError):
         asyncio.run(main())
+
+
+def test_a_text_that_is_no_utf8_is_no_message() -> None:
+    for broken in (b"\x91\xa2\xff\xfe", b"\x91\xa1\x80", b"\x91\xa3\xed\xa0\x80"):
+        with pytest.raises(CallError, match="not a Answer"):
+            messages.decode_message(broken, messages.Answer)

@@ -1,4 +1,4 @@
-"""A newcomer waits for the run's rounds while anybody has them, and no longer."""
+"""A newcomer waits for the run's rounds while anybody has them, and for no single peer that it was told."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ from typing import Any
 
 import msgspec
 import pytest
+from google.protobuf.wrappers_pb2 import BytesValue
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import virtual
-from lone import MANIFEST
+from lone import MANIFEST, identity_of
 
+from p2ptrain.calls.client import SECONDS
+from p2ptrain.calls.messages import Traffic, Welcome
+from p2ptrain.config.manifest import PROTOCOL_VERSION, open_manifest, sign_manifest
 from p2ptrain.errors import UnreachableError
-from p2ptrain.peer.joining import SILENCE_SECONDS, await_chain
+from p2ptrain.peer.joining import SILENCE_SECONDS, await_chain, find_run
+from p2ptrain.swarm.identity import format_peer_id
 
 
 class Newcomer:
@@ -113,3 +118,41 @@ def test_that_a_run_had_ended_is_said(furthest: int, finished: bool) -> None:
     _, error = virtual.run(newcomer.gives_up(last_round=8))
     assert ("is finished" in str(error)) == finished
     assert error.hint
+
+
+class Network:
+    """A node whose calls are answered by one honest peer, and by nobody else for as long as the caller waits."""
+
+    peer_id = identity_of("newcomer").peer_id
+
+    def __init__(self, honest: bytes, welcome: Welcome) -> None:
+        self._honest, self._welcome = honest, welcome
+
+    async def connect(self, peer: bytes, addresses: list[str]) -> None:
+        pass
+
+    async def read_runs(self) -> dict[bytes, Any]:
+        return {}
+
+    def stub(self, servicer: type, peer: bytes, namespace: str) -> Any:
+        async def hello(request: BytesValue, timeout: float) -> BytesValue:
+            async with asyncio.timeout(timeout):
+                if peer != self._honest:
+                    await asyncio.Event().wait()
+                return Traffic().message(self._welcome)
+
+        return SimpleNamespace(rpc_hello=hello)
+
+
+def test_addresses_of_silent_peers_keep_a_newcomer_waiting_no_longer_than_one_does() -> None:
+    peers = [identity_of(f"peer {number}").peer_id for number in range(8)]
+    addresses = [f"/ip4/127.0.0.1/tcp/9/p2p/{format_peer_id(peer)}" for peer in peers]
+    owner = identity_of("owner")
+    signed = sign_manifest(MANIFEST, owner.key, format_peer_id(owner.peer_id))
+    welcome = Welcome(PROTOCOL_VERSION, open_manifest(signed)[1], signed, None, "")
+    node: Any = Network(peers[-1], welcome)
+
+    async def joins() -> tuple[bytes, float]:
+        return await find_run(node, addresses, None), asyncio.get_running_loop().time()
+
+    assert virtual.run(joins()) == (signed, SECONDS)

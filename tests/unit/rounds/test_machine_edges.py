@@ -735,6 +735,49 @@ def test_who_comes_back_where_it_was_sent_goes_over_though_it_knows_nobody_there
         assert bool(of(Resync, effects)) == follows
 
 
+@pytest.mark.parametrize("first", ["the many", "the one"])
+def test_a_newcomer_that_was_sent_to_two_chains_ends_where_more_are_and_stays_there(first: str) -> None:
+    """Whichever it came to first, and whatever the other one claims."""
+    state = standing("a", "b", "c")
+    machine = machine_with("n", state if first == "the many" else chain.genesis(RUN_ID), "a", "x")
+    if first == "the one":
+        machine.handle(far("x"), 0.1)
+        assert of(Resync, machine.handle(RoundsFetched(identity_of("x").peer_id, None, ()), 0.2))
+        made_up = ChainState(RUN_ID, 900, far("x").id, b"x" * 32, 10_000, (member("x"),), (member("x"),))
+        machine.handle(Synced(made_up), 0.3)
+        assert machine.head.round == 900
+    for name in "abc":
+        machine.handle(tip(name, state), 0.5)
+    machine.handle(far("x"), 0.6)
+    donor = "a" if first == "the one" else "x"
+    effects = machine.handle(RoundsFetched(identity_of(donor).peer_id, None, ()), 0.7)
+    assert bool(of(Resync, effects)) == (first == "the one")
+    if first == "the one":
+        machine.handle(Synced(state), 0.8)
+        for name in "abc":
+            machine.handle(tip(name, state), 0.9)
+        machine.handle(far("x"), 20.0)
+        for name in "abc":
+            machine.handle(tip(name, state), 20.0)
+        assert not of(Resync, machine.handle(RoundsFetched(identity_of("x").peer_id, None, ()), 20.1))
+
+
+def test_a_newcomer_between_two_chains_with_one_peer_each_looks_at_both_and_stays() -> None:
+    def other(name: str) -> ChainState:
+        return ChainState(RUN_ID, 900, far(name).id, b"x" * 32, 10_000, (member(name),), (member(name),))
+
+    machine, now, moves = machine_with("n", chain.genesis(RUN_ID), "x", "y"), 0.0, 0
+    for _ in range(20):
+        for name in "xy":
+            now += 1.0
+            for heard in "xy":
+                machine.handle(far(heard), now)
+            if of(Resync, machine.handle(RoundsFetched(identity_of(name).peer_id, None, ()), now)):
+                machine.handle(Synced(other(name)), now)
+                moves += 1
+    assert moves == 2
+
+
 def test_through_a_restart_it_is_remembered_with_whom_a_chain_was_shared() -> None:
     """After a restart in the middle of rounds that it sealed alone."""
     company = frozenset(identity_of(name).peer_id for name in "abc")
