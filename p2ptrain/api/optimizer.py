@@ -58,6 +58,7 @@ class SwarmOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: `samples` is no number of samples.
+            ModelError: running statistics are not held fixed.
             RuntimeError: this peer's part in the run is over, as `Peer.ended` says.
             HomeError, RevokedError, UnreachableError: why it cannot go on.
         """

@@ -31,7 +31,7 @@ from p2ptrain.config.loading import load_manifest
 from p2ptrain.config.manifest import DataConfig, Manifest, ModelConfig
 from p2ptrain.config.node import NodeSettings, resolve_settings
 from p2ptrain.errors import ManifestError, UsageError
-from p2ptrain.models.own import beginning_of, config_of, own_task
+from p2ptrain.models.own import beginning_of, check_statistics, config_of, keepers_of, own_task
 from p2ptrain.observe.status import Status
 from p2ptrain.peer.assembly import Run
 from p2ptrain.peer.session import Part, PeerSession
@@ -83,6 +83,7 @@ class Peer:
         self._part: Part | None = None
         self._optimizer: SwarmOptimizer | None = None
         self._loop: OwnLoop | None = None
+        self._keepers = keepers_of(model)
         self._following: AbstractContextManager[tuple[Swarm, Callable[[], bool]]] | None = None
         self._swarm: Swarm | None = None
         self._after_round: Callable[[], bool] | None = None
@@ -209,6 +210,7 @@ class Peer:
             raise RuntimeError(
                 f"this peer's part in the run has ended, at round {self.round}: leave the loop when peer.ended is true"
             )
+        check_statistics(self._keepers)
         self._loop.handed(samples, nats)
         self._go_on()
 

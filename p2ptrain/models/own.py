@@ -128,20 +128,31 @@ def _head_of(module: nn.Module) -> Tensor | None:
     return getattr(head, "weight", None)
 
 
+def keepers_of(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the parts, by name, that keep running statistics in training."""
+    parts = module.named_modules()
+    return {name: part for name, part in parts if isinstance(part, _NormBase) and part.track_running_stats}
+
+
+def check_statistics(keepers: Mapping[str, nn.Module]) -> None:
+    """Refuse statistics that training would change now. Raises ModelError."""
+    for name, part in keepers.items():
+        if part.training:
+            raise ModelError(
+                f"{name or 'the model'} ({type(part).__name__}) keeps running statistics, and each peer's would be of "
+                "its own samples",
+                hint="use GroupNorm or LayerNorm, or track_running_stats=False, or keep this module in eval(), which "
+                "holds its statistics fixed, also after model.train()",
+            )
+
+
 def trained_of(module: nn.Module, kinds: Mapping[str, Kind]) -> tuple[TrainedParameter, ...]:
     """Return the parameters that are trained: those that require a gradient and have entries.
 
     Raises:
         ModelError: there is nothing to train, or what cannot be the same on all peers, by name.
     """
-    for name, part in module.named_modules():
-        if isinstance(part, _NormBase) and part.track_running_stats and part.training:
-            raise ModelError(
-                f"{name or 'the model'} ({type(part).__name__}) keeps running statistics, and each peer's would be of "
-                "its own samples",
-                hint="use GroupNorm or LayerNorm, or track_running_stats=False, or put this module into eval() to "
-                "hold its statistics fixed",
-            )
+    check_statistics(keepers_of(module))
     found: list[TrainedParameter] = []
     for name, parameter in module.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
@@ -226,7 +237,8 @@ def check_beginning(beginning: bytes, config: TaskConfig) -> Header:
     header = header_of(beginning)
     names = [entry.name for entry in header.trained]
     entries = sum(math.prod(entry.shape) for entry in header.trained)
-    if len(set(names)) != len(names) or entries != config.parameters:
+    vectors = all(entry.kind == "vector" for entry in header.trained if len(entry.shape) < 2)
+    if len(set(names)) != len(names) or entries != config.parameters or not vectors:
         raise ModelError("the run's owner has signed first values that contradict the manifest")
     try:
         unpack_tensors(beginning, {entry.name: entry.shape for entry in header.trained})

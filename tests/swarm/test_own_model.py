@@ -113,3 +113,23 @@ def test_peers_with_a_net_of_their_own_end_bit_identical_and_so_does_one_that_jo
         (ada.home / "beginning").read_bytes()
     }
     assert any((linus.home / "checkpoints").glob("snapshot-*"))
+
+
+def test_a_peer_that_was_killed_goes_on_with_its_home_whatever_its_model_begins_with(examples: Examples) -> None:
+    examples.manifest.write_text(MANIFEST.replace(f"last_round = {LAST_ROUND}", "last_round = 40"))
+    ada = examples.start("ada", 0, "bootstrap", str(examples.manifest))
+    ada.reaches(15)
+    ada.process.kill()
+    ada.process.wait()
+    signed, beginning = ((ada.home / name).read_bytes() for name in ("manifest.signed", "beginning"))
+    again = examples.start("ada", 5, "bootstrap", str(examples.manifest))
+    end = again.said(r"round 40, 1 members[^\n]*\nstate (\w+), parameters (\w+)", 120)
+    assert again.process.wait(60) == 0
+    assert ((again.home / "manifest.signed").read_bytes(), (again.home / "beginning").read_bytes()) == (
+        signed,
+        beginning,
+    )
+    # What is over stays as it was.
+    once_more = examples.start("ada", 6, "bootstrap", str(examples.manifest))
+    assert once_more.process.wait(90) == 0
+    assert once_more.said(r"state (\w+), parameters (\w+)", 1).groups() == end.groups()
