@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from p2ptrain.api.huggingface import SwarmCallback
     from p2ptrain.api.optimizer import SwarmOptimizer
     from p2ptrain.api.peer import Peer, bootstrap, join
     from p2ptrain.models.own import parameters_sha256
@@ -17,11 +18,12 @@ if TYPE_CHECKING:
     from p2ptrain.optim.demo import DeMo
 
 __version__ = "0.1.0"
-__all__ = ["DeMo", "Peer", "SwarmOptimizer", "Task", "bootstrap", "join", "parameters_sha256"]
+__all__ = ["DeMo", "Peer", "SwarmCallback", "SwarmOptimizer", "Task", "bootstrap", "join", "parameters_sha256"]
 
 _WHERE = {
     "DeMo": "p2ptrain.optim.demo",
     "Peer": "p2ptrain.api.peer",
+    "SwarmCallback": "p2ptrain.api.huggingface",
     "SwarmOptimizer": "p2ptrain.api.optimizer",
     "Task": "p2ptrain.models.task",
     "bootstrap": "p2ptrain.api.peer",

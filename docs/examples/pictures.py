@@ -53,6 +53,12 @@ class Net(nn.Module):
         return self.head(x.flatten(1))
 
 
+def tell(peer: p2ptrain.Peer) -> None:
+    """Print where the model stands: peers of one state have the same parameters, to the bit."""
+    parameters = p2ptrain.parameters_sha256(peer.model)
+    print(f"round {peer.round}, {peer.status.members} members, loss {peer.status.loss}: {peer.state_id} {parameters}")
+
+
 def main() -> None:
     """Take part until the run's last round."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -60,7 +66,7 @@ def main() -> None:
     parser.add_argument("where", help="run.toml, or a peer's address")
     parser.add_argument("--home", required=True)
     parser.add_argument("--host", default=None)
-    parser.add_argument("--seed", type=int, default=0, help="of the pictures, and of the values the net is made with")
+    parser.add_argument("--seed", type=int, default=0, help="of the pictures, and of the net's first values")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
@@ -68,6 +74,7 @@ def main() -> None:
 
     take_part = p2ptrain.bootstrap if options.command == "bootstrap" else p2ptrain.join
     peer = take_part(options.where, model=model, home=options.home, host=options.host)
+    peer.on_round(tell)
     with peer:
         print(f"others join at {peer.address}", flush=True)
         while not peer.ended:
@@ -79,8 +86,7 @@ def main() -> None:
     images, labels = pictures(1000, torch.Generator().manual_seed(12345))
     with torch.no_grad():
         right = (model(images).argmax(1) == labels).float().mean().item()
-    print(f"round {peer.round}, {peer.status.members} members: {100 * right:.1f} % of new pictures right")
-    print(f"state {peer.state_id}, parameters {p2ptrain.parameters_sha256(model)}", flush=True)
+    print(f"{100 * right:.1f} % of new pictures right at {peer.state_id} {p2ptrain.parameters_sha256(model)}")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,8 @@ class SwarmOptimizer(torch.optim.Optimizer):
         super().__init__(groups, {"lr": 0.0})
         #: how many samples a `step` counts for that does not say
         self.samples_per_step = 1
+        #: the loss that a `step` shows that is not told one
+        self.loss_to_show: float | None = None
         self._hand = hand
 
     def step(  # type: ignore[override]
@@ -54,7 +56,7 @@ class SwarmOptimizer(torch.optim.Optimizer):
         Args:
             closure: computes loss and gradients.
             samples: how many the gradients are the mean of; default `samples_per_step`.
-            loss: mean loss of these samples, to show; default what `closure` returns.
+            loss: mean loss of these samples, to show; default what `closure` returns, or else `loss_to_show`.
 
         Raises:
             ValueError: `samples` is no number of samples.
@@ -69,8 +71,8 @@ class SwarmOptimizer(torch.optim.Optimizer):
         count = self.samples_per_step if samples is None else samples
         if not 1 <= count <= SAMPLES_MAX:
             raise ValueError(f"samples={count!r} is out of range: it is a whole number from 1 to {SAMPLES_MAX}")
-        shown = loss if loss is not None else value
-        self._hand(int(count), math.nan if shown is None else float(shown))
+        shown = next((one for one in (loss, value, self.loss_to_show) if one is not None), math.nan)
+        self._hand(int(count), float(shown))
         return value
 
     def show_rate(self, rate: float) -> None:
