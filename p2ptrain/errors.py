@@ -94,3 +94,9 @@ class RevokedError(P2PTrainError):
     """The run's owner has shut this peer out."""
 
     exit_code = 15
+
+
+class ModelError(P2PTrainError):
+    """The model cannot be trained by a swarm, or is another one than the run's."""
+
+    exit_code = 16

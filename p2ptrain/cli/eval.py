@@ -39,7 +39,7 @@ def evaluate(
 
     corpus = obtain_corpus(here, trained.manifest.data, None, nowhere)
     tokens = cached_tokens(corpus.heldout, here.data)
-    bits = evaluation.bits_per_byte(trained.replica.model, tokens, len(corpus.heldout), max_tokens=max_tokens or None)
+    bits = evaluation.bits_per_byte(trained.model, tokens, len(corpus.heldout), max_tokens=max_tokens or None)
     loss = bits * math.log(2) * len(corpus.heldout) / len(tokens)
     compressors = evaluation.compressors_bits_per_byte(corpus.heldout)
     state = trained.replica.chain

@@ -31,7 +31,7 @@ def sample(
     from p2ptrain.training.reading import load_trained
 
     trained = load_trained(Home(home or default_home()), device or "auto")
-    text = evaluation.sample(trained.replica.model, prompt, tokens, temperature=temperature, seed=seed)
+    text = evaluation.sample(trained.model, prompt, tokens, temperature=temperature, seed=seed)
     if format == "json":
         state = trained.replica.chain
         print(json.dumps({"text": text, "round": state.round, "state_id": state.id.hex()}))

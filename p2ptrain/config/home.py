@@ -57,6 +57,8 @@ class Home:
         self.decisions = path / "decisions.log"
         #: corpora and their tokens
         self.data = path / "data"
+        #: names, shapes, kinds and first values, where the run trains a model of somebody's own
+        self.beginning = path / "beginning"
         #: packed text that this peer alone trains on
         self.own_text = self.data / "own-text.xz"
         self._lock: int | None = None

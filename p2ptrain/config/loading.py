@@ -142,7 +142,8 @@ def render(manifest: Manifest) -> str:
     """The commented run.toml of a manifest: every key with its meaning, those that are not set as a comment;
     `load_manifest` gives the manifest back.
 
-    Owner and founder are left out: `bootstrap` fills them in with the keys of the home that signs.
+    Owner, founder and task are left out: `bootstrap` fills them in, with the keys of the home that signs, and in Python
+    with the model that is given to it.
     """
     head = (
         "# What all peers of this run agree on. Its hash is the run's id: once bootstrapped,\n"
@@ -158,7 +159,7 @@ def _render(table: msgspec.Struct, prefix: str) -> Iterator[str]:
         value = getattr(table, name)
         if isinstance(value, msgspec.Struct):
             inner.append((name, value))
-        elif name not in ("owner", "founder"):
+        elif name not in ("owner", "founder", "task"):
             yield from _comment(docs[name])
             choice = f"{name} = {toml_value(_means(table, name) if value is msgspec.UNSET else value)}"
             yield f"# {choice}" if value is msgspec.UNSET else choice

@@ -76,6 +76,17 @@ class ModelConfig(_Table, frozen=True, kw_only=True):
         return 2 * self.vocabulary * self.embedding + self.layers * block + self.embedding
 
 
+class TaskConfig(_Table, frozen=True, kw_only=True):
+    """A model that is somebody's own code, which each peer brings along; never sent, never loaded by name."""
+
+    kind: Literal["code"] = "code"
+    """Where the model comes from: `code`, a module that each peer's own program has made."""
+    parameters: Annotated[int, Meta(ge=1, le=PARAMETERS_MAX)]
+    """Number of parameters that are trained."""
+    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+    """Hash of the run's beginning: names, shapes, kinds and first values."""
+
+
 class DataConfig(_Table, frozen=True, kw_only=True):
     """The text to train on, by hash."""
 
@@ -261,6 +272,8 @@ class Manifest(_Table, frozen=True, kw_only=True):
     last_round: Annotated[int, Meta(ge=0, le=2**40)] = 0
     """Stop after this round; 0: never."""
     model: ModelConfig = ModelConfig()
+    task: TaskConfig | msgspec.UnsetType = msgspec.UNSET
+    """What is trained in place of the GPT of `model`; filled in by `p2ptrain.bootstrap` of Python."""
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     codec: CodecConfig = CodecConfig()
@@ -272,6 +285,16 @@ class Manifest(_Table, frozen=True, kw_only=True):
             raise ValueError(
                 f"model.vocabulary = {self.model.vocabulary} is below the tokenizer's {TOKENIZER_VOCABULARY} tokens"
             )
+
+    @property
+    def own_model(self) -> TaskConfig | None:
+        """What is trained where that is a model of the owner's own; None: the GPT of `model`."""
+        return None if isinstance(self.task, msgspec.UnsetType) else self.task
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters that are trained."""
+        return self.model.parameters if self.own_model is None else self.own_model.parameters
 
     @property
     def founder_id(self) -> bytes:

@@ -13,14 +13,22 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 
-class Local(Protocol):
+class Gathers(Protocol):
+    """Where gradients are until they are contributed."""
+
+    def gather(self) -> None:
+        """Leave in every parameter's `grad` what enters the momentum, and begin anew."""
+        ...
+
+
+class Local(Gathers, Protocol):
     """What a peer does on its own."""
 
     def compute(self, loss: Callable[[], Tensor], sequences: int, rate: float) -> float:
@@ -33,10 +41,6 @@ class Local(Protocol):
         Returns:
             The loss; where it is not finite, the micro-batch is left out.
         """
-        ...
-
-    def gather(self) -> None:
-        """Leave in every parameter's `grad` what enters the momentum, and begin anew."""
         ...
 
 
@@ -60,6 +64,44 @@ class MeanGradient:
             if parameter.grad is not None:
                 parameter.grad.div_(self._micro_batches)
         self._micro_batches = 0
+
+
+class HandedGradients:
+    """The mean over all samples of gradients that somebody else has computed, batch by batch of any size.
+
+    Costs the memory of the gradients, which leave `grad` for as long as the next batch is computed.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._parameters = list(parameters)
+        #: by parameter, of the gradients met, each as often as it has samples
+        self._sums: list[Tensor | None] = [None] * len(self._parameters)
+        self._samples = 0
+
+    def take(self, samples: int) -> bool:
+        """Take a mean over `samples` out of every parameter's `grad`; False: it is not finite, and does not count."""
+        gradients = [parameter.grad for parameter in self._parameters]
+        for parameter in self._parameters:
+            parameter.grad = None
+        totals = [gradient.sum() for gradient in gradients if gradient is not None]
+        if totals and not bool(torch.stack(totals).isfinite().all()):
+            return False
+        for number, gradient in enumerate(gradients):
+            before = self._sums[number]
+            if gradient is None:
+                continue
+            if before is None:
+                self._sums[number] = gradient.mul_(samples)
+            else:
+                before.add_(gradient, alpha=samples)
+        self._samples += samples
+        return True
+
+    def gather(self) -> None:
+        for parameter, total in zip(self._parameters, self._sums, strict=True):
+            parameter.grad = None if total is None else total.div_(self._samples)
+        self._sums = [None] * len(self._parameters)
+        self._samples = 0
 
 
 class InnerSteps:

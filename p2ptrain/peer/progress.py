@@ -6,7 +6,7 @@ import json
 import sys
 import threading
 import time
-from typing import TextIO
+from typing import Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -24,6 +24,22 @@ from p2ptrain.observe.status import Status
 
 PLAIN_EVERY_SECONDS = 1.0
 """At most one plain line in this time, so that a log of short rounds stays readable."""
+
+
+class Shown(Protocol):
+    """What a session says while it works. Any thread, one at a time."""
+
+    def round(self, status: Status, *, last: bool = False) -> None:
+        """A round was applied, or, with `last`, the peer stops; on the trainer's thread."""
+
+    def transfer(self, what: str, done: int, total: int) -> None:
+        """Progress of a download or a sync: bytes, or rounds where `what` is "rounds"; on the network thread."""
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+
+    def close(self) -> None:
+        """Nothing more comes."""
 
 
 class Display:

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -33,13 +33,15 @@ from p2ptrain.config.node import NodeSettings
 from p2ptrain.data.corpus import Corpus
 from p2ptrain.data.obtaining import obtain_corpus
 from p2ptrain.data.tokenizer import cached_tokens
-from p2ptrain.errors import HomeError, UnreachableError
+from p2ptrain.errors import HomeError, ModelError, UnreachableError
+from p2ptrain.models.own import is_beginning
+from p2ptrain.models.task import Task, gpt_task
 from p2ptrain.observe.status import Standing, Status
 from p2ptrain.peer import joining
 from p2ptrain.peer.assembly import Link, Make, PackedCorpus, Run, driver_parts
 from p2ptrain.peer.driver import RoundDriver
 from p2ptrain.peer.presence import Presence
-from p2ptrain.peer.progress import Display
+from p2ptrain.peer.progress import Shown
 from p2ptrain.rounds.inbox import TrainerMessage
 from p2ptrain.state.files import atomic_write
 from p2ptrain.state.journal import Journal
@@ -54,7 +56,7 @@ from p2ptrain.training.device import choose_device
 from p2ptrain.training.replica import Replica
 from p2ptrain.training.selftest import make_ready
 from p2ptrain.training.standing import Books
-from p2ptrain.training.trainer import Trainer
+from p2ptrain.training.trainer import Participant, Swarm, Trainer
 
 LEAVE_SECONDS = 15.0
 """After the first Ctrl-C a round under way may take this long to end."""
@@ -84,15 +86,28 @@ STOPPING_LOOK_SECONDS = 0.1
 _logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a session works with once it takes part in a run."""
+
+    trainer: Participant
+    driver: RoundDriver
+    presence: Presence
+    status: Status
+    announcing: Future[None]
+    addresses: list[str]
+
+
 class PeerSession:
     """A peer's process; a context manager that leaves nothing behind.
 
     Args:
+        display: hears of rounds and transfers.
         rounds: stop after having had a part in this many rounds; None: no limit.
         make: what trains, and what is trained; default: what the manifest says.
     """
 
-    def __init__(self, settings: NodeSettings, display: Display, rounds: int | None, make: Make | None = None) -> None:
+    def __init__(self, settings: NodeSettings, display: Shown, rounds: int | None, make: Make | None = None) -> None:
         self.settings, self.display = settings, display
         self.home = Home(settings.home)
         self._rounds, self._make = rounds, make or Make()
@@ -103,7 +118,7 @@ class PeerSession:
         self._finished = False
         #: when something of the chain was fetched last, by the network thread's clock
         self._fetched_at = -math.inf
-        self._inbox: queue.SimpleQueue[TrainerMessage | None] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[TrainerMessage | None] = queue.SimpleQueue()
 
     def __enter__(self) -> PeerSession:
         self.home.lock()
@@ -196,13 +211,27 @@ class PeerSession:
         """The grant by which this home is in a run, where it is a guest of it."""
         return read_grant(self.home, self.node.peer_id, run_id)
 
-    def enter_run(self, run: Run) -> None:
+    def enter_run(self, run: Run, *, own_model: bool = False) -> None:
         """Make this home one of that run.
 
+        Args:
+            own_model: whether this process brings a model of its own.
+
         Raises:
+            ModelError: the run wants one and there is none, or the other way around.
             AccessError: the run is for some peers, and this is none of them.
             HomeError: it is one of another.
         """
+        if run.manifest.own_model is not None and not own_model:
+            raise ModelError(
+                f"the run {run.manifest.name!r} trains a model of its owner's own",
+                hint="take part from Python, with that model: p2ptrain.join(ADDR, model=model); see docs/own-model.md",
+            )
+        if run.manifest.own_model is None and own_model:
+            raise ModelError(
+                f"the run {run.manifest.name!r} trains the built-in GPT, not a model of one's own",
+                hint="p2ptrain join ADDR",
+            )
         listed = run.manifest.beginning(run.run_id).access.admits(self.node.peer_id)
         if not listed and run.grant is None:
             raise joining.not_listed(run.run_id)
@@ -261,10 +290,27 @@ class PeerSession:
 
         return obtain_corpus(self.home, run.manifest.data, data, from_swarm)
 
+    def fetch_beginning(self, run: Run, own: bytes) -> None:
+        """Have the beginning of a run of somebody's own model in this home: `own`, if it is that, or the swarm's.
+
+        Raises:
+            DataError: nobody hands it out.
+        """
+        config = run.manifest.own_model
+        assert config is not None
+        if self.home.beginning.exists() and is_beginning(self.home.beginning.read_bytes(), config):
+            return
+        if not is_beginning(own, config):
+            fetching = joining.fetch_beginning(
+                self.node, run.run_id, run.manifest, run.introducers, self.display.transfer
+            )
+            own = self.network.run(fetching, CORPUS_SECONDS)
+        atomic_write(self.home.beginning, own, durable=True)
+
     # ---- training ---------------------------------------------------------------------------------------------
 
     def train(self, run: Run, corpus: Corpus) -> None:
-        """Take part in the run until its end, the round limit, or Ctrl-C.
+        """Take part in the run, with its text, until its end, the round limit, or Ctrl-C.
 
         Raises:
             DivergenceError: this device does not compute the run's bits.
@@ -276,20 +322,50 @@ class PeerSession:
         torch.set_num_threads(threads)
         make_ready(device)
         tokens = cached_tokens(corpus.train, self.home.data)
-        status, uplink = Status(), UplinkMeter(dialable=self.node.dialable)
+        nonce = bytes.fromhex(run.manifest.nonce)
+        status, bytes_per_token = Status(), len(corpus.train) / len(tokens)
+
+        def make(books: Books) -> Participant:
+            return self._make.trainer(books, tokens, bytes_per_token, self.inbox, status)
+
+        packed = PackedCorpus(self.home, run.manifest.data, corpus)
+        task = gpt_task(self._make.model(run.manifest.model), nonce)
+        part = self.take_part(run, task, device, make, packed.read)
+        self._print_join_line(part.addresses)
+        with self._signals():
+            self._train(part)
+            self.finish(part)
+        self.say_leaving(part)
+
+    def take_part(
+        self,
+        run: Run,
+        task: Task,
+        device: torch.device | None,
+        make: Callable[[Books], Participant],
+        handed_out: Callable[[], bytes | None],
+    ) -> Part:
+        """Restore this home's replica of `task`, and begin to take part in the run.
+
+        Args:
+            device: where to compute; None: where the task's module is.
+            make: of the home's books, who computes gradients.
+            handed_out: returns what newcomers need beside the chain; None: it is not here. Any thread.
+
+        Raises:
+            HomeError: the checkpoint cannot be used.
+        """
+        uplink = UplinkMeter(dialable=self.node.dialable)
         own_log = OwnLog(self.home.own)
         journal = Journal(self.home.journal, run.run_id, verify)
-        replica = Replica(run.manifest, run.run_id, device, self._make.model(run.manifest.model))
-        trainer = self._make.trainer(
-            Books(replica, self.node.peer_id, self.home.checkpoints, own_log),
-            tokens,
-            len(corpus.train) / len(tokens),
-            self._inbox,
-            status,
-        )
+        replica = Replica(run.manifest, run.run_id, device, task)
+        trainer = make(Books(replica, self.node.peer_id, self.home.checkpoints, own_log))
+        status = trainer.status
         trainer.restore(journal)
-        driver = self._start_driver(run, corpus, replica, journal, own_log, uplink)
+        driver = self._start_driver(run, handed_out, replica, journal, own_log, uplink)
         addresses = self.network.run(self.node.join_addresses(), ASK_SECONDS)
+        with contextlib.suppress(OSError):
+            atomic_write(self.home.address, "\n".join(addresses[:1]).encode())
         presence = Presence(
             self.node,
             driver,
@@ -298,27 +374,22 @@ class PeerSession:
             run_name=run.manifest.name,
             signed_manifest=run.signed,
             name=self.settings.name or format_peer_id(self.node.peer_id)[-8:],
-            device=str(device),
+            device=str(device or task.parameters[0].tensor.device),
             addresses=addresses,
             secret=run.manifest.records_key,
             grant=b"" if run.grant is None else msgspec.msgpack.encode(run.grant),
         )
         announcing = self.network.spawn(presence.run())
-        self._print_join_line(addresses)
-        with self._signals():
-            if not self._reached_end(trainer):
-                self._run(trainer, driver, presence, status)
-            trainer.save()
-            self._tell(driver, presence, status)
-            self._say_end(trainer, status)
-            if self._finished:
-                self._linger(driver, trainer)
-        announcing.cancel()
-        with contextlib.suppress(TimeoutError):
-            self.network.run(presence.say_leaving(), FAREWELL_SECONDS)
+        return Part(trainer, driver, presence, status, announcing, addresses)
 
     def _start_driver(
-        self, run: Run, corpus: Corpus, replica: Replica, journal: Journal, own_log: OwnLog, uplink: UplinkMeter
+        self,
+        run: Run,
+        handed_out: Callable[[], bytes | None],
+        replica: Replica,
+        journal: Journal,
+        own_log: OwnLog,
+        uplink: UplinkMeter,
     ) -> RoundDriver:
         parts = driver_parts(
             run,
@@ -327,9 +398,9 @@ class PeerSession:
             replica,
             journal=journal,
             own_log=own_log,
-            inbox=self._inbox,
+            inbox=self.inbox,
             uplink=uplink,
-            packed_corpus=PackedCorpus(self.home, run.manifest.data, corpus).read,
+            packed_corpus=handed_out,
             sync_progress=self._fetching,
         )
 
@@ -358,18 +429,38 @@ class PeerSession:
         def ended(waiting: Future[None]) -> None:
             # Not before the error is there for the trainer's thread to find.
             if not waiting.cancelled() and waiting.exception() is not None:
-                self._inbox.put(None)
+                self.inbox.put(None)
 
         waiting.add_done_callback(ended)
         return waiting
 
+    def _train(self, part: Part) -> None:
+        trainer = part.trainer
+        assert isinstance(trainer, Trainer)
+        if not self.reached_end(trainer):
+            self._run(trainer, part.driver, part.presence, part.status)
+
     def _run(self, trainer: Trainer, driver: RoundDriver, presence: Presence, status: Status) -> None:
+        with self.following(trainer, driver, presence, status) as (swarm, after_round):
+            trainer.run(swarm, after_round)
+
+    @contextlib.contextmanager
+    def following(
+        self, trainer: Participant, driver: RoundDriver, presence: Presence, status: Status
+    ) -> Iterator[tuple[Swarm, Callable[[], bool]]]:
+        """Give what `trainer` needs to follow the swarm: whom it hands over to, and what to call after a round.
+
+        Raises:
+            HomeError: at the end, if this peer could not write to its home.
+            RevokedError: the run's owner has shut this peer out.
+            UnreachableError: before this peer had any round, all who had one were gone.
+        """
         swarm = Link(self.network.loop.call_soon_threadsafe, driver)
         saved_at = time.monotonic()
 
         def after_round() -> bool:
             nonlocal saved_at
-            ended = self._reached_end(trainer)
+            ended = self.reached_end(trainer)
             standing = self._tell(driver, presence, status)
             if trainer.replica.chain.round <= standing.head_round:
                 self.display.round(status)
@@ -384,7 +475,7 @@ class PeerSession:
         waiting = self._await_chain(driver, trainer.replica.manifest)
         try:
             try:
-                trainer.run(swarm, after_round)
+                yield swarm, after_round
             except Exception as error:
                 self.network.loop.call_soon_threadsafe(driver.write_decisions, repr(error))
                 raise
@@ -406,12 +497,27 @@ class PeerSession:
         self.network.loop.call_soon_threadsafe(presence.hear, replace(status))
         return standing
 
-    def _reached_end(self, trainer: Trainer) -> bool:
+    def reached_end(self, trainer: Participant) -> bool:
+        """Say whether the run, or this peer's part in it, is over."""
         last = trainer.replica.manifest.last_round
         self._finished = bool(last) and trainer.replica.chain.round >= last
         return self._finished or (self._rounds is not None and trainer.rounds_applied >= self._rounds)
 
-    def _linger(self, driver: RoundDriver, trainer: Trainer) -> None:
+    def finish(self, part: Part) -> None:
+        """Save; after the run's last round stay a while for those who lack it."""
+        part.trainer.save()
+        self._tell(part.driver, part.presence, part.status)
+        self._say_end(part.trainer, part.status)
+        if self._finished:
+            self._linger(part.driver, part.trainer)
+
+    def say_leaving(self, part: Part) -> None:
+        """Have others know, which is worth one short attempt."""
+        part.announcing.cancel()
+        with contextlib.suppress(TimeoutError):
+            self.network.run(part.presence.say_leaving(), FAREWELL_SECONDS)
+
+    def _linger(self, driver: RoundDriver, trainer: Participant) -> None:
         """Stay until those who are there have the last round too: they may lack a reply that we hold."""
         deadline = time.monotonic() + FINISH_SECONDS
         waiting = self.network.spawn(driver.others_reach(trainer.replica.chain.round))
@@ -421,7 +527,7 @@ class PeerSession:
                 return
         waiting.cancel()
 
-    def _say_end(self, trainer: Trainer, status: Status) -> None:
+    def _say_end(self, trainer: Participant, status: Status) -> None:
         self.display.round(status, last=True)
         self.display.close()
         _logger.info(
@@ -434,8 +540,6 @@ class PeerSession:
 
     def _print_join_line(self, addresses: list[str]) -> None:
         """The one line that others need; what scripts read is all of it."""
-        with contextlib.suppress(OSError):
-            atomic_write(self.home.address, "\n".join(addresses[:1]).encode())
         if addresses:
             print(f"Join with:  p2ptrain join {addresses[0]}", flush=True)
         else:
@@ -452,7 +556,7 @@ class PeerSession:
             driver = self._driver
             in_round = driver is not None and driver.standing.member
             sys.stderr.write("\nleaving after this round; again to leave now\n" if in_round else "\nleaving\n")
-            timer = threading.Timer(LEAVE_SECONDS if in_round else 0.0, self._inbox.put, [None])
+            timer = threading.Timer(LEAVE_SECONDS if in_round else 0.0, self.inbox.put, [None])
             timer.daemon = True
             timer.start()
 

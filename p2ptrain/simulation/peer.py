@@ -21,7 +21,7 @@ from p2ptrain.chain import ChainState, RoundShape
 from p2ptrain.chain.sealed import Key, SealedRound
 from p2ptrain.compression import wire
 from p2ptrain.config.home import Home
-from p2ptrain.models.gpt import GPT
+from p2ptrain.models.task import gpt_task
 from p2ptrain.observe.status import Status
 from p2ptrain.optim.settling import PartReply
 from p2ptrain.peer.assembly import Link, Run, driver_parts
@@ -57,7 +57,10 @@ class SimReplica(Replica):
     def __init__(self, peer: SimPeer) -> None:
         self._peer, self._world = peer, peer.world
         super().__init__(
-            peer.world.manifest, peer.world.run_id, torch.device("cpu"), cast(GPT, ToyModel(peer.world.chunks))
+            peer.world.manifest,
+            peer.world.run_id,
+            torch.device("cpu"),
+            gpt_task(ToyModel(peer.world.chunks), bytes.fromhex(peer.world.manifest.nonce)),
         )
 
     @property

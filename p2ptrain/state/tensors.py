@@ -45,6 +45,18 @@ def pack_tensors(meta: bytes, arrays: Mapping[str, NDArray[np.float32]]) -> byte
     return b"".join([head, meta, *(np.ascontiguousarray(array, "<f4").data.cast("B") for array in arrays.values())])
 
 
+def meta_of(data: bytes, max_bytes: int) -> bytes:
+    """Return the meta alone, of at most `max_bytes`, where the shapes are not known yet. Raises TensorFileError."""
+    if len(data) < _HEADER.size:
+        raise TensorFileError("too short")
+    magic, version, _, meta_bytes = _HEADER.unpack_from(data)
+    if (magic, version) != (_MAGIC, _VERSION):
+        raise TensorFileError("of another kind or version")
+    if meta_bytes > max_bytes or len(data) < _HEADER.size + meta_bytes:
+        raise TensorFileError(f"with a meta of {meta_bytes} bytes")
+    return data[_HEADER.size : _HEADER.size + meta_bytes]
+
+
 def unpack_tensors(data: bytes, shapes: Shapes) -> tuple[bytes, Arrays]:
     """Inverse of `pack_tensors`, for arrays of exactly these shapes; the arrays are read-only views of `data`.
 

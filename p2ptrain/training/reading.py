@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 from p2ptrain.config.home import Home
 from p2ptrain.config.manifest import Manifest, open_manifest
 from p2ptrain.errors import HomeError
+from p2ptrain.models.gpt import GPT
 from p2ptrain.state.checkpoint import load_checkpoint
 from p2ptrain.training.device import choose_device
 from p2ptrain.training.replica import Replica
@@ -20,18 +22,28 @@ class Trained:
     manifest: Manifest
     replica: Replica
 
+    @property
+    def model(self) -> GPT:
+        """The replica's."""
+        return cast(GPT, self.replica.model)
+
 
 def load_trained(home: Home, device: str) -> Trained:
     """The model of this home's checkpoint.
 
     Raises:
-        HomeError: this home has none yet.
+        HomeError: this home has none yet, or its run trains a model of somebody's own.
     """
     hint = f"train first: p2ptrain join ADDR --home {home.path}"
     try:
         manifest, run_id = open_manifest(home.manifest.read_bytes())
     except OSError as error:
         raise HomeError(f"home {home.path} is in no run", hint=hint) from error
+    if manifest.own_model is not None:
+        raise HomeError(
+            f"the run {manifest.name!r} trains a model of its owner's own, which is not here",
+            hint="docs/own-model.md says how to load its parameters in Python",
+        )
     replica = Replica(manifest, run_id, choose_device(device))
     checkpoint = load_checkpoint(home.checkpoints, checkpoint_shapes(replica))
     if checkpoint is None:

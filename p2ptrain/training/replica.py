@@ -1,4 +1,4 @@
-"""The replica: model and optimizer as the manifest describes them, and where on the chain they stand.
+"""The replica: what is trained and its optimizer, as the manifest describes them, and where on the chain they stand.
 
 Everything here is the same bits on every peer at the same state id, except for the optimizer's momentum, which is this
 peer's own. A step can be undone once: parameters from before the last seal are kept, one copy.
@@ -7,7 +7,7 @@ peer's own. A step can be undone once: parameters from before the last seal are 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -23,8 +23,8 @@ from p2ptrain.compression import decoded
 from p2ptrain.compression.codec import Codec
 from p2ptrain.compression.layout import ChunkLayout, Kind
 from p2ptrain.config.manifest import GroupConfig, Manifest
-from p2ptrain.models.gpt import GPT, kind_of
-from p2ptrain.models.init import initialise
+from p2ptrain.models.gpt import GPT
+from p2ptrain.models.task import Task, TrainedParameter, gpt_parameters, gpt_task
 from p2ptrain.optim.demo import DeMo
 from p2ptrain.optim.local import InnerSteps, Local, LookAhead, MeanGradient
 from p2ptrain.optim.schedule import learning_rate
@@ -50,16 +50,20 @@ class Replica:
 
     Args:
         run_id: id of the chain's beginning.
-        device: where to compute.
-        model: default: the GPT that the manifest describes.
+        device: where to compute; None: where the task's module is.
+        task: default: the GPT that the manifest describes.
     """
 
-    def __init__(self, manifest: Manifest, run_id: bytes, device: torch.device, model: GPT | None = None) -> None:
+    def __init__(
+        self, manifest: Manifest, run_id: bytes, device: torch.device | None, task: Task | None = None
+    ) -> None:
         self.manifest, self.run_id = manifest, run_id
-        self.model = GPT(manifest.model) if model is None else model
-        initialise(self.model, bytes.fromhex(manifest.nonce))
-        self.model.to(device)
-        self.optimizer = build_optimizer(self.model, manifest)
+        self.task = gpt_task(GPT(manifest.model), bytes.fromhex(manifest.nonce)) if task is None else task
+        self.model = self.task.module
+        self.task.begin()
+        if device is not None:
+            self.model.to(device)
+        self.optimizer = optimizer_of(self.task.parameters, manifest)
         #: where the parameters stand
         self.chain: ChainState = self.beginning
         self._before: _Before | None = None
@@ -87,8 +91,8 @@ class Replica:
 
     def reset(self) -> None:
         """Back to the run's beginning; the momentum stays."""
-        initialise(self.model, bytes.fromhex(self.manifest.nonce))
-        fresh = build_optimizer(self.model, self.manifest)
+        self.task.begin()
+        fresh = optimizer_of(self.task.parameters, self.manifest)
         self.optimizer.load_replicated_state(fresh.replicated_state())
         self.chain, self._before = self.beginning, None
 
@@ -102,7 +106,7 @@ class Replica:
             if data is not None:
                 content = decoded.reply(body_of(data), self.codec, part.start, part.end, len(shape.members))
             replies.append((part.start, part.end, content))
-        parameters = [parameter.detach().clone() for parameter in self.model.parameters()]
+        parameters = [parameter.tensor.detach().clone() for parameter in self.task.parameters]
         # Directions replace their state and never change it in place, so references are copies enough.
         self._before = _Before(self.chain, parameters, self.optimizer.replicated_state())
         gathers_way = self.manifest.optimizer.gathers_way
@@ -132,8 +136,8 @@ class Replica:
         if self._before is None:
             raise ValueError("no step to undo")
         with torch.no_grad():
-            for parameter, before in zip(self.model.parameters(), self._before.parameters, strict=True):
-                parameter.copy_(before)
+            for parameter, before in zip(self.task.parameters, self._before.parameters, strict=True):
+                parameter.tensor.copy_(before)
         self.optimizer.load_replicated_state(self._before.replicated)
         self.chain, self._before = self._before.chain, None
 
@@ -147,8 +151,8 @@ class Replica:
         """Inverse of `arrays`, for a replica at `chain`."""
         tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
         with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(tensors[f"p.{name}"])
+            for parameter in self.task.parameters:
+                parameter.tensor.copy_(tensors[f"p.{parameter.name}"])
         state = {name.removeprefix("r."): tensor for name, tensor in tensors.items() if name.startswith("r.")}
         self.optimizer.load_replicated_state(state)
         self.chain, self._before = chain, None
@@ -177,14 +181,14 @@ class Replica:
         return partial(_chain_of_snapshot, dict(self._shapes), self.run_id)
 
     def parameters_sha256(self) -> str:
-        """Hash of all parameters in the model's order."""
+        """Hash of all parameters that are trained, in the model's order."""
         digest = hashlib.sha256()
-        for parameter in self.model.parameters():
-            digest.update(np.ascontiguousarray(parameter.detach().cpu().numpy(), "<f4").data)
+        for parameter in self.task.parameters:
+            digest.update(np.ascontiguousarray(parameter.tensor.detach().cpu().numpy(), "<f4").data)
         return digest.hexdigest()
 
     def _replicated(self) -> dict[str, Tensor]:
-        named = {f"p.{name}": parameter.data for name, parameter in self.model.named_parameters()}
+        named = {f"p.{parameter.name}": parameter.tensor.data for parameter in self.task.parameters}
         return named | {f"r.{name}": tensor for name, tensor in self.optimizer.replicated_state().items()}
 
 
@@ -204,6 +208,11 @@ def chain_of(meta: bytes, run_id: bytes) -> ChainState:
 
 
 def build_optimizer(model: torch.nn.Module, manifest: Manifest) -> DeMo:
+    """Return `optimizer_of` all parameters of the built-in GPT."""
+    return optimizer_of(gpt_parameters(model), manifest)
+
+
+def optimizer_of(parameters: Sequence[TrainedParameter], manifest: Manifest) -> DeMo:
     """Return DeMo as the manifest sets it, one parameter group for each kind of parameter, with the run's codec."""
     config = manifest.optimizer
     groups = []
@@ -211,7 +220,7 @@ def build_optimizer(model: torch.nn.Module, manifest: Manifest) -> DeMo:
         treatment: GroupConfig = getattr(config, kind)
         groups.append(
             {
-                "params": [p for name, p in model.named_parameters() if kind_of(name, p) == kind],
+                "params": [parameter.tensor for parameter in parameters if parameter.kind == kind],
                 "transform": treatment.transform,
                 "direction": treatment.direction,
                 "topk": treatment.topk,

@@ -1,9 +1,12 @@
 """The training loop: computes gradients, hands contributions over, applies what was sealed.
 
-Runs in the main thread and hears of the swarm through a queue only. Seals are applied between micro-batches; a gradient
+Runs in one thread and hears of the swarm through a queue only. Seals are applied between micro-batches; a gradient
 that came too late for its round stays where it is and counts in the next. With overlap it computes on for the next
 round as soon as it has handed over, and hands that over when the next round has begun. Nothing here decides anything
 about rounds.
+
+`Participant` does all but computing: `until_batch` returns when there is a micro-batch to compute, by whoever has the
+data. `Trainer` computes them from the run's text; `OwnLoop` takes them from a loop of somebody's own.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import math
 import queue
 import time
 from collections.abc import Callable
-from typing import Protocol, assert_never
+from typing import Protocol, assert_never, cast
 
 import numpy as np
 import torch
@@ -23,8 +26,9 @@ from p2ptrain.chain import SEQUENCES_PER_KILOSECOND_MAX, RoundShape, Row
 from p2ptrain.chain.sealed import Key, SealedRound
 from p2ptrain.compression import decoded
 from p2ptrain.data.assignment import sequence_offsets
+from p2ptrain.models.gpt import GPT
 from p2ptrain.observe.status import Status
-from p2ptrain.optim.local import Local
+from p2ptrain.optim.local import Gathers, HandedGradients, Local
 from p2ptrain.rounds import events
 from p2ptrain.rounds.inbox import Dropped, Restore, TrainerMessage
 from p2ptrain.state.journal import Journal
@@ -57,37 +61,38 @@ class Swarm(Protocol):
         """Say that no restart needs the own log's entries of rounds before this one."""
 
 
-class Trainer:
-    """See the module docstring.
+class Participant:
+    """Takes part in rounds, for whoever computes gradients; see the module docstring.
 
     Args:
-        books: of this home, whose peer id decides what we read; `restore` takes them to where it stands.
-        tokens: the training text [tokens].
-        bytes_per_token: of that text.
+        books: of this home; `restore` takes them to where it stands.
+        local: where gradients are until they are contributed.
         status: the trainer's thread's own.
         clock: seconds, monotonic.
+        tokens_per_sequence: in which speed is shown.
+        bytes_per_token: of the text; None: what is trained on is no text.
     """
 
     def __init__(
         self,
         books: Books,
-        tokens: NDArray[np.uint16],
-        bytes_per_token: float,
+        local: Gathers,
         inbox: queue.SimpleQueue[TrainerMessage | None],
         status: Status,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        tokens_per_sequence: int = 1,
+        bytes_per_token: float | None = None,
     ) -> None:
         replica = books.replica
         self.books, self.replica, self.ledger = books, replica, books.ledger
-        self._local: Local = build_local(replica.model, replica.manifest)
+        self._local: Gathers = local
         self.status = status
         #: rounds applied in which this peer had a part; those caught up on do not count
         self.rounds_applied = 0
-        self._peer_id, self._tokens, self._bytes_per_token = books.peer_id, tokens, bytes_per_token
-        self._inbox, self._clock = inbox, clock
-        self._device = next(replica.model.parameters()).device
-        config = replica.manifest
-        self._nonce, self._rules = bytes.fromhex(config.nonce), config.round
+        self._peer_id, self._inbox, self._clock = books.peer_id, inbox, clock
+        self._tokens_per_sequence, self._bytes_per_token = tokens_per_sequence, bytes_per_token
+        self._rules = replica.manifest.round
         self._sequences_per_second = 0.0
         #: the round to compute for, until its contribution is handed over
         self._current: events.StartRound | None = None
@@ -141,23 +146,28 @@ class Trainer:
 
     # ---- the loop ---------------------------------------------------------------------------------------------
 
-    def run(self, swarm: Swarm, after_round: Callable[[], bool]) -> None:
-        """Train until `after_round`, called when rounds were applied, is false, or None is in the queue."""
-        going_on = True
-        while going_on:
+    def until_batch(self, swarm: Swarm, after_round: Callable[[], bool]) -> bool:
+        """Do what the swarm asks for, and hand over what is due, until there is a micro-batch to compute.
+
+        Args:
+            after_round: called when rounds were applied.
+
+        Returns:
+            False: training ends, because `after_round` was false, or None was in the queue.
+        """
+        while True:
             if self.has_work and self._inbox.empty():
                 if self.needs_batch:
-                    self.compute()
-                else:
-                    self.hand_over(swarm)
+                    return True
+                self.hand_over(swarm)
                 continue
             message = self._inbox.get()
             if message is None:
-                return
+                return False
             self.take(message, swarm)
-            if isinstance(message, events.Apply | Restore):
-                # What was restored may be where the run ends, and no round comes after it.
-                going_on = after_round()
+            # What was restored may be where the run ends, and no round comes after it.
+            if isinstance(message, events.Apply | Restore) and not after_round():
+                return False
 
     def take(self, message: TrainerMessage, swarm: Swarm) -> None:
         """Do what the network thread asks for."""
@@ -273,24 +283,10 @@ class Trainer:
             return True
         return not self._computed_enough()
 
-    def compute(self) -> None:
-        """One micro-batch.
-
-        A message after it may say that it is too late for this round: it then goes into the next one's contribution.
-        """
-        self._begun = True
-        self._timed_batch()
-
     def hand_over(self, swarm: Swarm) -> None:
         """What was computed becomes the contribution of the round."""
         if self._current is not None:
             self._contribute(self._current, swarm)
-
-    def _timed_batch(self) -> None:
-        began = self._clock()
-        self._micro_batch()
-        self._micro_batch_seconds = self._clock() - began
-        self._computing_seconds += self._micro_batch_seconds
 
     def _computed_enough(self) -> bool:
         if self._rules.pace == "fixed":
@@ -300,22 +296,20 @@ class Trainer:
         spare_seconds = self._micro_batch_seconds if self._careful_rounds else 0.0
         return self._clock() + spare_seconds >= self._deadline
 
-    def _micro_batch(self) -> None:
-        context, count = self.replica.manifest.model.context, self._rules.micro_batch
-        offsets = sequence_offsets(
-            self._nonce, self._peer_id, self.books.sequences_read, count, len(self._tokens), context
-        )
-        batch = np.stack([self._tokens[offset : offset + context + 1] for offset in offsets]).astype(np.int64)
-        tokens = torch.from_numpy(batch).to(self._device)
+    @property
+    def _rate(self) -> float:
+        """The learning rate of the round that is computed for."""
         upcoming = self.replica.chain.round + 1 if self._current is None else self._current.key.round
-        rate = self.replica.rate_at(upcoming)
-        self.books.sequences_read += count
-        nats = self._local.compute(lambda: self.replica.model.loss(tokens), count, rate)
-        if not math.isfinite(nats):
-            # One such gradient would be sent as the largest value there is.
-            _logger.warning("a loss that is not finite: the micro-batch is left out")
-            return
-        self._sequences += count
+        return self.replica.rate_at(upcoming)
+
+    def _timed(self, seconds: float) -> None:
+        """Account for what a micro-batch took."""
+        self._micro_batch_seconds = seconds
+        self._computing_seconds += seconds
+
+    def _computed(self, sequences: int, nats: float) -> None:
+        """Account for a micro-batch whose gradient counts; its loss is NaN where nobody says it."""
+        self._sequences += sequences
         self._micro_batches += 1
         self._loss_sum += nats
 
@@ -347,9 +341,10 @@ class Trainer:
         swarm.contribute(events.ContributionReady(start.key, row, payloads), entry)
         if self._micro_batches:
             loss = self._loss_sum / self._micro_batches
-            self.status.loss = loss
-            self.status.bits_per_byte = loss / math.log(2) / self._bytes_per_token
-        self._tokens_sent = row.weight * self.replica.manifest.model.context
+            self.status.loss = loss if math.isfinite(loss) else None
+            if self._bytes_per_token is not None:
+                self.status.bits_per_byte = loss / math.log(2) / self._bytes_per_token
+        self._tokens_sent = row.weight * self._tokens_per_sequence
         self.status.computing_seconds = seconds
         self._current = None
         if self._rules.overlap and len(start.shape.members) > 1:
@@ -365,6 +360,106 @@ class Trainer:
         state = self.replica.chain
         self.status.round, self.status.state_id, self.status.total = state.round, state.id, state.total
         self.status.sequences_read = self.books.sequences_read
+
+
+class Trainer(Participant):
+    """Trains the built-in model on the run's text.
+
+    Args:
+        books: of this home, whose peer id decides what we read.
+        tokens: the training text [tokens].
+        bytes_per_token: of that text.
+    """
+
+    _local: Local
+
+    def __init__(
+        self,
+        books: Books,
+        tokens: NDArray[np.uint16],
+        bytes_per_token: float,
+        inbox: queue.SimpleQueue[TrainerMessage | None],
+        status: Status,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        replica = books.replica
+        self._context = replica.manifest.model.context
+        local: Local = build_local(replica.model, replica.manifest)
+        super().__init__(
+            books,
+            local,
+            inbox,
+            status,
+            clock,
+            tokens_per_sequence=self._context,
+            bytes_per_token=bytes_per_token,
+        )
+        self._model = cast(GPT, replica.model)
+        self._tokens, self._nonce = tokens, bytes.fromhex(replica.manifest.nonce)
+        self._device = next(replica.model.parameters()).device
+
+    def run(self, swarm: Swarm, after_round: Callable[[], bool]) -> None:
+        """Train until `after_round`, called when rounds were applied, is false, or None is in the queue."""
+        while self.until_batch(swarm, after_round):
+            self.compute()
+
+    def compute(self) -> None:
+        """One micro-batch.
+
+        A message after it may say that it is too late for this round: it then goes into the next one's contribution.
+        """
+        self._begun = True
+        self._timed_batch()
+
+    def _timed_batch(self) -> None:
+        began = self._clock()
+        self._micro_batch()
+        self._timed(self._clock() - began)
+
+    def _micro_batch(self) -> None:
+        count = self._rules.micro_batch
+        offsets = sequence_offsets(
+            self._nonce, self._peer_id, self.books.sequences_read, count, len(self._tokens), self._context
+        )
+        batch = np.stack([self._tokens[offset : offset + self._context + 1] for offset in offsets]).astype(np.int64)
+        tokens = torch.from_numpy(batch).to(self._device)
+        self.books.sequences_read += count
+        nats = self._local.compute(lambda: self._model.loss(tokens), count, self._rate)
+        if not math.isfinite(nats):
+            # One such gradient would be sent as the largest value there is.
+            _logger.warning("a loss that is not finite: the micro-batch is left out")
+            return
+        self._computed(count, nats)
+
+
+class OwnLoop(Participant):
+    """Takes gradients from a loop of somebody's own, which computes them where `until_batch` has returned True.
+
+    Args:
+        books: of this home.
+    """
+
+    def __init__(self, books: Books, inbox: queue.SimpleQueue[TrainerMessage | None], status: Status) -> None:
+        self._handed = HandedGradients([parameter.tensor for parameter in books.replica.task.parameters])
+        super().__init__(books, self._handed, inbox, status)
+        #: when it was last told to compute
+        self._told_at = self._clock()
+
+    def until_batch(self, swarm: Swarm, after_round: Callable[[], bool]) -> bool:
+        going_on = super().until_batch(swarm, after_round)
+        self._begun = self._begun or going_on
+        self._told_at = self._clock()
+        return going_on
+
+    def handed(self, samples: int, nats: float) -> None:
+        """Take what lies in each parameter's `grad`: a mean over `samples`, whose mean loss is `nats`, or NaN where it
+        is not known. No gradient is left there."""
+        self._timed(self._clock() - self._told_at)
+        self.books.sequences_read += samples
+        if self._handed.take(samples):
+            self._computed(samples, nats)
+        else:
+            _logger.warning("a gradient that is not finite: the batch is left out")
 
 
 def ranges_of(shape: RoundShape) -> tuple[tuple[int, int], ...]:

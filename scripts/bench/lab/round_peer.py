@@ -245,7 +245,7 @@ def gated_session(options: argparse.Namespace) -> Iterator[PeerSession]:
         return GatedTrainer(peer, *arguments)
 
     with PeerSession(settings, Display(quiet=True), None, Make(trainer, NoisyGPT)) as peer:
-        peer._inbox = StampedQueue()
+        peer.inbox = StampedQueue()
         yield peer
 
 

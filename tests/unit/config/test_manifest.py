@@ -21,6 +21,7 @@ from p2ptrain.config.manifest import (
     OptimizerConfig,
     RoundConfig,
     SignedManifest,
+    TaskConfig,
     canonical_bytes,
     open_manifest,
     run_id,
@@ -69,7 +70,8 @@ def test_what_is_signed_opens_as_it_was_with_owner_and_founder_filled_in() -> No
 
 
 def test_every_key_is_part_of_the_hash() -> None:
-    whole = msgspec.structs.replace(small(), founder=PEER, round=RoundConfig(robust="mean"))
+    task = TaskConfig(parameters=7, sha256="0" * 64)
+    whole = msgspec.structs.replace(small(), founder=PEER, round=RoundConfig(robust="mean"), task=task)
     body = msgspec.msgpack.decode(canonical_bytes(whole))
     for path, _ in tables(Manifest):
         inner = body
@@ -240,3 +242,16 @@ def test_a_manifest_that_does_not_say_how_sums_are_made_is_encoded_as_before_the
     assert msgspec.msgpack.encode(plain) == body
     chosen = canonical_bytes(msgspec.structs.replace(small(), round=RoundConfig(robust="centered_clip")))
     assert msgspec.msgpack.decode(chosen)["round"]["robust"] == "centered_clip"
+
+
+def test_a_manifest_of_the_built_in_model_is_encoded_as_before_there_were_others() -> None:
+    body = canonical_bytes(small())
+    plain = msgspec.msgpack.decode(body)
+    assert "task" not in plain and small().own_model is None
+    assert msgspec.msgpack.encode(plain) == body
+    other = msgspec.structs.replace(small(), task=TaskConfig(parameters=7, sha256="ab" * 32))
+    opened, _ = open_manifest(sign_manifest(other, KEY, PEER))
+    assert opened.own_model == other.task and opened.parameters == 7
+    for wrong in ({"parameters": 0}, {"parameters": 2**40}, {"sha256": "AB" * 32}, {"sha256": ""}, {"kind": "pickle"}):
+        with pytest.raises(msgspec.ValidationError):
+            msgspec.convert(msgspec.to_builtins(other.task) | wrong, TaskConfig)

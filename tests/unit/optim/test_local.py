@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from p2ptrain.optim.local import InnerSteps, LookAhead, MeanGradient
+from p2ptrain.optim.local import HandedGradients, InnerSteps, LookAhead, MeanGradient
 
 BETAS, EPSILON, RATE = (0.9, 0.95), 1e-8, 1e-2
 
@@ -154,3 +155,33 @@ def test_a_loss_that_is_not_finite_leaves_no_trace(make: Callable[[nn.Module], M
         local.compute(loss_of(of, 3), 4, RATE)
         local.gather()
     torch.testing.assert_close(gradients(net), gradients(other), rtol=0, atol=0)
+
+
+def test_handed_gradients_make_the_mean_over_all_samples_whatever_the_batches() -> None:
+    net = torch.nn.Linear(3, 1, bias=False)
+    unused = torch.nn.Parameter(torch.zeros(2))
+    samples = torch.randn(10, 3, generator=torch.Generator().manual_seed(0))
+    handed = HandedGradients([net.weight, unused])
+    for batch in samples.split([1, 6, 3]):
+        net(batch).square().mean().backward()
+        assert handed.take(len(batch))
+        assert net.weight.grad is None, "the next batch begins anew"
+    handed.gather()
+    assert net.weight.grad is not None and unused.grad is None
+    (expected,) = torch.autograd.grad(net(samples).square().mean(), [net.weight])
+    torch.testing.assert_close(net.weight.grad, expected)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_handed_gradient_that_is_not_finite_does_not_count(wrong: float) -> None:
+    net = torch.nn.Linear(3, 1, bias=False)
+    handed = HandedGradients([net.weight])
+    net.weight.grad = torch.ones(1, 3)
+    assert handed.take(2)
+    net.weight.grad = torch.tensor([[0.0, wrong, 0.0]])
+    assert not handed.take(5)
+    handed.gather()
+    assert net.weight.grad is not None and net.weight.grad.tolist() == [[1.0, 1.0, 1.0]]
+    net.weight.grad = None
+    handed.gather()
+    assert net.weight.grad is None, "nothing was handed since"

@@ -366,7 +366,7 @@ NO_NUMBERS: dict[str, str] = {
     "entries_of": "a view of memory as it lies; what is written there goes through `_signs` and `_subtract_at`",
     "for_each": _HANDS_ON,
     "usable": "how many threads",
-    "build_optimizer": "the manifest's settings",
+    "optimizer_of": "the manifest's settings",
     "Replica.__init__": _ROOM,
     "Replica.beginning": "the chain before its first seal",
     "Replica.apply": _HANDS_ON,

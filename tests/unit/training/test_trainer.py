@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import queue
 import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -18,6 +20,7 @@ from lone import MANIFEST, ROW, RUN_ID, Lone, replica, seal
 
 from p2ptrain import chain
 from p2ptrain.chain.sealed import SealedRound
+from p2ptrain.data.assignment import sequence_offsets
 from p2ptrain.observe.status import Status
 from p2ptrain.rounds.events import Apply, ContributionReady, Doubted, Rollback, StartRound, StoodIn
 from p2ptrain.rounds.inbox import Restore, TrainerMessage
@@ -25,7 +28,7 @@ from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import OwnEntry, OwnLog
 from p2ptrain.swarm.identity import verify
 from p2ptrain.training.standing import Books
-from p2ptrain.training.trainer import Trainer, ranges_of
+from p2ptrain.training.trainer import OwnLoop, Trainer, ranges_of
 
 TOKENS = np.random.default_rng(0).integers(0, 4096, 5000).astype(np.uint16)
 
@@ -185,6 +188,72 @@ def test_who_is_too_slow_for_one_round_hands_over_as_soon_as_the_next_begins(hom
     home.hand(sealed, home.start())
     (ready,) = home.swarm.handed
     assert ready.key == home.lone.key and ready.row.weight == 4, "one more micro-batch would be too late again"
+
+
+def own_loop(home: Home, folder: Path, *messages: TrainerMessage) -> tuple[OwnLoop, Swarm]:
+    """A loop of somebody's own over another home at the same place, with messages in its queue."""
+    (folder / "checkpoints").mkdir(parents=True)
+    log = OwnLog(folder / "own")
+    (folder / "own").mkdir()
+    inbox: queue.SimpleQueue[TrainerMessage | None] = queue.SimpleQueue()
+    made = OwnLoop(Books(replica(), home.lone.identity.peer_id, folder / "checkpoints", log), inbox, Status())
+    first = home.lone.rounds[0]
+    inbox.put(Apply(first, home.lone.states[1], chain.shape_of(home.lone.states[0], home.lone.chunks), None, False))
+    for message in messages:
+        inbox.put(message)
+    return made, Swarm(log)
+
+
+def batch_of(home: Home, loop: OwnLoop) -> torch.Tensor:
+    """What the built-in trainer reads next."""
+    context, count = MANIFEST.model.context, MANIFEST.round.micro_batch
+    nonce, read = bytes.fromhex(MANIFEST.nonce), loop.books.sequences_read
+    places = sequence_offsets(nonce, home.lone.identity.peer_id, read, count, len(TOKENS), context)
+    return torch.from_numpy(np.stack([TOKENS[n : n + context + 1] for n in places]).astype(np.int64))
+
+
+def test_a_loop_of_ones_own_that_computes_what_the_built_in_one_does_hands_over_the_same_bytes(
+    home: Home, tmp_path: Path
+) -> None:
+    start = home.start()
+    loop, swarm = own_loop(home, tmp_path / "own loop", start)
+    model: Any = loop.replica.model
+    assert loop.until_batch(swarm, lambda: True)
+    loss = model.loss(batch_of(home, loop))
+    loss.backward()
+    loop.handed(MANIFEST.round.micro_batch, loss.item())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    loop.hand_over(swarm)
+    home.hand(start)
+    (ours,), (builtin,) = swarm.handed, home.swarm.handed
+    assert ours.payloads == builtin.payloads and ours.row.weight == builtin.row.weight == 4
+    assert loop.status.loss == home.trainer.status.loss
+
+
+def test_a_loop_of_ones_own_is_asked_for_batches_until_its_round_is_due(home: Home, tmp_path: Path) -> None:
+    loop, swarm = own_loop(home, tmp_path / "own loop", home.start())
+    model: Any = loop.replica.model
+    applied: list[bool] = []
+    assert loop.until_batch(swarm, lambda: not applied.append(True))
+    assert applied == [True] and swarm.handed == []
+    model.loss(batch_of(home, loop)).backward()
+    model.get_parameter("head.weight").grad[0, 0] = math.nan
+    loop.handed(3, math.nan)
+    assert loop.needs_batch, "a gradient that is not finite does not count"
+    for samples in (1, 2):
+        model.loss(batch_of(home, loop)[:samples]).backward()
+        loop.handed(samples, math.nan)
+    assert not loop.needs_batch
+    loop.hand_over(swarm)
+    (ready,) = swarm.handed
+    assert ready.row.weight == 3 and loop.status.loss is None
+
+
+def test_a_loop_of_ones_own_ends_when_it_is_told_to(home: Home, tmp_path: Path) -> None:
+    loop, swarm = own_loop(home, tmp_path / "own loop")
+    assert not loop.until_batch(swarm, lambda: False)
+    loop._inbox.put(None)
+    assert not loop.until_batch(swarm, lambda: True)
 
 
 def in_company(start: StartRound, seconds: float) -> StartRound:

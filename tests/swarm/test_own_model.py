@@ -1,0 +1,173 @@
+"""A model and a loop of one's own: the example of the docs, with real processes, and joiners with other values."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from peers import eventually, run
+
+from p2ptrain.state import checkpoint
+
+EXAMPLES = Path(__file__).parents[2] / "docs/examples"
+MANIFEST = """\
+name = "pictures"
+nonce = "0123456789abcdef0123456789abcdef"
+last_round = {last_round}
+
+[optimizer]
+warmup_rounds = 4
+total_rounds = 100
+
+[round]
+target_batch = 512
+min_seconds = 0.4
+max_seconds = 1.0
+round_max_seconds = 4.0
+grace_seconds = 1.0
+reply_timeout_seconds = 2.0
+seal_timeout_seconds = 1.0
+alone_after_seconds = 4.0
+root_interval = 8
+"""
+
+
+class Example:
+    """A process that runs the example."""
+
+    def __init__(self, script: Path, folder: Path, home: str, seed: int, *command: str) -> None:
+        self.home, self.log = folder / home, folder / f"{home}.log"
+        flags = ["--home", str(self.home), "--host", "127.0.0.1", "--seed", str(seed)]
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(script), *command, *flags],
+                stdout=log,
+                stderr=log,
+                env=environment,
+                # Whoever runs the tests in the background has it ignored.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )
+
+    def said(self, pattern: str, seconds: float) -> re.Match[str]:
+        """Wait until it has printed this."""
+
+        def there() -> re.Match[str] | None:
+            found = re.search(pattern, self.log.read_text())
+            assert found or self.process.poll() in (None, 0), self.log.read_text()
+            return found
+
+        return eventually(there, seconds, f"{pattern} in {self.log.name}")
+
+    def states(self) -> dict[str, str]:
+        """State ids that it has been at, and the hash of its parameters at each."""
+        return dict(re.findall(r"^round .*: (\w{64}) (\w{64})$", self.log.read_text(), re.M))
+
+    def losses(self) -> list[float]:
+        """What it said of its losses."""
+        return [float(loss) for loss in re.findall(r"^round .*, loss (\d\S+): ", self.log.read_text(), re.M)]
+
+    def reaches(self, round: int, seconds: float = 90.0) -> None:
+        """Wait until its journal holds this round."""
+        journal = self.home / "journal"
+        eventually(
+            lambda: any(int(path.name.split("-")[1]) >= round for path in journal.glob("round-*")),
+            seconds,
+            f"round {round}:\n{self.log.read_text()}",
+        )
+
+
+class Examples:
+    """The processes of one test."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.started: list[Example] = []
+        self.manifest = folder / "run.toml"
+        self.script = EXAMPLES / "pictures.py"
+
+    def write_manifest(self, last_round: int) -> None:
+        """0: the run has no end."""
+        self.manifest.write_text(MANIFEST.format(last_round=last_round))
+
+    def start(self, home: str, seed: int, *command: str) -> Example:
+        self.started.append(Example(self.script, self._folder, home, seed, *command))
+        return self.started[-1]
+
+
+@pytest.fixture
+def examples(tmp_path: Path) -> Iterator[Examples]:
+    made = Examples(tmp_path)
+    yield made
+    for example in made.started:
+        if example.process.poll() is None:
+            for child in psutil.Process(example.process.pid).children(recursive=True):
+                child.kill()
+            example.process.kill()
+        example.process.wait()
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("script", ["pictures.py", "llama.py"])
+def test_peers_with_a_model_of_their_own_are_bit_identical_and_so_is_one_that_joins_late(
+    examples: Examples, script: str
+) -> None:
+    if script == "llama.py":
+        pytest.importorskip("transformers", reason="pip install 'p2ptrain[transformers]'")
+    examples.script = EXAMPLES / script
+    examples.write_manifest(0)
+    ada = examples.start("ada", 0, "bootstrap", str(examples.manifest))
+    address = ada.said(r"others join at (\S+)", 90)[1]
+    grace = examples.start("grace", 1, "join", address)
+    refused = run("join", address, "--home", str(examples.manifest.parent / "plain"), "--host", "127.0.0.1")
+    assert refused.returncode == 16 and "p2ptrain.join(ADDR, model=model)" in refused.stderr
+    ada.reaches(40)
+    linus = examples.start("linus", 2, "join", address)
+    peers = (ada, grace, linus)
+
+    def in_common() -> set[str]:
+        """States that all have been at, while there were three of them, or nothing."""
+        for peer in peers:
+            assert peer.process.poll() is None, peer.log.read_text()
+        if not re.search("^round .*, 3 members", linus.log.read_text(), re.M):
+            return set()
+        return set.intersection(*(set(peer.states()) for peer in peers))
+
+    eventually(lambda: len(in_common()) >= 5, 150, f"states in common:\n{linus.log.read_text()}")
+    for state in in_common():
+        assert len({peer.states()[state] for peer in peers}) == 1, "one state, one hash of the parameters"
+    assert len({(peer.home / "beginning").read_bytes() for peer in peers}) == 1
+    assert min(ada.losses()[-5:]) < 0.9 * ada.losses()[0]
+    linus.process.send_signal(signal.SIGINT)
+    linus.process.wait(60)
+    assert "KeyboardInterrupt" in linus.log.read_text(), "no handler of its own"
+    assert (linus.home / "checkpoints" / checkpoint.NAME).exists()
+
+
+def test_a_peer_that_was_killed_goes_on_with_its_home_whatever_its_model_begins_with(examples: Examples) -> None:
+    examples.write_manifest(40)
+    ada = examples.start("ada", 0, "bootstrap", str(examples.manifest))
+    ada.reaches(15)
+    ada.process.kill()
+    ada.process.wait()
+    kept = [ada.home / name for name in ("manifest.signed", "beginning")]
+    before = [path.read_bytes() for path in kept]
+    again = examples.start("ada", 5, "bootstrap", str(examples.manifest))
+    end = again.said(r"% of new pictures right at (\w+ \w+)", 120)
+    assert again.process.wait(60) == 0
+    assert [path.read_bytes() for path in kept] == before
+    assert max(map(int, re.findall(r"^round (\d+)", again.log.read_text(), re.M))) == 40
+    # What is over stays as it was.
+    once_more = examples.start("ada", 6, "bootstrap", str(examples.manifest))
+    assert once_more.process.wait(90) == 0
+    assert once_more.said(r"right at (\w+ \w+)", 1)[1] == end[1]
