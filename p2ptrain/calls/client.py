@@ -17,6 +17,7 @@ from p2ptrain.calls.messages import (
     TRANSPORT_FAILURES,
     Amend,
     Answer,
+    Arrived,
     AuditRequest,
     CallError,
     ContributionHeader,
@@ -154,11 +155,11 @@ class Client:
             sending.callback(turn.release)
             sending.enter_context(self.handout.urgent())
             async with self._stream(peer, "rpc_contribute", frames()) as reader:
-                await reader.accepted(reply_seconds)
+                arrived = await reader.message(Arrived, reply_seconds)
+                if arrived.refusal:
+                    raise RefusedError(arrived.refusal)
                 if header.row.weight:
-                    burst.heard(began, clock())
-                    await reader.accepted(reply_seconds)
-                    burst.arrived(clock(), len(payload))
+                    burst.arrived(peer, len(payload), began, clock(), arrived.microseconds / 1e6)
                 return await reader.blob(reply_max_bytes, reply_seconds)
 
     async def follow(self, peer: bytes, tip: Tip) -> AsyncIterator[News]:

@@ -127,6 +127,14 @@ class Answer(_Message, frozen=True):
     refusal: Annotated[str, Meta(max_length=200)]
 
 
+class Arrived(_Message, frozen=True):
+    """The answer to a contribution, when it is refused or there."""
+
+    refusal: Annotated[str, Meta(max_length=200)]
+    #: from header to payload, by the receiver's clock
+    microseconds: Annotated[int, Meta(ge=0, le=2**40)] = 0
+
+
 class BlobHeader(_Message, frozen=True):
     """Announces a blob."""
 

@@ -28,6 +28,7 @@ from p2ptrain.calls.messages import (
     TOO_MANY_CALLS,
     Amend,
     Answer,
+    Arrived,
     AuditRequest,
     CallError,
     ContributionHeader,
@@ -276,16 +277,18 @@ class PeerServicer(ServicerBase):
     async def _contribute(self, stream: AsyncIterator[BytesValue], peer: bytes) -> Frames:
         reader = FrameReader(stream, self._traffic, FRAME_SECONDS)
         header = await reader.message(ContributionHeader)
+        clock = asyncio.get_running_loop().time
+        began, seconds = clock(), 0.0
         refusal = self._answering.refuse(header, peer)
         if refusal is None and not header.row.weight:
             refusal = self._answering.take_contribution(header, peer, b"")
         # Who was late or came twice may still have the reply.
-        yield self._traffic.message(Answer(_unless_late(refusal)))
         if header.row.weight and not _unless_late(refusal):
             payload = await reader.blob(self._answering.contribution_max_bytes(header))
+            seconds = clock() - began
             if refusal is None:
                 refusal = self._answering.take_contribution(header, peer, payload)
-            yield self._traffic.message(Answer(_unless_late(refusal)))
+        yield self._traffic.message(Arrived(_unless_late(refusal), int(1e6 * seconds)))
         if _unless_late(refusal):
             return
         reply = await self._answering.frozen_reply(Key(header.round, header.base), header.part)

@@ -1,24 +1,25 @@
 """How fast this peer's line is, measured by what it sends anyway.
 
-The messages of one round leave together and fill the line. A reducer answers twice: to a message's header, which tells
-how long the way there and back is, and when the payload is there. From the first byte to the last answer, less the
-shortest way, the line has carried the payloads: bytes over that time is its rate, as far as receivers take it. An
-answer may wait long in its sender's own line, if that is slow. But by each answer the line has carried what was
-answered until then, and perhaps more, so the highest of these rates counts, from half of the bytes on. The shortest way
-is remembered for much longer than rates: most answers wait in a line that is busy with its owner's own payloads, and
-with too long a way whoever sends less than the rest looks faster, is given more to reduce, and so sends still less.
-With too short a way the opposite happens, which finds its balance. Busy machines and other traffic make rounds look
-slow and never fast, so of the last ones the upper quartile counts. Beyond `MOST_KBIT` a line is not what limits a
-round, and its measured rate would be noise: all such peers say the same.
+The messages of one round leave together and fill the line. Each receiver says, with its answer, how long the payload
+came after its header, by its own clock. Messages to one receiver go one after the other; so if all receivers were
+served at once, the line was busy for as long as the slowest of them saw payloads come, and if one after the other, for
+as long as all of them did together. In between, the answers tell: by each answer the line has carried what was
+answered until then, since the first byte left, less the shortest way there and back. The highest such rate counts,
+from half of the bytes on, since answers may wait for seconds in the line of who answers, if that is slow.
 
-Cost: two numbers a round and two a message; an answer of 30 bytes more a message.
+Busy machines and other traffic make rounds look slow, so of the last ones the upper quartile counts. A receiver that
+reads late makes one look fast, but not all do at the same time. One that lies about its time can say no more than it
+took until its answer was here, and a slower line for us is all that it gains. Beyond `MOST_KBIT` a line is not what
+limits a round, and its measured rate would be noise: all such peers say the same.
+
+Cost: two numbers a round, and a few bytes of each answer.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections import deque
+from collections import defaultdict, deque
 
 LEAST_KBIT, MOST_KBIT = 100, 100_000
 USUAL_KBIT = 10_000
@@ -30,12 +31,7 @@ ROUNDS_NEEDED = 3
 WAY_GROWS = 1.01
 """A round: where the way has become longer for good, this is known after some dozens of rounds."""
 BURST_MIN_BYTES = 4096
-"""Less says nothing: it is timers and the way there that take the time."""
-
-
-def rate(seconds: float, size_bytes: int, way_seconds: float) -> float:
-    """Return the rate at which so many bytes are answered after `seconds`, of which the way takes some [kbit/s]."""
-    return size_bytes * 8 / 1000 / max(seconds - way_seconds, 1e-4)
+"""Less says nothing: it is timers that take the time."""
 
 
 class UplinkMeter:
@@ -47,9 +43,10 @@ class UplinkMeter:
 
     def __init__(self, *, dialable: bool) -> None:
         self._dialable = dialable
-        #: of each round remembered: bytes, seconds until all were answered
-        self._rounds: deque[tuple[int, float]] = deque(maxlen=ROUNDS_REMEMBERED)
-        self._way_seconds = math.inf
+        #: kbit/s in each round remembered
+        self._rates: deque[float] = deque(maxlen=ROUNDS_REMEMBERED)
+        #: the shortest way there and back
+        self.way_seconds = math.inf
 
     @property
     def declared_kbit(self) -> int:
@@ -63,22 +60,17 @@ class UplinkMeter:
         """What it is, as far as we know [kbit/s]."""
         if not self._measured:
             return USUAL_KBIT
-        rates = [rate(seconds, size, self._way_seconds) for size, seconds in self._rounds]
-        return int(min(max(statistics.quantiles(rates, n=4, method="inclusive")[2], LEAST_KBIT), MOST_KBIT))
+        return int(min(max(statistics.quantiles(self._rates, n=4, method="inclusive")[2], LEAST_KBIT), MOST_KBIT))
 
     @property
     def _measured(self) -> bool:
-        return len(self._rounds) >= ROUNDS_NEEDED
+        return len(self._rates) >= ROUNDS_NEEDED
 
     def observe(self, size_bytes: int, seconds: float, way_seconds: float) -> None:
-        """So many bytes were all answered after `seconds`, and the first header after `way_seconds`."""
+        """So many bytes went out in `seconds`, and the shortest way there and back was this long."""
+        self.way_seconds = min(WAY_GROWS * self.way_seconds, way_seconds)
         if size_bytes >= BURST_MIN_BYTES:
-            self._rounds.append((size_bytes, seconds))
-            self._way_seconds = self.way_seconds(way_seconds)
-
-    def way_seconds(self, measured: float) -> float:
-        """Return the shortest way there and back, where the newest round's was as `measured`."""
-        return min(WAY_GROWS * self._way_seconds, measured)
+            self._rates.append(size_bytes * 8 / 1000 / max(seconds, 1e-4))
 
     def burst(self, messages: int) -> Burst:
         """As many messages are about to leave together."""
@@ -90,27 +82,29 @@ class Burst:
 
     def __init__(self, meter: UplinkMeter, messages: int) -> None:
         self._meter, self._missing = meter, messages
-        self._began: float | None = None
-        self._way_seconds = float("inf")
+        self._began = self._way_seconds = math.inf
         #: of each answer: when it came, and the bytes answered until then
         self._answers: list[tuple[float, int]] = []
+        #: receiver -> seconds for which payloads came
+        self._seconds = defaultdict[bytes, float](float)
 
-    def heard(self, began: float, now: float) -> None:
-        """A message's header, sent when it `began`, was answered."""
-        self._began = began if self._began is None else min(self._began, began)
-        self._way_seconds = min(self._way_seconds, now - began)
-
-    def arrived(self, now: float, size_bytes: int) -> None:
-        """A message's payload was answered."""
+    def arrived(self, receiver: bytes, size_bytes: int, began: float, now: float, seconds: float) -> None:
+        """A message that was begun at `began` is answered: its payload came in `seconds` after its header."""
         self._missing -= 1
-        whole = size_bytes + (self._answers[-1][1] if self._answers else 0)
-        self._answers.append((now, whole))
-        if self._missing or self._began is None:
-            return
-        began, way_seconds = self._began, self._meter.way_seconds(self._way_seconds)
-        answers = [(when - began, carried) for when, carried in self._answers if 2 * carried >= whole]
-        seconds, carried = max(answers, key=lambda answer: rate(answer[0], answer[1], way_seconds))
-        self._meter.observe(carried, seconds, self._way_seconds)
+        seconds = min(seconds, now - began)
+        self._began = min(self._began, began)
+        self._way_seconds = min(self._way_seconds, now - began - seconds)
+        self._seconds[receiver] += seconds
+        self._answers.append((now, size_bytes + (self._answers[-1][1] if self._answers else 0)))
+        if not self._missing:
+            self._meter.observe(self._answers[-1][1], self._busy_seconds(), self._way_seconds)
+
+    def _busy_seconds(self) -> float:
+        whole = self._answers[-1][1]
+        way = min(WAY_GROWS * self._meter.way_seconds, self._way_seconds)
+        ends = (max(when - self._began - way, 0.0) * whole / size for when, size in self._answers if 2 * size >= whole)
+        at_once, in_turn = max(self._seconds.values()), sum(self._seconds.values())
+        return min(max(min(ends), at_once), in_turn)
 
     def spoil(self) -> None:
         """A message has to be sent again."""

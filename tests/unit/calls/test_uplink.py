@@ -7,22 +7,28 @@ import pytest
 from p2ptrain.calls.uplink import CAREFUL_KBIT, LEAST_KBIT, MOST_KBIT, ROUNDS_NEEDED, USUAL_KBIT, UplinkMeter
 
 
-def send_round(meter: UplinkMeter, kbit: float, *, way_seconds: float = 0.08, messages: int = 3) -> None:
-    """Messages of 25 kB each over a line of this rate, to reducers `way_seconds` away, there and back."""
-    burst, size = meter.burst(messages), 25_000
+def send_round(
+    meter: UplinkMeter, kbit: float, *, receivers: int = 3, parts: int = 2, at_once: bool = True, way: float = 0.08
+) -> None:
+    """Messages of 25 kB each over a line of this rate, each receiver's parts one after the other."""
+    burst, size = meter.burst(receivers * parts), 25_000
     carried_seconds = size * 8 / 1000 / kbit
-    for number in range(messages):
-        burst.heard(5.0, 5.0 + way_seconds + number * carried_seconds)
-    for number in range(1, messages + 1):
-        burst.arrived(5.0 + way_seconds + number * carried_seconds, size)
+    took = carried_seconds * (receivers if at_once else 1)
+    each = [(receiver, part) for receiver in range(receivers) for part in range(parts)]
+    places = [(part if at_once else receiver * parts + part, receiver) for receiver, part in each]
+    for place, receiver in sorted(places):
+        began = 5.0 + place * took
+        burst.arrived(bytes([receiver]), size, began, began + way + took, took)
 
 
 @pytest.mark.parametrize("kbit", [300, 1_000, 10_000, 90_000])
-@pytest.mark.parametrize("way_seconds", [0.0, 0.3])
-def test_the_rate_is_that_of_the_line_however_long_the_way(kbit: int, way_seconds: float) -> None:
+@pytest.mark.parametrize("receivers, parts", [(1, 1), (3, 1), (1, 4), (5, 3)])
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("way", [0.0, 0.3])
+def test_the_rate_is_that_of_the_line(kbit: int, receivers: int, parts: int, at_once: bool, way: float) -> None:
     meter = UplinkMeter(dialable=True)
     for _ in range(5):
-        send_round(meter, kbit, way_seconds=way_seconds)
+        send_round(meter, kbit, receivers=receivers, parts=parts, at_once=at_once, way=way)
     assert meter.declared_kbit == pytest.approx(kbit, rel=0.01)
 
 
@@ -42,17 +48,34 @@ def test_single_rounds_that_something_else_slowed_do_not_count() -> None:
     assert meter.declared_kbit == pytest.approx(20_000, rel=0.01)
 
 
+def test_receivers_that_read_late_do_not_make_the_line_look_fast() -> None:
+    """Their payloads had come with the headers; the last one's had not."""
+    meter = UplinkMeter(dialable=True)
+    for _ in range(5):
+        burst = meter.burst(3)
+        burst.arrived(b"a", 25_000, 5.0, 5.68, 0.0)
+        burst.arrived(b"b", 25_000, 5.0, 5.68, 0.01)
+        burst.arrived(b"c", 25_000, 5.0, 5.68, 0.6)
+    assert meter.declared_kbit == pytest.approx(1_000, rel=0.05)
+
+
 @pytest.mark.parametrize("late_seconds", [0.0, 2.0, 60.0])
-def test_a_reducer_whose_answers_wait_in_its_own_line_does_not_make_ours_slow(late_seconds: float) -> None:
+def test_answers_that_wait_in_another_line_do_not_make_ours_slow(late_seconds: float) -> None:
     meter = UplinkMeter(dialable=True)
     for _ in range(5):
         burst = meter.burst(3)
         for number in range(3):
-            burst.heard(5.0, 5.08 + 0.2 * number)
-        for number in range(1, 3):
-            burst.arrived(5.08 + 0.2 * number, 25_000)
-        burst.arrived(5.08 + 0.6 + late_seconds, 25_000)
+            burst.arrived(bytes([number]), 25_000, 5.0, 5.08 + 0.2 * (number + 1) + late_seconds, 0.2)
     assert meter.declared_kbit == pytest.approx(1_000, rel=0.01)
+
+
+def test_who_lies_about_its_time_gains_no_more_than_by_a_late_answer() -> None:
+    meter = UplinkMeter(dialable=True)
+    for _ in range(5):
+        burst = meter.burst(2)
+        burst.arrived(b"a", 25_000, 5.0, 5.48, 0.4)
+        burst.arrived(b"b", 25_000, 5.0, 5.48, 1e6)
+    assert meter.declared_kbit == pytest.approx(1_000, rel=0.25)
 
 
 def test_what_is_said_has_bounds_and_who_cannot_be_dialled_says_nothing() -> None:
@@ -69,12 +92,9 @@ def test_a_message_sent_twice_or_never_answered_spoils_its_round_alone() -> None
     for _ in range(5):
         send_round(meter, 5_000)
         unanswered = meter.burst(2)
-        unanswered.heard(0.0, 0.1)
-        unanswered.arrived(100.0, 25_000)
+        unanswered.arrived(b"a", 25_000, 0.0, 100.0, 99.0)
         repeated = meter.burst(2)
-        repeated.heard(0.0, 0.1)
         repeated.spoil()
-        repeated.heard(49.9, 50.0)
-        repeated.arrived(100.0, 25_000)
-        repeated.arrived(100.0, 25_000)
+        repeated.arrived(b"a", 25_000, 0.0, 100.0, 99.0)
+        repeated.arrived(b"b", 25_000, 0.0, 100.0, 99.0)
     assert meter.declared_kbit == pytest.approx(5_000, rel=0.01)
