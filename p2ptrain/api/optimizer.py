@@ -60,7 +60,7 @@ class SwarmOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: `samples` is no number of samples.
-            ModelError: running statistics are not held fixed.
+            ModelError: a forward pass changes running statistics, or another saved buffer.
             RuntimeError: this peer's part in the run is over, as `Peer.ended` says.
             HomeError, RevokedError, UnreachableError: why it cannot go on.
         """

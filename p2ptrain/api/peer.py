@@ -31,7 +31,16 @@ from p2ptrain.config.loading import load_manifest
 from p2ptrain.config.manifest import DataConfig, Manifest, ModelConfig
 from p2ptrain.config.node import NodeSettings, resolve_settings
 from p2ptrain.errors import ManifestError, UsageError
-from p2ptrain.models.own import beginning_of, check_statistics, config_of, keepers_of, own_task
+from p2ptrain.models.own import (
+    FixedEntry,
+    beginning_of,
+    buffers_of,
+    check_buffers,
+    check_statistics,
+    config_of,
+    keepers_of,
+    own_task,
+)
 from p2ptrain.observe.status import Status
 from p2ptrain.peer.assembly import Run
 from p2ptrain.peer.session import Part, PeerSession
@@ -84,6 +93,8 @@ class Peer:
         self._optimizer: SwarmOptimizer | None = None
         self._loop: OwnLoop | None = None
         self._keepers = keepers_of(model)
+        #: as they were before the first batch, until they were looked at after it
+        self._buffers: tuple[FixedEntry, ...] | None = None
         self._following: AbstractContextManager[tuple[Swarm, Callable[[], bool]]] | None = None
         self._swarm: Swarm | None = None
         self._after_round: Callable[[], bool] | None = None
@@ -167,6 +178,7 @@ class Peer:
             self._loop = OwnLoop(books, session.inbox, Status())
             return self._loop
 
+        self._buffers = buffers_of(self.model)
         part = self._part = session.take_part(run, task, None, make, read)
         self._optimizer = SwarmOptimizer(task.parameters, run.manifest, self._hand)
         self._show_rate()
@@ -211,6 +223,10 @@ class Peer:
                 f"this peer's part in the run has ended, at round {self.round}: leave the loop when peer.ended is true"
             )
         check_statistics(self._keepers)
+        if self._buffers is not None:
+            # After one batch is time enough: what a forward pass changes, it changes each time.
+            check_buffers(self.model, self._buffers)
+            self._buffers = None
         self._loop.handed(samples, nats)
         self._go_on()
 

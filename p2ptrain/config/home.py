@@ -111,6 +111,8 @@ class Home:
         """Give the home back; harmless when not locked."""
         if self._lock is not None:
             os.ftruncate(self._lock, 0)
+            # Closing alone would leave it to processes that were forked meanwhile, as those that load data are.
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
             os.close(self._lock)
             self._lock = None
 

@@ -15,7 +15,8 @@ Kinds follow from the types of modules:
 
 A parameter that several modules share counts once. One that does not require a gradient is not trained: it, and each
 buffer that `state_dict` saves, has to hold the same bytes on every peer. Running statistics, which training changes
-and no gradient does, are refused: each peer's would be of its own samples.
+and no gradient does, are refused: each peer's would be of its own samples. So is any other saved buffer that the first
+batch has changed.
 
 Cost: the file is as long as the parameters, and every peer keeps it to go back to the beginning of the chain.
 """
@@ -25,7 +26,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, cast, get_args
 
 import msgspec
@@ -183,7 +184,7 @@ def beginning_of(module: nn.Module, patterns: Mapping[str, Kind] | None = None) 
     trained = trained_of(module, kinds_of(module, patterns))
     header = Header(
         tuple(ParameterEntry(p.name, tuple(p.tensor.shape), p.kind) for p in trained),
-        tuple(_fixed_of(module, {p.name for p in trained})),
+        _fixed_of(module, {p.name for p in trained}),
     )
     meta = msgspec.msgpack.encode(header)
     if len(meta) > HEADER_MAX_BYTES:
@@ -191,13 +192,32 @@ def beginning_of(module: nn.Module, patterns: Mapping[str, Kind] | None = None) 
     return pack_tensors(meta, {p.name: p.tensor.detach().cpu().numpy() for p in trained})
 
 
-def _fixed_of(module: nn.Module, trained: set[str]) -> Iterable[FixedEntry]:
-    others = {name: p for name, p in module.named_parameters() if name not in trained}
+def buffers_of(module: nn.Module) -> tuple[FixedEntry, ...]:
+    """Return the buffers that `state_dict` saves, as they are now."""
+    module = plain(module)
     saved = module.state_dict(keep_vars=True)
-    for name, tensor in {**others, **{n: b for n, b in module.named_buffers() if n in saved}}.items():
-        data = tensor.detach().cpu().contiguous().reshape(-1)
-        entries = data.view(torch.uint8).numpy().tobytes() if data.numel() else b""
-        yield FixedEntry(name, str(tensor.dtype), tuple(tensor.shape), hashlib.sha256(entries).digest())
+    return tuple(_entry(name, buffer) for name, buffer in module.named_buffers() if name in saved)
+
+
+def check_buffers(module: nn.Module, before: tuple[FixedEntry, ...]) -> None:
+    """Refuse a module of which a saved buffer is not what it was `before` training. Raises ModelError."""
+    for now, then in zip(buffers_of(module), before, strict=True):
+        if now != then:
+            raise ModelError(
+                f"the buffer {now.name} changes in training, and each peer's would be of its own samples",
+                hint="hold it fixed, or register it with persistent=False if each peer may have its own",
+            )
+
+
+def _fixed_of(module: nn.Module, trained: set[str]) -> tuple[FixedEntry, ...]:
+    others = (_entry(name, parameter) for name, parameter in module.named_parameters() if name not in trained)
+    return (*others, *buffers_of(module))
+
+
+def _entry(name: str, tensor: Tensor) -> FixedEntry:
+    data = tensor.detach().cpu().contiguous().reshape(-1)
+    entries = data.view(torch.uint8).numpy().tobytes() if data.numel() else b""
+    return FixedEntry(name, str(tensor.dtype), tuple(tensor.shape), hashlib.sha256(entries).digest())
 
 
 # ---- from the file --------------------------------------------------------------------------------------------------
@@ -265,7 +285,7 @@ def own_task(module: nn.Module, read: Callable[[], bytes], config: TaskConfig) -
     header = check_beginning(read(), config)
     parameters = dict(module.named_parameters())
     ours = trained_of(module, {name: cast(Kind, "matrix") for name in parameters})
-    _check_alike(header, ours, tuple(_fixed_of(module, {p.name for p in ours})))
+    _check_alike(header, ours, _fixed_of(module, {p.name for p in ours}))
     trained = tuple(TrainedParameter(e.name, parameters[e.name], e.kind) for e in header.trained)
     shapes = {entry.name: entry.shape for entry in header.trained}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -171,3 +173,32 @@ def test_a_peer_that_was_killed_goes_on_with_its_home_whatever_its_model_begins_
     once_more = examples.start("ada", 6, "bootstrap", str(examples.manifest))
     assert once_more.process.wait(90) == 0
     assert once_more.said(r"right at (\w+ \w+)", 1)[1] == end[1]
+
+
+def test_the_snippets_of_the_docs_run_as_they_stand(
+    sockets_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (EXAMPLES.parent / "python.md").read_text()
+    start, _, alone = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    assert run("init", str(tmp_path / "run.toml")).returncode == 0
+    made = (tmp_path / "run.toml").read_text()
+    for key, value in (("last_round", "3"), ("alone_after_seconds", "1.0")):
+        made, changes = re.subn(rf"^{key} = .*$", f"{key} = {value}", made, flags=re.M)
+        assert changes == 1
+    (tmp_path / "run.toml").write_text(made)
+    model = torch.nn.Linear(4, 1)
+    names = {
+        "model": model,
+        "loader": itertools.repeat(torch.ones(8, 4)),
+        "loss_of": lambda model, batch: model(batch).square().mean(),
+    }
+    exec(start, names)
+    address, end = capsys.readouterr().out.splitlines()
+    assert address.startswith("/ip4/") and re.fullmatch(r"\w{64} \w{64}", end)
+    assert (tmp_path / "a" / "beginning").exists()
+    exec("import p2ptrain\n" + alone, names)
+    optimizer = names["optimizer"]
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    model(torch.ones(8, 4)).square().mean().backward()
+    optimizer.step()

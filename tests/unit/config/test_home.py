@@ -48,6 +48,19 @@ def test_a_home_that_a_process_has_names_that_process_and_is_free_after_its_deat
     home.unlock()
 
 
+def test_a_process_that_was_forked_meanwhile_does_not_keep_the_home(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    home.lock()
+    assert home._lock is not None
+    # What a fork has of it: another number for the same open file.
+    of_the_fork = os.dup(home._lock)
+    home.unlock()
+    other = Home(tmp_path)
+    other.lock()
+    os.close(of_the_fork)
+    other.unlock()
+
+
 def test_a_second_lock_in_the_same_process_is_refused_too(tmp_path: Path) -> None:
     first = Home(tmp_path)
     first.lock()

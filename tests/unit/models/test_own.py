@@ -20,7 +20,9 @@ from p2ptrain.models.own import (
     Header,
     ParameterEntry,
     beginning_of,
+    buffers_of,
     check_beginning,
+    check_buffers,
     config_of,
     header_of,
     kinds_of,
@@ -169,6 +171,19 @@ def test_running_statistics_are_refused_unless_they_are_held_fixed() -> None:
         fixed = {entry.name for entry in header_of(beginning_of(net)).fixed}
         assert fixed == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
     beginning_of(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False)))
+
+
+def test_a_saved_buffer_that_a_forward_pass_changes_is_refused_by_name() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)))
+    before = buffers_of(net)
+    check_buffers(net, before)
+    net(torch.ones(2, 4))
+    with pytest.raises(ModelError, match=r"1.parametrizations.weight.0._u changes in training"):
+        check_buffers(net, before)
+    own = Net()
+    before = buffers_of(own)
+    own.scratch.add_(1)
+    check_buffers(own, before)
 
 
 @pytest.mark.parametrize(
