@@ -39,6 +39,7 @@ from p2ptrain.calls import messages as wire_messages
 from p2ptrain.calls.messages import (
     Amend,
     Answer,
+    Arrived,
     AuditRequest,
     BlobHeader,
     CallError,
@@ -245,6 +246,7 @@ class Decoders:
             Welcome(8, run, self._signed, tip, ""),
             ContributionHeader(run, 5, one, 0, row, bytes(64), 32, one, tip),
             Answer("no"),
+            Arrived("", 12_345),
             BlobHeader(1000, one),
             Follow(run, tip),
             News(tip, self._rounds[1].signed, False),
