@@ -8,11 +8,12 @@ answered until then, since the first byte left, less the shortest way there and 
 from half of the bytes on, since answers may wait for seconds in the line of who answers, if that is slow.
 
 Busy machines and other traffic make rounds look slow, so of the last ones the upper quartile counts. A receiver that
-reads late makes one look fast, but not all do at the same time. One that lies about its time can say no more than it
-took until its answer was here, and a slower line for us is all that it gains. Beyond `MOST_KBIT` a line is not what
+reads late makes a round look fast, but not all of them do so at the same time. One that lies can make our line look
+slower by no more than a late answer does, and faster by what went to it; where it is the only receiver, as fast as it
+likes. What we say of our line counts within limits (docs/rounds.md, rule 4). Beyond `MOST_KBIT` a line is not what
 limits a round, and its measured rate would be noise: all such peers say the same.
 
-Cost: two numbers a round, and a few bytes of each answer.
+Cost: a number a round, three a message while they are on their way, and a few bytes of each answer.
 """
 
 from __future__ import annotations
@@ -100,6 +101,7 @@ class Burst:
             self._meter.observe(self._answers[-1][1], self._busy_seconds(), self._way_seconds)
 
     def _busy_seconds(self) -> float:
+        """How long the line took for all payloads; see the module docstring."""
         whole = self._answers[-1][1]
         way = min(WAY_GROWS * self._meter.way_seconds, self._way_seconds)
         ends = (max(when - self._began - way, 0.0) * whole / size for when, size in self._answers if 2 * size >= whole)

@@ -30,7 +30,7 @@ UNDER_WAY_MAX = 8
 A_REDUCER_MAX = 2
 """Parts of one reducer that one member draws in a round; a reducer shows it one more, that it doubts."""
 BELIEVED_MAX = 10_000
-"""Rounds."""
+"""Rounds for which a reducer is believed, at most."""
 PROOFS_KEPT = 8
 SUSPECTS_MAX = 64
 _LOTS = 2**64
@@ -89,10 +89,10 @@ class Audits:
         return drawn
 
     def doubt(self, event: events.Doubted, members: Collection[bytes]) -> list[events.Audit]:
-        """Return the audit of a reply that our trainer doubts; none, where we doubted one of this reducer lately, or
-        it is none of `members` any more.
+        """Return the audit of a reply that our trainer doubts.
 
-        So doubts cost at most what lots do, whatever is sent to make right replies look wrong.
+        There is none if its reducer has left `members`, or if we doubted another reply of it a short while ago: so
+        doubts cost at most what lots do, even where somebody makes right replies look wrong.
         """
         shape = event.shape
         reducer, digest = shape.members[shape.parts[event.part].reducer].peer_id, reply_digest(event.reply)

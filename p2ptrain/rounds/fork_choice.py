@@ -70,7 +70,7 @@ class ForkChoice:
         #: the chain up to the head
         self.past = Past(past)
         self.introducers = frozenset(introducers) - {me}
-        #: introducers on whose chain, or with whose help, we have gone over to another chain
+        #: introducers to whose chain we have gone over, or who handed it to us
         self.tried: set[bytes] = set()
         #: members of the last state that we shared with another peer
         self.company = company or self.past.head.members
@@ -257,8 +257,8 @@ class ForkChoice:
     def _as_told(self, on: set[bytes], off: set[bytes]) -> Judgement:
         """Judge as a newcomer: by how many of those to whom it was sent stand on either, then by all that it hears.
 
-        At a tie it goes and looks, once: whom it has not met yet it does not hear. Going to and fro between two chains
-        that are there at the same time would cost a snapshot each time.
+        At a tie it goes over once, because it hears the members of a chain only after it has been there. It does not
+        go back and forth between two chains, which would cost a snapshot each time.
         """
         introduced, heard = (len(off & self.introducers), len(on & self.introducers)), (len(off), len(on))
         there, here = introduced if introduced[0] != introduced[1] else heard
