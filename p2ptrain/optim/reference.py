@@ -96,9 +96,10 @@ def select(m: Array, topk: int, bits: int) -> tuple[Array, Array, Array]:
     return left, index, value
 
 
-def shares(norms: list[float], weights: list[int], clip_ratio: float, cap_ratio: float) -> tuple[Array, dict[int, int]]:
+def shares(sent: list[Array], weights: list[int], clip_ratio: float, cap_ratio: float) -> tuple[Array, dict[int, int]]:
     """Each member's factor in the mean, and who is clipped by what factor, in 256ths: a weight counts for at most
-    `cap_ratio` times the median, and a norm for at most `clip_ratio` times the median."""
+    `cap_ratio` times the median, a norm for `clip_ratio` times the median. Squares are added one after the other."""
+    norms = [math.sqrt(np.square(value, dtype=np.float64).cumsum()[-1]) for value in sent]
     limit, cap = clip_ratio * float(np.median(norms)), cap_ratio * float(np.median(weights))
     clips = {member: int(256 * limit / norm) for member, norm in enumerate(norms) if norm > limit}
     capped = [min(float(weight), cap) for weight in weights]
@@ -138,8 +139,7 @@ def decode(form: str, byte: Array) -> tuple[Array, Array]:
 
 def orthogonal(block: Array) -> Array:
     """Near the closest orthogonal matrix, in 256ths: three steps of Newton-Schulz in integers (`orthogonal.py`)."""
-    largest = np.abs(block).max()
-    x = np.rint(block * (f32(511) / (largest if largest else f32(1)))).astype(np.int64)
+    x = np.rint(block * (f32(511) / (np.abs(block).max() or f32(1)))).astype(np.int64)
     gram = x @ x.T
     bound = f32(np.abs(np.rint(gram / 512)).sum(1).max() + 32)  # no singular value's square is larger, in units of 512
     scale = f32(256) / np.sqrt(bound * f32(512))

@@ -87,14 +87,14 @@ def reference(
     sent: list[Sent], clip_ratio: float = 1000.0, cap_ratio: float = 1000.0, robust: Robust = "mean"
 ) -> tuple[NDArray[np.float64], dict[int, int]]:
     """The weighted mean of clipped contributions [chunks, 4096], and the clip factors in 256ths."""
-    norms = {member: np.linalg.norm(dense(part)) for member, _, part in sent}
-    limit = clip_ratio * np.median(list(norms.values()))
-    clips = {member: int(256 * limit / norm) for member, norm in norms.items() if norm > limit}
+    size = dict(zip((member for member, _, _ in sent), norms([part for _, _, part in sent]), strict=True))
+    limit = clip_ratio * np.median(list(size.values()))
+    clips = {member: int(256 * limit / norm) for member, norm in size.items() if norm > limit}
     cap = cap_ratio * np.median([weight for _, weight, _ in sent])
     weights = {member: min(weight, cap) for member, weight, _ in sent}
     if robust == "bounded":
-        most = np.median([weight * min(norms[member], limit) for member, weight in weights.items()])
-        weights = {member: min(weight, most / min(norms[member], limit)) for member, weight in weights.items()}
+        most = np.median([weight * min(size[member], limit) for member, weight in weights.items()])
+        weights = {member: min(weight, most / min(size[member], limit)) for member, weight in weights.items()}
         held = [weights[member] * clips.get(member, 256) / 256 for member, _, _ in sent]
         for place in outsiders([dense(part) for _, _, part in sent], held):
             weights[sent[place][0]] = clips[sent[place][0]] = 0

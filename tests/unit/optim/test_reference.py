@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from p2ptrain.compression import wire
@@ -119,6 +119,8 @@ def gathered(case: Case, optimizer: DeMo, seed: list[int], size: float) -> Pendi
     return pending
 
 
+# Norms of 32 to 1: a clip of 198/256 exactly, which a sum of squares in another order makes 197.
+@example(Case((21, 1, 1), "dct", "sign", 300, 1, 1, (1, 1), (30.0, 1.0), 160))
 @settings(max_examples=60, deadline=None)
 @given(case=cases())
 def test_a_round_of_two_is_that_of_the_reference(case: Case) -> None:
@@ -132,8 +134,7 @@ def test_a_round_of_two_is_that_of_the_reference(case: Case) -> None:
         ]
         index = np.stack([sent.sent.index.reshape(chunks, -1) for sent in pending])
         value = np.stack([sent.sent.value.reshape(chunks, -1) for sent in pending])
-        norms = [float(np.sqrt(np.square(one.sent.value, dtype=np.float64).sum())) for one in pending]
-        share, clips = reference.shares(norms, list(case.weights), 1.5, 4.0)
+        share, clips = reference.shares([one.sent.value for one in pending], list(case.weights), 1.5, 4.0)
         reply = reference.reduce(index, value, share, limit)
         codec = replace(group[0].codec, clip_ratio=1.5, weight_cap_ratio=4.0)
         payloads = [one.payloads(sent, [(0, chunks)])[0] for one, sent in zip(group, pending, strict=True)]
