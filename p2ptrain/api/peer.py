@@ -260,6 +260,9 @@ class _Heard:
     def transfer(self, what: str, done: int, total: int) -> None:
         _logger.debug("fetching %s: %d of %d", what, done, total)
 
+    def work(self, what: str, done: int, total: int) -> None:
+        _logger.debug("%s: %d of %d", what, done, total)
+
     def say(self, text: str) -> None:
         _logger.info("%s", text)
 

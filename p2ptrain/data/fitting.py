@@ -28,7 +28,9 @@ class Fit:
 
     def __str__(self) -> str:
         unknown = f", {self.unknown:,} unknown" if self.unknown else ""
-        return f"{self.text_bytes:,} bytes are {self.tokens:,} tokens: {self.bytes_per_token:.2f} bytes a token{unknown}"
+        return (
+            f"{self.text_bytes:,} bytes are {self.tokens:,} tokens: {self.bytes_per_token:.2f} bytes a token{unknown}"
+        )
 
     @property
     def warning(self) -> str:

@@ -1,23 +1,20 @@
 """All documents of a list of files, one after another, with what was read and what was left out.
 
-Short documents are drawn by a hash of their text, three of a hundred, to come last: the last 2 % of a text are held
-out, and so are of all of it where it has many documents, not of the file that is read last. Copies of a document are
-drawn alike, so that what is held out is not in the training text as well. A longer document stays where it is: of a
-text of a few long ones, the end is held out.
+Two of a hundred short documents are drawn, by a hash of their text, to be held out: so it comes from everywhere in a
+text of many documents, and copies of a document are on one side. A longer document is not drawn.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from p2ptrain.data.listing import Listing
 from p2ptrain.data.reading import Passage, Tally, Wanted, read_file
 
-DRAWN_OF = 100
-DRAWN = 3
+DRAWN_BELOW = 2**64 // 50
 SHORT_CHARACTERS = 1 << 16
 """A longer document is not drawn."""
 
@@ -67,8 +64,8 @@ def gather(
         yield from read_file(file, wanted, tally, progress)
 
 
-def documents(passages: Iterator[Passage]) -> Iterator[tuple[list[Passage], bool]]:
-    """(passages, whether they come last) of documents; long ones in parts, which do not."""
+def documents(passages: Iterable[Passage]) -> Iterator[tuple[list[Passage], int | None]]:
+    """(passages, draw) of documents; long ones in parts. Draw: a number below `DRAWN_BELOW`, if it is drawn."""
     held: list[Passage] = []
     characters, long = 0, False
     for passage in passages:
@@ -76,14 +73,15 @@ def documents(passages: Iterator[Passage]) -> Iterator[tuple[list[Passage], bool
         characters += len(passage.text)
         long = long or characters > SHORT_CHARACTERS
         if passage.ends or long:
-            yield held, not long and _is_drawn(held)
+            yield held, None if long else _draw(held)
             held, characters, long = [], 0, long and not passage.ends
 
 
-def _is_drawn(document: list[Passage]) -> bool:
+def _draw(document: list[Passage]) -> int | None:
     text = "".join(passage.text for passage in document).strip()
     digest = hashlib.sha256(b"p2ptrain held out 1\0" + text.encode()).digest()
-    return int.from_bytes(digest[:8], "little") % DRAWN_OF < DRAWN
+    number = int.from_bytes(digest[:8], "little")
+    return number if number < DRAWN_BELOW else None
 
 
 def _s(count: int) -> str:

@@ -170,7 +170,7 @@ def _left_out(path: Path, saved: bool) -> str | None:
     name = path.name
     if name.startswith("."):
         return "hidden"
-    if saved and name in ("dataset_info.json", "state.json") or name == "dataset_dict.json":
+    if (saved and name in ("dataset_info.json", "state.json")) or name == "dataset_dict.json":
         return ""
     if saved and name.startswith("cache-"):
         return "cache of datasets"

@@ -15,18 +15,19 @@ import lzma
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from typing import IO, cast
+from typing import IO, Any, TypeAlias, cast
 
 import zstandard
 
 from p2ptrain.data.listing import STDIN, DataFile
 from p2ptrain.errors import DataError
 
+Reader: TypeAlias = "io.BufferedReader[Any]"
 _BUFFER_BYTES = 1 << 18
-_UNPACKERS: dict[bytes, Callable[[io.BufferedReader], IO[bytes]]] = {
+_UNPACKERS: dict[bytes, Callable[[Reader], IO[bytes]]] = {
     b"\x1f\x8b": lambda raw: cast(IO[bytes], gzip.GzipFile(fileobj=raw)),
     b"BZh": lambda raw: cast(IO[bytes], bz2.BZ2File(raw)),
-    b"\xfd7zXZ\0": lambda raw: cast(IO[bytes], lzma.LZMAFile(raw)),
+    b"\xfd7zXZ\0": lambda raw: cast(IO[bytes], lzma.LZMAFile(raw)),  # noqa: SIM115
     b"\x28\xb5\x2f\xfd": lambda raw: io.BufferedReader(_Zstandard(raw), _BUFFER_BYTES),
 }
 _ARCHIVES = {
@@ -75,7 +76,7 @@ class Counted(io.RawIOBase):
 class _Zstandard(io.RawIOBase):
     """Frames of zstandard one after another; unlike the library's own reader it says where the last one is cut off."""
 
-    def __init__(self, raw: io.BufferedReader) -> None:
+    def __init__(self, raw: Reader) -> None:
         self._raw, self._out = raw, b""
         self._frame = zstandard.ZstdDecompressor().decompressobj()
         self._begun = False
@@ -104,7 +105,7 @@ class _Zstandard(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def opened(file: DataFile, progress: Callable[[int], None]) -> Iterator[tuple[io.BufferedReader, Counted]]:
+def opened(file: DataFile, progress: Callable[[int], None]) -> Iterator[tuple[Reader, Counted]]:
     """The unpacked bytes of a file, and what counts and hashes the packed ones.
 
     Raises:
@@ -139,7 +140,8 @@ def errors_named(file: DataFile) -> Iterator[None]:
         yield
     except _BROKEN as error:
         raise DataError(
-            f"{file.name} cannot be unpacked: {error}", hint="it is damaged or was cut off: get it again, or leave it out"
+            f"{file.name} cannot be unpacked: {error}",
+            hint="it is damaged or was cut off: get it again, or leave it out",
         ) from error
     except OSError as error:
         raise DataError(

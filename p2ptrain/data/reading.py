@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from p2ptrain.data.listing import DataFile
-from p2ptrain.data.opening import Counted, errors_named, opened
+from p2ptrain.data.opening import Counted, Reader, errors_named, opened
 from p2ptrain.errors import DataError
 
 PASSAGE_CHARACTERS = 1 << 16
@@ -108,7 +108,7 @@ def read_file(
         _finish(reader, counted, tally)
 
 
-def _finish(reader: io.BufferedReader, counted: Counted, tally: Tally) -> None:
+def _finish(reader: Reader, counted: Counted, tally: Tally) -> None:
     """Read what follows the last packed frame, so that the hash is of the whole file."""
     while reader.read(_BLOCK_BYTES):
         pass
@@ -121,7 +121,7 @@ def _finish(reader: io.BufferedReader, counted: Counted, tally: Tally) -> None:
 # ---- plain text ---------------------------------------------------------------------------------------------------
 
 
-def _text(reader: io.BufferedReader, file: DataFile, tally: Tally) -> Iterator[Passage]:
+def _text(reader: Reader, file: DataFile, tally: Tally) -> Iterator[Passage]:
     """One document, without white space around it; line ends become `\\n`."""
     pieces = cut(_characters(reader, file), PASSAGE_CHARACTERS)
     held = next(pieces, None)
@@ -173,7 +173,7 @@ def place_to_cut(text: str, limit: int) -> int:
     return limit
 
 
-def _characters(reader: io.BufferedReader, file: DataFile) -> Iterator[str]:
+def _characters(reader: Reader, file: DataFile) -> Iterator[str]:
     begin = reader.peek(4)
     encoding, name = "utf-8", "UTF-8"
     if begin.startswith(codecs.BOM_UTF8):
@@ -244,7 +244,7 @@ def _looks_like_json_lines(file: DataFile, begin: bytes) -> bool:
         return False
 
 
-def _records(reader: io.BufferedReader, file: DataFile) -> Iterator[tuple[str, dict[str, Any]]]:
+def _records(reader: Reader, file: DataFile) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, record) of each line."""
     number = 0
     while line := reader.readline(LINE_MAX_BYTES + 1):
@@ -303,15 +303,14 @@ def _rows(file: DataFile, wanted: Wanted, progress: Callable[[int], None]) -> It
                         progress(file.bytes * number // total - told)
                         told = file.bytes * number // total
                 return
-            with pyarrow.memory_map(str(file.path)) as mapped:
-                with _arrow_batches(pyarrow, mapped) as (schema, batches):
-                    columns = _columns(schema.names, file, wanted)
-                    for large in batches:
-                        for start in range(0, large.num_rows, _ROWS):
-                            yield from _numbered(large.slice(start, _ROWS).select(columns), number + start, file)
-                        number += large.num_rows
-                        progress(mapped.tell() - told)
-                        told = mapped.tell()
+            with pyarrow.memory_map(str(file.path)) as mapped, _ArrowBatches(pyarrow, mapped) as (schema, batches):
+                columns = _columns(schema.names, file, wanted)
+                for large in batches:
+                    for start in range(0, large.num_rows, _ROWS):
+                        yield from _numbered(large.slice(start, _ROWS).select(columns), number + start, file)
+                    number += large.num_rows
+                    progress(mapped.tell() - told)
+                    told = mapped.tell()
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(
@@ -320,7 +319,7 @@ def _rows(file: DataFile, wanted: Wanted, progress: Callable[[int], None]) -> It
         ) from error
 
 
-class _arrow_batches:
+class _ArrowBatches:
     """The schema and batches of an arrow file, whichever of its two forms it has."""
 
     def __init__(self, pyarrow: Any, mapped: Any) -> None:
@@ -359,7 +358,9 @@ def _numbered(batch: Any, before: int, file: DataFile) -> Iterator[tuple[str, di
 def _no_field(where: str, names: Iterable[str], wanted: Wanted) -> DataError:
     listed = ", ".join(list(names)[:20])
     if wanted.field is not None:
-        return DataError(f"{where} has no field {wanted.field!r}; it has: {listed}", hint="--field NAME with one of these")
+        return DataError(
+            f"{where} has no field {wanted.field!r}; it has: {listed}", hint="--field NAME with one of these"
+        )
     return DataError(
         f"{where} has none of the fields text, prompt and completion, messages; it has: {listed}",
         hint="--field NAME says which one is the text",
@@ -387,7 +388,9 @@ def _documents(
             yield _passages([(_with_newlines(text), learned) for text, learned in mended if text])
     if not tally.documents and tally.left_out:
         why = ", ".join(f"{reason} {count:,}" for reason, count in tally.left_out.items())
-        raise DataError(f"{file.name} holds no document with text ({why})", hint="leave it out, or choose another --field")
+        raise DataError(
+            f"{file.name} holds no document with text ({why})", hint="leave it out, or choose another --field"
+        )
 
 
 def _texts(where: str, record: dict[str, Any], wanted: Wanted) -> list[tuple[str, bool]] | None:
@@ -409,7 +412,8 @@ def _one(where: str, name: str, value: object) -> list[tuple[str, bool]]:
         return []
     if not isinstance(value, str):
         raise DataError(
-            f"{where}: field {name!r} is {type(value).__name__}, not text", hint="--field NAME says which one is the text"
+            f"{where}: field {name!r} is {type(value).__name__}, not text",
+            hint="--field NAME says which one is the text",
         )
     return [(value, True)]
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from p2ptrain.config.manifest import VOCABULARY_MAX
 from p2ptrain.data.tokenizer import TOKENIZER_MAX_BYTES, TextTokenizer
 from p2ptrain.errors import DataError
 
@@ -28,7 +29,6 @@ _MAGIC = b"p2ptrain tokens\x01"
 _FIELDS = struct.Struct("<16sIIIIQQQQQQ32s")
 HEADER_BYTES = 256
 ALIGNMENT = 4096
-VOCABULARY_MAX = 2**19
 _MASKED = 1
 
 
@@ -155,15 +155,19 @@ class TokenFile:
         except DataError as error:
             raise DataError(f"{path}: {error}", hint=error.hint) from error
 
-    @functools.cached_property
-    def tokenizer(self) -> TextTokenizer:
-        """The tokenizer that the tokens are of. Raises DataError."""
+    def tokenizer_json(self) -> bytes:
+        """The tokenizer that the tokens are of, as the tokenizers library writes it. Raises DataError."""
         with self.path.open("rb") as file:
             file.seek(HEADER_BYTES)
             json = file.read(self.header.tokenizer_bytes)
         if hashlib.sha256(json).hexdigest() != self.header.tokenizer_sha256:
             raise DataError(f"the tokenizer in {self.path} is damaged", hint="give the text again: --data PATH")
-        return TextTokenizer(json)
+        return json
+
+    @functools.cached_property
+    def tokenizer(self) -> TextTokenizer:
+        """That tokenizer, loaded. Raises DataError."""
+        return TextTokenizer(self.tokenizer_json())
 
     @property
     def train(self) -> NDArray[Any]:

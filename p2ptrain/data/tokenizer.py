@@ -107,6 +107,7 @@ ENDS = (
     "[SEP]",
 )
 """Special tokens that stand between two documents, where a tokenizer has one."""
+BEGINS = ("<|begin_of_text|>", "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<s>", "<bos>", "[CLS]")
 
 
 class _Model(msgspec.Struct, frozen=True):
@@ -136,7 +137,10 @@ class TextTokenizer:
         if not vocabulary:
             raise DataError("the tokenizer has no tokens", hint="give another with --tokenizer")
         self.vocabulary = max(vocabulary.values()) + 1
-        end = next((vocabulary[name] for name in ENDS if name in vocabulary), None)
+        #: the names of the special tokens around a text; empty: there is none
+        self.end_of_text = next((name for name in ENDS if name in vocabulary), "")
+        self.begin_of_text = next((name for name in BEGINS if name in vocabulary), "")
+        end = vocabulary.get(self.end_of_text)
         #: between two documents
         self.separator: list[int] = self.encode("\n\n") if end is None else [end]
         #: bytes of text that this is
@@ -223,7 +227,8 @@ def read_tokenizer(path: Path) -> TextTokenizer:
         return TextTokenizer(file.read_bytes(), _chat_template(file.parent))
     except OSError as error:
         raise DataError(
-            f"no tokenizer at {file}: {error.strerror}", hint="--tokenizer with a tokenizer.json, its folder, or train:N"
+            f"no tokenizer at {file}: {error.strerror}",
+            hint="--tokenizer with a tokenizer.json, its folder, or train:N",
         ) from error
     except DataError as error:
         raise DataError(f"{file}: {error}", hint=error.hint) from error

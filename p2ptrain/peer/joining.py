@@ -13,7 +13,6 @@ from p2ptrain.calls.messages import KNOWN_ALREADY, CallError, RefusedError, Traf
 from p2ptrain.calls.news import NewsFeed
 from p2ptrain.chain.admission import Grant, Revocation
 from p2ptrain.config.manifest import Manifest, open_manifest
-from p2ptrain.data.corpus import unpack
 from p2ptrain.errors import (
     AccessError,
     DataError,
@@ -34,8 +33,6 @@ from p2ptrain.swarm.records import RunRecord
 ATTEMPTS = 3
 RETRY_SECONDS = 1.0
 """A peer that has just started, or a DHT that has just lost one, may need a moment."""
-PACKING_SLACK_BYTES = 1024 * 1024
-"""A packed corpus is never longer than the text and this."""
 SILENCE_SECONDS = 180.0
 """A newcomer that hears nobody who has rounds of its run gives up after so long: time enough to start a peer again."""
 SAY_AFTER_SECONDS = 10.0
@@ -253,36 +250,6 @@ def _named(names: dict[bytes, str], choice: str) -> dict[bytes, str]:
         for run_id, name in names.items()
         if name == choice or (len(wanted) >= 4 and run_id.hex().startswith(wanted))
     }
-
-
-async def fetch_corpus(
-    node: SwarmNode,
-    run_id: bytes,
-    manifest: Manifest,
-    introducers: Collection[bytes],
-    progress: Callable[[str, int, int], None],
-) -> bytes:
-    """The packed corpus from any peer of the run that hands it out, of those that `introducers` names first.
-
-    Raises:
-        DataError: nobody has it.
-    """
-    config = manifest.data
-    packed = await _fetch_by_hash(
-        node,
-        run_id,
-        manifest,
-        introducers,
-        config.bytes + config.heldout_bytes + PACKING_SLACK_BYTES,
-        lambda packed: unpack(packed, config),
-        lambda done, total: progress("data", done, total),
-    )
-    if isinstance(packed, bytes):
-        return packed
-    raise DataError(
-        f"none of {packed} peers hands out the run's text ({config.name})",
-        hint="get the text elsewhere and join with --data PATH, or try again later",
-    )
 
 
 async def fetch_beginning(

@@ -28,17 +28,17 @@ import torch
 from p2ptrain.calls.uplink import UplinkMeter
 from p2ptrain.chain.admission import Grant
 from p2ptrain.config.home import Home
-from p2ptrain.config.manifest import Manifest, open_manifest, sign_manifest
+from p2ptrain.config.manifest import FileConfig, Manifest, open_manifest, sign_manifest
 from p2ptrain.config.node import NodeSettings
-from p2ptrain.data.corpus import Corpus
-from p2ptrain.data.obtaining import obtain_corpus
-from p2ptrain.data.tokenizer import cached_tokens
-from p2ptrain.errors import HomeError, ModelError, UnreachableError
+from p2ptrain.data.obtaining import obtain_text
+from p2ptrain.data.preparing import Given
+from p2ptrain.data.text import Text
+from p2ptrain.errors import DataError, HomeError, ModelError, UnreachableError
 from p2ptrain.models.own import is_beginning
 from p2ptrain.models.task import Task, gpt_task
 from p2ptrain.observe.status import Standing, Status
 from p2ptrain.peer import joining
-from p2ptrain.peer.assembly import Link, Make, PackedCorpus, Run, driver_parts
+from p2ptrain.peer.assembly import Link, Make, Run, driver_parts
 from p2ptrain.peer.driver import RoundDriver
 from p2ptrain.peer.presence import Presence
 from p2ptrain.peer.progress import Shown
@@ -281,14 +281,17 @@ class PeerSession:
             grant = None
         return Run(manifest, run_id, signed, founder=False, introducers=introducers, grant=grant)
 
-    def fetch_corpus(self, run: Run, data: list[Path] | None) -> Corpus:
-        """The run's text: from here, from `data`, or from the swarm by its hash. Raises DataError."""
+    def obtain_text(self, run: Run, given: Given | None) -> Text:
+        """The run's text: from here, from what is given, or from the swarm by its root. Raises DataError, HomeError."""
 
-        def from_swarm() -> bytes:
-            fetching = joining.fetch_corpus(self.node, run.run_id, run.manifest, run.introducers, self.display.transfer)
-            return self.network.run(fetching, CORPUS_SECONDS)
+        def fetch(file: FileConfig, path: Path) -> None:
+            self.fetch_file(run, file, path, "text")
 
-        return obtain_corpus(self.home, run.manifest.data, data, from_swarm)
+        return obtain_text(self.home, run.manifest, given, fetch, self.display)
+
+    def fetch_file(self, run: Run, config: FileConfig, path: Path, what: str) -> None:
+        if not path.exists() or path.stat().st_size != config.bytes:
+            raise DataError("not there", hint="bring it")
 
     def fetch_beginning(self, run: Run, own: bytes) -> None:
         """Have the beginning of a run of somebody's own model in this home: `own`, if it is that, or the swarm's.
@@ -309,7 +312,7 @@ class PeerSession:
 
     # ---- training ---------------------------------------------------------------------------------------------
 
-    def train(self, run: Run, corpus: Corpus) -> None:
+    def train(self, run: Run, text: Text) -> None:
         """Take part in the run, with its text, until its end, the round limit, or Ctrl-C.
 
         Raises:
@@ -321,16 +324,14 @@ class PeerSession:
         threads = self.settings.threads or (os.cpu_count() or 1)
         torch.set_num_threads(threads)
         make_ready(device)
-        tokens = cached_tokens(corpus.train, self.home.data)
-        nonce = bytes.fromhex(run.manifest.nonce)
-        status, bytes_per_token = Status(), len(corpus.train) / len(tokens)
+        train, nonce, status = text.train, bytes.fromhex(run.manifest.nonce), Status()
 
         def make(books: Books) -> Participant:
-            return self._make.trainer(books, tokens, bytes_per_token, self.inbox, status)
+            masks = {} if train.mask is None else {"mask": train.mask}
+            return self._make.trainer(books, train.tokens, train.bytes_per_token, self.inbox, status, **masks)
 
-        packed = PackedCorpus(self.home, run.manifest.data, corpus)
         task = gpt_task(self._make.model(run.manifest.model), nonce)
-        part = self.take_part(run, task, device, make, packed.read)
+        part = self.take_part(run, task, device, make, lambda: None)
         self._print_join_line(part.addresses)
         with self._signals():
             self._train(part)

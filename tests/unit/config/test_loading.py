@@ -65,7 +65,7 @@ def test_floats_are_written_as_toml_reads_them(value: float) -> None:
         ('[access]\nmode = "list"\npeers = ["me"]', 'access.peers[0] = "me"', "correct it in"),
         ("model = 3", "model = 3: expected `object`", "correct it in"),
         ("[[model]]\nlayers = 3", "model = ", "correct it in"),
-        ("model =", "is not TOML", "p2ptrain init run.toml --force"),
+        ("model =", "is not TOML", "correct run.toml"),
     ],
 )
 def test_a_mistake_is_named_with_what_to_do(text: str, message: str, hint: str) -> None:

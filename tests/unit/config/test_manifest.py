@@ -16,11 +16,14 @@ from p2ptrain.config.manifest import (
     MANIFEST_MAX_BYTES,
     TOKENIZER_VOCABULARY,
     AccessConfig,
+    DataConfig,
+    FileConfig,
     Manifest,
     ModelConfig,
     OptimizerConfig,
     RoundConfig,
     SignedManifest,
+    SourceConfig,
     TaskConfig,
     canonical_bytes,
     open_manifest,
@@ -71,7 +74,9 @@ def test_what_is_signed_opens_as_it_was_with_owner_and_founder_filled_in() -> No
 
 def test_every_key_is_part_of_the_hash() -> None:
     task = TaskConfig(parameters=7, sha256="0" * 64)
-    whole = msgspec.structs.replace(small(), founder=PEER, round=RoundConfig(robust="mean"), task=task)
+    source = SourceConfig(name="letters", license="MIT")
+    data = DataConfig(tokens=FileConfig(bytes=9, root="0" * 64), sources=(source,))
+    whole = msgspec.structs.replace(small(), founder=PEER, round=RoundConfig(robust="mean"), task=task, data=data)
     body = msgspec.msgpack.decode(canonical_bytes(whole))
     for path, _ in tables(Manifest):
         inner = body

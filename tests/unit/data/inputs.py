@@ -6,8 +6,21 @@ import random
 from pathlib import Path
 
 _RANDOM = random.Random(7)
-_NOUNS = "river mill bridge baker lantern garden ferry orchard clock harbour ladder meadow".split()
-_VERBS = "carries mends counts paints follows opens borrows measures greets keeps".split()
+_NOUNS = (
+    "river",
+    "mill",
+    "bridge",
+    "baker",
+    "lantern",
+    "garden",
+    "ferry",
+    "orchard",
+    "clock",
+    "harbour",
+    "ladder",
+    "meadow",
+)
+_VERBS = ("carries", "mends", "counts", "paints", "follows", "opens", "borrows", "measures", "greets", "keeps")
 
 
 def sentence() -> str:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import zstandard
 
 from p2ptrain.config.manifest import ModelConfig
-from p2ptrain.data.tokenizer import encode, tokenise
+from p2ptrain.data.tokenizer import encode, shipped_tokenizer, tokenise
 from p2ptrain.models.gpt import GPT
 from p2ptrain.models.init import initialise
 from p2ptrain.training.evaluation import bits_per_byte, compressors_bits_per_byte, sample
@@ -90,12 +90,16 @@ def test_compressors_are_measured_by_what_they_can_undo() -> None:
 
 
 def test_a_sample_continues_its_prompt_and_repeats_with_its_seed(model: GPT) -> None:
-    one = sample(model, "Fellow citizens", 20, seed=3)
+    one = sample(model, shipped_tokenizer(), "Fellow citizens", 20, seed=3)
     assert one.startswith("Fellow citizens") and len(one) > len("Fellow citizens")
-    assert one == sample(model, "Fellow citizens", 20, seed=3) != sample(model, "Fellow citizens", 20, seed=4)
+    assert (
+        one
+        == sample(model, shipped_tokenizer(), "Fellow citizens", 20, seed=3)
+        != sample(model, shipped_tokenizer(), "Fellow citizens", 20, seed=4)
+    )
 
 
 def test_a_sample_without_a_prompt_begins_a_paragraph(model: GPT) -> None:
     assert encode("\n\n")
-    text = sample(model, "", 10, temperature=0.0)
+    text = sample(model, shipped_tokenizer(), "", 10, temperature=0.0)
     assert text and not text.startswith("\n")
