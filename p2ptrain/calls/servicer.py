@@ -22,6 +22,7 @@ from hivemind.p2p import P2PContext, ServicerBase
 from p2ptrain.calls.downloads import Downloads
 from p2ptrain.calls.handout import Handout
 from p2ptrain.calls.messages import (
+    HASHES_MAX,
     NOT_LISTED,
     REVOKED,
     STATEMENTS_MAX_BYTES,
@@ -33,16 +34,17 @@ from p2ptrain.calls.messages import (
     CallError,
     ContributionHeader,
     DataRequest,
+    FileRequest,
     Follow,
     FrameReader,
     Hello,
     JoinRequest,
     News,
+    PiecesHeld,
     ProofHeader,
     Relay,
     RoundsHeader,
     RoundsRequest,
-    SnapshotHeld,
     SnapshotOffer,
     SnapshotRequest,
     Tip,
@@ -163,6 +165,9 @@ class AnsweringPeer(Protocol):
     def hear_tip(self, peer: bytes, tip: Tip) -> None:
         """Hear where a peer stands."""
 
+    def open_file(self, root: bytes) -> PieceFile | None:
+        """Return the file of the run that has this root, if it is here."""
+
     def packed_corpus(self) -> bytes | None:
         """Return the corpus to hand out, if there is one. Any thread."""
 
@@ -231,6 +236,11 @@ class PeerServicer(ServicerBase):
     async def rpc_snapshot(self, request: BytesValue, context: P2PContext) -> AsyncIterator[BytesValue]:
         """Pieces of a snapshot."""
         async for frame in self._serve(context, lambda peer: self._snapshot(request.value, peer)):
+            yield frame
+
+    async def rpc_file(self, request: BytesValue, context: P2PContext) -> AsyncIterator[BytesValue]:
+        """Pieces of a file of the run."""
+        async for frame in self._serve(context, lambda peer: self._file(request.value, peer)):
             yield frame
 
     async def rpc_data(self, request: BytesValue, context: P2PContext) -> AsyncIterator[BytesValue]:
@@ -339,12 +349,28 @@ class PeerServicer(ServicerBase):
         if found is None:
             yield self._traffic.message(Answer(refusal or "no such snapshot here any more"))
             return
-        numbers = range(wanted.first, min(wanted.end, wanted.first + PIECES_A_CALL))
-        if len(numbers) < wanted.end - wanted.first or not all(map(found.has, numbers)):
+        async for frame in self._pieces(found, wanted, peer):
+            yield frame
+
+    async def _file(self, request: bytes, peer: bytes) -> Frames:
+        wanted = decode_message(request, FileRequest)
+        refusal = self._answering.wrong_run(wanted.run_id)
+        found = None if refusal else self._answering.open_file(wanted.root)
+        if found is None:
+            yield self._traffic.message(Answer(refusal or "no such file here"))
+            return
+        async for frame in self._pieces(found, wanted, peer):
+            yield frame
+
+    async def _pieces(self, found: PieceFile, wanted: SnapshotRequest | FileRequest, peer: bytes) -> Frames:
+        numbers = range(wanted.first, wanted.end)
+        at_once = HASHES_MAX if wanted.hashes else PIECES_A_CALL
+        there = wanted.end <= found.pieces and len(numbers) <= at_once
+        if not there or not (wanted.hashes or all(map(found.has, numbers))):
             yield self._traffic.message(Answer("not all of these pieces are here"))
             return
-        held = self._traffic.message(SnapshotHeld(found.held))
-        if not numbers and not wanted.hashes:
+        held = self._traffic.message(PiecesHeld(found.held))
+        if not numbers:
             yield self._traffic.message(Answer(""))
             yield held
             return
@@ -355,8 +381,9 @@ class PeerServicer(ServicerBase):
             yield held
             if wanted.hashes:
                 hashes = await self._answering.catching_up.hashes_of(found)
-                async for frame in self._paced(b"".join(hashes), going_on):
+                async for frame in self._paced(b"".join(hashes[wanted.first : wanted.end]), going_on):
                     yield frame
+                return
             for number in numbers:
                 async for frame in self._paced(await asyncio.to_thread(found.read, number), going_on):
                     yield frame

@@ -24,7 +24,7 @@ from p2ptrain.errors import ManifestError
 if TYPE_CHECKING:
     from p2ptrain.chain import ChainState
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 MANIFEST_MAX_BYTES = 16 * 1024
 PARAMETERS_MAX = 2**31
 TOKENIZER_VOCABULARY = 4096
@@ -76,6 +76,16 @@ class ModelConfig(_Table, frozen=True, kw_only=True):
         return 2 * self.vocabulary * self.embedding + self.layers * block + self.embedding
 
 
+class FileConfig(_Table, frozen=True, kw_only=True):
+    """A file that every peer of the run needs, handed out in pieces."""
+
+    bytes: Annotated[int, Meta(ge=1, le=2**38)]
+    """Length in bytes. At most 256 GiB, so that the hashes of its pieces, which a joiner fetches first and each peer
+    holds in memory, take at most 16 MiB."""
+    root: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+    """Hash over the length and the hashes of all pieces."""
+
+
 class TaskConfig(_Table, frozen=True, kw_only=True):
     """A model that is somebody's own code, which each peer brings along; never sent, never loaded by name."""
 
@@ -83,8 +93,8 @@ class TaskConfig(_Table, frozen=True, kw_only=True):
     """Where the model comes from: `code`, a module that each peer's own program has made."""
     parameters: Annotated[int, Meta(ge=1, le=PARAMETERS_MAX)]
     """Number of parameters that are trained."""
-    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
-    """Hash of the run's beginning: names, shapes, kinds and first values."""
+    values: FileConfig
+    """The run's beginning: names, shapes, kinds and first values."""
 
 
 class DataConfig(_Table, frozen=True, kw_only=True):

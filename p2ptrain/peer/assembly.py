@@ -7,7 +7,7 @@ one own log; the trainer is restored from them before the driver begins where th
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -32,6 +32,7 @@ from p2ptrain.rounds.rules import RoundRules
 from p2ptrain.state.files import atomic_write
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import OwnEntry, OwnLog
+from p2ptrain.state.pieces import PieceFile
 from p2ptrain.state.snapshot import SnapshotStore
 from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.training.trainer import Trainer
@@ -88,6 +89,7 @@ def driver_parts(
     inbox: Inbox,
     uplink: UplinkMeter,
     packed_corpus: Callable[[], bytes | None] = lambda: None,
+    files: Mapping[bytes, PieceFile] = {},
     sync_progress: Callable[[str, int, int], None] = lambda what, done, of: None,
     traffic: Traffic | None = None,
 ) -> DriverParts:
@@ -95,6 +97,7 @@ def driver_parts(
 
     Args:
         packed_corpus: the run's text as it is handed out; None: this peer has none. Any thread.
+        files: by root, those of the run that are here whole.
         sync_progress: hears (what, bytes done, bytes in all) while a snapshot is fetched.
         traffic: counts what is sent and received.
     """
@@ -130,6 +133,7 @@ def driver_parts(
         snapshot_max_bytes=replica.snapshot_max_bytes,
         snapshot_chain=replica.snapshot_chain,
         packed_corpus=packed_corpus,
+        files=dict(files),
         sync_progress=sync_progress,
         decisions_log=home.decisions,
         company=home.company,

@@ -18,12 +18,10 @@ from p2ptrain.errors import (
     AccessError,
     DataError,
     ManifestError,
-    ModelError,
     RevokedError,
     RunChoiceError,
     UnreachableError,
 )
-from p2ptrain.models.own import beginning_max_bytes, check_beginning
 from p2ptrain.peer.admission import shuts_out
 from p2ptrain.peer.corpus_download import CorpusDownload
 from p2ptrain.swarm.addresses import parse_addresses
@@ -268,69 +266,13 @@ async def fetch_corpus(
         DataError: nobody has it.
     """
     config = manifest.data
-    packed = await _fetch_by_hash(
-        node,
-        run_id,
-        manifest,
-        introducers,
+    download = CorpusDownload(
+        Client(node, Traffic(), run_id),
+        node.connect,
         config.bytes + config.heldout_bytes + PACKING_SLACK_BYTES,
         lambda packed: unpack(packed, config),
         lambda done, total: progress("data", done, total),
     )
-    if isinstance(packed, bytes):
-        return packed
-    raise DataError(
-        f"none of {packed} peers hands out the run's text ({config.name})",
-        hint="get the text elsewhere and join with --data PATH, or try again later",
-    )
-
-
-async def fetch_beginning(
-    node: SwarmNode,
-    run_id: bytes,
-    manifest: Manifest,
-    introducers: Collection[bytes],
-    progress: Callable[[str, int, int], None],
-) -> bytes:
-    """The first values of a model of somebody's own, from any peer of the run, of those that `introducers` names first.
-
-    Raises:
-        DataError: nobody has them.
-    """
-    config = manifest.own_model
-    assert config is not None
-
-    def check(beginning: bytes) -> None:
-        try:
-            check_beginning(beginning, config)
-        except ModelError as error:
-            raise DataError(str(error), hint="fetch them from another peer") from error
-
-    found = await _fetch_by_hash(
-        node,
-        run_id,
-        manifest,
-        introducers,
-        beginning_max_bytes(config),
-        check,
-        lambda done, total: progress("first values", done, total),
-    )
-    if isinstance(found, bytes):
-        return found
-    raise DataError(f"none of {found} peers hands out the run's first values", hint="try again later")
-
-
-async def _fetch_by_hash(
-    node: SwarmNode,
-    run_id: bytes,
-    manifest: Manifest,
-    introducers: Collection[bytes],
-    max_bytes: int,
-    check: Callable[[bytes], object],
-    progress: Callable[[int, int], None],
-) -> bytes | int:
-    """What the run's `data` call hands out, once it passes `check`; or the number of peers, none of which has it."""
-    download = CorpusDownload(Client(node, Traffic(), run_id), node.connect, max_bytes, check, progress)
     for attempt in range(ATTEMPTS):
         if attempt:
             # A stream that breaks once is no reason to send a user away.
@@ -341,7 +283,10 @@ async def _fetch_by_hash(
         packed = await download.run(peers)
         if packed is not None:
             return packed
-    return len(peers)
+    raise DataError(
+        f"none of {len(peers)} peers hands out the run's text ({config.name})",
+        hint="get the text elsewhere and join with --data PATH, or try again later",
+    )
 
 
 async def await_chain(

@@ -27,9 +27,9 @@ from p2ptrain.calls.messages import (
     BlobHeader,
     CallError,
     JoinRequest,
+    PiecesHeld,
     RoundsHeader,
     RoundsRequest,
-    SnapshotHeld,
     SnapshotOffer,
     SnapshotRequest,
     Tip,
@@ -237,10 +237,11 @@ class _WithSnapshot(Liar):
             yield self.traffic.message(Answer("no such snapshot here any more"))
             return
         yield self.traffic.message(Answer(""))
-        yield self.traffic.message(SnapshotHeld(b""))
+        yield self.traffic.message(PiecesHeld(b""))
         if wanted.hashes:
-            for frame in self.traffic.blob(b"".join(piece_hashes(held))):
+            for frame in self.traffic.blob(b"".join(piece_hashes(held)[wanted.first : wanted.end])):
                 yield frame
+            return
         for number in range(wanted.first, wanted.end):
             for frame in self.traffic.blob(self.piece(held[number * STATE_BYTES : (number + 1) * STATE_BYTES])):
                 yield frame

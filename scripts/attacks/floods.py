@@ -38,6 +38,7 @@ CALLS = {
     "rpc_follow": "Follow",
     "rpc_rounds": "RoundsRequest",
     "rpc_snapshot": "SnapshotRequest",
+    "rpc_file": "FileRequest",
     "rpc_data": "DataRequest",
     "rpc_audit": "AuditRequest",
     "rpc_prove": "ProofHeader",

@@ -98,6 +98,10 @@ class Liar:
         """Answer to `snapshot`."""
         yield self.traffic.message(Answer("no such snapshot here any more"))
 
+    async def file(self, request: bytes) -> AsyncIterator[BytesValue]:
+        """Answer to `file`."""
+        yield self.traffic.message(Answer("no such file here"))
+
     async def hello(self) -> BytesValue:
         """Answer to `hello`: nothing of any use."""
         return self.traffic.message(Answer(""))
@@ -162,6 +166,11 @@ class PeerServicer(ServicerBase):
     async def rpc_snapshot(self, request: BytesValue, context: P2PContext) -> Stream[BytesValue]:
         """Hand out a snapshot."""
         async for frame in self._liar.snapshot(request.value):
+            yield frame
+
+    async def rpc_file(self, request: BytesValue, context: P2PContext) -> Stream[BytesValue]:
+        """Hand out a file of the run."""
+        async for frame in self._liar.file(request.value):
             yield frame
 
     async def rpc_audit(self, request: BytesValue, context: P2PContext) -> Stream[BytesValue]:

@@ -45,15 +45,16 @@ from p2ptrain.calls.messages import (
     CallError,
     ContributionHeader,
     DataRequest,
+    FileRequest,
     Follow,
     Hello,
     JoinRequest,
     News,
+    PiecesHeld,
     ProofHeader,
     Relay,
     RoundsHeader,
     RoundsRequest,
-    SnapshotHeld,
     SnapshotOffer,
     SnapshotRequest,
     Tip,
@@ -69,7 +70,15 @@ from p2ptrain.compression.codec import Codec
 from p2ptrain.compression.layout import CHUNK_SIZE
 from p2ptrain.compression.selection import quantise
 from p2ptrain.compression.wire import Coefficients, WireError
-from p2ptrain.config.manifest import Manifest, ModelConfig, SignedManifest, open_manifest, run_id, sign_manifest
+from p2ptrain.config.manifest import (
+    PROTOCOL_VERSION,
+    Manifest,
+    ModelConfig,
+    SignedManifest,
+    open_manifest,
+    run_id,
+    sign_manifest,
+)
 from p2ptrain.data.corpus import Corpus, pack, unpack
 from p2ptrain.errors import DataError, ManifestError, UsageError
 from p2ptrain.history.catching_up import _check_access as check_start
@@ -242,8 +251,8 @@ class Decoders:
         statements = (self._grant(),)
         made = (
             tip,
-            Hello(8),
-            Welcome(8, run, self._signed, tip, ""),
+            Hello(PROTOCOL_VERSION),
+            Welcome(PROTOCOL_VERSION, run, self._signed, tip, ""),
             ContributionHeader(run, 5, one, 0, row, bytes(64), 32, one, tip),
             Answer("no"),
             Arrived("", 12_345),
@@ -257,7 +266,8 @@ class Decoders:
             JoinRequest(run, row),
             Amend(run, statements),
             SnapshotRequest(run, one, one, 0, 1, True),
-            SnapshotHeld(b"\x07"),
+            FileRequest(run, one, 0, 1, True),
+            PiecesHeld(b"\x07"),
             DataRequest(run),
             AuditRequest(run, one),
             ProofHeader(run, one),
