@@ -7,7 +7,6 @@ finds it and hands it to those who join: the files themselves may change or move
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -179,7 +178,7 @@ def _of_own_text(
     manifest = begin(name)
     display = Display(quiet=quiet)
     home.lock()
-    made = home.data / "text.new"
+    made = home.unfinished_tokens
     try:
         prepared = preparing.prepare(given, made, display)
         header = prepared.built.header
@@ -187,8 +186,7 @@ def _of_own_text(
         if private:
             write_part(TokenFile(made), home.own_tokens, train=True)
             write_part(TokenFile(made), made, train=False)
-        file = obtaining.name_file(made, display)
-        os.replace(made, home.tokens(file.root))
+        file = obtaining.place(home, display)
     finally:
         made.unlink(missing_ok=True)
         display.close()

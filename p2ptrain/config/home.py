@@ -15,7 +15,7 @@ import platformdirs
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from p2ptrain.errors import HomeError
-from p2ptrain.state.files import atomic_write, remove_unfinished
+from p2ptrain.state.files import UNFINISHED_PREFIX, atomic_write, remove_unfinished
 
 _OWNER_KEY_BYTES = 32
 
@@ -63,6 +63,8 @@ class Home:
         self.beginning = path / "beginning"
         #: the text that this peer alone trains on
         self.own_tokens = self.data / "own.tokens"
+        #: tokens that are being made
+        self.unfinished_tokens = self.data / f"{UNFINISHED_PREFIX}tokens"
         self._lock: int | None = None
 
     def tokens(self, root: str) -> Path:

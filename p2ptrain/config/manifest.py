@@ -24,7 +24,7 @@ from p2ptrain.errors import ManifestError
 if TYPE_CHECKING:
     from p2ptrain.chain import ChainState
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 MANIFEST_MAX_BYTES = 16 * 1024
 PARAMETERS_MAX = 2**31
 TOKENIZER_VOCABULARY = 4096
@@ -95,8 +95,8 @@ class TaskConfig(_Table, frozen=True, kw_only=True):
     """Where the model comes from: `code`, a module that each peer's own program has made."""
     parameters: Annotated[int, Meta(ge=1, le=PARAMETERS_MAX)]
     """Number of parameters that are trained."""
-    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
-    """Hash of the run's beginning: names, shapes, kinds and first values."""
+    values: FileConfig
+    """The run's beginning: names, shapes, kinds and first values."""
 
 
 class SourceConfig(_Table, frozen=True, kw_only=True):

@@ -29,6 +29,7 @@ from p2ptrain.data.reading import PASSAGE_CHARACTERS, Passage, place_to_cut
 from p2ptrain.data.token_file import HEADER_BYTES, VOCABULARY_MAX, Header, TokenFile, token_bytes
 from p2ptrain.data.tokenizer import TextTokenizer
 from p2ptrain.errors import DataError
+from p2ptrain.state.files import UNFINISHED_PREFIX
 
 HELDOUT_SHARE = 0.02
 DRAWN_SHARE = (0.01, 0.04)
@@ -320,7 +321,7 @@ def _batches(found: Iterator[tuple[list[Passage], int | None]]) -> Iterator[list
 @contextlib.contextmanager
 def _unfinished(folder: Path) -> Iterator[BinaryIO]:
     """A file that is gone afterwards, unless it was given another name."""
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".tmp-", delete=False) as file:
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=UNFINISHED_PREFIX, delete=False) as file:
         try:
             yield file  # type: ignore[misc]
         finally:

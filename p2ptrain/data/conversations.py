@@ -50,7 +50,7 @@ def chat_of(tokenizer: TextTokenizer) -> Chat | None:
             return template.render(
                 messages=messages, add_generation_prompt=prompt, bos_token=tokenizer.begin_of_text, eos_token=end
             )
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
+        except Exception as error:  # whatever an expression in it raises
             raise ValueError(f"the template refuses this conversation: {error}") from error
 
     def chat(messages: list[dict[str, Any]]) -> list[tuple[str, bool]]:

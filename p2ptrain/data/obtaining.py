@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +9,12 @@ from pathlib import Path
 from p2ptrain.config.home import Home
 from p2ptrain.config.manifest import DataConfig, FileConfig, Manifest
 from p2ptrain.data.corpus import check_embedded, load_embedded
-from p2ptrain.data.preparing import Given, Told, prepare
+from p2ptrain.data.preparing import Given, Told, cannot_write, prepare
 from p2ptrain.data.text import Part, Text, embedded_text, text_of
 from p2ptrain.data.token_file import TokenFile, is_token_file
 from p2ptrain.data.tokenizer import TextTokenizer, shipped_tokenizer
 from p2ptrain.errors import DataError
-from p2ptrain.state.snapshot import PIECE_BYTES, root_of
+from p2ptrain.state.run_files import hashed, take
 
 Fetch = Callable[[FileConfig, Path], None]
 """Has a file of the run, from the swarm if need be, at that path."""
@@ -37,12 +35,12 @@ def obtain_text(home: Home, manifest: Manifest, given: Given | None, fetch: Fetc
     config, context = manifest.data, manifest.model.context
     if not config.private and given is not None:
         _check_given(home, config, given, told)
-    text = _shared(home, config, fetch)
+    text = _shared(home, config, fetch, train=not config.private)
     if config.private:
         text = text.with_train(_own(home, config, given, told, text.tokenizer()))
     if text.vocabulary > manifest.model.vocabulary:
         raise DataError(
-            f"model.vocabulary = {manifest.model.vocabulary} is below the tokenizer's {text.vocabulary} tokens",
+            f"model.vocabulary = {manifest.model.vocabulary} is below the tokenizer's {text.vocabulary:,} tokens",
             hint="make run.toml anew with p2ptrain init --data",
         )
     check_length(text.train, context)
@@ -59,13 +57,13 @@ def check_length(train: Part, context: int) -> None:
 
 
 def held_text(home: Home, config: DataConfig) -> Text:
-    """The text as far as this home has it: for `eval` and `sample`. Raises DataError."""
+    """What is held out, as far as this home has it, and the tokenizer. Raises DataError."""
 
     def nowhere(file: FileConfig, path: Path) -> None:
         if not path.exists() or path.stat().st_size != file.bytes:
             raise DataError(f"home {home.path} has no copy of the run's text", hint="p2ptrain join ADDR fetches it")
 
-    return _shared(home, config, nowhere)
+    return _shared(home, config, nowhere, train=False)
 
 
 def tokenizer_of(home: Home, config: DataConfig) -> TextTokenizer:
@@ -73,12 +71,12 @@ def tokenizer_of(home: Home, config: DataConfig) -> TextTokenizer:
     return shipped_tokenizer() if config.token_file is None else held_text(home, config).tokenizer()
 
 
-def _shared(home: Home, config: DataConfig, fetch: Fetch) -> Text:
-    """What peers hand out, or have from the package; without training text where that is private."""
+def _shared(home: Home, config: DataConfig, fetch: Fetch, *, train: bool) -> Text:
+    """What peers hand out, or have from the package, whose training text takes a while and may be left out."""
     file = config.token_file
     if file is None:
         check_embedded(config, load_embedded())
-        return embedded_text(home.data)
+        return embedded_text(home.data, train=train)
     path = home.tokens(file.root)
     fetch(file, path)
     found = TokenFile(path)
@@ -95,22 +93,34 @@ def _check_given(home: Home, config: DataConfig, given: Given, told: Told) -> No
     path = home.tokens(file.root)
     if path.exists() and path.stat().st_size == file.bytes:
         return
-    made = path.with_suffix(".new")
+    made = home.unfinished_tokens
     try:
         if len(given.paths) == 1 and is_token_file(given.paths[0]):
             shutil.copyfile(given.paths[0], made)
         else:
             prepare(given, made, told, expected=config.tokenizer_sha256)
-        found = name_file(made, told)
-        if found != file:
+        found, pieces = hashed(made, lambda done, of: told.work("hashing tokens", done, of))
+        if (found.length, found.root.hex()) != (file.bytes, file.root):
             raise DataError(
-                f"the text here makes tokens that hash to {found.root[:16]}, those of the run ({config.name}) hash to "
-                f"{file.root[:16]}",
+                f"the text here makes tokens that hash to {found.root.hex()[:16]}, those of the run ({config.name}) "
+                f"hash to {file.root[:16]}",
                 hint="give the same files in the same order, --field and --tokenizer as the owner; or leave out --data",
             )
-        os.replace(made, path)
+        take(pieces, path)
+    except OSError as error:
+        raise cannot_write(home.data, error) from error
     finally:
         made.unlink(missing_ok=True)
+
+
+def place(home: Home, told: Told) -> FileConfig:
+    """Have the home's unfinished token file be one of a run; returns what the manifest says of it. Raises HomeError."""
+    try:
+        found, pieces = hashed(home.unfinished_tokens, lambda done, of: told.work("hashing tokens", done, of))
+        take(pieces, home.tokens(found.root.hex()))
+    except OSError as error:
+        raise cannot_write(home.data, error) from error
+    return FileConfig(bytes=found.length, root=found.root.hex())
 
 
 def _own(home: Home, config: DataConfig, given: Given | None, told: Told, tokenizer: TextTokenizer) -> Part:
@@ -128,14 +138,3 @@ def _own(home: Home, config: DataConfig, given: Given | None, told: Told, tokeni
             f"{home.own_tokens} is of another tokenizer than the run's", hint="give the text again with --data PATH"
         )
     return text_of(own).train
-
-
-def name_file(path: Path, told: Told) -> FileConfig:
-    """What a manifest says of a file. Raises OSError."""
-    length, done, hashes = path.stat().st_size, 0, []
-    with path.open("rb") as file:
-        while piece := file.read(PIECE_BYTES):
-            hashes.append(hashlib.sha256(piece).digest())
-            done += len(piece)
-            told.work("hashing tokens", done, length)
-    return FileConfig(bytes=length, root=root_of(length, hashes).hex())

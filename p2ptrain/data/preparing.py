@@ -105,14 +105,19 @@ def prepare(
         builder = Builder(path, tokenizer, lambda text: told.say(f"warning: {text}"), holds_out=holds_out)
         built = builder.build(passages)
     except OSError as error:
-        raise HomeError(
-            f"cannot write the text as tokens to {path.parent}: {error.strerror or error}",
-            hint="make room, or choose another home with --home DIR",
-        ) from error
+        raise cannot_write(path.parent, error) from error
     for line in gathered.lines():
         told.say(line)
     told.say(str(built.fit))
     return Prepared(built, gathered, tokenizer)
+
+
+def cannot_write(folder: Path, error: OSError) -> HomeError:
+    """What to say where tokens cannot be written."""
+    return HomeError(
+        f"cannot write the text as tokens to {folder}: {error.strerror or error}",
+        hint="make room, or choose another home with --home DIR",
+    )
 
 
 def _tokenizer(given: Given, listing: Listing, wanted: Wanted, told: Told) -> TextTokenizer:

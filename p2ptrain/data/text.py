@@ -46,6 +46,9 @@ class Part:
         return (self.mask[places >> 3] >> (places & 7) & 1).astype(bool)
 
 
+_NOTHING = Part(np.zeros(0, np.uint16))
+
+
 @dataclass(frozen=True, slots=True)
 class Text:
     """See the module docstring."""
@@ -62,11 +65,11 @@ class Text:
         return replace(self, train=train)
 
 
-def embedded_text(folder: Path) -> Text:
-    """The shipped corpus; its tokens are kept in `folder`."""
+def embedded_text(folder: Path, *, train: bool = True) -> Text:
+    """The shipped corpus, or what is held out of it alone; its tokens are kept in `folder`."""
     corpus = load_embedded()
-    train, heldout = (Part(cached_tokens(text, folder), len(text)) for text in (corpus.train, corpus.heldout))
-    return Text(train, heldout, shipped_tokenizer, TOKENIZER_VOCABULARY)
+    parts = (Part(cached_tokens(text, folder), len(text)) for text in (corpus.train, corpus.heldout)[not train :])
+    return Text(next(parts) if train else _NOTHING, next(parts), shipped_tokenizer, TOKENIZER_VOCABULARY)
 
 
 def text_of(file: TokenFile) -> Text:

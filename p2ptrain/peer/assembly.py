@@ -6,7 +6,7 @@ one own log; the trainer is restored from them before the driver begins where th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,6 +28,7 @@ from p2ptrain.rounds.machine import RoundMachine
 from p2ptrain.rounds.rules import RoundRules
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import OwnEntry, OwnLog
+from p2ptrain.state.pieces import PieceFile
 from p2ptrain.state.snapshot import SnapshotStore
 from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.training.trainer import Trainer
@@ -83,14 +84,14 @@ def driver_parts(
     own_log: OwnLog,
     inbox: Inbox,
     uplink: UplinkMeter,
-    packed_corpus: Callable[[], bytes | None] = lambda: None,
+    files: Mapping[bytes, PieceFile] = {},
     sync_progress: Callable[[str, int, int], None] = lambda what, done, of: None,
     traffic: Traffic | None = None,
 ) -> DriverParts:
     """Return what the driver of a peer works with; its machine begins where `replica` stands.
 
     Args:
-        packed_corpus: the run's text as it is handed out; None: this peer has none. Any thread.
+        files: by root, those of the run that are here whole.
         sync_progress: hears (what, bytes done, bytes in all) while a snapshot is fetched.
         traffic: counts what is sent and received.
     """
@@ -125,7 +126,7 @@ def driver_parts(
         introducers=run.introducers,
         snapshot_max_bytes=replica.snapshot_max_bytes,
         snapshot_chain=replica.snapshot_chain,
-        packed_corpus=packed_corpus,
+        files=dict(files),
         sync_progress=sync_progress,
         decisions_log=home.decisions,
         company=home.company,
