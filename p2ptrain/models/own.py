@@ -293,10 +293,12 @@ def check_beginning(path: Path, config: TaskConfig) -> Header:
     check_length(config)
     found, named = path.stat().st_size, config.values
     if found != named.bytes:
-        raise ModelError(f"the first values take {found:,} bytes, the run's {named.bytes:,}")
+        raise ModelError(f"the first values take {found:,} bytes, the run's {named.bytes:,}", hint=_fetch_anew(path))
     root = run_files.named(run_files.read_parts(path)).root.hex()
     if root != named.root:
-        raise ModelError(f"the first values hash to {root[:16]}, the run's to {named.root[:16]}")
+        raise ModelError(
+            f"the first values hash to {root[:16]}, the run's to {named.root[:16]}", hint=_fetch_anew(path)
+        )
     header = header_of(path)
     names = [entry.name for entry in header.trained]
     entries = sum(math.prod(entry.shape) for entry in header.trained)
@@ -308,6 +310,10 @@ def check_beginning(path: Path, config: TaskConfig) -> Header:
     except TensorFileError as error:
         raise ModelError(f"the run's first values are malformed: {error}") from error
     return header
+
+
+def _fetch_anew(path: Path) -> str:
+    return f"they are not what was written: remove {path} and start again, to fetch them anew"
 
 
 def own_task(module: nn.Module, path: Path, config: TaskConfig) -> Task:

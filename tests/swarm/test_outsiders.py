@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import signal
 import sys
@@ -96,8 +97,12 @@ class RunOfTwo:
 
     def sealed(self) -> list[SealedRound]:
         """What is in the journal of one of them."""
-        paths = sorted((self.ada.home / "journal").glob("round-*"))
-        return [decode_sealed(path.read_bytes(), verify) for path in paths]
+        found = []
+        for path in sorted((self.ada.home / "journal").glob("round-*")):
+            # The oldest are removed meanwhile.
+            with contextlib.suppress(FileNotFoundError):
+                found.append(decode_sealed(path.read_bytes(), verify))
+        return found
 
     def train(self, rounds: int) -> None:
         """Wait until both have had a part in some rounds more."""
