@@ -26,6 +26,7 @@ def evaluate(
     """Bits per byte on held-out text, beside what gzip, xz and zstd need for it."""
     set_up_logging(verbose, quiet)
     from p2ptrain.data.obtaining import held_text
+    from p2ptrain.peer.progress import Display
     from p2ptrain.training import evaluation
     from p2ptrain.training.reading import load_trained
 
@@ -33,9 +34,16 @@ def evaluate(
     trained = load_trained(here, device or "auto")
     text = held_text(here, trained.manifest.data)
     heldout = text.heldout
+    display = Display(quiet=quiet)
     bits = evaluation.bits_per_byte(
-        trained.model, heldout.tokens, heldout.bytes, max_tokens=max_tokens or None, mask=heldout.mask
+        trained.model,
+        heldout.tokens,
+        heldout.bytes,
+        max_tokens=max_tokens or None,
+        mask=heldout.mask,
+        progress=lambda done, of: display.work("evaluating", done, of),
     )
+    display.close()
     loss = bits * math.log(2) * heldout.bytes_per_token
     compressors = evaluation.compressors_bits_per_byte(evaluation.beginning_of(heldout.tokens, text.tokenizer()))
     state = trained.replica.chain

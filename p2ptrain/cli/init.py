@@ -114,6 +114,7 @@ def init(
         f"Wrote {manifest}: a GPT of {made.model.parameters:,} parameters, to be trained on {made.data.name} "
         f"({size}{made.data.license}).\n"
         f"Start it with:  p2ptrain bootstrap {shlex.quote(str(manifest))}{_home_flag(home)}"
+        f"{' --data PATH' if private and given is None else ''}"
     )
 
 

@@ -198,21 +198,25 @@ class Builder:
 
     def _encode(self, batch: list[tuple[list[Passage], int | None]]) -> Iterator[tuple[int | None, list[_Piece]]]:
         """(draw, pieces) of each document, or part of one."""
-        texts: list[str] = []
+        #: by whether the names of special tokens in them are these tokens
+        texts: dict[bool, list[str]] = {False: [], True: []}
         counts: list[list[int]] = []
         for document, _ in batch:
             counts.append([])
             for passage in document:
                 limit = max(_PIECE_MIN_CHARACTERS, min(PASSAGE_CHARACTERS, self._characters // _PIECES))
                 pieces = list(_split(passage.text, limit))
-                texts += pieces
+                texts[passage.special] += pieces
                 counts[-1].append(len(pieces))
                 self._characters += len(passage.text)
-        encoded = zip(texts, self._tokenizer.encode_all(texts), strict=True)
+        encoded = {
+            special: zip(some, self._tokenizer.encode_all(some, special=special), strict=True)
+            for special, some in texts.items()
+        }
         for (document, draw), of_passages in zip(batch, counts, strict=True):
             made: list[_Piece] = []
             for passage, count in zip(document, of_passages, strict=True):
-                for text, ids in itertools.islice(encoded, count):
+                for text, ids in itertools.islice(encoded[passage.special], count):
                     made.append(self._piece(ids, passage.learned, len(text.encode())))
             last = document[-1]
             if last.ends:

@@ -133,6 +133,7 @@ def _tokenizer(given: Given, listing: Listing, wanted: Wanted, told: Told) -> Te
             "a tokenizer is trained on the text before the text is read, and a pipe can be read only once",
             hint="write it to a file first, or train a tokenizer on a part of it",
         )
+    told.say("training a tokenizer, which may take a minute")
     tokenizer = train_tokenizer(_sample(listing, wanted, told), int(size[1]))
     told.say(f"trained a tokenizer of {tokenizer.vocabulary:,} tokens")
     return tokenizer

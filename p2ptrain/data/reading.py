@@ -43,6 +43,8 @@ class Passage:
     """A document ends with it."""
     learned: bool = True
     """Whether its tokens count in the loss."""
+    special: bool = False
+    """Whether the names of special tokens in it are these tokens, as in what a template writes, and not text."""
 
 
 @dataclass(slots=True)
@@ -385,7 +387,8 @@ def _documents(
         else:
             tally.documents += 1
             tally.mended += any(text is not new for (text, _), (new, _) in zip(texts, mended, strict=True))
-            yield _passages([(_with_newlines(text), learned) for text, learned in mended if text])
+            special = wanted.field is None and _is_conversation(record)
+            yield _passages([(_with_newlines(text), learned) for text, learned in mended if text], special)
     if not tally.documents and tally.left_out:
         why = ", ".join(f"{reason} {count:,}" for reason, count in tally.left_out.items())
         raise DataError(
@@ -402,9 +405,13 @@ def _texts(where: str, record: dict[str, Any], wanted: Wanted) -> list[tuple[str
     if "prompt" in record and "completion" in record:
         prompt, completion = (_one(where, name, record[name]) for name in ("prompt", "completion"))
         return [*((text, False) for text, _ in prompt), *completion]
-    if "messages" in record:
+    if _is_conversation(record):
         return _conversation(where, record["messages"], wanted)
     return None
+
+
+def _is_conversation(record: dict[str, Any]) -> bool:
+    return "messages" in record and "text" not in record and not ("prompt" in record and "completion" in record)
 
 
 def _one(where: str, name: str, value: object) -> list[tuple[str, bool]]:
@@ -432,14 +439,14 @@ def _conversation(where: str, messages: object, wanted: Wanted) -> list[tuple[st
         raise DataError(f"{where}: {error}", hint="correct or remove it") from error
 
 
-def _passages(texts: list[tuple[str, bool]]) -> Iterator[Passage]:
+def _passages(texts: list[tuple[str, bool]], special: bool) -> Iterator[Passage]:
     pieces = [
         (text[start : start + PASSAGE_CHARACTERS], learned)
         for text, learned in texts
         for start in range(0, len(text), PASSAGE_CHARACTERS)
     ]
     for number, (text, learned) in enumerate(pieces):
-        yield Passage(text, number == 0, number == len(pieces) - 1, learned)
+        yield Passage(text, number == 0, number == len(pieces) - 1, learned, special)
 
 
 def _mended(text: str) -> str:

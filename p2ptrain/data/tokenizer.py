@@ -159,6 +159,8 @@ class TextTokenizer:
         Raises:
             DataError: the tokenizer fails at them.
         """
+        if not texts:
+            return iter(())
         self._tokenizer.encode_special_tokens = not special
         try:
             encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)

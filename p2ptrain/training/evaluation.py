@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import lzma
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,13 @@ _TOKENS_AT_ONCE = 2048
 
 @torch.no_grad()
 def bits_per_byte(
-    model: GPT, tokens: NDArray[Any], text_bytes: int, *, max_tokens: int | None = None, mask: Mask | None = None
+    model: GPT,
+    tokens: NDArray[Any],
+    text_bytes: int,
+    *,
+    max_tokens: int | None = None,
+    mask: Mask | None = None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> float:
     """Bits per byte of text that `model` needs for `tokens`, in windows of its context.
 
@@ -40,6 +47,7 @@ def bits_per_byte(
         max_tokens: score about this many (at least one window), in windows spread evenly over the text, as if the
             rest took as many bits a token; default all.
         mask: a bit for each token: whether it is scored; as if the rest took as many bits a token.
+        progress: hears (bytes of tokens scored, of).
 
     Raises:
         ValueError: fewer than two tokens, or none that is scored.
@@ -59,9 +67,12 @@ def bits_per_byte(
     windows = [(starts[i : i + at_once].tolist(), context + 1) for i in range(0, len(starts), at_once)]
     if rest < len(tokens) - 1:
         windows.append(([rest], len(tokens) - rest))
+    done, total = 0, sum(len(offsets) * length for offsets, length in windows) * tokens.itemsize
     for offsets, length in windows:
         found, count = _nats(model, part, offsets, length)
         nats, scored = nats + found, scored + count
+        done += len(offsets) * length * tokens.itemsize
+        progress(done, total)
     if not scored:
         raise ValueError("none of the tokens is scored")
     return nats / math.log(2) / scored * (len(tokens) / text_bytes)

@@ -190,9 +190,10 @@ def test_where_tokens_cannot_be_written_the_home_is_named(tmp_path: Path, letter
 def test_what_is_done_is_said(letters: Given, tmp_path: Path) -> None:
     told = Silent()
     prepare(Given(letters.paths, tokenizer="train:300"), tmp_path / "a.tokens", told)
-    assert told.said[:3] == [
+    assert told.said[:4] == [
         "1 file to read",
+        "training a tokenizer, which may take a minute",
         "trained a tokenizer of 300 tokens",
         "read 1 document of 1 file",
     ]
-    assert "bytes a token" in told.said[3]
+    assert "bytes a token" in told.said[4]

@@ -124,6 +124,16 @@ def test_bits_say_which_tokens_count(
     assert found.sum() == len(found) - wanted.count(False)
 
 
+def test_special_tokens_are_themselves_where_a_template_wrote_them(tmp_path: Path, trained: TextTokenizer) -> None:
+    end = "<|endoftext|>"
+    for special in (False, True):
+        filler = Passage(text(12_000))
+        Builder(tmp_path / "a.tokens", trained).build([Passage(end, special=special), filler])
+        file = TokenFile(tmp_path / "a.tokens")
+        found = [*file.train.tolist(), *file.heldout.tolist()]
+        assert found.count(trained.separator[0]) == 2 + special
+
+
 def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     words = {f"w{number}": number for number in range(70_000)}
     json = {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": words, "unk_token": "w0"}}
