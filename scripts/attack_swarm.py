@@ -29,14 +29,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "bench"))
 
-import msgspec
 from attacks.catalogue import ATTACKS, Spec
 from attacks.watched import P2PTRAIN, HostileProcess, NotMeasuredError, Peer
 from lab.replayed import replayed
 from lab.report import Figures, machine, merged, note, read, write
 
 from p2ptrain.config.home import Home
-from p2ptrain.data.corpus import load_embedded, load_files
+from p2ptrain.data.corpus import load_embedded
 from p2ptrain.swarm.identity import format_peer_id, parse_peer_id
 
 NAMES = ("ada", "grace", "linus", "barbara", "edsger", "frances", "alan", "radia")
@@ -159,17 +158,15 @@ class Measurement:
         text = MANIFEST.format(nonce=f"{self.options.seed:032x}")
         if spec.access != "open":
             text += f'\n[access]\nmode = "{spec.access}"\n'
-        data: list[str] = []
         if spec.own_text:
             path = self.folder / "text.txt"
             path.write_bytes(load_embedded().train[:TEXT_BYTES])
-            config = load_files([path], "a text of its own", "CC0-1.0").config()
-            text += "\n[data]\n" + "".join(
-                f"{key} = {json.dumps(value)}\n" for key, value in msgspec.structs.asdict(config).items()
-            )
-            data = ["--data", str(path)]
+            made, home = self.folder / "made.toml", self.folder / NAMES[0]
+            command = [*P2PTRAIN, "init", str(made), "--data", str(path), "--license", "CC0-1.0", "--home", str(home)]
+            subprocess.run(command, check=True, capture_output=True)
+            text += "\n[data]\n" + made.read_text().split("[data]\n")[1].split("\n# What peers compute")[0]
         manifest.write_text(text)
-        self.peers.append(Peer(self.folder, NAMES[0], "bootstrap", str(manifest), *data))
+        self.peers.append(Peer(self.folder, NAMES[0], "bootstrap", str(manifest)))
         address = self.peers[0].started()
         for name in NAMES[1 : self.options.peers]:
             self.peers.append(Peer(self.folder, name, "join", address, *self.invitation()))

@@ -16,6 +16,7 @@ handles signals or changes torch's settings, except the number of threads where 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -32,12 +33,12 @@ from p2ptrain.config.manifest import DataConfig, Manifest, ModelConfig
 from p2ptrain.config.node import NodeSettings, resolve_settings
 from p2ptrain.errors import ManifestError, UsageError
 from p2ptrain.models.own import (
+    Beginning,
     FixedEntry,
     beginning_of,
     buffers_of,
     check_buffers,
     check_statistics,
-    config_of,
     keepers_of,
     own_task,
 )
@@ -52,6 +53,9 @@ from p2ptrain.training.trainer import OwnLoop, Participant, Swarm
 
 OWN_DATA = DataConfig(name="own", license="NOASSERTION", private=True)
 """What a manifest says of data that only the loops of its peers know, unless run.toml says more."""
+
+SAY_EVERY_SECONDS = 5.0
+"""Between two lines of the log on what is being fetched."""
 
 _logger = logging.getLogger(__name__)
 
@@ -77,7 +81,7 @@ class Peer:
         kinds: Mapping[str, Kind] | None,
         rounds: int | None,
         addresses: Sequence[str],
-        find: Callable[[PeerSession, bytes], Run],
+        find: Callable[[PeerSession, Beginning], Run],
     ) -> None:
         self.model = model
         #: this peer's part in the run is over: the run has ended, or its `rounds` have
@@ -85,7 +89,7 @@ class Peer:
         self._settings, self._rounds, self._find = settings, rounds, find
         self._addresses = list(addresses)
         #: before anything slow: what cannot be trained is refused here
-        self._beginning = beginning_of(model, kinds)
+        self._beginning: Beginning | None = beginning_of(model, kinds)
         self._heard: list[Callable[[Peer], None]] = []
         self._stack = ExitStack()
         self._session: PeerSession | None = None
@@ -150,11 +154,12 @@ class Peer:
             session = PeerSession(self._settings, _Heard(self), self._rounds)
             self._session = stack.enter_context(session)
             session.connect(self._addresses)
+            assert self._beginning is not None
             run = self._find(session, self._beginning)
             session.enter_run(run, own_model=True)
             check_strategy(run.manifest)
             session.fetch_beginning(run, self._beginning)
-            self._beginning = b""
+            self._beginning = None
             self._take_part(session, run)
             stack.push(self._leave)
             assert self._following is not None
@@ -167,9 +172,9 @@ class Peer:
         return self
 
     def _take_part(self, session: PeerSession, run: Run) -> None:
-        config, read = run.manifest.own_model, session.home.beginning.read_bytes
+        config = run.manifest.own_model
         assert config is not None
-        task = own_task(self.model, read, config)
+        task = own_task(self.model, session.home.beginning, config)
         if self._settings.threads:
             torch.set_num_threads(self._settings.threads)
         make_ready(task.parameters[0].tensor.device)
@@ -179,7 +184,7 @@ class Peer:
             return self._loop
 
         self._buffers = buffers_of(self.model)
-        part = self._part = session.take_part(run, task, None, make, read)
+        part = self._part = session.take_part(run, task, None, make)
         self._optimizer = SwarmOptimizer(task.parameters, run.manifest, self._hand)
         self._show_rate()
         self._following = session.following(part.trainer, part.driver, part.presence, part.status)
@@ -252,13 +257,20 @@ class _Heard:
 
     def __init__(self, peer: Peer) -> None:
         self._peer = peer
+        self._said: dict[str, float] = {}
 
     def round(self, status: Status, *, last: bool = False) -> None:
         if not last:
             self._peer._applied()
 
     def transfer(self, what: str, done: int, total: int) -> None:
-        _logger.debug("fetching %s: %d of %d", what, done, total)
+        now = time.monotonic()
+        if done >= total or now - self._said.get(what, 0.0) >= SAY_EVERY_SECONDS:
+            self._said[what] = now
+            _logger.info("fetching %s: %d of %d", what, done, total)
+
+    def work(self, what: str, done: int, total: int) -> None:
+        _logger.debug("%s: %d of %d", what, done, total)
 
     def say(self, text: str) -> None:
         _logger.info("%s", text)
@@ -312,8 +324,8 @@ def bootstrap(
     data = wanted.data if wanted.data.private else OWN_DATA
     wanted = msgspec.structs.replace(wanted, model=ModelConfig(), data=data)
 
-    def find(session: PeerSession, beginning: bytes) -> Run:
-        manifest = msgspec.structs.replace(wanted, task=config_of(beginning))
+    def find(session: PeerSession, beginning: Beginning) -> Run:
+        manifest = msgspec.structs.replace(wanted, task=beginning.config())
         own = session.own_run()
         if own is not None and _continues(own.manifest, manifest):
             # What the run begins with lies in this home; the model may have come further since.
@@ -355,7 +367,7 @@ def join(
     if invitation is not None and not asked:
         raise UsageError("an invitation needs the address of a peer", hint="p2ptrain.join(ADDR, ...)")
 
-    def find(session: PeerSession, beginning: bytes) -> Run:
+    def find(session: PeerSession, beginning: Beginning) -> Run:
         own = session.own_run()
         if asked or run is not None:
             return session.find_run(asked, run, invitation)

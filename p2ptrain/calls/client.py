@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,18 +21,18 @@ from p2ptrain.calls.messages import (
     AuditRequest,
     CallError,
     ContributionHeader,
-    DataRequest,
+    FileRequest,
     Follow,
     FrameReader,
     Hello,
     JoinRequest,
     News,
+    PiecesHeld,
     ProofHeader,
     RefusedError,
     Relay,
     RoundsHeader,
     RoundsRequest,
-    SnapshotHeld,
     SnapshotOffer,
     SnapshotRequest,
     Tip,
@@ -47,7 +47,8 @@ from p2ptrain.chain.admission import Grant, Statement
 from p2ptrain.chain.evidence import proof_digest
 from p2ptrain.config.manifest import PROTOCOL_VERSION
 from p2ptrain.errors import P2PTrainError
-from p2ptrain.state.pieces import piece_length, pieces_of
+from p2ptrain.state.pieces import piece_length
+from p2ptrain.state.run_files import RunFile
 from p2ptrain.swarm.limits import Backoff, loop_time
 from p2ptrain.swarm.node import SwarmNode
 
@@ -66,7 +67,7 @@ _FAILURES = (*TRANSPORT_FAILURES, P2PTrainError)
 
 
 @dataclass(frozen=True, slots=True)
-class SnapshotAnswer:
+class PiecesAnswer:
     """What a donor says and hands out."""
 
     held: bytes
@@ -189,28 +190,45 @@ class Client:
         *,
         hashes: bool = False,
         timeout_seconds: float = SECONDS,
-    ) -> SnapshotAnswer:
-        """What `peer` holds of a snapshot, and its pieces [first, end); nothing of it is checked but its length.
+    ) -> PiecesAnswer:
+        """What `peer` holds of a snapshot, and its pieces [first, end), or their hashes in place of them.
+
+        Nothing of it is checked but its length.
 
         Raises:
             RefusedError: it has not got them, or has too much to do (`TOO_MANY_CALLS`).
             CallError: no answer, or not all of it within `timeout_seconds`.
         """
         request = self.traffic.message(SnapshotRequest(self.run_id, offer.id, offer.root, first, end, hashes))
-        async with self._stream(peer, "rpc_snapshot", request) as reader, asyncio.timeout(timeout_seconds):
-            await reader.accepted()
-            held = (await reader.message(SnapshotHeld)).held
-            # The donor may have to read all of it first.
-            joined = await reader.blob(32 * pieces_of(offer.length), timeout_seconds) if hashes else b""
-            pieces = [await reader.blob(piece_length(offer.length, n), timeout_seconds) for n in range(first, end)]
-        return SnapshotAnswer(held, joined, pieces)
+        lengths = [piece_length(offer.length, number) for number in range(first, end)]
+        return await self._pieces(peer, "rpc_snapshot", request, lengths, hashes, timeout_seconds)
 
-    async def data(self, peer: bytes, max_bytes: int, progress: Callable[[int, int], None]) -> bytes:
-        """The run's corpus, packed. Raises RefusedError, CallError."""
-        async with self._stream(peer, "rpc_data", self.traffic.message(DataRequest(self.run_id))) as reader:
-            # The donor may have to pack it first.
-            await reader.accepted(60.0)
-            return await reader.blob(max_bytes, progress=progress)
+    async def file(
+        self,
+        peer: bytes,
+        file: RunFile,
+        first: int = 0,
+        end: int = 0,
+        *,
+        hashes: bool = False,
+        timeout_seconds: float = SECONDS,
+    ) -> PiecesAnswer:
+        """Pieces of a file of the run, as `snapshot` does for a snapshot. Raises RefusedError, CallError."""
+        request = self.traffic.message(FileRequest(self.run_id, file.root, first, end, hashes))
+        lengths = [piece_length(file.length, number) for number in range(first, end)]
+        return await self._pieces(peer, "rpc_file", request, lengths, hashes, timeout_seconds)
+
+    async def _pieces(
+        self, peer: bytes, name: str, request: BytesValue, lengths: list[int], hashes: bool, timeout_seconds: float
+    ) -> PiecesAnswer:
+        async with self._stream(peer, name, request) as reader, asyncio.timeout(timeout_seconds):
+            await reader.accepted()
+            held = (await reader.message(PiecesHeld)).held
+            if hashes:
+                # The donor may have to read all of it first.
+                return PiecesAnswer(held, await reader.blob(32 * len(lengths), timeout_seconds), [])
+            pieces = [await reader.blob(length, timeout_seconds) for length in lengths]
+        return PiecesAnswer(held, b"", pieces)
 
     async def audit(self, peer: bytes, reply: bytes, max_bytes: int) -> bytes:
         """What `peer` summed for the reply of this digest; nothing of it is checked but its length.

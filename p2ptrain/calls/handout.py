@@ -1,7 +1,7 @@
-"""How much of its line and its time a peer gives to those who fetch snapshots.
+"""How much of its line and its time a peer gives to those who fetch snapshots and files of the run.
 
 A few streams at once, in the order in which their frames are ready, at `SHARE` of the uplink as it was measured and at
-most `RATE_MAX_BYTES` a second. A contribution or a reply that is being sent goes first: frames of snapshots wait for
+most `RATE_MAX_BYTES` a second. A contribution or a reply that is being sent goes first: frames of pieces wait for
 it, `URGENT_SECONDS` each at most, so that a peer that reads slowly does not stop them.
 
 What it costs training: the line's other half is what a round has to itself, and the cap on the rate is one on the time
@@ -15,7 +15,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 STREAMS_MAX = 4
-"""Snapshot streams at once; more are told to come later."""
+"""Streams of pieces at once; more are told to come later."""
 STREAMS_PER_PEER = 2
 """Of these for one peer: one, and one that it has given up and that has not ended here yet."""
 STREAM_SECONDS = 60.0

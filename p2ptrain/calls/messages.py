@@ -30,7 +30,10 @@ LOCATOR_MAX = 16
 ROUNDS_MAX = 64
 """Sealed rounds in one answer."""
 SNAPSHOTS_MAX = 8
-SNAPSHOT_PIECES_MAX = 2**20
+PIECES_MAX = 2**20
+"""Of a snapshot, or of a file of the run."""
+HASHES_MAX = 16 * 1024
+"""Hashes of pieces in one answer: as long as a piece."""
 TOO_MANY_CALLS = "too many calls at once"
 TOO_MANY_FOLLOWERS = "too many follow this peer already"
 """The refusal that means: later."""
@@ -208,27 +211,31 @@ class Amend(_Message, frozen=True):
 
 
 class SnapshotRequest(_Message, frozen=True):
-    """Asks for pieces [first, end) of a snapshot; without any, which pieces the donor holds."""
+    """Asks for pieces [first, end) of a snapshot, or for their hashes; without any, which pieces the donor holds."""
 
     run_id: Hash
     id: Hash
     root: Hash
-    first: Annotated[int, Meta(ge=0, le=SNAPSHOT_PIECES_MAX)]
-    end: Annotated[int, Meta(ge=0, le=SNAPSHOT_PIECES_MAX)]
+    first: Annotated[int, Meta(ge=0, le=PIECES_MAX)]
+    end: Annotated[int, Meta(ge=0, le=PIECES_MAX)]
     hashes: bool
 
 
-class SnapshotHeld(_Message, frozen=True):
-    """Answer to `SnapshotRequest`; a blob of all pieces' hashes follows if asked for, then the pieces, a blob each."""
-
-    held: Annotated[bytes, Meta(max_length=SNAPSHOT_PIECES_MAX // 8)]
-    """Bitmap, least significant bit first; empty: all."""
-
-
-class DataRequest(_Message, frozen=True):
-    """Asks for the run's corpus, packed, as one blob."""
+class FileRequest(_Message, frozen=True):
+    """Asks for pieces [first, end) of a file of the run, or for their hashes; without any, whether the donor has it."""
 
     run_id: Hash
+    root: Hash
+    first: Annotated[int, Meta(ge=0, le=PIECES_MAX)]
+    end: Annotated[int, Meta(ge=0, le=PIECES_MAX)]
+    hashes: bool
+
+
+class PiecesHeld(_Message, frozen=True):
+    """Answer to `SnapshotRequest` and `FileRequest`; the hashes follow as one blob, or the pieces, a blob each."""
+
+    held: Annotated[bytes, Meta(max_length=PIECES_MAX // 8)]
+    """Bitmap, least significant bit first; empty: all."""
 
 
 class AuditRequest(_Message, frozen=True):

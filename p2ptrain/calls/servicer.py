@@ -19,9 +19,9 @@ import msgspec
 from google.protobuf.wrappers_pb2 import BytesValue
 from hivemind.p2p import P2PContext, ServicerBase
 
-from p2ptrain.calls.downloads import Downloads
 from p2ptrain.calls.handout import Handout
 from p2ptrain.calls.messages import (
+    HASHES_MAX,
     NOT_LISTED,
     REVOKED,
     STATEMENTS_MAX_BYTES,
@@ -32,17 +32,17 @@ from p2ptrain.calls.messages import (
     AuditRequest,
     CallError,
     ContributionHeader,
-    DataRequest,
+    FileRequest,
     Follow,
     FrameReader,
     Hello,
     JoinRequest,
     News,
+    PiecesHeld,
     ProofHeader,
     Relay,
     RoundsHeader,
     RoundsRequest,
-    SnapshotHeld,
     SnapshotOffer,
     SnapshotRequest,
     Tip,
@@ -163,8 +163,8 @@ class AnsweringPeer(Protocol):
     def hear_tip(self, peer: bytes, tip: Tip) -> None:
         """Hear where a peer stands."""
 
-    def packed_corpus(self) -> bytes | None:
-        """Return the corpus to hand out, if there is one. Any thread."""
+    def open_file(self, root: bytes) -> PieceFile | None:
+        """Return the file of the run that has this root, if it is here."""
 
 
 class PeerServicer(ServicerBase):
@@ -173,7 +173,6 @@ class PeerServicer(ServicerBase):
     def __init__(self, answering: AnsweringPeer, traffic: Traffic) -> None:
         self._answering, self._traffic = answering, traffic
         self._calls: Counter[bytes] = Counter()
-        self._downloads = Downloads()
         self._amends = Allowance(AMENDS_PER_SECOND, AMENDS_BURST, loop_time)
         self._outsiders_amends = Allowance(OUTSIDERS_AMENDS_PER_SECOND, OUTSIDERS_AMENDS_BURST, loop_time)
 
@@ -233,9 +232,9 @@ class PeerServicer(ServicerBase):
         async for frame in self._serve(context, lambda peer: self._snapshot(request.value, peer)):
             yield frame
 
-    async def rpc_data(self, request: BytesValue, context: P2PContext) -> AsyncIterator[BytesValue]:
-        """The run's corpus."""
-        async for frame in self._serve(context, lambda peer: self._data(request.value, peer)):
+    async def rpc_file(self, request: BytesValue, context: P2PContext) -> AsyncIterator[BytesValue]:
+        """Pieces of a file of the run."""
+        async for frame in self._serve(context, lambda peer: self._file(request.value, peer)):
             yield frame
 
     async def rpc_audit(self, request: BytesValue, context: P2PContext) -> AsyncIterator[BytesValue]:
@@ -339,12 +338,28 @@ class PeerServicer(ServicerBase):
         if found is None:
             yield self._traffic.message(Answer(refusal or "no such snapshot here any more"))
             return
-        numbers = range(wanted.first, min(wanted.end, wanted.first + PIECES_A_CALL))
-        if len(numbers) < wanted.end - wanted.first or not all(map(found.has, numbers)):
+        async for frame in self._pieces(found, wanted, peer):
+            yield frame
+
+    async def _file(self, request: bytes, peer: bytes) -> Frames:
+        wanted = decode_message(request, FileRequest)
+        refusal = self._answering.wrong_run(wanted.run_id)
+        found = None if refusal else self._answering.open_file(wanted.root)
+        if found is None:
+            yield self._traffic.message(Answer(refusal or "no such file here"))
+            return
+        async for frame in self._pieces(found, wanted, peer):
+            yield frame
+
+    async def _pieces(self, found: PieceFile, wanted: SnapshotRequest | FileRequest, peer: bytes) -> Frames:
+        numbers = range(wanted.first, wanted.end)
+        at_once = HASHES_MAX if wanted.hashes else PIECES_A_CALL
+        there = wanted.end <= found.pieces and len(numbers) <= at_once
+        if not there or not (wanted.hashes or all(map(found.has, numbers))):
             yield self._traffic.message(Answer("not all of these pieces are here"))
             return
-        held = self._traffic.message(SnapshotHeld(found.held))
-        if not numbers and not wanted.hashes:
+        held = self._traffic.message(PiecesHeld(found.held))
+        if not numbers:
             yield self._traffic.message(Answer(""))
             yield held
             return
@@ -355,8 +370,9 @@ class PeerServicer(ServicerBase):
             yield held
             if wanted.hashes:
                 hashes = await self._answering.catching_up.hashes_of(found)
-                async for frame in self._paced(b"".join(hashes), going_on):
+                async for frame in self._paced(b"".join(hashes[wanted.first : wanted.end]), going_on):
                     yield frame
+                return
             for number in numbers:
                 async for frame in self._paced(await asyncio.to_thread(found.read, number), going_on):
                     yield frame
@@ -388,22 +404,6 @@ class PeerServicer(ServicerBase):
             if not going_on():
                 raise CallError("it takes too long")
             yield frame
-
-    async def _data(self, request: bytes, peer: bytes) -> Frames:
-        wanted = decode_message(request, DataRequest)
-        refusal = self._answering.wrong_run(wanted.run_id)
-        with self._downloads.place(peer) as free:
-            if refusal is None and not free:
-                refusal = TOO_MANY_CALLS
-            async for frame in self._packed(refusal):
-                yield frame
-
-    async def _packed(self, refusal: str | None) -> Frames:
-        packed = None if refusal else await self._downloads.packed(self._answering.packed_corpus)
-        yield self._traffic.message(Answer(refusal or ("" if packed else "this peer has no copy to hand out yet")))
-        if packed:
-            for frame in self._traffic.blob(packed):
-                yield frame
 
 
 def _unless_late(refusal: str | None) -> str:

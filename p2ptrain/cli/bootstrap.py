@@ -9,7 +9,9 @@ import typer
 
 from p2ptrain.cli.options import (
     AnnounceOption,
+    DataOption,
     DeviceOption,
+    FieldOption,
     HomeOption,
     HostOption,
     LogFormatOption,
@@ -18,7 +20,9 @@ from p2ptrain.cli.options import (
     QuietOption,
     RoundsOption,
     ThreadsOption,
+    TokenizerOption,
     VerboseOption,
+    given_text,
 )
 from p2ptrain.cli.peer import run_peer
 from p2ptrain.config.loading import load_manifest
@@ -34,10 +38,9 @@ def bootstrap(
         list[str] | None,
         typer.Option("--initial-peers", metavar="ADDR", help="Peer of an existing DHT to meet in; repeatable."),
     ] = None,
-    data: Annotated[
-        list[Path] | None,
-        typer.Option("--data", metavar="PATH", help="The run's text, or your own where text is private; repeatable."),
-    ] = None,
+    data: DataOption = None,
+    field: FieldOption = None,
+    tokenizer: TokenizerOption = None,
     home: HomeOption = None,
     name: NameOption = None,
     port: PortOption = None,
@@ -51,7 +54,7 @@ def bootstrap(
     quiet: QuietOption = False,
 ) -> None:
     """Start the run that RUN.TOML describes, and train. If the run lives already, take part in it."""
-    loaded = load_manifest(manifest)
+    loaded, given = load_manifest(manifest), given_text(data, field, tokenizer)
 
     def find(session: PeerSession) -> Run:
         return session.found_run(loaded)
@@ -72,5 +75,5 @@ def bootstrap(
         quiet=quiet,
         addresses=initial_peers or [],
         find_run=find,
-        data=data,
+        given=given,
     )

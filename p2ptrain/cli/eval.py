@@ -11,7 +11,6 @@ import typer
 from p2ptrain.cli.options import DeviceOption, HomeOption, QuietOption, VerboseOption
 from p2ptrain.cli.output import set_up_logging
 from p2ptrain.config.home import Home, default_home
-from p2ptrain.errors import DataError
 
 
 def evaluate(
@@ -26,28 +25,33 @@ def evaluate(
 ) -> None:
     """Bits per byte on held-out text, beside what gzip, xz and zstd need for it."""
     set_up_logging(verbose, quiet)
-    from p2ptrain.data.obtaining import obtain_corpus
-    from p2ptrain.data.tokenizer import cached_tokens
+    from p2ptrain.data.obtaining import held_text
+    from p2ptrain.peer.progress import Display
     from p2ptrain.training import evaluation
     from p2ptrain.training.reading import load_trained
 
     here = Home(home or default_home())
     trained = load_trained(here, device or "auto")
-
-    def nowhere() -> bytes:
-        raise DataError(f"home {here.path} has no copy of the run's text", hint="p2ptrain join ADDR fetches it")
-
-    corpus = obtain_corpus(here, trained.manifest.data, None, nowhere)
-    tokens = cached_tokens(corpus.heldout, here.data)
-    bits = evaluation.bits_per_byte(trained.model, tokens, len(corpus.heldout), max_tokens=max_tokens or None)
-    loss = bits * math.log(2) * len(corpus.heldout) / len(tokens)
-    compressors = evaluation.compressors_bits_per_byte(corpus.heldout)
+    text = held_text(here, trained.manifest.data)
+    heldout = text.heldout
+    display = Display(quiet=quiet)
+    bits = evaluation.bits_per_byte(
+        trained.model,
+        heldout.tokens,
+        heldout.bytes,
+        max_tokens=max_tokens or None,
+        mask=heldout.mask,
+        progress=lambda done, of: display.work("evaluating", done, of),
+    )
+    display.close()
+    loss = bits * math.log(2) * heldout.bytes_per_token
+    compressors = evaluation.compressors_bits_per_byte(evaluation.beginning_of(heldout.tokens, text.tokenizer()))
     state = trained.replica.chain
     result = {
         "round": state.round,
         "state_id": state.id.hex(),
         "parameters_sha256": trained.replica.parameters_sha256(),
-        "heldout_bytes": len(corpus.heldout),
+        "heldout_bytes": heldout.bytes,
         "loss": loss,
         "bits_per_byte": bits,
         "compressors_bits_per_byte": compressors,
@@ -56,7 +60,7 @@ def evaluate(
         print(json.dumps(result))
         return
     print(f"round {state.round}, state {state.id.hex()[:16]}, parameters sha256 {result['parameters_sha256']}")
-    print(f"held-out text, {len(corpus.heldout):,} bytes:")
+    print(f"held-out text, {heldout.bytes:,} bytes:")
     rows = [("this checkpoint", bits), *compressors.items()]
     for name, value in rows:
         print(f"  {name:<16} {value:.3f} bits/byte")

@@ -1,46 +1,63 @@
 """`p2ptrain init`: write a commented run.toml.
 
-Text of one's own enters the manifest by hash alone. A packed copy stays in the home, where `bootstrap` finds it by that
-hash and hands it to those who join: the files themselves may change or move after this.
+Text of one's own becomes a token file, which the manifest names by its root. It stays in the home, where `bootstrap`
+finds it and hands it to those who join: the files themselves may change or move after this.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 import shlex
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import msgspec
 import typer
 
-from p2ptrain.cli.options import HomeOption, QuietOption, VerboseOption
+from p2ptrain.cli.options import (
+    DataOption,
+    FieldOption,
+    HomeOption,
+    QuietOption,
+    TokenizerOption,
+    VerboseOption,
+    given_text,
+)
 from p2ptrain.cli.output import set_up_logging
 from p2ptrain.config.home import Home, default_home
 from p2ptrain.config.loading import new_manifest, parse_manifest, render
-from p2ptrain.config.manifest import DataConfig, RunName, Strategy
-from p2ptrain.errors import UsageError
+from p2ptrain.config.manifest import VOCABULARY_MIN, DataConfig, Manifest, RunName, Strategy
+from p2ptrain.errors import DataError, UsageError
 from p2ptrain.state.files import atomic_write
 
 if TYPE_CHECKING:
-    from p2ptrain.data.corpus import Corpus
+    from p2ptrain.data.preparing import Given
+    from p2ptrain.data.provenance import Stated
 
 _logger = logging.getLogger(__name__)
 
 
 def init(
     manifest: Annotated[Path, typer.Argument(metavar="RUN.TOML", help="File to write.")] = Path("run.toml"),
-    data: Annotated[
-        list[Path] | None,
+    data: DataOption = None,
+    field: FieldOption = None,
+    tokenizer: TokenizerOption = None,
+    license: Annotated[
+        list[str] | None,
         typer.Option(
-            "--data", metavar="PATH", help="Text file, or folder of .txt and .md, to train on instead; repeatable."
+            "--license", metavar="SPDX", help="Licence of that text, such as CC-BY-4.0; once, or once for each --data."
         ),
     ] = None,
-    license: Annotated[
-        str | None, typer.Option("--license", metavar="SPDX", help="Licence of that text, such as CC-BY-4.0.")
+    url: Annotated[
+        list[str] | None, typer.Option("--url", help="Where that text can be had; once for each --data.")
     ] = None,
+    attribution: Annotated[
+        list[str] | None, typer.Option("--attribution", help="Whom to name for that text; once for each --data.")
+    ] = None,
+    commercial_use: Annotated[
+        bool, typer.Option("--commercial-use", help="Refuse text whose licence forbids commercial use.")
+    ] = False,
     private: Annotated[
         bool,
         typer.Option(
@@ -62,6 +79,7 @@ def init(
     """Write a commented run.toml: the embedded corpus and a small GPT, or a text of yours."""
     set_up_logging(verbose, quiet)
     _check_target(manifest, force)
+    given = given_text(data, field, tokenizer)
     if bool(data) != bool(license):
         lacking = "--license SPDX" if data else "--data PATH"
         raise UsageError(
@@ -72,19 +90,31 @@ def init(
         _check_name(name)
     if strategy not in get_args(Strategy):
         raise UsageError(f"no strategy {strategy!r}", hint=f"use one of {', '.join(get_args(Strategy))}")
-    corpus = _own_corpus(data, license) if data and license else _embedded_corpus()
-    made = msgspec.structs.replace(
-        new_manifest(name or corpus.name, cast(Strategy, strategy)), data=corpus.config(private=private)
-    )
+    if given is not None:
+        made = _of_own_text(
+            given,
+            _stated(given, license or [], url or [], attribution or [], commercial=commercial_use),
+            Home(home or default_home()),
+            lambda name_of_text: new_manifest(name or name_of_text, cast(Strategy, strategy)),
+            private=private,
+            quiet=quiet,
+        )
+    else:
+        from p2ptrain.data.corpus import load_embedded
+
+        embedded = load_embedded()
+        made = msgspec.structs.replace(
+            new_manifest(name or embedded.name, cast(Strategy, strategy)), data=embedded.config(private=private)
+        )
     text = render(made)
     parse_manifest(text, manifest)
-    if data:
-        _keep(corpus, made.data, Home(home or default_home()))
     atomic_write(manifest, text.encode(), mode=0o644)
+    size = "" if made.data.private else f"{made.data.bytes:,} bytes of text, "
     print(
-        f"Wrote {manifest}: a GPT of {made.model.parameters:,} parameters, to be trained on {corpus.name} "
-        f"({len(corpus.train) / 1e6:.1f} MB of text, {corpus.license}).\n"
+        f"Wrote {manifest}: a GPT of {made.model.parameters:,} parameters, to be trained on {made.data.name} "
+        f"({size}{made.data.license}).\n"
         f"Start it with:  p2ptrain bootstrap {shlex.quote(str(manifest))}{_home_flag(home)}"
+        f"{' --data PATH' if private and given is None else ''}"
     )
 
 
@@ -109,35 +139,71 @@ def _check_name(name: str) -> None:
         ) from error
 
 
-def _embedded_corpus() -> Corpus:
-    from p2ptrain.data.corpus import load_embedded
+def _stated(given: Given, licenses: list[str], urls: list[str], attributions: list[str], *, commercial: bool) -> Stated:
+    from p2ptrain.data.licence import objections
+    from p2ptrain.data.provenance import Stated, check_stated
 
-    return load_embedded()
+    stated = Stated(tuple(licenses), tuple(urls), tuple(attributions))
+    check_stated(given.paths, stated)
+    for expression in dict.fromkeys(licenses):
+        found = objections(expression, commercial=commercial)
+        if commercial and any("commercial" in one for one in found):
+            raise DataError(
+                f"the licence forbids what --commercial-use says: {'; '.join(found)}",
+                hint="leave that text out, or leave out --commercial-use",
+            )
+        for one in found:
+            _logger.warning("the licence may forbid to share the model: %s", one)
+        if objections(expression, commercial=True) != found:
+            _logger.warning("%s allows no commercial use, perhaps of the model neither", expression)
+    return stated
 
 
-def _own_corpus(paths: list[Path], license: str) -> Corpus:
-    from p2ptrain.data.corpus import load_files
+def _of_own_text(
+    given: Given,
+    stated: Stated,
+    home: Home,
+    begin: Callable[[str], Manifest],
+    *,
+    private: bool,
+    quiet: bool,
+) -> Manifest:
+    """The manifest of a run on a text of one's own, whose tokens are in the home then."""
+    from p2ptrain.data import obtaining, preparing, provenance
+    from p2ptrain.data.building import write_part
+    from p2ptrain.data.text import text_of
+    from p2ptrain.data.token_file import TokenFile
+    from p2ptrain.peer.progress import Display
 
-    return load_files(paths, _name_of(paths[0]), license)
-
-
-def _name_of(path: Path) -> str:
-    """A name for a text, and a run, from where it lies."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().stem).strip("._-")[:64] or "text"
-
-
-def _keep(corpus: Corpus, config: DataConfig, home: Home) -> None:
-    from p2ptrain.data.corpus import pack
-    from p2ptrain.data.obtaining import keep_own_text, shared_sha256
-
-    home.create()
-    if config.private:
-        keep_own_text(home, corpus.train)
-        corpus = replace(corpus, train=b"")
-    copy = home.corpus(shared_sha256(config))
-    if not copy.exists():
-        _logger.info("keeping a packed copy of the text in %s", copy)
-        atomic_write(copy, pack(corpus))
+    name = provenance.name_of(given.paths[0])
+    manifest = begin(name)
+    display = Display(quiet=quiet)
+    home.lock()
+    made = home.unfinished_tokens
+    try:
+        prepared = preparing.prepare(given, made, display)
+        header = prepared.built.header
+        obtaining.check_length(text_of(TokenFile(made)).train, manifest.model.context)
+        if private:
+            write_part(TokenFile(made), home.own_tokens, train=True)
+            write_part(TokenFile(made), made, train=False)
+        file = obtaining.place(home, display)
+    finally:
+        made.unlink(missing_ok=True)
+        display.close()
+        home.unlock()
+    config = DataConfig(
+        name=name,
+        license=provenance.license_of(stated.licenses),
+        private=private,
+        bytes=0 if private else header.train_bytes,
+        heldout_bytes=header.heldout_bytes,
+        tokenizer_sha256=header.tokenizer_sha256,
+        tokens=file,
+        sources=provenance.sources_of(given.paths, stated, prepared.gathered),
+    )
+    model = msgspec.structs.replace(manifest.model, vocabulary=max(header.vocabulary, VOCABULARY_MIN))
+    return msgspec.structs.replace(manifest, model=model, data=config)
 
 
 def _home_flag(home: Path | None) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from p2ptrain.cli.options import (
     AnnounceOption,
+    DataOption,
     DeviceOption,
+    FieldOption,
     HomeOption,
     HostOption,
     LogFormatOption,
@@ -18,7 +19,9 @@ from p2ptrain.cli.options import (
     QuietOption,
     RoundsOption,
     ThreadsOption,
+    TokenizerOption,
     VerboseOption,
+    given_text,
 )
 from p2ptrain.cli.peer import run_peer
 from p2ptrain.errors import UsageError
@@ -41,14 +44,9 @@ def join(
     invite: Annotated[
         str | None, typer.Option("--invite", metavar="TOKEN", help="Invitation to a run that is not open to everyone.")
     ] = None,
-    data: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--data",
-            metavar="PATH",
-            help="Local copy of the run's text, instead of fetching, or your own where text is private; repeatable.",
-        ),
-    ] = None,
+    data: DataOption = None,
+    field: FieldOption = None,
+    tokenizer: TokenizerOption = None,
     home: HomeOption = None,
     name: NameOption = None,
     port: PortOption = None,
@@ -64,6 +62,7 @@ def join(
     """Train with the swarm at ADDR: manifest, text and model come from it."""
     from p2ptrain.swarm.invitations import read_invitation
 
+    given = given_text(data, field, tokenizer)
     invitation = None if invite is None else read_invitation(invite)
 
     def find(session: PeerSession) -> Run:
@@ -92,5 +91,5 @@ def join(
         quiet=quiet,
         addresses=addresses or [],
         find_run=find,
-        data=data,
+        given=given,
     )

@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from p2ptrain import __version__
-from p2ptrain.cli import bootstrap, eval, id, init, inspect, invite, join, revoke, sample, simulate
+from p2ptrain.cli import bootstrap, data, eval, id, init, inspect, invite, join, revoke, sample, simulate
 from p2ptrain.cli.output import errors_reported
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app = typer.Typer(
 app.command("init")(init.init)
 app.command("bootstrap")(bootstrap.bootstrap)
 app.command("join")(join.join)
+app.command("data")(data.data)
 app.command("id")(id.print_id)
 app.command("invite")(invite.invite)
 app.command("revoke")(revoke.revoke)

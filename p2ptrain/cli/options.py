@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+from p2ptrain.errors import UsageError
+
+if TYPE_CHECKING:
+    from p2ptrain.data.preparing import Given
+
+
+def _path(flag: str) -> Callable[[str], Path]:
+    """What makes a path of a flag's value; an empty one, as of a variable that is not set, is no current folder."""
+
+    def parse(value: str | Path) -> Path:
+        text = str(value)
+        if not text:
+            raise UsageError(f"{flag} is empty", hint=f"{flag} PATH; is the variable set that it comes from?")
+        return Path(text).expanduser()
+
+    return parse
+
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 LogFormat = Literal["text", "json"]
@@ -14,6 +33,8 @@ HomeOption = Annotated[
     Path | None,
     typer.Option(
         "--home",
+        parser=_path("--home"),
+        metavar="DIR",
         help="Directory of identity, checkpoints and journal.",
         show_default="$P2PTRAIN_HOME, else the platform's",
     ),
@@ -37,3 +58,49 @@ VerboseOption = Annotated[
     int, typer.Option("--verbose", "-v", count=True, show_default=False, help="More log; twice: all of it.")
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Log errors only.")]
+DataOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--data",
+        parser=_path("--data"),
+        metavar="PATH",
+        help="Text: a file, a folder, or - for standard input; repeatable.",
+    ),
+]
+FieldOption = Annotated[
+    str | None,
+    typer.Option(
+        "--field",
+        metavar="NAME",
+        help="Field or column of records with the text.",
+        show_default="text, else prompt and completion, else messages",
+    ),
+]
+TokenizerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--tokenizer",
+        metavar="PATH|train:N",
+        help="tokenizer.json, a folder with it, or how many tokens to train one of.",
+        show_default="the shipped one, 4096 tokens of English",
+    ),
+]
+
+
+def given_text(data: list[Path] | None, field: str | None, tokenizer: str | None) -> Given | None:
+    """What these flags say of a text; None: nothing.
+
+    Raises:
+        UsageError: one of them makes no sense.
+    """
+    if not data:
+        for flag, value in (("--field", field), ("--tokenizer", tokenizer)):
+            if value is not None:
+                raise UsageError(f"{flag} needs --data", hint=f"{flag} {value} --data PATH")
+        return None
+    for flag, value in (("--field", field), ("--tokenizer", tokenizer)):
+        if value == "":
+            raise UsageError(f"{flag} is empty", hint="leave it out, or set the variable that it comes from")
+    from p2ptrain.data.preparing import Given
+
+    return Given(tuple(data), field, tokenizer)

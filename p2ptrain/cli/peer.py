@@ -12,6 +12,7 @@ from p2ptrain.cli.output import set_up_logging
 from p2ptrain.config.node import resolve_settings
 
 if TYPE_CHECKING:
+    from p2ptrain.data.preparing import Given
     from p2ptrain.peer.assembly import Make, Run
     from p2ptrain.peer.session import PeerSession
 
@@ -30,7 +31,7 @@ def run_peer(
     quiet: bool,
     addresses: list[str],
     find_run: Callable[[PeerSession], Run],
-    data: list[Path] | None = None,
+    given: Given | None = None,
     make: Make | None = None,
 ) -> None:
     """Connect, find the run, fetch what is missing, train, leave.
@@ -38,6 +39,7 @@ def run_peer(
     Args:
         flags: of the node's settings, by name.
         addresses: to meet at.
+        given: the run's text, or this peer's own.
         make: what trains, and what is trained, where that is not what the manifest says.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -60,4 +62,4 @@ def run_peer(
         run = find_run(session)
         session.enter_run(run)
         display.say(describe(run.manifest, run.run_id))
-        session.train(run, session.fetch_corpus(run, data))
+        session.train(run, session.obtain_text(run, given))

@@ -27,11 +27,14 @@ def sample(
 ) -> None:
     """Continue a text with this home's checkpoint."""
     set_up_logging(verbose, quiet)
+    from p2ptrain.data.obtaining import tokenizer_of
     from p2ptrain.training import evaluation
     from p2ptrain.training.reading import load_trained
 
-    trained = load_trained(Home(home or default_home()), device or "auto")
-    text = evaluation.sample(trained.model, prompt, tokens, temperature=temperature, seed=seed)
+    here = Home(home or default_home())
+    trained = load_trained(here, device or "auto")
+    tokenizer = tokenizer_of(here, trained.manifest.data)
+    text = evaluation.sample(trained.model, tokenizer, prompt, tokens, temperature=temperature, seed=seed)
     if format == "json":
         state = trained.replica.chain
         print(json.dumps({"text": text, "round": state.round, "state_id": state.id.hex()}))

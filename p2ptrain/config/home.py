@@ -15,14 +15,16 @@ import platformdirs
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from p2ptrain.errors import HomeError
-from p2ptrain.state.files import atomic_write, remove_unfinished
+from p2ptrain.state.files import UNFINISHED_PREFIX, atomic_write, remove_unfinished
 
 _OWNER_KEY_BYTES = 32
 
 
 def default_home(environment: Mapping[str, str] = os.environ) -> Path:
     """$P2PTRAIN_HOME, else the platform's data directory."""
-    return Path(environment.get("P2PTRAIN_HOME") or platformdirs.user_data_dir("p2ptrain", appauthor=False))
+    return Path(
+        environment.get("P2PTRAIN_HOME") or platformdirs.user_data_dir("p2ptrain", appauthor=False)
+    ).expanduser()
 
 
 class Home:
@@ -59,13 +61,15 @@ class Home:
         self.data = path / "data"
         #: names, shapes, kinds and first values, where the run trains a model of somebody's own
         self.beginning = path / "beginning"
-        #: packed text that this peer alone trains on
-        self.own_text = self.data / "own-text.xz"
+        #: the text that this peer alone trains on
+        self.own_tokens = self.data / "own.tokens"
+        #: tokens that are being made
+        self.unfinished_tokens = self.data / f"{UNFINISHED_PREFIX}tokens"
         self._lock: int | None = None
 
-    def corpus(self, sha256: str) -> Path:
-        """Where the packed corpus lies whose training text, or held-out text where that is private, has this hash."""
-        return self.data / f"corpus-{sha256}.xz"
+    def tokens(self, root: str) -> Path:
+        """Where the run's text lies as tokens, by the root that the manifest names."""
+        return self.data / f"{root}.tokens"
 
     def create(self) -> None:
         """Make the directories that are missing.

@@ -33,13 +33,13 @@ def load_manifest(path: Path) -> Manifest:
         ManifestError: no such file, not TOML, an unknown key, or a value out of range.
     """
     try:
-        return parse_manifest(path.read_text(encoding="utf-8"), path)
+        return parse_manifest(path.read_text(encoding="utf-8-sig"), path)
     except FileNotFoundError as error:
         raise ManifestError(f"no manifest at {path}", hint=f"p2ptrain init {path}") from error
     except OSError as error:
         raise ManifestError(f"cannot read {path}: {error.strerror}", hint="p2ptrain init run.toml") from error
     except UnicodeDecodeError as error:
-        raise ManifestError(f"{path} is not UTF-8 text", hint=f"p2ptrain init {path} --force") from error
+        raise ManifestError(f"{path} is not UTF-8 text", hint=f"save {path} as UTF-8") from error
 
 
 def parse_manifest(text: str, path: Path) -> Manifest:
@@ -51,9 +51,7 @@ def parse_manifest(text: str, path: Path) -> Manifest:
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ManifestError(
-            f"{path} is not TOML: {error}", hint=f"correct it, or: p2ptrain init {path} --force"
-        ) from error
+        raise ManifestError(f"{path} is not TOML: {error}", hint=f"correct {path}") from error
     reject_unknown_keys(table, Manifest, path)
     try:
         return msgspec.convert(strategies.completed(table), Manifest)
@@ -81,9 +79,19 @@ def reject_unknown_keys(
             near = _elsewhere(key, kind) or difflib.get_close_matches(key, fields, 1, 0.5)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys here: {', '.join(fields)}"
             raise error(f"{path}: unknown key {prefix}{key}", hint=hint)
-        inner = fields[key]
-        if isinstance(value, dict) and isinstance(inner, type) and issubclass(inner, msgspec.Struct):
-            reject_unknown_keys(value, inner, path, prefix=f"{prefix}{key}.", error=error)
+        inner = table_of(fields[key])
+        if inner is None:
+            continue
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, dict):
+                reject_unknown_keys(one, inner, path, prefix=f"{prefix}{key}.", error=error)
+
+
+def table_of(kind: object) -> type[msgspec.Struct] | None:
+    """The class of a table, or of the tables of a list, where a field of type `kind` may be one; else None."""
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        return kind
+    return next((found for inner in get_args(kind) if (found := table_of(inner)) is not None), None)
 
 
 def _elsewhere(key: str, kind: type[msgspec.Struct]) -> list[str]:
@@ -126,9 +134,9 @@ def _look_up(table: Toml, key: str) -> tuple[object, object, str]:
     for name, index in re.findall(r"(\w+)|\[(\d+)\]", key):
         if isinstance(value, list):
             value = value[int(index)]
-        elif isinstance(value, dict) and isinstance(kind, type):
-            value, doc = value.get(name), field_docs(kind).get(name, "")
-            kind = next(field.type for field in msgspec.structs.fields(kind) if field.name == name)
+        elif isinstance(value, dict) and (of := table_of(kind)) is not None:
+            value, doc = value.get(name), field_docs(of).get(name, "")
+            kind = next(field.type for field in msgspec.structs.fields(of) if field.name == name)
     return value, kind, doc
 
 
@@ -154,12 +162,15 @@ def render(manifest: Manifest) -> str:
 
 def _render(table: msgspec.Struct, prefix: str) -> Iterator[str]:
     docs = field_docs(type(table))
-    inner = []
+    inner: list[tuple[str, msgspec.Struct]] = []
+    lists: list[tuple[str, tuple[msgspec.Struct, ...]]] = []
     for name in table.__struct_fields__:
         value = getattr(table, name)
         if isinstance(value, msgspec.Struct):
             inner.append((name, value))
-        elif name not in ("owner", "founder", "task"):
+        elif isinstance(value, tuple) and value and isinstance(value[0], msgspec.Struct):
+            lists.append((name, value))
+        elif name not in ("owner", "founder", "task", "tokens", "sources"):
             yield from _comment(docs[name])
             choice = f"{name} = {toml_value(_means(table, name) if value is msgspec.UNSET else value)}"
             yield f"# {choice}" if value is msgspec.UNSET else choice
@@ -169,6 +180,14 @@ def _render(table: msgspec.Struct, prefix: str) -> Iterator[str]:
         yield from _comment(docs.get(name) or inspect.getdoc(type(value)) or "")
         yield f"[{prefix}{name}]"
         yield from _render(value, f"{prefix}{name}.")
+    for name, values in lists:
+        yield ""
+        yield from _comment(docs[name])
+        for number, value in enumerate(values):
+            yield from [""] * (number > 0) + [f"[[{prefix}{name}]]"]
+            for key in value.__struct_fields__:
+                yield from _comment(field_docs(type(value))[key]) if not number else ()
+                yield f"{key} = {toml_value(getattr(value, key))}"
 
 
 def _means(table: msgspec.Struct, name: str) -> object:

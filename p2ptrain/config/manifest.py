@@ -24,11 +24,13 @@ from p2ptrain.errors import ManifestError
 if TYPE_CHECKING:
     from p2ptrain.chain import ChainState
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 MANIFEST_MAX_BYTES = 16 * 1024
 PARAMETERS_MAX = 2**31
 TOKENIZER_VOCABULARY = 4096
-"""Tokens of the tokenizer shipped, the only one there is."""
+"""Tokens of the tokenizer shipped."""
+VOCABULARY_MIN, VOCABULARY_MAX = 257, 2**19
+SOURCES_MAX = 16
 
 Count = Annotated[int, Meta(ge=1, le=2**20)]
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
@@ -55,8 +57,8 @@ class ModelConfig(_Table, frozen=True, kw_only=True):
     """Width of the model."""
     context: Annotated[int, Meta(ge=8, le=65_536)] = 128
     """Tokens in a sequence."""
-    vocabulary: Annotated[int, Meta(ge=257, le=65_536)] = TOKENIZER_VOCABULARY
-    """Rows of the embedding and of the head; at least the 4096 tokens of the tokenizer."""
+    vocabulary: Annotated[int, Meta(ge=VOCABULARY_MIN, le=VOCABULARY_MAX)] = TOKENIZER_VOCABULARY
+    """Rows of the embedding and of the head; at least as many as the tokenizer has tokens; the shipped one has 4096."""
     mlp_ratio: Annotated[int, Meta(ge=1, le=16)] = 4
     """Hidden width of the MLP over `embedding`."""
 
@@ -76,6 +78,16 @@ class ModelConfig(_Table, frozen=True, kw_only=True):
         return 2 * self.vocabulary * self.embedding + self.layers * block + self.embedding
 
 
+class FileConfig(_Table, frozen=True, kw_only=True):
+    """A file that every peer of the run needs, handed out in pieces."""
+
+    bytes: Annotated[int, Meta(ge=1, le=2**38)]
+    """Length in bytes. At most 256 GiB, so that the hashes of its pieces, which a joiner fetches first and each peer
+    holds in memory, take at most 16 MiB."""
+    root: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+    """Hash over the length and the hashes of all pieces."""
+
+
 class TaskConfig(_Table, frozen=True, kw_only=True):
     """A model that is somebody's own code, which each peer brings along; never sent, never loaded by name."""
 
@@ -83,8 +95,25 @@ class TaskConfig(_Table, frozen=True, kw_only=True):
     """Where the model comes from: `code`, a module that each peer's own program has made."""
     parameters: Annotated[int, Meta(ge=1, le=PARAMETERS_MAX)]
     """Number of parameters that are trained."""
-    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
-    """Hash of the run's beginning: names, shapes, kinds and first values."""
+    values: FileConfig
+    """The run's beginning: names, shapes, kinds and first values."""
+
+
+class SourceConfig(_Table, frozen=True, kw_only=True):
+    """Where a part of the text comes from, and on what terms."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=80, pattern=r"^[\w.-][\w .-]*\Z")]
+    """Name of the source."""
+    license: Annotated[str, Meta(max_length=80, pattern=r"^[A-Za-z0-9][A-Za-z0-9 .+-]*\Z")]
+    """SPDX licence expression."""
+    sha256: Hex256 = ""
+    """Hash of the file as it lay on disk; of several, that of what `sha256sum` prints of them."""
+    bytes: Annotated[int, Meta(ge=0, le=2**50)] = 0
+    """Length of that."""
+    url: Annotated[str, Meta(max_length=200, pattern=r"^(https?://[!-~]+)?\Z")] = ""
+    """Where it can be had."""
+    attribution: Annotated[str, Meta(max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f]*\Z")] = ""
+    """Whom to name, as its licence asks."""
 
 
 class DataConfig(_Table, frozen=True, kw_only=True):
@@ -97,19 +126,30 @@ class DataConfig(_Table, frozen=True, kw_only=True):
     private: bool = False
     """Each peer trains on text of its own (`--data`), which never leaves its disk; only held-out text is handed out."""
     sha256: Hex256 = ""
-    """Hash of the training text; empty: that of the shipped corpus, or private."""
-    bytes: Annotated[int, Meta(ge=0, le=2**34)] = 0
+    """Hash of the training text of the shipped corpus; empty: that of this version, or of a text of one's own."""
+    bytes: Annotated[int, Meta(ge=0, le=2**50)] = 0
     """Length of the training text in bytes."""
     heldout_sha256: Hex256 = ""
-    """Hash of the held-out text."""
+    """Hash of the held-out text of the shipped corpus."""
     heldout_bytes: Annotated[int, Meta(ge=0, le=2**32)] = 0
     """Length of the held-out text in bytes."""
     tokenizer_sha256: Hex256 = ""
     """Hash of the tokenizer; empty: that of the one shipped."""
+    tokens: FileConfig | msgspec.UnsetType = msgspec.UNSET
+    """A text of one's own as tokens, with its tokenizer; left out: the shipped corpus."""
+    sources: Annotated[tuple[SourceConfig, ...], Meta(max_length=SOURCES_MAX)] | msgspec.UnsetType = msgspec.UNSET
+    """Where a text of one's own comes from."""
 
     def __post_init__(self) -> None:
         if self.private and (self.sha256 or self.bytes):
             raise ValueError("private = true contradicts sha256 and bytes, which are of a text that all share")
+        if self.token_file is not None and (self.sha256 or self.heldout_sha256):
+            raise ValueError("sha256 and heldout_sha256 are of the shipped corpus, and contradict tokens")
+
+    @property
+    def token_file(self) -> FileConfig | None:
+        """The text as tokens; None: it is the shipped corpus."""
+        return None if isinstance(self.tokens, msgspec.UnsetType) else self.tokens
 
 
 class GroupConfig(_Table, frozen=True, kw_only=True):
@@ -281,7 +321,7 @@ class Manifest(_Table, frozen=True, kw_only=True):
     access: AccessConfig = AccessConfig()
 
     def __post_init__(self) -> None:
-        if self.model.vocabulary < TOKENIZER_VOCABULARY:
+        if self.data.token_file is None and self.model.vocabulary < TOKENIZER_VOCABULARY:
             raise ValueError(
                 f"model.vocabulary = {self.model.vocabulary} is below the tokenizer's {TOKENIZER_VOCABULARY} tokens"
             )
@@ -372,7 +412,7 @@ def sign_manifest(manifest: Manifest, key: Ed25519PrivateKey, founder: str) -> b
     if len(encoded) > MANIFEST_MAX_BYTES:
         raise ManifestError(
             f"the manifest takes {len(encoded)} bytes; peers accept {MANIFEST_MAX_BYTES}",
-            hint="shorten access.peers",
+            hint="shorten access.peers or data.sources",
         )
     return encoded
 

@@ -97,7 +97,7 @@ def explain(settings: NodeSettings) -> Iterator[tuple[str, str, str]]:
 
 def _read_node_toml(path: Path) -> dict[str, object]:
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:

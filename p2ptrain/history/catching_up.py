@@ -125,8 +125,9 @@ class CatchingUp:
         """One of our snapshots, or what there is of the one that we are fetching."""
         # Looked at before waiting: what is being fetched may be in the store, and no download any more, by then.
         download = self._download
-        if download is not None and (download.offer.id, download.offer.root) == (identifier, root):
-            return download.file
+        offer = None if download is None else download.offer
+        if isinstance(offer, SnapshotOffer) and (offer.id, offer.root) == (identifier, root):
+            return None if download is None else download.file
         found = await asyncio.to_thread(_find_whole, self._snapshots, identifier, root)
         if found is None:
             return None

@@ -1,9 +1,13 @@
-"""Fetches one snapshot from everybody who has it, or has some of it.
+"""Fetches one snapshot, or one file of the run, from everybody who has it, or has some of it.
 
 `PiecePlan` decides who is asked for what; here are the calls, and the file that the pieces go to. Each piece is checked
 against the root before it is written, so donors need no trust, and the file is good for others from the first piece on.
 
-Cost: at most `DONORS_MAX` pieces in memory; a small call to some known peers every `ASK_AROUND_SECONDS`.
+The hashes of all pieces come first, `HASHES_MAX` at a time, because a long file has many: 6 MB of them for 100 GB.
+They prove to be right only when all of one donor's are there.
+
+Cost: at most `DONORS_MAX` pieces in memory, and before them the hashes of `HASHES_FROM` donors; a small call to some
+known peers every `ASK_AROUND_SECONDS`.
 """
 
 from __future__ import annotations
@@ -11,19 +15,22 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
-from p2ptrain.calls.client import Client, SnapshotAnswer
+from p2ptrain.calls.client import Client, PiecesAnswer
 from p2ptrain.calls.messages import (
-    SNAPSHOT_PIECES_MAX,
+    HASHES_MAX,
+    PIECES_MAX,
     TOO_MANY_CALLS,
     CallError,
     RefusedError,
     SnapshotOffer,
 )
+from p2ptrain.errors import P2PTrainError
 from p2ptrain.history.piece_plan import PiecePlan
 from p2ptrain.state.pieces import Partials, PieceFile, pieces_of
+from p2ptrain.state.run_files import RunFile
 from p2ptrain.state.snapshot import root_of
 from p2ptrain.swarm.identity import format_peer_id
 
@@ -45,47 +52,65 @@ class Download:
     """See the module docstring. To be run once, on the network thread.
 
     Args:
+        offer: what to fetch; nothing of a file depends on who says so, as the manifest names it.
         peers: whom to ask, as they come to be known.
         progress: hears (bytes on disk, of).
+        looked: hears (bytes, of) while what an earlier process left is looked at. On another thread.
+        reach: makes sure of a connection to a peer before it is asked what it holds; may raise P2PTrainError.
     """
 
     def __init__(
         self,
         client: Client,
-        offer: SnapshotOffer,
+        offer: SnapshotOffer | RunFile,
         partials: Partials,
         peers: Callable[[], list[bytes]],
         progress: Callable[[int, int], None],
+        looked: Callable[[int, int], None] = lambda done, of: None,
+        reach: Callable[[bytes], Awaitable[None]] | None = None,
     ) -> None:
         self.offer = offer
         #: what there is of it; None before the hashes of its pieces are known
         self.file: PieceFile | None = None
-        self._client, self._partials, self._peers, self._progress = client, partials, peers, progress
-        self._path = partials.path(offer.round, offer.id, offer.root)
+        self._partials, self._peers, self._progress, self._reach = partials, peers, progress, reach
+        self._looked = looked
+        self._fetch: Callable[..., Coroutine[Any, Any, PiecesAnswer]]
+        if isinstance(offer, RunFile):
+            self._what, self._path = "file", partials.path_of_file(offer.root)
+            self._fetch = lambda peer, *numbers, **options: client.file(peer, offer, *numbers, **options)
+        else:
+            self._what, self._path = "snapshot", partials.path(offer.round, offer.id, offer.root)
+            self._fetch = lambda peer, *numbers, **options: client.snapshot(peer, offer, *numbers, **options)
         self._me = client.node.peer_id
         self._plan = PiecePlan(pieces_of(offer.length), self._me)
         #: calls for hashes or a piece under way -> donor, one each
-        self._calls: dict[asyncio.Task[SnapshotAnswer], bytes] = {}
+        self._calls: dict[asyncio.Task[PiecesAnswer], bytes] = {}
         #: calls that were given up because another was faster
-        self._outrun: list[asyncio.Task[SnapshotAnswer]] = []
+        self._outrun: list[asyncio.Task[PiecesAnswer]] = []
         #: calls that ask what a peer holds
-        self._questions: dict[asyncio.Task[SnapshotAnswer], bytes] = {}
+        self._questions: dict[asyncio.Task[PiecesAnswer], bytes] = {}
         #: peer -> when it was asked last what it holds
         self._asked_at: dict[bytes, float] = {}
+        #: donor -> the hashes that it has sent so far
+        self._lists: dict[bytes, bytearray] = {}
         self._ask_due = self._came_at = 0.0
+        #: pieces that came
+        self.came = 0
 
-    async def run(self, donor: bytes) -> PieceFile:
+    async def run(self, donor: bytes | None = None) -> PieceFile:
         """Fetch it, from `donor` and whoever else has it, and return the whole file, checked, still a partial one.
 
         Raises:
             CallError: nobody hands it out, or it comes no further.
             OSError: the disk does not take it.
         """
-        if pieces_of(self.offer.length) > SNAPSHOT_PIECES_MAX:
-            raise CallError(f"a snapshot of {self.offer.length} bytes has too many pieces")
-        self._use(await asyncio.to_thread(self._partials.resume, self._path, self.offer.length, self.offer.root))
+        if pieces_of(self.offer.length) > PIECES_MAX:
+            raise CallError(f"a {self._what} of {self.offer.length} bytes has too many pieces")
+        wanted = self._path, self.offer.length, self.offer.root
+        self._use(await asyncio.to_thread(self._partials.resume, *wanted, self._looked))
         self._came_at = self._now()
-        self._ask(donor)
+        if donor is not None:
+            self._ask(donor)
         try:
             while not self._plan.done:
                 self._ask_around()
@@ -97,9 +122,9 @@ class Download:
                     await asyncio.sleep(_TICK_SECONDS)
                 await self._take_answers()
                 if self._plan.hopeless and not self._questions and not self._calls:
-                    raise CallError("nobody hands out the snapshot any more")
+                    raise CallError(f"nobody hands out the {self._what} any more")
                 if self._now() - self._came_at > STALL_SECONDS:
-                    raise CallError(f"no piece of the snapshot came for {STALL_SECONDS:.0f} s")
+                    raise CallError(f"no piece of the {self._what} came for {STALL_SECONDS:.0f} s")
         finally:
             left = [*self._questions, *self._calls, *self._outrun]
             for task in left:
@@ -129,7 +154,15 @@ class Download:
 
     def _ask(self, peer: bytes) -> None:
         self._asked_at[peer] = self._now()
-        self._questions[self._start(self._client.snapshot(peer, self.offer))] = peer
+        self._questions[self._start(self._question(peer))] = peer
+
+    async def _question(self, peer: bytes) -> PiecesAnswer:
+        if self._reach is not None:
+            try:
+                await self._reach(peer)
+            except P2PTrainError as error:
+                raise CallError(str(error)) from error
+        return await self._fetch(peer)
 
     def _hand_out_work(self) -> None:
         now = self._now()
@@ -139,16 +172,18 @@ class Download:
                 continue
             if self.file is None:
                 if len(self._calls) < HASHES_FROM:
-                    call = self._client.snapshot(donor, self.offer, hashes=True, timeout_seconds=HASHES_SECONDS)
+                    first = len(self._lists.get(donor, b"")) // 32
+                    end = min(first + HASHES_MAX, pieces_of(self.offer.length))
+                    call = self._fetch(donor, first, end, hashes=True, timeout_seconds=HASHES_SECONDS)
                     self._calls[self._start(call)] = donor
                 continue
             piece = self._plan.next_for(donor, now)
             if piece is not None:
                 seconds = self._plan.deadline_seconds
-                call = self._client.snapshot(donor, self.offer, piece, piece + 1, timeout_seconds=seconds)
+                call = self._fetch(donor, piece, piece + 1, timeout_seconds=seconds)
                 self._calls[self._start(call)] = donor
 
-    def _start(self, call: Coroutine[Any, Any, SnapshotAnswer]) -> asyncio.Task[SnapshotAnswer]:
+    def _start(self, call: Coroutine[Any, Any, PiecesAnswer]) -> asyncio.Task[PiecesAnswer]:
         return asyncio.create_task(call)
 
     # ---- hearing ----------------------------------------------------------------------------------------------
@@ -159,7 +194,7 @@ class Download:
             try:
                 self._plan.holds(peer, task.result().held)
             except CallError as error:
-                _logger.debug("%s has nothing of the snapshot: %s", format_peer_id(peer)[-8:], error)
+                _logger.debug("%s has nothing of the %s: %s", format_peer_id(peer)[-8:], self._what, error)
         for task in [task for task in self._calls if task.done()]:
             donor = self._calls.pop(task, None)
             if donor is None:
@@ -183,16 +218,20 @@ class Download:
         else:
             self._plan.gone(donor)
 
-    async def _take_hashes(self, donor: bytes, answer: SnapshotAnswer) -> None:
-        hashes = [answer.hashes[i : i + 32] for i in range(0, len(answer.hashes), 32)]
-        if len(answer.hashes) != 32 * pieces_of(self.offer.length) or self._root(hashes) != self.offer.root:
+    async def _take_hashes(self, donor: bytes, answer: PiecesAnswer) -> None:
+        known, pieces = self._lists.setdefault(donor, bytearray()), pieces_of(self.offer.length)
+        known += answer.hashes
+        if len(known) < 32 * pieces and len(answer.hashes) == 32 * HASHES_MAX:
+            self._came_at = self._now()
+            return
+        hashes = [bytes(known[i : i + 32]) for i in range(0, len(known), 32)]
+        if len(known) != 32 * pieces or root_of(self.offer.length, hashes) != self.offer.root:
+            del self._lists[donor]
             self._lied(donor, "hashes")
             return
+        self._lists.clear()
         self._use(await asyncio.to_thread(self._partials.begin, self._path, self.offer.length, hashes))
         self._came_at = self._now()
-
-    def _root(self, hashes: list[bytes]) -> bytes:
-        return root_of(self.offer.length, hashes)
 
     def _use(self, file: PieceFile | None) -> None:
         self.file = file
@@ -200,7 +239,7 @@ class Download:
             if file is not None and file.has(number):
                 self._plan.have(number)
 
-    async def _take_piece(self, donor: bytes, answer: SnapshotAnswer) -> None:
+    async def _take_piece(self, donor: bytes, answer: PiecesAnswer) -> None:
         assert self.file is not None
         number = self._plan.asked_of(donor)
         (data,) = answer.pieces
@@ -219,7 +258,7 @@ class Download:
                 self._plan.outrun(rival, self._now())
         if first:
             await asyncio.to_thread(self.file.write, number, data)
-            self._came_at = self._now()
+            self._came_at, self.came = self._now(), self.came + 1
             done = self.file.pieces - self._plan.missing
             self._progress(min(self.offer.length, done * self.offer.length // self.file.pieces), self.offer.length)
 

@@ -1,4 +1,4 @@
-"""Which piece of a snapshot to ask of which donor next. Decides only: no sockets, no clock, no files.
+"""Which piece of a file to ask of which donor next. Decides only: no sockets, no clock, no files.
 
 Each donor has at most one piece to hand out at a time, and at most `DONORS_MAX` donors have one. Among the next pieces
 in an order of our own, a donor is asked for the one that the fewest hold: learners that come together fetch different
@@ -56,7 +56,7 @@ class PiecePlan:
     """See the module docstring. `now` is any clock in seconds that does not go back.
 
     Args:
-        pieces: of the snapshot.
+        pieces: of the file.
         salt: makes the order of pieces ours.
     """
 
@@ -167,7 +167,7 @@ class PiecePlan:
             donor.failures += 1
 
     def gone(self, name: bytes) -> None:
-        """A donor does not hand this snapshot out any more."""
+        """A donor does not hand this file out any more."""
         donor = self._donors.pop(name, None)
         if donor is not None:
             self._let_go(donor)

@@ -8,13 +8,16 @@ as DeMo treats them as different kinds. Generation keeps no cache of keys: simpl
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from p2ptrain.compression.layout import Kind, ParameterSpec
 from p2ptrain.config.manifest import ModelConfig
 
+_NOT_COUNTED = -100
 _ROWS_AT_ONCE = nn.LinearCrossEntropyOptions(batch_chunk_size=256, chunking_method=None)
 
 
@@ -86,18 +89,21 @@ class GPT(nn.Module):
         """Logits [batch, positions, vocabulary] for tokens [batch, positions], positions at most the context."""
         return self.head(self._stream(tokens))
 
-    def loss(self, tokens: Tensor) -> Tensor:
+    def loss(self, tokens: Tensor, counted: NDArray[np.bool_] | None = None) -> Tensor:
         """Mean cross-entropy in nats a token of predicting tokens[:, 1:] from what precedes each.
 
         Args:
             tokens: [batch, 2 to context + 1], int64.
+            counted: of the same shape: over which tokens the mean is; None: over all. At least one after the first.
 
         Returns:
             A scalar; `backward` may be called on it once.
         """
-        stream = self._stream(tokens[:, :-1])
+        stream, targets = self._stream(tokens[:, :-1]), tokens[:, 1:]
+        if counted is not None:
+            targets = targets.masked_fill(torch.from_numpy(~counted[:, 1:]).to(tokens.device), _NOT_COUNTED)
         return F.linear_cross_entropy(
-            stream.flatten(0, 1), self.head.weight, tokens[:, 1:].flatten(), options=_ROWS_AT_ONCE
+            stream.flatten(0, 1), self.head.weight, targets.flatten(), ignore_index=_NOT_COUNTED, options=_ROWS_AT_ONCE
         )
 
     @torch.no_grad()

@@ -1,7 +1,7 @@
 """A module of somebody's own as a task, and the file that says what of it a run trains, and from which values on.
 
 The file, the *beginning*, has names, shapes and kinds of the trained parameters, in order, their first values, and
-hashes of what is held fixed. The manifest has the file's hash. Whoever joins gets the file from the swarm, unless their
+hashes of what is held fixed. The manifest has the file's root. Whoever joins gets the file from the swarm, unless their
 own module makes the same bytes, and takes the values in it, whatever their copy holds. So no value has to follow from
 a seed, which gives other numbers on another device or with another version of torch.
 
@@ -18,7 +18,8 @@ buffer that `state_dict` saves, has to hold the same bytes on every peer. Runnin
 and no gradient does, are refused: each peer's would be of its own samples. So is any other saved buffer that the first
 batch has changed.
 
-Cost: the file is as long as the parameters, and every peer keeps it to go back to the beginning of the chain.
+Cost: the file is as long as the parameters, and every peer keeps it to go back to the beginning of the chain. It is
+written and read one parameter at a time.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, cast, get_args
 
 import msgspec
@@ -37,10 +40,21 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from p2ptrain.compression.layout import Kind
-from p2ptrain.config.manifest import PARAMETERS_MAX, TaskConfig
+from p2ptrain.config.manifest import PARAMETERS_MAX, FileConfig, TaskConfig
 from p2ptrain.errors import ModelError
 from p2ptrain.models.task import Task, TrainedParameter
-from p2ptrain.state.tensors import TensorFileError, meta_of, pack_tensors, packed_bytes, unpack_tensors
+from p2ptrain.state import run_files
+from p2ptrain.state.pieces import PieceFile
+from p2ptrain.state.run_files import RunFile
+from p2ptrain.state.tensors import (
+    TensorFileError,
+    bytes_of,
+    check_tensors,
+    pack_head,
+    packed_bytes,
+    read_meta,
+    read_tensors,
+)
 
 HEADER_MAX_BYTES = 4 * 1024 * 1024
 """Of names, shapes, kinds and hashes."""
@@ -174,8 +188,35 @@ def trained_of(module: nn.Module, kinds: Mapping[str, Kind]) -> tuple[TrainedPar
     return tuple(found)
 
 
-def beginning_of(module: nn.Module, patterns: Mapping[str, Kind] | None = None) -> bytes:
-    """Return the beginning of a run that trains `module` from the values it has.
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """The beginning of a run that trains a module from the values that this has whenever it is read."""
+
+    header: Header
+    trained: tuple[TrainedParameter, ...]
+
+    def parts(self) -> Iterator[bytes | memoryview]:
+        """Yield the file, one parameter in memory at a time."""
+        yield pack_head(msgspec.msgpack.encode(self.header), {e.name: e.shape for e in self.header.trained})
+        for parameter in self.trained:
+            yield bytes_of(parameter.tensor.detach().cpu().numpy())
+
+    def config(self) -> TaskConfig:
+        """Return what the manifest says of it; hashes all values."""
+        return self._named(run_files.named(self.parts()))
+
+    def write(self, path: Path) -> tuple[TaskConfig, PieceFile]:
+        """Write the file, and return what the manifest says of it. Raises OSError."""
+        made, file = run_files.make(path, self.parts())
+        return self._named(made), file
+
+    def _named(self, made: RunFile) -> TaskConfig:
+        entries = sum(math.prod(entry.shape) for entry in self.header.trained)
+        return TaskConfig(parameters=entries, values=FileConfig(bytes=made.length, root=made.root.hex()))
+
+
+def beginning_of(module: nn.Module, patterns: Mapping[str, Kind] | None = None) -> Beginning:
+    """Return the beginning of a run that trains `module`.
 
     Raises:
         ModelError: it cannot be trained, or `patterns` do not suit it.
@@ -189,7 +230,7 @@ def beginning_of(module: nn.Module, patterns: Mapping[str, Kind] | None = None) 
     meta = msgspec.msgpack.encode(header)
     if len(meta) > HEADER_MAX_BYTES:
         raise ModelError(f"the names and shapes of this model take {len(meta):,} bytes; at most {HEADER_MAX_BYTES:,}")
-    return pack_tensors(meta, {p.name: p.tensor.detach().cpu().numpy() for p in trained})
+    return Beginning(header, trained)
 
 
 def buffers_of(module: nn.Module) -> tuple[FixedEntry, ...]:
@@ -223,66 +264,69 @@ def _entry(name: str, tensor: Tensor) -> FixedEntry:
 # ---- from the file --------------------------------------------------------------------------------------------------
 
 
-def config_of(beginning: bytes) -> TaskConfig:
-    """Return what the manifest says of this beginning."""
-    entries = sum(math.prod(entry.shape) for entry in header_of(beginning).trained)
-    return TaskConfig(parameters=entries, sha256=hashlib.sha256(beginning).hexdigest())
-
-
 def beginning_max_bytes(config: TaskConfig) -> int:
     """Return a length that no beginning of this many parameters exceeds."""
     return packed_bytes({"": (config.parameters,)}, HEADER_MAX_BYTES)
 
 
-def header_of(beginning: bytes) -> Header:
-    """Decode the header alone. Raises ModelError."""
+def check_length(config: TaskConfig) -> None:
+    """Refuse a manifest whose beginning is longer than its parameters can be. Raises ModelError."""
+    if config.values.bytes > beginning_max_bytes(config):
+        raise ModelError(f"the run's first values take {config.values.bytes:,} bytes, more than its parameters can")
+
+
+def header_of(path: Path) -> Header:
+    """Decode the header of a beginning alone. Raises ModelError, OSError."""
     try:
-        meta = meta_of(beginning, HEADER_MAX_BYTES)
-        return _header_decoder.decode(meta)
+        return _header_decoder.decode(read_meta(path, HEADER_MAX_BYTES))
     except (TensorFileError, msgspec.MsgspecError) as error:
         raise ModelError(f"this is no beginning of a run: {error}") from error
 
 
-def check_beginning(beginning: bytes, config: TaskConfig) -> Header:
-    """Return the header of a beginning from anyone, if it is the one that the manifest names.
+def check_beginning(path: Path, config: TaskConfig) -> Header:
+    """Return the header of the beginning at `path`, if it is the one that the manifest names.
 
     Raises:
         ModelError: it is another one, or malformed.
+        OSError: it cannot be read.
     """
-    if len(beginning) > beginning_max_bytes(config):
-        raise ModelError(f"the run's first values take {len(beginning):,} bytes, more than its parameters can")
-    found = hashlib.sha256(beginning).hexdigest()
-    if found != config.sha256:
-        raise ModelError(f"the first values hash to {found[:16]}, the run's to {config.sha256[:16]}")
-    header = header_of(beginning)
+    check_length(config)
+    found, named = path.stat().st_size, config.values
+    if found != named.bytes:
+        raise ModelError(f"the first values take {found:,} bytes, the run's {named.bytes:,}", hint=_fetch_anew(path))
+    root = run_files.named(run_files.read_parts(path)).root.hex()
+    if root != named.root:
+        raise ModelError(
+            f"the first values hash to {root[:16]}, the run's to {named.root[:16]}", hint=_fetch_anew(path)
+        )
+    header = header_of(path)
     names = [entry.name for entry in header.trained]
     entries = sum(math.prod(entry.shape) for entry in header.trained)
     vectors = all(entry.kind == "vector" for entry in header.trained if len(entry.shape) < 2)
     if len(set(names)) != len(names) or entries != config.parameters or not vectors:
         raise ModelError("the run's owner has signed first values that contradict the manifest")
     try:
-        unpack_tensors(beginning, {entry.name: entry.shape for entry in header.trained})
+        check_tensors(path, {entry.name: entry.shape for entry in header.trained})
     except TensorFileError as error:
         raise ModelError(f"the run's first values are malformed: {error}") from error
     return header
 
 
-def is_beginning(beginning: bytes, config: TaskConfig) -> bool:
-    """Say whether this is the beginning that the manifest names."""
-    return hashlib.sha256(beginning).hexdigest() == config.sha256
+def _fetch_anew(path: Path) -> str:
+    return f"they are not what was written: remove {path} and start again, to fetch them anew"
 
 
-def own_task(module: nn.Module, read: Callable[[], bytes], config: TaskConfig) -> Task:
+def own_task(module: nn.Module, path: Path, config: TaskConfig) -> Task:
     """Return the task that a run's beginning describes, for this copy of its module.
 
     Args:
-        read: returns the beginning; called again whenever the run begins anew.
+        path: of the beginning, which is read anew whenever the run begins anew.
 
     Raises:
         ModelError: the module is another one than the run trains; the message names the first differences.
     """
     module = plain(module)
-    header = check_beginning(read(), config)
+    header = check_beginning(path, config)
     parameters = dict(module.named_parameters())
     ours = trained_of(module, {name: cast(Kind, "matrix") for name in parameters})
     _check_alike(header, ours, _fixed_of(module, {p.name for p in ours}))
@@ -290,12 +334,10 @@ def own_task(module: nn.Module, read: Callable[[], bytes], config: TaskConfig) -
     shapes = {entry.name: entry.shape for entry in header.trained}
 
     def begin() -> None:
-        data = read()
-        check_beginning(data, config)
-        _, arrays = unpack_tensors(data, shapes)
+        check_beginning(path, config)
         with torch.no_grad():
-            for parameter in trained:
-                parameter.tensor.copy_(torch.from_numpy(np.array(arrays[parameter.name])))
+            for name, values in read_tensors(path, shapes):
+                parameters[name].copy_(torch.from_numpy(values))
 
     return Task(module, trained, begin)
 

@@ -62,8 +62,8 @@ class Answering:
     ) -> None:
         self._p, self._machine, self._dispatch = parts, parts.machine, dispatch
         self.handout, self.feed, self.catching_up, self._auditing = handout, feed, catching_up, auditing
-        #: returns the corpus to hand out. Any thread
-        self.packed_corpus = parts.packed_corpus
+        #: returns the file of the run that has a root, if it is here
+        self.open_file = parts.files.get
         #: says whether a peer may take part in the run and read anything of it
         self.admits = admission.admits
         self._admission = admission

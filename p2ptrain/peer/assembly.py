@@ -6,9 +6,8 @@ one own log; the trainer is restored from them before the driver begins where th
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from p2ptrain.calls.messages import Traffic
@@ -18,9 +17,7 @@ from p2ptrain.chain.admission import Grant
 from p2ptrain.chain.evidence import audits_a_part
 from p2ptrain.compression.codec import Codec
 from p2ptrain.config.home import Home
-from p2ptrain.config.manifest import DataConfig, Manifest, ModelConfig
-from p2ptrain.data.corpus import Corpus, pack
-from p2ptrain.data.obtaining import shared_sha256
+from p2ptrain.config.manifest import Manifest, ModelConfig
 from p2ptrain.history.remembered import past_of, read_company
 from p2ptrain.models.gpt import GPT
 from p2ptrain.peer.driver import RoundDriver
@@ -29,9 +26,9 @@ from p2ptrain.rounds.events import ContributionReady, Doubted
 from p2ptrain.rounds.inbox import Inbox
 from p2ptrain.rounds.machine import RoundMachine
 from p2ptrain.rounds.rules import RoundRules
-from p2ptrain.state.files import atomic_write
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import OwnEntry, OwnLog
+from p2ptrain.state.pieces import PieceFile
 from p2ptrain.state.snapshot import SnapshotStore
 from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.training.trainer import Trainer
@@ -87,14 +84,14 @@ def driver_parts(
     own_log: OwnLog,
     inbox: Inbox,
     uplink: UplinkMeter,
-    packed_corpus: Callable[[], bytes | None] = lambda: None,
+    files: Mapping[bytes, PieceFile] = {},
     sync_progress: Callable[[str, int, int], None] = lambda what, done, of: None,
     traffic: Traffic | None = None,
 ) -> DriverParts:
     """Return what the driver of a peer works with; its machine begins where `replica` stands.
 
     Args:
-        packed_corpus: the run's text as it is handed out; None: this peer has none. Any thread.
+        files: by root, those of the run that are here whole.
         sync_progress: hears (what, bytes done, bytes in all) while a snapshot is fetched.
         traffic: counts what is sent and received.
     """
@@ -129,7 +126,7 @@ def driver_parts(
         introducers=run.introducers,
         snapshot_max_bytes=replica.snapshot_max_bytes,
         snapshot_chain=replica.snapshot_chain,
-        packed_corpus=packed_corpus,
+        files=dict(files),
         sync_progress=sync_progress,
         decisions_log=home.decisions,
         company=home.company,
@@ -162,22 +159,6 @@ class Link:
     def prune_own_log(self, before: int) -> None:
         """Say that no restart needs the own log's entries of rounds before this one."""
         self.call(self.driver.prune_own_log, before)
-
-
-class PackedCorpus:
-    """The corpus as it is handed out, private text left out: packed when somebody first asks, and kept in the home."""
-
-    def __init__(self, home: Home, config: DataConfig, corpus: Corpus) -> None:
-        named = shared_sha256(config) or shared_sha256(corpus.config(private=config.private))
-        self._path = home.corpus(named)
-        self._corpus = replace(corpus, train=b"") if config.private else corpus
-        self._lock = threading.Lock()
-
-    def read(self) -> bytes | None:
-        with self._lock:
-            if not self._path.exists():
-                atomic_write(self._path, pack(self._corpus))
-            return self._path.read_bytes()
 
 
 def rules_of(manifest: Manifest, codec: Codec) -> RoundRules:

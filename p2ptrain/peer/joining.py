@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from p2ptrain.calls import client
-from p2ptrain.calls.client import Client
-from p2ptrain.calls.messages import KNOWN_ALREADY, CallError, RefusedError, Traffic, Welcome
+from p2ptrain.calls.messages import KNOWN_ALREADY, CallError, RefusedError, Welcome
 from p2ptrain.calls.news import NewsFeed
 from p2ptrain.chain.admission import Grant, Revocation
 from p2ptrain.config.manifest import Manifest, open_manifest
-from p2ptrain.data.corpus import unpack
 from p2ptrain.errors import (
     AccessError,
-    DataError,
     ManifestError,
-    ModelError,
     RevokedError,
     RunChoiceError,
     UnreachableError,
 )
-from p2ptrain.models.own import beginning_max_bytes, check_beginning
 from p2ptrain.peer.admission import shuts_out
-from p2ptrain.peer.corpus_download import CorpusDownload
 from p2ptrain.swarm.addresses import parse_addresses
 from p2ptrain.swarm.identity import format_peer_id
 from p2ptrain.swarm.node import SwarmNode
@@ -34,8 +28,6 @@ from p2ptrain.swarm.records import RunRecord
 ATTEMPTS = 3
 RETRY_SECONDS = 1.0
 """A peer that has just started, or a DHT that has just lost one, may need a moment."""
-PACKING_SLACK_BYTES = 1024 * 1024
-"""A packed corpus is never longer than the text and this."""
 SILENCE_SECONDS = 180.0
 """A newcomer that hears nobody who has rounds of its run gives up after so long: time enough to start a peer again."""
 SAY_AFTER_SECONDS = 10.0
@@ -253,95 +245,6 @@ def _named(names: dict[bytes, str], choice: str) -> dict[bytes, str]:
         for run_id, name in names.items()
         if name == choice or (len(wanted) >= 4 and run_id.hex().startswith(wanted))
     }
-
-
-async def fetch_corpus(
-    node: SwarmNode,
-    run_id: bytes,
-    manifest: Manifest,
-    introducers: Collection[bytes],
-    progress: Callable[[str, int, int], None],
-) -> bytes:
-    """The packed corpus from any peer of the run that hands it out, of those that `introducers` names first.
-
-    Raises:
-        DataError: nobody has it.
-    """
-    config = manifest.data
-    packed = await _fetch_by_hash(
-        node,
-        run_id,
-        manifest,
-        introducers,
-        config.bytes + config.heldout_bytes + PACKING_SLACK_BYTES,
-        lambda packed: unpack(packed, config),
-        lambda done, total: progress("data", done, total),
-    )
-    if isinstance(packed, bytes):
-        return packed
-    raise DataError(
-        f"none of {packed} peers hands out the run's text ({config.name})",
-        hint="get the text elsewhere and join with --data PATH, or try again later",
-    )
-
-
-async def fetch_beginning(
-    node: SwarmNode,
-    run_id: bytes,
-    manifest: Manifest,
-    introducers: Collection[bytes],
-    progress: Callable[[str, int, int], None],
-) -> bytes:
-    """The first values of a model of somebody's own, from any peer of the run, of those that `introducers` names first.
-
-    Raises:
-        DataError: nobody has them.
-    """
-    config = manifest.own_model
-    assert config is not None
-
-    def check(beginning: bytes) -> None:
-        try:
-            check_beginning(beginning, config)
-        except ModelError as error:
-            raise DataError(str(error), hint="fetch them from another peer") from error
-
-    found = await _fetch_by_hash(
-        node,
-        run_id,
-        manifest,
-        introducers,
-        beginning_max_bytes(config),
-        check,
-        lambda done, total: progress("first values", done, total),
-    )
-    if isinstance(found, bytes):
-        return found
-    raise DataError(f"none of {found} peers hands out the run's first values", hint="try again later")
-
-
-async def _fetch_by_hash(
-    node: SwarmNode,
-    run_id: bytes,
-    manifest: Manifest,
-    introducers: Collection[bytes],
-    max_bytes: int,
-    check: Callable[[bytes], object],
-    progress: Callable[[int, int], None],
-) -> bytes | int:
-    """What the run's `data` call hands out, once it passes `check`; or the number of peers, none of which has it."""
-    download = CorpusDownload(Client(node, Traffic(), run_id), node.connect, max_bytes, check, progress)
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            # A stream that breaks once is no reason to send a user away.
-            await asyncio.sleep(RETRY_SECONDS)
-        # Anyone may publish records, of any number of peers; a person has given the addresses of the first.
-        found = await node.read_peers(run_id, manifest.records_key)
-        peers = [peer for peer in dict.fromkeys((*introducers, *found)) if peer != node.peer_id]
-        packed = await download.run(peers)
-        if packed is not None:
-            return packed
-    return len(peers)
 
 
 async def await_chain(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from p2ptrain.rounds.inbox import Inbox
 from p2ptrain.rounds.machine import RoundMachine
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import OwnLog
+from p2ptrain.state.pieces import PieceFile
 from p2ptrain.state.snapshot import SnapshotStore
 from p2ptrain.swarm.node import SwarmNode
 
@@ -44,7 +45,8 @@ class DriverParts:
     snapshot_max_bytes: int
     snapshot_chain: Callable[[bytes], ChainState]
     """Any thread."""
-    packed_corpus: Callable[[], bytes | None]
+    files: Mapping[bytes, PieceFile]
+    """By root: the files of the run that this peer has, whole."""
     sync_progress: Callable[[str, int, int], None]
     company: Path
     """Keeps with whom this peer was last on one chain."""

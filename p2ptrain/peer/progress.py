@@ -26,6 +26,10 @@ PLAIN_EVERY_SECONDS = 1.0
 """At most one plain line in this time, so that a log of short rounds stays readable."""
 
 
+WORK_EVERY_SECONDS = 2.0
+"""Between two plain lines on work that takes long."""
+
+
 class Shown(Protocol):
     """What a session says while it works. Any thread, one at a time."""
 
@@ -34,6 +38,9 @@ class Shown(Protocol):
 
     def transfer(self, what: str, done: int, total: int) -> None:
         """Progress of a download or a sync: bytes, or rounds where `what` is "rounds"; on the network thread."""
+
+    def work(self, what: str, done: int, total: int) -> None:
+        """Progress of something that takes a while here, in bytes."""
 
     def say(self, text: str) -> None:
         """A line for people."""
@@ -84,13 +91,30 @@ class Display:
             if self._quiet:
                 return
             if self._live:
-                self._bar(what, done, total)
+                self._bar(f"fetching {what}", done, total)
                 return
             now = time.monotonic()
             if done >= total or now - self._said.get(what, 0.0) >= PLAIN_EVERY_SECONDS:
                 self._said[what] = now
                 unit = "" if what == "rounds" else " bytes"
                 self._say(f"fetching {what}: {done:,} of {total:,}{unit}")
+
+    def work(self, what: str, done: int, total: int) -> None:
+        """Progress of something that takes a while here, in bytes; what is done in a moment is not worth a line."""
+        with self._drawing:
+            if self._quiet:
+                return
+            now = time.monotonic()
+            began = self._said.setdefault(what, now)
+            if done >= total:
+                self._end_bars()
+                del self._said[what]
+            elif self._live:
+                if what in self._tasks or now - began >= PLAIN_EVERY_SECONDS:
+                    self._bar(what, done, total)
+            elif now - began >= WORK_EVERY_SECONDS:
+                self._said[what] = now
+                self._say(f"{what}: {done:,} of {total:,} bytes")
 
     def say(self, text: str) -> None:
         """A line for people."""
@@ -131,9 +155,9 @@ class Display:
 
     def _bar(self, what: str, done: int, total: int) -> None:
         if self._bars is None:
-            amount = MofNCompleteColumn() if what == "rounds" else DownloadColumn()
+            amount = MofNCompleteColumn() if what == "fetching rounds" else DownloadColumn()
             self._bars = Progress(
-                TextColumn("fetching {task.description}"),
+                TextColumn("{task.description}"),
                 BarColumn(),
                 amount,
                 TimeRemainingColumn(),

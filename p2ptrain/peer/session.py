@@ -25,27 +25,33 @@ from types import FrameType
 import msgspec
 import torch
 
+from p2ptrain.calls.client import Client
+from p2ptrain.calls.handout import RATE_MIN_BYTES
+from p2ptrain.calls.messages import Traffic
 from p2ptrain.calls.uplink import UplinkMeter
 from p2ptrain.chain.admission import Grant
 from p2ptrain.config.home import Home
-from p2ptrain.config.manifest import Manifest, open_manifest, sign_manifest
+from p2ptrain.config.manifest import FileConfig, Manifest, open_manifest, sign_manifest
 from p2ptrain.config.node import NodeSettings
-from p2ptrain.data.corpus import Corpus
-from p2ptrain.data.obtaining import obtain_corpus
-from p2ptrain.data.tokenizer import cached_tokens
+from p2ptrain.data.obtaining import obtain_text
+from p2ptrain.data.preparing import Given
+from p2ptrain.data.text import Text
 from p2ptrain.errors import HomeError, ModelError, UnreachableError
-from p2ptrain.models.own import is_beginning
+from p2ptrain.models.own import Beginning, check_length
 from p2ptrain.models.task import Task, gpt_task
 from p2ptrain.observe.status import Standing, Status
 from p2ptrain.peer import joining
-from p2ptrain.peer.assembly import Link, Make, PackedCorpus, Run, driver_parts
+from p2ptrain.peer.assembly import Link, Make, Run, driver_parts
 from p2ptrain.peer.driver import RoundDriver
+from p2ptrain.peer.file_download import fetch_file
 from p2ptrain.peer.presence import Presence
 from p2ptrain.peer.progress import Shown
 from p2ptrain.rounds.inbox import TrainerMessage
 from p2ptrain.state.files import atomic_write
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import OwnLog
+from p2ptrain.state.pieces import PieceFile
+from p2ptrain.state.run_files import RunFile, whole
 from p2ptrain.swarm.addresses import parse_addresses
 from p2ptrain.swarm.identity import format_peer_id, verify
 from p2ptrain.swarm.invitations import Invitation, read_grant
@@ -118,6 +124,8 @@ class PeerSession:
         self._finished = False
         #: when something of the chain was fetched last, by the network thread's clock
         self._fetched_at = -math.inf
+        #: by root, the files of the run that are here whole, for others
+        self.files: dict[bytes, PieceFile] = {}
         self.inbox: queue.SimpleQueue[TrainerMessage | None] = queue.SimpleQueue()
 
     def __enter__(self) -> PeerSession:
@@ -281,35 +289,65 @@ class PeerSession:
             grant = None
         return Run(manifest, run_id, signed, founder=False, introducers=introducers, grant=grant)
 
-    def fetch_corpus(self, run: Run, data: list[Path] | None) -> Corpus:
-        """The run's text: from here, from `data`, or from the swarm by its hash. Raises DataError."""
+    def obtain_text(self, run: Run, given: Given | None) -> Text:
+        """The run's text: from here, from what is given, or from the swarm by its root. Raises DataError, HomeError."""
 
-        def from_swarm() -> bytes:
-            fetching = joining.fetch_corpus(self.node, run.run_id, run.manifest, run.introducers, self.display.transfer)
-            return self.network.run(fetching, CORPUS_SECONDS)
+        def fetch(file: FileConfig, path: Path) -> None:
+            self.fetch_file(run, file, path, "text")
 
-        return obtain_corpus(self.home, run.manifest.data, data, from_swarm)
+        return obtain_text(self.home, run.manifest, given, fetch, self.display)
 
-    def fetch_beginning(self, run: Run, own: bytes) -> None:
+    def fetch_beginning(self, run: Run, own: Beginning) -> None:
         """Have the beginning of a run of somebody's own model in this home: `own`, if it is that, or the swarm's.
 
         Raises:
             DataError: nobody hands it out.
+            ModelError: the manifest contradicts itself, or `own` changes while it is written.
+            HomeError: the disk has no room for it.
         """
         config = run.manifest.own_model
         assert config is not None
-        if self.home.beginning.exists() and is_beginning(self.home.beginning.read_bytes(), config):
+        check_length(config)
+        if self._has(config.values, self.home.beginning, "first values"):
             return
-        if not is_beginning(own, config):
-            fetching = joining.fetch_beginning(
-                self.node, run.run_id, run.manifest, run.introducers, self.display.transfer
-            )
-            own = self.network.run(fetching, CORPUS_SECONDS)
-        atomic_write(self.home.beginning, own, durable=True)
+        if own.config() != config:
+            self.fetch_file(run, config.values, self.home.beginning, "first values")
+            return
+        written, file = own.write(self.home.beginning)
+        if written != config:
+            raise ModelError("the model changes while its first values are written", hint="train it once it is in")
+        self.files[bytes.fromhex(config.values.root)] = file
+
+    def fetch_file(self, run: Run, config: FileConfig, path: Path, what: str) -> None:
+        """Have a file of the run at `path` of this home, from there or from the swarm, and hand it out from then on.
+
+        Args:
+            what: it is, for people.
+
+        Raises:
+            DataError: nobody hands it out.
+            HomeError: the disk has no room for it.
+        """
+        if self._has(config, path, what):
+            return
+        wanted = RunFile(config.bytes, bytes.fromhex(config.root))
+        client = Client(self.node, Traffic(), run.run_id, grant=run.grant)
+        fetching = fetch_file(
+            client, wanted, path, run.introducers, run.manifest.records_key, self.display.transfer, what
+        )
+        self.files[wanted.root] = self.network.run(fetching, CORPUS_SECONDS + config.bytes / RATE_MIN_BYTES)
+
+    def _has(self, config: FileConfig, path: Path, what: str) -> bool:
+        """Say whether a file of the run is at `path` already; if so, it is handed out."""
+        wanted = RunFile(config.bytes, bytes.fromhex(config.root))
+        file = whole(path, wanted, lambda done, of: self.display.transfer(f"{what}, what is here already", done, of))
+        if file is not None:
+            self.files[wanted.root] = file
+        return file is not None
 
     # ---- training ---------------------------------------------------------------------------------------------
 
-    def train(self, run: Run, corpus: Corpus) -> None:
+    def train(self, run: Run, text: Text) -> None:
         """Take part in the run, with its text, until its end, the round limit, or Ctrl-C.
 
         Raises:
@@ -321,16 +359,14 @@ class PeerSession:
         threads = self.settings.threads or (os.cpu_count() or 1)
         torch.set_num_threads(threads)
         make_ready(device)
-        tokens = cached_tokens(corpus.train, self.home.data)
-        nonce = bytes.fromhex(run.manifest.nonce)
-        status, bytes_per_token = Status(), len(corpus.train) / len(tokens)
+        train, nonce, status = text.train, bytes.fromhex(run.manifest.nonce), Status()
 
         def make(books: Books) -> Participant:
-            return self._make.trainer(books, tokens, bytes_per_token, self.inbox, status)
+            masks = {} if train.mask is None else {"mask": train.mask}
+            return self._make.trainer(books, train.tokens, train.bytes_per_token, self.inbox, status, **masks)
 
-        packed = PackedCorpus(self.home, run.manifest.data, corpus)
         task = gpt_task(self._make.model(run.manifest.model), nonce)
-        part = self.take_part(run, task, device, make, packed.read)
+        part = self.take_part(run, task, device, make)
         self._print_join_line(part.addresses)
         with self._signals():
             self._train(part)
@@ -343,14 +379,12 @@ class PeerSession:
         task: Task,
         device: torch.device | None,
         make: Callable[[Books], Participant],
-        handed_out: Callable[[], bytes | None],
     ) -> Part:
         """Restore this home's replica of `task`, and begin to take part in the run.
 
         Args:
             device: where to compute; None: where the task's module is.
             make: of the home's books, who computes gradients.
-            handed_out: returns what newcomers need beside the chain; None: it is not here. Any thread.
 
         Raises:
             HomeError: the checkpoint cannot be used.
@@ -362,7 +396,7 @@ class PeerSession:
         trainer = make(Books(replica, self.node.peer_id, self.home.checkpoints, own_log))
         status = trainer.status
         trainer.restore(journal)
-        driver = self._start_driver(run, handed_out, replica, journal, own_log, uplink)
+        driver = self._start_driver(run, replica, journal, own_log, uplink)
         addresses = self.network.run(self.node.join_addresses(), ASK_SECONDS)
         with contextlib.suppress(OSError):
             atomic_write(self.home.address, "\n".join(addresses[:1]).encode())
@@ -385,7 +419,6 @@ class PeerSession:
     def _start_driver(
         self,
         run: Run,
-        handed_out: Callable[[], bytes | None],
         replica: Replica,
         journal: Journal,
         own_log: OwnLog,
@@ -400,7 +433,7 @@ class PeerSession:
             own_log=own_log,
             inbox=self.inbox,
             uplink=uplink,
-            packed_corpus=handed_out,
+            files=self.files,
             sync_progress=self._fetching,
         )
 

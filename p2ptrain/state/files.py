@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from p2ptrain.state.failpoints import failpoint
 
-_PREFIX = ".tmp-"
+UNFINISHED_PREFIX = ".tmp-"
 
 
 def atomic_write(path: Path, data: bytes, *, mode: int = 0o600, durable: bool = False) -> None:
@@ -22,12 +24,23 @@ def atomic_write(path: Path, data: bytes, *, mode: int = 0o600, durable: bool = 
     Raises:
         OSError: the file system does not take it; `path` is then as it was.
     """
+    with atomic_writer(path, mode=mode, durable=durable) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def atomic_writer(path: Path, *, mode: int = 0o600, durable: bool = False) -> Iterator[BinaryIO]:
+    """Write what is too long for memory: `path` is replaced in one step at the end, as by `atomic_write`.
+
+    Raises:
+        OSError: the file system does not take it; `path` is then as it was, as after any error inside.
+    """
     failpoint("before_write")
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=_PREFIX)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=UNFINISHED_PREFIX)
     try:
         with os.fdopen(handle, "wb") as file:
             os.fchmod(handle, mode)
-            file.write(data)
+            yield file
             if durable:
                 file.flush()
                 os.fsync(handle)
@@ -37,15 +50,20 @@ def atomic_write(path: Path, data: bytes, *, mode: int = 0o600, durable: bool = 
             os.unlink(name)
         raise
     if durable:
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync_folder(path.parent)
     failpoint("after_write")
+
+
+def sync_folder(folder: Path) -> None:
+    """Have what was renamed in a folder survive a power cut. Raises OSError."""
+    directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def remove_unfinished(directory: Path) -> None:
     """Delete what processes killed inside `atomic_write` left in `directory`; nobody else may be writing there."""
-    for path in directory.glob(f"{_PREFIX}*"):
+    for path in directory.glob(f"{UNFINISHED_PREFIX}*"):
         path.unlink(missing_ok=True)

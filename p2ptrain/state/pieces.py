@@ -1,16 +1,18 @@
-"""A snapshot's file piece by piece: read from for others, written to while it is being fetched.
+"""A file piece by piece, a snapshot's or one of the run: read from for others, written to while it is being fetched.
 
-What is being fetched lies beside the snapshots as `partial-ROUND-ID-ROOT`, at its full length with holes, its pieces'
-hashes in a second file. A process that was killed finds out what it has by hashing it anew, so nothing need be synced.
+What is being fetched lies in the folder that it is for, as `partial-ROUND-ID-ROOT` or `partial-ROOT`, at its full
+length with holes, its pieces' hashes in a second file. A process that was killed finds out what it has by hashing it
+anew, so nothing need be synced.
 
-Cost: one piece in memory; a bit a piece; one pass of SHA-256 over the file to resume it, and one to hand out hashes.
+Cost: one piece in memory; a bit and a hash a piece, 6 MB for 100 GB; one pass of SHA-256 over the file to resume it,
+and one to hand out hashes that are not known.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from p2ptrain.compression import bitmaps
@@ -21,7 +23,7 @@ _HASHES = ".hashes"
 
 
 def pieces_of(length: int) -> int:
-    """How many pieces a snapshot of `length` bytes has."""
+    """How many pieces a file of `length` bytes has."""
     return -(-length // PIECE_BYTES)
 
 
@@ -36,7 +38,7 @@ def bit(bitmap: bytes | bytearray, number: int) -> bool:
 
 
 class PieceFile:
-    """A whole snapshot's file, or one being fetched. Any thread; one at a time may write.
+    """A whole file, or one being fetched. Any thread; one at a time may write.
 
     Args:
         hashes: of all pieces, where they are known.
@@ -90,7 +92,7 @@ class PieceFile:
 
 
 class Partials:
-    """What is being fetched, in the folder of the snapshots: one at a time."""
+    """What is being fetched into a folder: one at a time."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -99,27 +101,36 @@ class Partials:
         """Where a snapshot lies while it is being fetched."""
         return self._folder / f"partial-{round:012d}-{identifier.hex()}-{root.hex()}"
 
+    def path_of_file(self, root: bytes) -> Path:
+        """Where a file of the run lies while it is being fetched."""
+        return self._folder / f"partial-{root.hex()}"
+
     def begin(self, path: Path, length: int, hashes: list[bytes]) -> PieceFile:
         """A file for the pieces of these hashes, none there yet; all other unfinished ones go. Raises OSError."""
         self.keep_only(None)
-        atomic_write(_beside(path), b"".join(hashes))
+        keep_hashes(path, hashes)
         with path.open("wb") as file:
             file.truncate(length)
         return PieceFile(path, length, hashes, bytes(-(-len(hashes) // 8)))
 
-    def resume(self, path: Path, length: int, root: bytes) -> PieceFile | None:
-        """What an earlier process left, every piece looked at; None when it is of no use. Raises OSError."""
+    def resume(
+        self, path: Path, length: int, root: bytes, looked: Callable[[int, int], None] = lambda done, of: None
+    ) -> PieceFile | None:
+        """What an earlier process left, every piece looked at; None when it is of no use. Raises OSError.
+
+        Args:
+            looked: hears (bytes looked at, of), on this thread.
+        """
         self.keep_only(path)
-        try:
-            joined = _beside(path).read_bytes()
-            hashes = [joined[i : i + 32] for i in range(0, len(joined), 32)]
-            if path.stat().st_size != length or root_of(length, hashes) != root:
-                return None
-            found = enumerate(PieceFile(path, length).read_hashes())
-            held = bitmaps.pack((number for number, of in found if of == hashes[number]), len(hashes))
-        except FileNotFoundError:
+        hashes = kept_hashes(path, length, root)
+        if hashes is None:
             return None
-        return PieceFile(path, length, hashes, held)
+        held = bytearray(-(-len(hashes) // 8))
+        for number, of in enumerate(PieceFile(path, length).read_hashes()):
+            if of == hashes[number]:
+                bitmaps.add(held, number)
+            looked(min(length, (number + 1) * PIECE_BYTES), length)
+        return PieceFile(path, length, hashes, bytes(held))
 
     def keep_only(self, path: Path | None) -> None:
         """Remove all unfinished files but this one and its hashes."""
@@ -127,6 +138,30 @@ class Partials:
         for other in self._folder.glob("partial-*"):
             if other not in kept:
                 other.unlink(missing_ok=True)
+
+
+def keep_hashes(path: Path, hashes: list[bytes]) -> None:
+    """Write the hashes of a file's pieces beside it. Raises OSError."""
+    atomic_write(_beside(path), b"".join(hashes))
+
+
+def kept_hashes(path: Path, length: int, root: bytes, *, since: bool = False) -> list[bytes] | None:
+    """Return the hashes beside a file of this length, where they give this root; None: there are none.
+
+    Args:
+        since: none either where the file was written to after they were.
+
+    Raises:
+        OSError: they cannot be read.
+    """
+    try:
+        joined, file, beside = _beside(path).read_bytes(), path.stat(), _beside(path).stat()
+    except FileNotFoundError:
+        return None
+    hashes = [joined[i : i + 32] for i in range(0, len(joined), 32)]
+    if file.st_size != length or len(joined) != 32 * pieces_of(length) or root_of(length, hashes) != root:
+        return None
+    return None if since and file.st_mtime_ns > beside.st_mtime_ns else hashes
 
 
 def _beside(path: Path) -> Path:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,23 +39,74 @@ def packed_bytes(shapes: Shapes, meta_bytes: int) -> int:
     return _HEADER.size + meta_bytes + 4 * _values(shapes)
 
 
+def pack_head(meta: bytes, shapes: Shapes) -> bytes:
+    """Return what stands before the arrays of these shapes."""
+    return _HEADER.pack(_MAGIC, _VERSION, _layout_hash(shapes), len(meta)) + meta
+
+
+def bytes_of(array: NDArray[np.float32]) -> memoryview:
+    """Return an array as it stands in the bytes: a view, where it lies so in memory."""
+    return np.ascontiguousarray(array, "<f4").data.cast("B")
+
+
 def pack_tensors(meta: bytes, arrays: Mapping[str, NDArray[np.float32]]) -> bytes:
     """Float32 arrays, in their order, behind `meta`."""
-    shapes = {name: array.shape for name, array in arrays.items()}
-    head = _HEADER.pack(_MAGIC, _VERSION, _layout_hash(shapes), len(meta))
-    return b"".join([head, meta, *(np.ascontiguousarray(array, "<f4").data.cast("B") for array in arrays.values())])
+    head = pack_head(meta, {name: array.shape for name, array in arrays.items()})
+    return b"".join([head, *map(bytes_of, arrays.values())])
 
 
-def meta_of(data: bytes, max_bytes: int) -> bytes:
-    """Return the meta alone, of at most `max_bytes`, where the shapes are not known yet. Raises TensorFileError."""
-    if len(data) < _HEADER.size:
+def read_meta(path: Path, max_bytes: int) -> bytes:
+    """Return the meta of a file alone, of at most `max_bytes`, where the shapes are not known yet.
+
+    Raises:
+        TensorFileError: the file does not begin as one of tensors does.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        _, meta_bytes = _read_head(file.read(_HEADER.size))
+        meta = file.read(meta_bytes) if meta_bytes <= max_bytes else b""
+    if len(meta) < meta_bytes:
+        raise TensorFileError(f"with a meta of {meta_bytes} bytes")
+    return meta
+
+
+def read_tensors(path: Path, shapes: Shapes) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Yield (name, array) for arrays of exactly these shapes, one of them in memory at a time.
+
+    Raises:
+        TensorFileError: the file is anything else; raised before the first array.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        file.seek(_check(file.read(_HEADER.size), path.stat().st_size, shapes))
+        for name, shape in shapes.items():
+            yield name, np.fromfile(file, "<f4", _values({name: shape})).reshape(shape)
+
+
+def check_tensors(path: Path, shapes: Shapes) -> None:
+    """Refuse a file that `read_tensors` would, without reading its arrays. Raises TensorFileError, OSError."""
+    with path.open("rb") as file:
+        _check(file.read(_HEADER.size), path.stat().st_size, shapes)
+
+
+def _read_head(head: bytes) -> tuple[bytes, int]:
+    """Return the hash of names and shapes, and the length of the meta. Raises TensorFileError."""
+    if len(head) < _HEADER.size:
         raise TensorFileError("too short")
-    magic, version, _, meta_bytes = _HEADER.unpack_from(data)
+    magic, version, layout, meta_bytes = _HEADER.unpack_from(head)
     if (magic, version) != (_MAGIC, _VERSION):
         raise TensorFileError("of another kind or version")
-    if meta_bytes > max_bytes or len(data) < _HEADER.size + meta_bytes:
-        raise TensorFileError(f"with a meta of {meta_bytes} bytes")
-    return data[_HEADER.size : _HEADER.size + meta_bytes]
+    return layout, meta_bytes
+
+
+def _check(head: bytes, length: int, shapes: Shapes) -> int:
+    """Return where the arrays of these shapes begin in so many bytes. Raises TensorFileError."""
+    layout, meta_bytes = _read_head(head)
+    if layout != _layout_hash(shapes):
+        raise TensorFileError("of another model")
+    if length != packed_bytes(shapes, meta_bytes):
+        raise TensorFileError(f"of {length} bytes instead of {packed_bytes(shapes, meta_bytes)}")
+    return _HEADER.size + meta_bytes
 
 
 def unpack_tensors(data: bytes, shapes: Shapes) -> tuple[bytes, Arrays]:
@@ -63,16 +115,7 @@ def unpack_tensors(data: bytes, shapes: Shapes) -> tuple[bytes, Arrays]:
     Raises:
         TensorFileError: anything else.
     """
-    if len(data) < _HEADER.size:
-        raise TensorFileError("too short")
-    magic, version, layout, meta_bytes = _HEADER.unpack_from(data)
-    if (magic, version) != (_MAGIC, _VERSION):
-        raise TensorFileError("of another kind or version")
-    if layout != _layout_hash(shapes):
-        raise TensorFileError("of another model")
-    if len(data) != packed_bytes(shapes, meta_bytes):
-        raise TensorFileError(f"of {len(data)} bytes instead of {packed_bytes(shapes, meta_bytes)}")
-    position = _HEADER.size + meta_bytes
+    position = _check(data[: _HEADER.size], len(data), shapes)
     meta, arrays = data[_HEADER.size : position], {}
     for name, shape in shapes.items():
         count = int(np.prod(shape, dtype=np.int64))

@@ -10,20 +10,33 @@ from __future__ import annotations
 import gzip
 import lzma
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 import zstandard
 from numpy.typing import NDArray
 
-from p2ptrain.data.tokenizer import decode, encode
+from p2ptrain.data.text import Mask, Part
+from p2ptrain.data.tokenizer import TextTokenizer
 from p2ptrain.models.gpt import GPT
 
+COMPRESSED_BYTES = 4 * 2**20
+"""Of the held-out text, for compressors to be measured on."""
 _TOKENS_AT_ONCE = 2048
 
 
 @torch.no_grad()
-def bits_per_byte(model: GPT, tokens: NDArray[np.uint16], text_bytes: int, *, max_tokens: int | None = None) -> float:
+def bits_per_byte(
+    model: GPT,
+    tokens: NDArray[Any],
+    text_bytes: int,
+    *,
+    max_tokens: int | None = None,
+    mask: Mask | None = None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> float:
     """Bits per byte of text that `model` needs for `tokens`, in windows of its context.
 
     Every token but the first is predicted once, with up to context - 1 tokens before it in its window. Windows do not
@@ -33,9 +46,11 @@ def bits_per_byte(model: GPT, tokens: NDArray[np.uint16], text_bytes: int, *, ma
         tokens: [tokens], all of a text of `text_bytes` bytes.
         max_tokens: score about this many (at least one window), in windows spread evenly over the text, as if the
             rest took as many bits a token; default all.
+        mask: a bit for each token: whether it is scored; as if the rest took as many bits a token.
+        progress: hears (bytes of tokens scored, of).
 
     Raises:
-        ValueError: fewer than two tokens.
+        ValueError: fewer than two tokens, or none that is scored.
     """
     if len(tokens) < 2:
         raise ValueError(f"{len(tokens)} tokens leave nothing to predict")
@@ -48,20 +63,27 @@ def bits_per_byte(model: GPT, tokens: NDArray[np.uint16], text_bytes: int, *, ma
         rest = len(tokens) - 1
     nats, scored = 0.0, 0
     at_once = max(1, _TOKENS_AT_ONCE // context)
-    for i in range(0, len(starts), at_once):
-        batch = np.stack([tokens[s : s + context + 1] for s in starts[i : i + at_once]])
-        nats += _nats(model, batch)
-        scored += batch.shape[0] * context
+    part = Part(tokens, mask=mask)
+    windows = [(starts[i : i + at_once].tolist(), context + 1) for i in range(0, len(starts), at_once)]
     if rest < len(tokens) - 1:
-        nats += _nats(model, tokens[None, rest:])
-        scored += len(tokens) - 1 - rest
+        windows.append(([rest], len(tokens) - rest))
+    done, total = 0, sum(len(offsets) * length for offsets, length in windows) * tokens.itemsize
+    for offsets, length in windows:
+        found, count = _nats(model, part, offsets, length)
+        nats, scored = nats + found, scored + count
+        done += len(offsets) * length * tokens.itemsize
+        progress(done, total)
+    if not scored:
+        raise ValueError("none of the tokens is scored")
     return nats / math.log(2) / scored * (len(tokens) / text_bytes)
 
 
-def _nats(model: GPT, batch: NDArray[np.uint16]) -> float:
-    """Nats of all predictions in `batch` [sequences, tokens]."""
-    inputs = torch.from_numpy(batch.astype(np.int64)).to(model.embedding.weight.device)
-    return model.loss(inputs).item() * batch.shape[0] * (batch.shape[1] - 1)
+def _nats(model: GPT, part: Part, offsets: list[int], length: int) -> tuple[float, int]:
+    """Nats of all predictions in windows of `length` tokens from these offsets on, and how many they are."""
+    inputs = torch.from_numpy(part.batch(offsets, length)).to(model.embedding.weight.device)
+    counted = part.counted(offsets, length)
+    count = inputs.shape[0] * (length - 1) if counted is None else int(counted[:, 1:].sum())
+    return (model.loss(inputs, counted).item() * count if count else 0.0), count
 
 
 def compressors_bits_per_byte(text: bytes) -> dict[str, float]:
@@ -74,8 +96,16 @@ def compressors_bits_per_byte(text: bytes) -> dict[str, float]:
     return {name: 8 * size / len(text) for name, size in sizes.items()}
 
 
-def sample(model: GPT, prompt: str, tokens: int, *, temperature: float = 0.8, seed: int = 0) -> str:
-    """`prompt` and a continuation of it by `tokens` tokens; an empty prompt stands for the start of a paragraph."""
-    start = encode(prompt or "\n\n")
-    text = decode(model.generate(start, tokens, temperature, seed))
-    return text if prompt else text.lstrip("\n")
+def beginning_of(tokens: NDArray[Any], tokenizer: TextTokenizer) -> bytes:
+    """The text of some tokens, no more than `COMPRESSED_BYTES` of it: stronger compressors take seconds a megabyte."""
+    # A token that stands for no byte is rare.
+    return tokenizer.decode(tokens[:COMPRESSED_BYTES].tolist()).encode()[:COMPRESSED_BYTES]
+
+
+def sample(
+    model: GPT, tokenizer: TextTokenizer, prompt: str, tokens: int, *, temperature: float = 0.8, seed: int = 0
+) -> str:
+    """`prompt` and a continuation of it by `tokens` tokens; an empty prompt stands for the start of a document."""
+    start = tokenizer.encode(prompt, special=True) if prompt else tokenizer.separator or [0]
+    continued = model.generate(start, tokens, temperature, seed)
+    return tokenizer.decode(continued) if prompt else tokenizer.decode(continued[len(start) :]).lstrip("\n")

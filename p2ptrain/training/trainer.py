@@ -16,7 +16,7 @@ import math
 import queue
 import time
 from collections.abc import Callable
-from typing import Protocol, assert_never, cast
+from typing import Any, Protocol, assert_never, cast
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from p2ptrain.chain import SEQUENCES_PER_KILOSECOND_MAX, RoundShape, Row
 from p2ptrain.chain.sealed import Key, SealedRound
 from p2ptrain.compression import decoded
 from p2ptrain.data.assignment import sequence_offsets
+from p2ptrain.data.text import Part
+from p2ptrain.errors import DataError
 from p2ptrain.models.gpt import GPT
 from p2ptrain.observe.status import Status
 from p2ptrain.optim.local import Gathers, HandedGradients, Local
@@ -369,6 +371,7 @@ class Trainer(Participant):
         books: of this home, whose peer id decides what we read.
         tokens: the training text [tokens].
         bytes_per_token: of that text.
+        mask: a bit for each token, least significant first, that says whether it counts in the loss; None: all do.
     """
 
     _local: Local
@@ -376,11 +379,13 @@ class Trainer(Participant):
     def __init__(
         self,
         books: Books,
-        tokens: NDArray[np.uint16],
+        tokens: NDArray[Any],
         bytes_per_token: float,
         inbox: queue.SimpleQueue[TrainerMessage | None],
         status: Status,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        mask: NDArray[np.uint8] | None = None,
     ) -> None:
         replica = books.replica
         self._context = replica.manifest.model.context
@@ -395,8 +400,9 @@ class Trainer(Participant):
             bytes_per_token=bytes_per_token,
         )
         self._model = cast(GPT, replica.model)
-        self._tokens, self._nonce = tokens, bytes.fromhex(replica.manifest.nonce)
+        self._text, self._nonce = Part(tokens, mask=mask), bytes.fromhex(replica.manifest.nonce)
         self._device = next(replica.model.parameters()).device
+        self._vocabulary = replica.manifest.model.vocabulary
 
     def run(self, swarm: Swarm, after_round: Callable[[], bool]) -> None:
         """Train until `after_round`, called when rounds were applied, is false, or None is in the queue."""
@@ -417,14 +423,23 @@ class Trainer(Participant):
         self._timed(self._clock() - began)
 
     def _micro_batch(self) -> None:
-        count = self._rules.micro_batch
+        count, text = self._rules.micro_batch, self._text
         offsets = sequence_offsets(
-            self._nonce, self._peer_id, self.books.sequences_read, count, len(self._tokens), self._context
+            self._nonce, self._peer_id, self.books.sequences_read, count, len(text.tokens), self._context
         )
-        batch = np.stack([self._tokens[offset : offset + self._context + 1] for offset in offsets]).astype(np.int64)
+        batch = text.batch(offsets, self._context + 1)
+        if batch.max() >= self._vocabulary:
+            raise DataError(
+                f"the run's text holds {batch.max()}, which is no token of {self._vocabulary:,}",
+                hint="its owner has to make it anew: p2ptrain init --data",
+            )
         tokens = torch.from_numpy(batch).to(self._device)
+        counted = text.counted(offsets, self._context + 1)
         self.books.sequences_read += count
-        nats = self._local.compute(lambda: self._model.loss(tokens), count, self._rate)
+        if counted is not None and not counted[:, 1:].any():
+            # Prompts alone: there is nothing to learn here.
+            return
+        nats = self._local.compute(lambda: self._model.loss(tokens, counted), count, self._rate)
         if not math.isfinite(nats):
             # One such gradient would be sent as the largest value there is.
             _logger.warning("a loss that is not finite: the micro-batch is left out")

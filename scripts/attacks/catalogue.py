@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from attacks.chains import MadeUpMembers, OfflineChain, TipNeverDelivered
-from attacks.comings import DataCalls, DyingNewcomers, ManyJoins, MemberSolo
+from attacks.comings import DyingNewcomers, FileCalls, ManyJoins, MemberSolo
 from attacks.donors import FirstContact, HostileManifests, HostileSnapshots, HostileTexts
 from attacks.floods import (
     DialElsewhere,
@@ -116,7 +116,7 @@ ATTACKS = {
         attacker="member",
     ),
     "replayed_seals": Spec(ReplayedSeals, "passes on the seals of all rounds again and again"),
-    "data_calls": Spec(DataCalls, "asks for the text with 50 identities, before it is packed", {"identities": 50}),
+    "file_calls": Spec(FileCalls, "asks for pieces of the text with 50 identities", {"identities": 50}, own_text=True),
     "replayed_joins": Spec(
         ReplayedJoins,
         "20 identities repeat what newcomers said to join",

@@ -20,9 +20,9 @@ from p2ptrain.calls.messages import (
     BlobHeader,
     CallError,
     ContributionHeader,
+    PiecesHeld,
     RoundsHeader,
     RoundsRequest,
-    SnapshotHeld,
     SnapshotOffer,
     SnapshotRequest,
     Tip,
@@ -125,15 +125,14 @@ class _Silent(Liar):
         await asyncio.sleep(math.inf)
 
     async def snapshot(self, request: bytes) -> AsyncIterator[BytesValue]:
-        offer = self._offer()
         wanted = decode_message(request, SnapshotRequest)
         yield self.traffic.message(Answer(""))
-        yield self.traffic.message(SnapshotHeld(b""))
+        yield self.traffic.message(PiecesHeld(b""))
         if wanted.hashes:
-            hashes = b"".join(hashlib.sha256(b"piece").digest() for _ in range(-(-offer.length // PIECE_BYTES)))
+            hashes = b"".join(hashlib.sha256(b"piece").digest() for _ in range(wanted.first, wanted.end))
             for frame in self.traffic.blob(hashes):
                 yield frame
-        if wanted.end > wanted.first:
+        elif wanted.end > wanted.first:
             async for frame in self._drops(PIECE_BYTES):
                 yield frame
 

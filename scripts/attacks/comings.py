@@ -20,7 +20,7 @@ from hivemind.p2p import PeerID
 from lab.report import say
 
 from p2ptrain.calls.client import Client
-from p2ptrain.calls.messages import NAMESPACE, CallError, ContributionHeader, DataRequest, JoinRequest, Traffic
+from p2ptrain.calls.messages import NAMESPACE, CallError, ContributionHeader, FileRequest, JoinRequest, Traffic
 from p2ptrain.chain import Key, Row, SealError, shape_of
 from p2ptrain.chain.evidence import sign_contribution
 from p2ptrain.chain.sealed import SealedRoundError
@@ -209,11 +209,14 @@ class ManyJoins(Attack):
         """Hear an answer."""
 
 
-class DataCalls(ManyJoins):
-    """So many identities ask for the run's text at once, before anybody has it packed; none reads what comes."""
+class FileCalls(ManyJoins):
+    """So many identities ask for a piece of the run's text at once; none reads what comes."""
 
     def _requests(self) -> list[tuple[str, BytesValue]]:
-        return [("rpc_data", self.hostile.traffic.message(DataRequest(self.hostile.run_id)))]
+        file = self.hostile.replica.manifest.data.token_file
+        assert file is not None
+        request = FileRequest(self.hostile.run_id, bytes.fromhex(file.root), 0, 1, False)
+        return [("rpc_file", self.hostile.traffic.message(request))]
 
 
 class DyingNewcomers(Attack):

@@ -16,7 +16,7 @@ import msgspec
 from attacks.comings import Visitor
 from attacks.forged import identity_from, made_up_peer_id, random_row
 from attacks.hostile import ROUND_MAX_BYTES, STATE_BYTES, Attack, Hostile, Liar, PeerServicer, confess
-from attacks.malformed import Spoiler, xz_bombs
+from attacks.malformed import Spoiler
 from google.protobuf.wrappers_pb2 import BytesValue
 from lab.report import say
 
@@ -26,10 +26,11 @@ from p2ptrain.calls.messages import (
     Answer,
     BlobHeader,
     CallError,
+    FileRequest,
     JoinRequest,
+    PiecesHeld,
     RoundsHeader,
     RoundsRequest,
-    SnapshotHeld,
     SnapshotOffer,
     SnapshotRequest,
     Tip,
@@ -37,14 +38,14 @@ from p2ptrain.calls.messages import (
 )
 from p2ptrain.chain import Join, Member, Row, SealError, root_round
 from p2ptrain.config.manifest import SignedManifest, open_manifest
-from p2ptrain.data.corpus import Corpus, pack, unpack
 from p2ptrain.simulation.forged import Branch
+from p2ptrain.state.pieces import pieces_of
+from p2ptrain.state.run_files import RunFile
 from p2ptrain.state.snapshot import piece_hashes, root_of
 from p2ptrain.state.tensors import pack_tensors, unpack_tensors
 from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.swarm.tasks import cancel_and_wait
 
-TEXT_MAX_BYTES = 64 * 1024 * 1024
 NOT_UTF8 = b"\x91\xa2\xff\xfe"
 """An answer whose refusal is no text."""
 WELCOME_MAX_BYTES = 1024 * 1024
@@ -145,53 +146,70 @@ class HostileManifests(_Donors):
 
 
 class _HandsOut(_Answers):
-    """Answers `data` with these frames."""
+    """Answers `file` with these frames."""
 
-    def __init__(self, attack: _Donors, name: str, frames: Callable[[], AsyncIterator[BytesValue]]) -> None:
+    def __init__(self, attack: _Donors, name: str, frames: Callable[[FileRequest], AsyncIterator[BytesValue]]) -> None:
         super().__init__(attack, name)
         self._frames = frames
 
-    async def data(self) -> AsyncIterator[BytesValue]:
+    async def file(self, request: bytes) -> AsyncIterator[BytesValue]:
         self.count()
-        async for frame in self._frames():
+        async for frame in self._frames(decode_message(request, FileRequest)):
             yield frame
 
 
 class HostileTexts(_Donors):
-    """Texts that are another's, that unpack to far more than they say, that never end, or are malformed."""
+    """Texts that are another's, that are spoiled, that never end, or are malformed."""
 
     async def _liars(self) -> dict[str, Liar]:
-        hostile = self.hostile
-        config = hostile.replica.manifest.data
-        real = await hostile.calls.data(hostile.peers[0], TEXT_MAX_BYTES, lambda done, of: None)
-        text = unpack(real, config)
-        other = pack(Corpus(text.name, text.license, text.train[::-1], text.heldout))
-        long, greedy = xz_bombs()
-        traffic = hostile.traffic
+        hostile, traffic = self.hostile, self.hostile.traffic
+        config = hostile.replica.manifest.data.token_file
+        assert config is not None
+        file = RunFile(config.bytes, bytes.fromhex(config.root))
+        donor, pieces = hostile.peers[0], pieces_of(file.length)
+        hashes = (await hostile.calls.file(donor, file, 0, pieces, hashes=True, timeout_seconds=30.0)).hashes
+        real = [
+            (await hostile.calls.file(donor, file, number, number + 1, timeout_seconds=30.0)).pieces[0]
+            for number in range(pieces)
+        ]
 
-        async def blob(data: bytes) -> AsyncIterator[BytesValue]:
+        async def begin(held: bytes = b"") -> AsyncIterator[BytesValue]:
             yield traffic.message(Answer(""))
-            for frame in traffic.blob(data):
+            yield traffic.message(PiecesHeld(held))
+
+        async def of(
+            wanted: FileRequest, hashes: bytes, piece: Callable[[bytes], bytes], held: bytes = b""
+        ) -> AsyncIterator[BytesValue]:
+            """Answer with these hashes, and with pieces that something was done to."""
+            async for frame in begin(held):
                 yield frame
+            blobs = [hashes] if wanted.hashes else [piece(real[n]) for n in range(wanted.first, wanted.end)]
+            for blob in blobs:
+                for frame in traffic.blob(blob):
+                    yield frame
 
         async def announced(length: int, pause_seconds: float, piece: bytes) -> AsyncIterator[BytesValue]:
-            yield traffic.message(Answer(""))
+            async for frame in begin():
+                yield frame
             yield traffic.message(BlobHeader(length, hashlib.sha256().digest()))
             while True:
                 yield traffic.frame(piece)
                 await asyncio.sleep(pause_seconds)
 
+        def flipped(data: bytes) -> bytes:
+            return bytes(byte ^ 1 for byte in data)
+
         whole = bytes(PIECE_BYTES)
-        ways: dict[str, Callable[[], AsyncIterator[BytesValue]]] = {
-            "another": lambda: blob(other),
-            "spoiled": lambda: blob(real[: len(real) // 2] + bytes(len(real) - len(real) // 2)),
-            "bomb": lambda: blob(long),
-            "greedy": lambda: blob(greedy),
-            "endless": lambda: announced(len(real), 0.0, whole),
-            "terabyte": lambda: announced(2**40, 0.0, whole),
-            "no_text": lambda: _once(NOT_UTF8),
-            "trickled": lambda: announced(len(real), 1.0, b"\0"),
-            "silent": _never,
+        ways: dict[str, Callable[[FileRequest], AsyncIterator[BytesValue]]] = {
+            "another": lambda wanted: of(wanted, flipped(hashes), flipped),
+            "spoiled": lambda wanted: of(wanted, hashes, flipped),
+            "short": lambda wanted: of(wanted, hashes, lambda data: data[:-1]),
+            "has_none": lambda wanted: of(wanted, hashes, bytes, bytes(-(-pieces // 8))),
+            "endless": lambda wanted: announced(len(real[0]), 0.0, whole),
+            "terabyte": lambda wanted: announced(2**40, 0.0, whole),
+            "no_text": lambda wanted: _once(NOT_UTF8),
+            "trickled": lambda wanted: announced(len(real[0]), 1.0, b"\0"),
+            "silent": lambda wanted: _never(),
         }
         return {name: _HandsOut(self, name, way) for name, way in ways.items()}
 
@@ -237,10 +255,11 @@ class _WithSnapshot(Liar):
             yield self.traffic.message(Answer("no such snapshot here any more"))
             return
         yield self.traffic.message(Answer(""))
-        yield self.traffic.message(SnapshotHeld(b""))
+        yield self.traffic.message(PiecesHeld(b""))
         if wanted.hashes:
-            for frame in self.traffic.blob(b"".join(piece_hashes(held))):
+            for frame in self.traffic.blob(b"".join(piece_hashes(held)[wanted.first : wanted.end])):
                 yield frame
+            return
         for number in range(wanted.first, wanted.end):
             for frame in self.traffic.blob(self.piece(held[number * STATE_BYTES : (number + 1) * STATE_BYTES])):
                 yield frame

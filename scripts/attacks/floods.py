@@ -38,7 +38,7 @@ CALLS = {
     "rpc_follow": "Follow",
     "rpc_rounds": "RoundsRequest",
     "rpc_snapshot": "SnapshotRequest",
-    "rpc_data": "DataRequest",
+    "rpc_file": "FileRequest",
     "rpc_audit": "AuditRequest",
     "rpc_prove": "ProofHeader",
 }

@@ -98,13 +98,13 @@ class Liar:
         """Answer to `snapshot`."""
         yield self.traffic.message(Answer("no such snapshot here any more"))
 
+    async def file(self, request: bytes) -> AsyncIterator[BytesValue]:
+        """Answer to `file`."""
+        yield self.traffic.message(Answer("no such file here"))
+
     async def hello(self) -> BytesValue:
         """Answer to `hello`: nothing of any use."""
         return self.traffic.message(Answer(""))
-
-    async def data(self) -> AsyncIterator[BytesValue]:
-        """Answer to `data`."""
-        yield self.traffic.message(Answer("none here"))
 
     def asked_to_join(self, peer: bytes, request: bytes) -> None:
         """Hear that a peer wants to be admitted."""
@@ -122,11 +122,6 @@ class PeerServicer(ServicerBase):
     async def rpc_hello(self, request: BytesValue, context: P2PContext) -> BytesValue:
         """Say which run this is."""
         return await self._liar.hello()
-
-    async def rpc_data(self, request: BytesValue, context: P2PContext) -> Stream[BytesValue]:
-        """Hand out a text."""
-        async for frame in self._liar.data():
-            yield frame
 
     async def rpc_join(self, request: BytesValue, context: P2PContext) -> BytesValue:
         """Take a newcomer."""
@@ -162,6 +157,11 @@ class PeerServicer(ServicerBase):
     async def rpc_snapshot(self, request: BytesValue, context: P2PContext) -> Stream[BytesValue]:
         """Hand out a snapshot."""
         async for frame in self._liar.snapshot(request.value):
+            yield frame
+
+    async def rpc_file(self, request: BytesValue, context: P2PContext) -> Stream[BytesValue]:
+        """Hand out a file of the run."""
+        async for frame in self._liar.file(request.value):
             yield frame
 
     async def rpc_audit(self, request: BytesValue, context: P2PContext) -> Stream[BytesValue]:

@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import lzma
 import random
 import sys
 import time
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -44,16 +42,16 @@ from p2ptrain.calls.messages import (
     BlobHeader,
     CallError,
     ContributionHeader,
-    DataRequest,
+    FileRequest,
     Follow,
     Hello,
     JoinRequest,
     News,
+    PiecesHeld,
     ProofHeader,
     Relay,
     RoundsHeader,
     RoundsRequest,
-    SnapshotHeld,
     SnapshotOffer,
     SnapshotRequest,
     Tip,
@@ -69,8 +67,17 @@ from p2ptrain.compression.codec import Codec
 from p2ptrain.compression.layout import CHUNK_SIZE
 from p2ptrain.compression.selection import quantise
 from p2ptrain.compression.wire import Coefficients, WireError
-from p2ptrain.config.manifest import Manifest, ModelConfig, SignedManifest, open_manifest, run_id, sign_manifest
-from p2ptrain.data.corpus import Corpus, pack, unpack
+from p2ptrain.config.manifest import (
+    PROTOCOL_VERSION,
+    Manifest,
+    ModelConfig,
+    SignedManifest,
+    open_manifest,
+    run_id,
+    sign_manifest,
+)
+from p2ptrain.data.token_file import Header, decode_header
+from p2ptrain.data.tokenizer import TextTokenizer, train_tokenizer
 from p2ptrain.errors import DataError, ManifestError, UsageError
 from p2ptrain.history.catching_up import _check_access as check_start
 from p2ptrain.simulation.forged import Branch
@@ -242,8 +249,8 @@ class Decoders:
         statements = (self._grant(),)
         made = (
             tip,
-            Hello(8),
-            Welcome(8, run, self._signed, tip, ""),
+            Hello(PROTOCOL_VERSION),
+            Welcome(PROTOCOL_VERSION, run, self._signed, tip, ""),
             ContributionHeader(run, 5, one, 0, row, bytes(64), 32, one, tip),
             Answer("no"),
             Arrived("", 12_345),
@@ -257,8 +264,8 @@ class Decoders:
             JoinRequest(run, row),
             Amend(run, statements),
             SnapshotRequest(run, one, one, 0, 1, True),
-            SnapshotHeld(b"\x07"),
-            DataRequest(run),
+            FileRequest(run, one, 0, 1, True),
+            PiecesHeld(b"\x07"),
             AuditRequest(run, one),
             ProofHeader(run, one),
         )
@@ -307,7 +314,8 @@ class Decoders:
         yield "open_proof, attested", self._attested_proofs(codec, proof)
         yield "open_record", self._records()
         yield "validate", self._validated()
-        yield "unpack", self._texts()
+        yield "decode_header", self._token_files()
+        yield "TextTokenizer", self._tokenizers()
         yield "snapshot_chain", Decoder(self._a_snapshot, self._read_snapshot, (TensorFileError, CallError, SealError))
         text = self._invited().text().encode()
         yield (
@@ -400,11 +408,12 @@ class Decoders:
     def _or_spoiled(self, data: bytes) -> bytes:
         return self.spoil(data) if self._chance.random() < 0.7 else data
 
-    def _texts(self) -> Decoder:
-        corpus = Corpus("text", "CC0-1.0", b"some text to train on. " * 400, b"other text. " * 30)
-        config = corpus.config()
-        real = [pack(corpus), *xz_bombs()]
-        return Decoder(self._of(*real), lambda data: unpack(data, config), (DataError,))
+    def _token_files(self) -> Decoder:
+        header = Header(300, 1000, "0" * 64, 5000, 100, 20_000, 400, 7, masked=self._chance.random() < 0.5)
+        return Decoder(self._of(header.encode()), lambda data: decode_header(data, header.length), (DataError,))
+
+    def _tokenizers(self) -> Decoder:
+        return Decoder(self._of(train_tokenizer(["some text to train on. "], 260).json), TextTokenizer, (DataError,))
 
     # ---- payloads ---------------------------------------------------------------------------------------------
 
@@ -496,18 +505,6 @@ def feed(
             faults.append(f"{name} of {data[:60].hex()} ({len(data)} bytes): {error!r}")
         progress(number + 1)
     return taken, faults
-
-
-def xz_bombs() -> list[bytes]:
-    """Return texts that unpack to far more than they say, or want 4 GiB of memory to be unpacked."""
-    packer = lzma.LZMACompressor(lzma.FORMAT_XZ, preset=0)
-    zeros = bytes(2**20)
-    long = b"".join(packer.compress(zeros) for _ in range(256)) + packer.flush()
-    greedy = bytearray(lzma.compress(b"text", lzma.FORMAT_XZ, preset=0))
-    # The block's header: its size, flags, the filter's id and length, the size of the dictionary, padding, a checksum.
-    greedy[16] = 40
-    greedy[20:24] = zlib.crc32(greedy[12:20]).to_bytes(4, "little")
-    return [long, bytes(greedy)]
 
 
 def main() -> int:

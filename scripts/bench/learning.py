@@ -49,13 +49,12 @@ from numpy.typing import NDArray
 from p2ptrain.config import strategies
 from p2ptrain.config.manifest import Manifest
 from p2ptrain.data.assignment import sequence_offsets
-from p2ptrain.data.corpus import Corpus, load_embedded, load_files
+from p2ptrain.data.corpus import Corpus, load_embedded
 from p2ptrain.data.tokenizer import cached_tokens
 from p2ptrain.models.gpt import GPT, kind_of
 from p2ptrain.models.init import initialise
 from p2ptrain.optim.schedule import learning_rate
 from p2ptrain.simulation.group import Group
-from p2ptrain.state.files import atomic_write
 from p2ptrain.training.evaluation import bits_per_byte
 
 Toml = dict[str, Any]
@@ -170,7 +169,7 @@ class Text:
         """A corpus by name; its tokens are kept in the temporary folder."""
         folder = Path(tempfile.gettempdir()) / "p2ptrain-bench-learning"
         folder.mkdir(parents=True, exist_ok=True)
-        corpus = CORPORA[name](folder)
+        corpus = CORPORA[name]()
         return cls(cached_tokens(corpus.train, folder), cached_tokens(corpus.heldout, folder), len(corpus.heldout))
 
     def of_members(self, setting: Setting) -> list[NDArray[np.uint16]]:
@@ -184,7 +183,7 @@ class Text:
         return bits_per_byte(model, self.heldout, self.heldout_bytes, max_tokens=max_tokens)
 
 
-def botocore_documentation(folder: Path) -> Corpus:
+def botocore_documentation() -> Corpus:
     """What botocore says of Amazon's services, a paragraph each, in the order of their names; nothing twice."""
     found = importlib.util.find_spec("botocore")
     if found is None or found.origin is None:
@@ -204,13 +203,14 @@ def botocore_documentation(folder: Path) -> Corpus:
 
     for path in sorted((Path(found.origin).parent / "data").rglob("service-2.json.gz")):
         collect(json.loads(gzip.decompress(path.read_bytes())))
-    file = folder / "botocore.txt"
-    atomic_write(file, "\n\n".join(paragraphs).encode(), mode=0o644)
-    return load_files([file], "botocore", "Apache-2.0")
+    whole = ("\n\n".join(paragraphs).strip() + "\n\n").encode()
+    # The last 2 % are held out, from a paragraph on.
+    cut = whole.rindex(b"\n\n", 0, int(len(whole) * 0.98)) + 2
+    return Corpus("botocore", "Apache-2.0", whole[:cut], whole[cut:])
 
 
-CORPORA: dict[str, Callable[[Path], Corpus]] = {
-    EMBEDDED: lambda folder: load_embedded(),
+CORPORA: dict[str, Callable[[], Corpus]] = {
+    EMBEDDED: load_embedded,
     "botocore": botocore_documentation,
 }
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import ast
+import gzip
 import io
+import json
+import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import tokenize
@@ -258,3 +263,25 @@ def test_every_table_is_that_of_its_result_file() -> None:
     script = [sys.executable, str(ROOT / "scripts/make_tables.py"), "--check"]
     done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_commands_on_data_do_what_they_say(tmp_path: Path) -> None:
+    """All but those that need the network, one after another in one folder."""
+    text = "\n\n".join(f"Dear reader, this is letter {number} of many." * 3 for number in range(200))
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "all.txt").write_text(text)
+    records = "".join(json.dumps({"body": paragraph}) + "\n" for paragraph in text.split("\n\n"))
+    (tmp_path / "docs.jsonl.gz").write_bytes(gzip.compress(records.encode()))
+    (tmp_path / "more.txt.gz").write_bytes(gzip.compress(text.encode()))
+    shutil.copy(PACKAGE / "data/embedded/tokenizer.json", tmp_path)
+    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "docs/data.md").read_text(), re.M | re.S)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    script = "\n".join(line for line in lines if not line.startswith("p2ptrain bootstrap"))
+    assert script.count("p2ptrain ") == len(lines) - 1 >= 7
+    shell = f'set -euo pipefail\np2ptrain() {{ {shlex.quote(sys.executable)} -m p2ptrain "$@"; }}\n'
+    environment = {**os.environ, "P2PTRAIN_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        ["bash", "-c", shell + script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "attribution A. Reader" in done.stdout and "https://example.org/letters" in done.stdout

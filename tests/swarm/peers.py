@@ -347,7 +347,7 @@ class Swarm:
         flags = ["--license", "LicenseRef-Public-Domain", "--home", str(self.folder / name)]
         done = run("init", str(made), "--data", str(self.text), *flags, fresh=self.fresh)
         assert done.returncode == 0, done.stderr
-        return re.split(r"\n\[", made.read_text().split("[data]\n")[1])[0]
+        return made.read_text().split("[data]\n")[1].split("\n# What peers compute")[0]
 
     def bootstrap(self, name: str, *flags: str, failpoint: str = "") -> Peer:
         """Start the run."""

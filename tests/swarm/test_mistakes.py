@@ -137,13 +137,13 @@ def test_the_only_peer_is_gone_before_a_newcomer_has_its_rounds(
         session.connect([address])
         run = session.find_run([address], None)
         session.enter_run(run)
-        corpus = session.fetch_corpus(run, None)
+        text = session.obtain_text(run, None)
         if goodbye:
             ada.process.send_signal(signal.SIGINT)
             ada.ended(30)
         else:
             ada.kill()
-        session.train(run, corpus)
+        session.train(run, text)
     assert "p2ptrain join ADDR" in caught.value.hint
     assert "waiting for the run's rounds: no answer for" in shown.getvalue()
 

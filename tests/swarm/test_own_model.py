@@ -156,6 +156,36 @@ def test_peers_with_a_model_of_their_own_are_bit_identical_and_so_is_one_that_jo
     assert (linus.home / "checkpoints" / checkpoint.NAME).exists()
 
 
+@pytest.mark.timeout(240)
+def test_a_joiner_has_the_whole_of_a_run_though_one_of_its_two_donors_is_killed_half_way(examples: Examples) -> None:
+    # A donor hands out at most 1 MiB a second, so two take 4 s, and half is there for 2 s.
+    examples.script = Path(__file__).parent / "one_matrix.py"
+    examples.write_manifest(0)
+    # A snapshot would be outdated before it is fetched: the rounds are so short.
+    examples.manifest.write_text(examples.manifest.read_text().replace("root_interval = 8", "root_interval = 10000"))
+    ada = examples.start("ada", 0, "bootstrap", str(examples.manifest))
+    address = ada.said(r"others join at (\S+)", 90)[1]
+    grace = examples.start("grace", 0, "join", address)
+    grace.said("others join at", 90)
+    linus = examples.start("linus", 1, "join", address)
+    length = (ada.home / "beginning").stat().st_size
+
+    def there() -> int:
+        """Bytes of the file that is being fetched."""
+        partial = [path for path in linus.home.glob("partial-*") if path.suffix != ".hashes"]
+        assert linus.process.poll() is None and not (linus.home / "beginning").exists(), linus.log.read_text()
+        return sum(path.stat().st_blocks * 512 for path in partial)
+
+    eventually(lambda: there() >= length / 2, 90, "half of the first values")
+    for process in (*psutil.Process(grace.process.pid).children(recursive=True), grace.process):
+        process.kill()
+    assert there() < length
+    linus.said("others join at", 60)
+    assert (linus.home / "beginning").read_bytes() == (ada.home / "beginning").read_bytes()
+    assert not list(linus.home.glob("partial-*")) and ada.process.poll() is None
+    linus.reaches(1)
+
+
 def test_a_peer_that_was_killed_goes_on_with_its_home_whatever_its_model_begins_with(examples: Examples) -> None:
     examples.write_manifest(40)
     ada = examples.start("ada", 0, "bootstrap", str(examples.manifest))

@@ -14,8 +14,7 @@ import torch
 from p2ptrain import chain
 from p2ptrain.chain.evidence import body_of
 from p2ptrain.config.manifest import Strategy, open_manifest
-from p2ptrain.data.corpus import load_files
-from p2ptrain.data.tokenizer import tokenise
+from p2ptrain.data.token_file import TokenFile
 from p2ptrain.simulation.group import Group
 from p2ptrain.state.journal import Journal
 from p2ptrain.swarm.identity import verify
@@ -76,7 +75,9 @@ def test_real_peers_come_to_what_a_group_in_one_process_comes_to(strategy: str, 
     swarm.close()
     manifest, run_id = open_manifest(first.home.joinpath("manifest.signed").read_bytes())
     torch.set_num_threads(1)
-    text = tokenise(load_files([swarm.text], "addresses", "LicenseRef-Public-Domain").train)
+    file = manifest.data.token_file
+    assert file is not None
+    text = TokenFile(first.home / "data" / f"{file.root}.tokens").train
     group = Group(manifest, lambda peer_id: text)
     journal, state = Journal(first.home / "journal", run_id, verify), chain.genesis(run_id)
     compared = 0

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from p2ptrain.calls.news import NewsFeed
 from p2ptrain.calls.uplink import CAREFUL_KBIT, UplinkMeter
 from p2ptrain.config.manifest import Manifest, ModelConfig, RoundConfig
 from p2ptrain.config.node import NodeSettings
-from p2ptrain.data.corpus import load_embedded
+from p2ptrain.data.text import Part, embedded_text
 from p2ptrain.history.catching_up import CatchingUp
 from p2ptrain.peer import session as session_module
 from p2ptrain.peer.answering import Answering
@@ -115,14 +114,14 @@ def observer(sockets_in: Path) -> Iterator[Observer]:
 
 def train(home: Path, observer: Observer, rounds: int) -> list[Any]:
     """Take part in so many rounds of a new run, alone; returns the sealed rounds that the journal keeps."""
-    corpus = load_embedded()
     settings = NodeSettings(home=home, origins={}, host="127.0.0.1", threads=1, name="ada")
     with Watched(settings, Display(quiet=True), rounds) as session:
         session.observer = observer
         session.connect([])
         run = session.found_run(MANIFEST)
         session.enter_run(run)
-        session.train(run, replace(corpus, train=corpus.train[:100_000]))
+        text = embedded_text(session.home.data)
+        session.train(run, text.with_train(Part(text.train.tokens[:30_000], 100_000)))
         path, run_id = session.home.journal, run.run_id
     journal = Journal(path, run_id, verify)
     return [journal.read(number) for number in range(journal.first, journal.last + 1)]

@@ -23,7 +23,7 @@ from p2ptrain.compression.codec import Codec
 from p2ptrain.errors import P2PTrainError
 from p2ptrain.history.catching_up import CatchingUp
 from p2ptrain.state.journal import Journal
-from p2ptrain.state.pieces import Partials
+from p2ptrain.state.pieces import Partials, PieceFile
 from p2ptrain.state.snapshot import SnapshotStore
 from p2ptrain.swarm.identity import verify
 
@@ -93,7 +93,10 @@ class FakeNode:
     def stub(self, servicer: type, peer: bytes, namespace: str) -> Any:
         return _Stub(self.network, self.peer_id, peer)
 
-    async def connect(self, peer: bytes, timeout_seconds: float) -> None:
+    async def read_peers(self, run_id: bytes, records_key: bytes) -> list[bytes]:
+        return list(self.network.servicers)
+
+    async def connect(self, peer: bytes, timeout_seconds: float = 5.0) -> None:
         if peer not in self.network.servicers:
             raise P2PTrainError("nobody there")
 
@@ -137,6 +140,8 @@ class Peer:
             (folder / part).mkdir(parents=True, exist_ok=True)
         self.store, self.journal = SnapshotStore(folder / "checkpoints"), Journal(folder / "journal", run_id, verify)
         self.partials = Partials(folder / "checkpoints")
+        #: by root, files of the run that it has
+        self.files: dict[bytes, PieceFile] = {}
         #: whom it knows
         self.knows: list[bytes] = []
         self.handout = Handout(lambda: kbit)
@@ -164,6 +169,9 @@ class Peer:
 
     def admits(self, peer: bytes) -> bool:
         return True
+
+    def open_file(self, root: bytes) -> PieceFile | None:
+        return self.files.get(root)
 
     def wrong_run(self, run_id: bytes) -> str | None:
         return None

@@ -24,6 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import numpy as np
 import psutil
 import torch
 from lab.lines import counted_here
@@ -35,8 +36,10 @@ from p2ptrain.chain import bits
 from p2ptrain.cli.output import set_up_logging
 from p2ptrain.compression import wire
 from p2ptrain.config.loading import load_manifest
+from p2ptrain.config.manifest import TOKENIZER_VOCABULARY
 from p2ptrain.config.node import resolve_settings
-from p2ptrain.data.corpus import Corpus
+from p2ptrain.data.text import Part, Text
+from p2ptrain.data.tokenizer import shipped_tokenizer
 from p2ptrain.models.gpt import GPT
 from p2ptrain.peer.assembly import Make
 from p2ptrain.peer.driver import RoundDriver
@@ -47,7 +50,8 @@ from p2ptrain.state.own_log import OwnEntry
 from p2ptrain.training.trainer import Swarm, Trainer
 
 HELLOS = 20
-TEXT = b"Nothing of this text is looked at, but a peer wants one.\n\n" * 200
+NOISE = Part(np.zeros(10_000, np.uint16), 35_000)
+"""Nothing of this text is looked at, but a peer wants one."""
 
 
 class NoisyGPT(GPT):
@@ -263,7 +267,7 @@ def main() -> None:
         peer.connect(options.join)
         run = peer.found_run(load_manifest(options.manifest)) if options.manifest else peer.find_run(options.join, None)
         peer.enter_run(run)
-        peer.train(run, Corpus("noise", "CC0-1.0", TEXT, TEXT))
+        peer.train(run, Text(NOISE, NOISE, shipped_tokenizer, TOKENIZER_VOCABULARY))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from p2ptrain.api.optimizer import SwarmOptimizer
 from p2ptrain.config.loading import new_manifest, render
 from p2ptrain.config.manifest import Manifest
 from p2ptrain.errors import AddressError, ManifestError, ModelError
-from p2ptrain.models.own import beginning_of, config_of, own_task
+from p2ptrain.models.own import beginning_of, own_task
 
 MANIFEST = Manifest(name="a", nonce="0" * 32)
 
@@ -44,19 +44,19 @@ def test_every_name_of_the_package_is_there_and_no_other() -> None:
 class Stepped:
     """An optimizer over a net, and what it handed on."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         self.net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-        made = beginning_of(self.net)
+        config, _ = beginning_of(self.net).write(folder / "beginning")
         self.handed: list[tuple[int, float]] = []
         self.optimizer = SwarmOptimizer(
-            own_task(self.net, lambda: made, config_of(made)).parameters,
+            own_task(self.net, folder / "beginning", config).parameters,
             MANIFEST,
             lambda samples, nats: self.handed.append((samples, nats)),
         )
 
 
-def test_the_optimizer_hands_on_how_many_samples_there_were_and_their_loss() -> None:
-    stepped = Stepped()
+def test_the_optimizer_hands_on_how_many_samples_there_were_and_their_loss(tmp_path: Path) -> None:
+    stepped = Stepped(tmp_path)
 
     def closure() -> float:
         loss = stepped.net(torch.ones(5, 3)).square().mean()
@@ -73,15 +73,15 @@ def test_the_optimizer_hands_on_how_many_samples_there_were_and_their_loss() -> 
 
 
 @pytest.mark.parametrize("samples", [0, -1, 2**20 + 1])
-def test_numbers_of_samples_out_of_range_are_refused(samples: int) -> None:
-    stepped = Stepped()
+def test_numbers_of_samples_out_of_range_are_refused(tmp_path: Path, samples: int) -> None:
+    stepped = Stepped(tmp_path)
     with pytest.raises(ValueError, match="samples="):
         stepped.optimizer.step(samples=samples)
     assert stepped.handed == []
 
 
-def test_groups_show_the_manifests_rates_by_kind_whatever_a_scheduler_writes() -> None:
-    stepped = Stepped()
+def test_groups_show_the_manifests_rates_by_kind_whatever_a_scheduler_writes(tmp_path: Path) -> None:
+    stepped = Stepped(tmp_path)
     optimizer = stepped.optimizer
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 7.0)
     optimizer.show_rate(0.5)
@@ -90,8 +90,8 @@ def test_groups_show_the_manifests_rates_by_kind_whatever_a_scheduler_writes() -
     assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in stepped.net.parameters()}
 
 
-def test_a_state_that_was_saved_loads_and_holds_nothing_of_the_swarm() -> None:
-    optimizer = Stepped().optimizer
+def test_a_state_that_was_saved_loads_and_holds_nothing_of_the_swarm(tmp_path: Path) -> None:
+    optimizer = Stepped(tmp_path).optimizer
     state = copy.deepcopy(optimizer.state_dict())
     assert state["state"] == {}
     optimizer.load_state_dict(state)

@@ -80,7 +80,7 @@ def test_the_calls_are_those_of_the_protocol() -> None:
         "amend",
         "rounds",
         "snapshot",
-        "data",
+        "file",
         "audit",
         "prove",
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from importlib import resources
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 from p2ptrain.cli.main import run
 from p2ptrain.config.home import Home
 from p2ptrain.config.loading import load_manifest
-from p2ptrain.data.corpus import unpack
+from p2ptrain.config.manifest import TOKENIZER_VOCABULARY
+from p2ptrain.data.provenance import sources_in
+from p2ptrain.data.token_file import TokenFile
 
 
 def init(*arguments: object) -> int:
@@ -38,16 +41,87 @@ def test_the_embedded_corpus_enters_by_the_hashes_of_its_data_card(tmp_path: Pat
     assert data.tokenizer_sha256 == card["tokenizer"]["sha256"]
 
 
-def test_ones_own_text_enters_by_hash_and_a_copy_stays_in_the_home(tmp_path: Path, letters: Path) -> None:
+def test_ones_own_text_enters_as_tokens_which_stay_in_the_home(tmp_path: Path, letters: Path) -> None:
     home = Home(tmp_path / "home")
     arguments = (tmp_path / "run.toml", "--data", letters, "--license", "CC-BY-4.0", "--home", home.path)
-    assert init(*arguments) == 0
+    assert init(*arguments, "--url", "https://example.org/letters", "--attribution", "A. Reader") == 0
     made = load_manifest(tmp_path / "run.toml")
     assert (made.name, made.data.name, made.data.license) == ("my-letters", "my-letters", "CC-BY-4.0")
+    (source,) = sources_in(made.data)
+    assert source.sha256 == hashlib.sha256((letters / "all.txt").read_bytes()).hexdigest()
+    assert (source.url, source.attribution) == ("https://example.org/letters", "A. Reader")
     (letters / "all.txt").unlink()
-    corpus = unpack(home.corpus(made.data.sha256).read_bytes(), made.data)
-    assert corpus.train.startswith(b"Dear reader, this is letter 0.")
-    assert b"letter 199" in corpus.heldout
+    assert made.data.token_file is not None
+    file = TokenFile(home.tokens(made.data.token_file.root))
+    assert file.path.stat().st_size == made.data.token_file.bytes
+    assert file.tokenizer.decode(file.train).startswith("Dear reader, this is letter 0.")
+    assert "letter 199" in file.tokenizer.decode(file.heldout)
+    assert made.model.vocabulary == TOKENIZER_VOCABULARY
+
+
+def test_the_vocabulary_follows_the_tokenizer(tmp_path: Path, letters: Path) -> None:
+    arguments = (tmp_path / "run.toml", "--data", letters, "--license", "MIT", "--home", tmp_path / "home")
+    assert init(*arguments, "--tokenizer", "train:300") == 0
+    made = load_manifest(tmp_path / "run.toml")
+    assert made.model.vocabulary == 300
+    tokenizer = tmp_path / "tokenizer.json"
+    assert made.data.token_file is not None
+    tokenizer.write_bytes(TokenFile(Home(tmp_path / "home").tokens(made.data.token_file.root)).tokenizer_json())
+    assert init(*arguments, "--force", "--tokenizer", tokenizer) == 0
+    assert load_manifest(tmp_path / "run.toml").data.token_file == made.data.token_file
+
+
+def test_private_text_leaves_the_manifest_alone(tmp_path: Path, letters: Path) -> None:
+    home = Home(tmp_path / "home")
+    arguments = (tmp_path / "run.toml", "--data", letters, "--license", "MIT", "--home", home.path)
+    assert init(*arguments, "--private") == 0
+    data = load_manifest(tmp_path / "run.toml").data
+    assert data.private and data.bytes == 0 and data.token_file is not None
+    shared, own = TokenFile(home.tokens(data.token_file.root)), TokenFile(home.own_tokens)
+    assert (shared.header.train_tokens, own.header.heldout_tokens) == (0, 0)
+    assert shared.header.heldout_tokens and own.header.train_tokens
+    assert b"letter 0." not in shared.path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("license", "flags", "code", "said"),
+    [
+        ("CC-BY-NC-4.0", ["--commercial-use"], 9, "CC-BY-NC-4.0 allows no commercial use"),
+        ("CC-BY-NC-4.0", [], 0, "allows no commercial use, perhaps"),
+        ("CC-BY-ND-4.0", [], 0, "CC-BY-ND-4.0 allows no changed versions"),
+        ("CC-BY-NC-4.0 OR MIT", ["--commercial-use"], 0, ""),
+    ],
+)
+def test_what_a_licence_forbids_is_said(
+    tmp_path: Path,
+    letters: Path,
+    capsys: pytest.CaptureFixture[str],
+    license: str,
+    flags: list[str],
+    code: int,
+    said: str,
+) -> None:
+    arguments = ("--data", letters, "--license", license, "--home", tmp_path / "home", *flags)
+    assert init(tmp_path / "run.toml", *arguments) == code
+    err = capsys.readouterr().err
+    assert said in err and ("licence" in err or "commercial" in err) == bool(said)
+
+
+def test_an_empty_path_is_no_current_folder(
+    tmp_path: Path, letters: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(letters)
+    assert init(tmp_path / "run.toml", "--data", "", "--license", "MIT") == 2
+    assert "--data is empty" in capsys.readouterr().err
+    assert init(tmp_path / "run.toml", "--home", "") == 2
+    assert "--home is empty" in capsys.readouterr().err
+
+
+def test_a_home_under_the_tilde_is_the_users(tmp_path: Path, letters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("P2PTRAIN_HOME", "~/there")
+    assert init(tmp_path / "run.toml", "--data", letters, "--license", "MIT") == 0
+    assert list((tmp_path / "there" / "data").glob("*.tokens"))
 
 
 def test_it_says_what_to_type_next(tmp_path: Path, letters: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,6 +148,11 @@ def test_a_manifest_is_replaced_only_by_force_and_is_then_another_run(tmp_path: 
         (["--license", "MIT"], 2, "--license needs --data"),
         (["--data", "{letters}", "--license", "mine"], 9, "licence"),
         (["--data", "{letters}/none.txt", "--license", "MIT"], 9, "no text at"),
+        (["--data", "{letters}", "--license", "MIT", "--license", "MIT"], 2, "2 times --license for 1 times --data"),
+        (["--data", "{letters}", "--license", "MIT", "--tokenizer", "train:x"], 9, "not a number of tokens"),
+        (["--data", "{letters}", "--license", "MIT", "--tokenizer", "{letters}"], 9, "no tokenizer at"),
+        (["--data", "{letters}", "--license", "MIT", "--field", ""], 2, "--field is empty"),
+        (["--tokenizer", "train:300"], 2, "--tokenizer needs --data"),
         (["--name", "a\nb"], 2, "--name"),
     ],
 )
@@ -86,7 +165,8 @@ def test_a_mistake_writes_nothing(
     message: str,
 ) -> None:
     path = tmp_path / "run.toml"
-    assert init(path, *(argument.format(letters=letters) for argument in arguments)) == code
+    home = ("--home", tmp_path / "home")
+    assert init(path, *(argument.format(letters=letters) for argument in arguments), *home) == code
     assert message in capsys.readouterr().err
     assert not path.exists()
 

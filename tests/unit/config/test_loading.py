@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2ptrain.config.loading import load_manifest, new_manifest, parse_manifest, render, toml_value
-from p2ptrain.config.manifest import Manifest, RoundConfig
+from p2ptrain.config.manifest import DataConfig, FileConfig, Manifest, RoundConfig, SourceConfig
 from p2ptrain.errors import ManifestError
 
 HEAD = 'name = "a"\nnonce = "' + "0" * 32 + '"\n'
@@ -65,7 +66,7 @@ def test_floats_are_written_as_toml_reads_them(value: float) -> None:
         ('[access]\nmode = "list"\npeers = ["me"]', 'access.peers[0] = "me"', "correct it in"),
         ("model = 3", "model = 3: expected `object`", "correct it in"),
         ("[[model]]\nlayers = 3", "model = ", "correct it in"),
-        ("model =", "is not TOML", "p2ptrain init run.toml --force"),
+        ("model =", "is not TOML", "correct run.toml"),
     ],
 )
 def test_a_mistake_is_named_with_what_to_do(text: str, message: str, hint: str) -> None:
@@ -86,6 +87,34 @@ def test_a_missing_file_tells_how_to_make_one(tmp_path: Path) -> None:
         load_manifest(tmp_path / "run.toml")
     assert caught.value.hint == f"p2ptrain init {tmp_path / 'run.toml'}"
     assert caught.value.exit_code == 3
+
+
+def test_a_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path: Path) -> None:
+    plain = load_manifest(_written(tmp_path / "run.toml", HEAD.encode()))
+    marked = HEAD.replace("\n", "\r\n").encode("utf-8-sig")
+    assert load_manifest(_written(tmp_path / "run.toml", marked)) == plain
+
+
+def _written(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def test_sources_and_tokens_come_back_and_a_mistake_in_them_is_named(tmp_path: Path) -> None:
+    source = SourceConfig(name="letters", license="MIT", url="https://example.org/a", attribution='A. "Reader"')
+    data = DataConfig(tokens=FileConfig(bytes=9, root="0" * 64), sources=(source, source))
+    manifest = msgspec.structs.replace(new_manifest("a"), data=data)
+    assert parse_manifest(render(manifest), HERE) == manifest
+    for key, wrong, message in (
+        ("bytes", 'bytes = "nine"', "data.tokens.bytes"),
+        ("url", 'url = "file:///etc/passwd"', "data.sources[0].url"),
+        ("url", 'ulr = ""', "unknown key data.sources.ulr"),
+    ):
+        lines = render(manifest).split("[data.tokens]\n")
+        broken = re.sub(rf"^{key} = .*$", wrong, lines[1], count=1, flags=re.M)
+        with pytest.raises(ManifestError) as caught:
+            parse_manifest(f"{lines[0]}[data.tokens]\n{broken}", HERE)
+        assert message in str(caught.value)
 
 
 def test_what_is_no_text_or_no_file_is_refused(tmp_path: Path) -> None:

@@ -16,11 +16,14 @@ from p2ptrain.config.manifest import (
     MANIFEST_MAX_BYTES,
     TOKENIZER_VOCABULARY,
     AccessConfig,
+    DataConfig,
+    FileConfig,
     Manifest,
     ModelConfig,
     OptimizerConfig,
     RoundConfig,
     SignedManifest,
+    SourceConfig,
     TaskConfig,
     canonical_bytes,
     open_manifest,
@@ -34,6 +37,7 @@ from p2ptrain.swarm.identity import format_peer_id, new_identity
 
 NONCE = "0123456789abcdef" * 2
 PEER = "12D3KooWGC6TvWhfapngX6wvJHMYvKpDMXPb3ZnCZ6dMoaMtimQ5"
+VALUES = FileConfig(bytes=64, root="ab" * 32)
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 
 
@@ -70,8 +74,10 @@ def test_what_is_signed_opens_as_it_was_with_owner_and_founder_filled_in() -> No
 
 
 def test_every_key_is_part_of_the_hash() -> None:
-    task = TaskConfig(parameters=7, sha256="0" * 64)
-    whole = msgspec.structs.replace(small(), founder=PEER, round=RoundConfig(robust="mean"), task=task)
+    task = TaskConfig(parameters=7, values=VALUES)
+    source = SourceConfig(name="letters", license="MIT")
+    data = DataConfig(tokens=FileConfig(bytes=9, root="0" * 64), sources=(source,))
+    whole = msgspec.structs.replace(small(), founder=PEER, round=RoundConfig(robust="mean"), task=task, data=data)
     body = msgspec.msgpack.decode(canonical_bytes(whole))
     for path, _ in tables(Manifest):
         inner = body
@@ -249,9 +255,11 @@ def test_a_manifest_of_the_built_in_model_is_encoded_as_before_there_were_others
     plain = msgspec.msgpack.decode(body)
     assert "task" not in plain and small().own_model is None
     assert msgspec.msgpack.encode(plain) == body
-    other = msgspec.structs.replace(small(), task=TaskConfig(parameters=7, sha256="ab" * 32))
+    other = msgspec.structs.replace(small(), task=TaskConfig(parameters=7, values=VALUES))
     opened, _ = open_manifest(sign_manifest(other, KEY, PEER))
     assert opened.own_model == other.task and opened.parameters == 7
-    for wrong in ({"parameters": 0}, {"parameters": 2**40}, {"sha256": "AB" * 32}, {"sha256": ""}, {"kind": "pickle"}):
+    values = ({"bytes": 0}, {"bytes": 2**38 + 1}, {"root": "AB" * 32}, {"root": ""}, {"root": "ab" * 32 + "\n"})
+    files = [{"values": msgspec.to_builtins(VALUES) | wrong} for wrong in values]
+    for wrong in ({"parameters": 0}, {"parameters": 2**40}, {"kind": "pickle"}, *files):
         with pytest.raises(msgspec.ValidationError):
             msgspec.convert(msgspec.to_builtins(other.task) | wrong, TaskConfig)

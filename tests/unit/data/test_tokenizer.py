@@ -75,3 +75,51 @@ def test_the_tokens_of_a_text_do_not_change_between_versions() -> None:
     text = "Fellow citizens:\n\nIn 1863, $2,000 (naïve) — “liberty” 🗽\n" * 3
     digest = hashlib.sha256(tokenise(text.encode()).astype("<u2").tobytes()).hexdigest()
     assert digest == "923be3a35088ae09cd201eaaf335c9049f93df4b6c7f073997d63cfd856bcec7"
+
+
+@pytest.mark.parametrize(
+    "json",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b"\xff",
+        b'{"model": {"type": "Other"}}',
+        b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}',
+        b'{"model": {"type": "BPE", "vocab": {}, "merges": []}, "normalizer": {"type": "Precompiled", '
+        b'"precompiled_charsmap": "AAAA"}}',
+        b'{"model":' + b'{"type":' * 100_000,
+        b" " * (tokenizer.TOKENIZER_MAX_BYTES + 1),
+    ],
+    ids=lambda json: str(json[:30]),
+)
+def test_what_is_no_tokenizer_is_refused(json: bytes) -> None:
+    with pytest.raises(DataError) as caught:
+        tokenizer.TextTokenizer(json)
+    assert caught.value.hint
+
+
+def test_any_tokenizer_is_the_one_that_the_library_loads(tmp_path: Path) -> None:
+    shipped = tokenizer.shipped_tokenizer()
+    assert (shipped.vocabulary, shipped.sha256) == (TOKENIZER_VOCABULARY, tokenizer_sha256())
+    text = "Peace <|endoftext|> and war, naïve 🗽"
+    assert shipped.encode(text) == load_tokenizer().encode(text).ids
+    assert shipped.decode([*shipped.encode(text), 2**20]) == text
+    (tmp_path / "tokenizer.json").write_bytes(shipped.json)
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        assert tokenizer.read_tokenizer(path).sha256 == shipped.sha256
+    with pytest.raises(DataError, match="no tokenizer at"):
+        tokenizer.read_tokenizer(tmp_path / "absent")
+
+
+def test_a_trained_tokenizer_is_the_same_each_time_and_gives_every_text_back() -> None:
+    texts = ["Peace and war, war and peace. " * 200, "naïve 🗽 " * 50]
+    one, other = (tokenizer.train_tokenizer(texts, 270) for _ in range(2))
+    assert one.json == other.json and one.vocabulary == 270
+    for text in (*texts, "\x00\x7f 文書 <|endoftext|>"):
+        assert one.decode(one.encode(text)) == text
+    end = one.separator[0]
+    assert end not in one.encode("<|endoftext|>") and one.encode("<|endoftext|>", special=True) == [end]
+    for size in (10, 2**20):
+        with pytest.raises(DataError, match="cannot be trained"):
+            tokenizer.train_tokenizer(texts, size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -78,6 +79,22 @@ def test_loss_and_gradients_equal_those_of_plain_cross_entropy(model: GPT, rows:
     theirs = [p.grad for p in model.parameters() if p.grad is not None]
     assert len(ours) == len(theirs) == len(list(model.parameters()))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_tokens_that_do_not_count_leave_no_trace(model: GPT) -> None:
+    tokens = torch.randint(0, 300, (3, 17))
+    counted = np.random.default_rng(0).random((3, 17)) < 0.4
+    model.loss(tokens, counted).backward()
+    found = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad()
+    logits = model(tokens[:, :-1])
+    of_each = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(3, 16)
+    wanted = of_each[torch.from_numpy(counted[:, 1:])].mean()
+    assert model.loss(tokens, counted).item() == pytest.approx(wanted.item(), rel=1e-5)
+    wanted.backward()
+    for one, parameter in zip(found, model.parameters(), strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(one, parameter.grad, rtol=1e-3, atol=1e-5)
 
 
 def test_loss_without_gradients_is_the_same(model: GPT) -> None:

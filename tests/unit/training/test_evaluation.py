@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import zstandard
 
 from p2ptrain.config.manifest import ModelConfig
-from p2ptrain.data.tokenizer import encode, tokenise
+from p2ptrain.data.tokenizer import encode, shipped_tokenizer, tokenise
 from p2ptrain.models.gpt import GPT
 from p2ptrain.models.init import initialise
 from p2ptrain.training.evaluation import bits_per_byte, compressors_bits_per_byte, sample
@@ -75,6 +75,22 @@ def test_a_short_text_is_scored_whole_whatever_the_limit(model: GPT) -> None:
         bits_per_byte(model, tokens[:1], 30)
 
 
+def test_tokens_that_do_not_count_are_not_scored(model: GPT) -> None:
+    tokens = tokenise(TEXT)[: 2 * CONTEXT + 1]
+    counted = np.random.default_rng(0).random(len(tokens)) < 0.3
+    mask = np.packbits(counted, bitorder="little")
+    nats = []
+    for start in (0, CONTEXT):
+        window = torch.from_numpy(tokens[start : start + CONTEXT + 1].astype(np.int64))
+        with torch.no_grad():
+            of_each = F.cross_entropy(model(window[None, :-1])[0], window[1:], reduction="none")
+        nats += of_each[torch.from_numpy(counted[start + 1 : start + CONTEXT + 1])].tolist()
+    expected = sum(nats) / len(nats) / math.log(2) * len(tokens) / 500
+    assert bits_per_byte(model, tokens, 500, mask=mask) == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(ValueError, match="none of the tokens"):
+        bits_per_byte(model, tokens, 500, mask=np.zeros_like(mask))
+
+
 def test_evaluation_leaves_no_gradients(model: GPT) -> None:
     bits_per_byte(model, tokenise(TEXT), len(TEXT))
     assert all(p.grad is None for p in model.parameters())
@@ -90,12 +106,16 @@ def test_compressors_are_measured_by_what_they_can_undo() -> None:
 
 
 def test_a_sample_continues_its_prompt_and_repeats_with_its_seed(model: GPT) -> None:
-    one = sample(model, "Fellow citizens", 20, seed=3)
+    one = sample(model, shipped_tokenizer(), "Fellow citizens", 20, seed=3)
     assert one.startswith("Fellow citizens") and len(one) > len("Fellow citizens")
-    assert one == sample(model, "Fellow citizens", 20, seed=3) != sample(model, "Fellow citizens", 20, seed=4)
+    assert (
+        one
+        == sample(model, shipped_tokenizer(), "Fellow citizens", 20, seed=3)
+        != sample(model, shipped_tokenizer(), "Fellow citizens", 20, seed=4)
+    )
 
 
 def test_a_sample_without_a_prompt_begins_a_paragraph(model: GPT) -> None:
     assert encode("\n\n")
-    text = sample(model, "", 10, temperature=0.0)
+    text = sample(model, shipped_tokenizer(), "", 10, temperature=0.0)
     assert text and not text.startswith("\n")

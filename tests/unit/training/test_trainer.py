@@ -21,6 +21,8 @@ from lone import MANIFEST, ROW, RUN_ID, Lone, replica, seal
 from p2ptrain import chain
 from p2ptrain.chain.sealed import SealedRound
 from p2ptrain.data.assignment import sequence_offsets
+from p2ptrain.data.text import Part
+from p2ptrain.errors import DataError
 from p2ptrain.observe.status import Status
 from p2ptrain.rounds.events import Apply, ContributionReady, Doubted, Rollback, StartRound, StoodIn
 from p2ptrain.rounds.inbox import Restore, TrainerMessage
@@ -148,6 +150,19 @@ def test_a_round_is_computed_handed_over_applied_and_settled(home: Home) -> None
     assert not home.trainer.ledger.pending
     assert home.trainer.replica.snapshot() == home.lone.replica.snapshot()
     assert home.trainer.status.consumed_share > 0.5
+
+
+def test_a_number_that_is_no_token_ends_the_peer_with_a_message(home: Home) -> None:
+    home.trainer._text = Part(np.full(5000, 4096, np.uint16))
+    with pytest.raises(DataError, match="holds 4096, which is no token of 4,096"):
+        home.hand(home.start())
+
+
+def test_a_batch_of_prompts_alone_teaches_nothing(home: Home) -> None:
+    home.trainer._text = Part(TOKENS, mask=np.zeros(len(TOKENS) // 8 + 1, np.uint8))
+    home.trainer._micro_batch()
+    assert home.trainer.books.sequences_read == home.trainer._rules.micro_batch
+    assert all(parameter.grad is None for parameter in home.trainer.replica.model.parameters())
 
 
 def test_a_reply_that_points_against_what_was_sent_is_doubted(home: Home) -> None:
