@@ -98,7 +98,8 @@ class Lone:
         """
         by = member or self.identity
         (payload,) = self.replica.optimizer.payloads(sent, [(0, self.chunks)])
-        key, sign = self._key_after(after or self.states[-1]), by.sign
+        shape, sign = chain.shape_of(after or self.states[-1], self.chunks), by.sign
+        key = Key(shape.round, shape.base)
         signature = sign_contribution(sign, RUN_ID, key, 0, ROW, payload)
         reply, _ = reduce_and_attest(
             [Contribution(0, ROW, payload, signature)],
@@ -109,7 +110,7 @@ class Lone:
             run_id=RUN_ID,
             key=key,
             part=0,
-            group=chain.Group((by.peer_id,), (1,)),
+            group=chain.Group((by.peer_id,), shape.group.standing),
         )
         return reply
 
