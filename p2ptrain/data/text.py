@@ -34,6 +34,11 @@ class Part:
         """Bytes of text that a token stands for on average."""
         return self.bytes / max(len(self.tokens), 1)
 
+    def cut(self, start: int, end: int) -> Part:
+        """Tokens [start, end) of it, the first at a multiple of eight."""
+        mask = None if self.mask is None else self.mask[start // 8 : -(-end // 8)]
+        return Part(self.tokens[start:end], self.bytes * (end - start) // max(len(self.tokens), 1), mask)
+
     def batch(self, offsets: list[int], length: int) -> NDArray[np.int64]:
         """The `length` tokens from each offset on [offsets, length]."""
         return np.stack([self.tokens[offset : offset + length] for offset in offsets]).astype(np.int64)

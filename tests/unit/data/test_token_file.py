@@ -171,6 +171,23 @@ def test_a_part_of_a_file_is_a_file(tmp_path: Path, trained: TextTokenizer) -> N
     assert {path.name for path in tmp_path.iterdir()} == {"a.tokens", "b.tokens"}
 
 
+@given(st.integers(1, 5000), st.integers(0, 300), st.floats(0.001, 1), st.booleans(), st.binary(max_size=4))
+def test_a_window_and_its_bytes_lie_in_the_file(
+    train: int, heldout: int, share: float, masked: bool, salt: bytes
+) -> None:
+    header = dataclasses.replace(HEADER, train_tokens=train, heldout_tokens=heldout, masked=masked)
+    start, end = header.window(share, salt)
+    assert 0 <= start <= end <= train and start % 8 == 0 and end - start >= min(train, train * share) - 1
+    assert all(0 <= first <= last <= header.length for first, last in header.ranges(start, end))
+    # All that is read of such a file: its beginning, the tokens, and a bit for each of them.
+    read = {*range(header.tokens_start), *range(header.tokens_start + 2 * start, header.tokens_start + 2 * end)}
+    read |= {*range(header.tokens_start + 2 * train, header.mask_start)}
+    if masked:
+        read |= {header.mask_start + one // 8 for one in range(start, end)}
+        read |= {*range(header.mask_start + -(-train // 8), header.length)}
+    assert read <= {place for first, last in header.ranges(start, end) for place in range(first, last)}
+
+
 HEADER = Header(300, 1000, "0" * 64, 5000, 100, 20_000, 400, 7)
 
 
