@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,6 +43,16 @@ class Part:
     def batch(self, offsets: list[int], length: int) -> NDArray[np.int64]:
         """The `length` tokens from each offset on [offsets, length]."""
         return np.stack([self.tokens[offset : offset + length] for offset in offsets]).astype(np.int64)
+
+    def let_go(self) -> None:
+        """Give back the memory of what was read through a mapping; it stays in the system's cache of files.
+
+        Pages that were read once stay with a process until memory is short, and would come to be the whole text.
+        """
+        for array in (self.tokens, self.mask):
+            mapped = getattr(array, "_mmap", None)
+            if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def counted(self, offsets: list[int], length: int) -> NDArray[np.bool_] | None:
         """Which tokens of such a batch count in the loss [offsets, length]; None: all do."""

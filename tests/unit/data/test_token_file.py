@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from inputs import put, sentence, text
 
 from p2ptrain.data.building import HELDOUT_MAX_BYTES, Builder, write_part
 from p2ptrain.data.reading import Passage
-from p2ptrain.data.text import text_of
+from p2ptrain.data.text import Part, text_of
 from p2ptrain.data.token_file import HEADER_BYTES, Header, TokenFile, decode_header, is_token_file
 from p2ptrain.data.tokenizer import TextTokenizer, shipped_tokenizer, train_tokenizer
 from p2ptrain.errors import DataError
@@ -132,6 +133,22 @@ def test_special_tokens_are_themselves_where_a_template_wrote_them(tmp_path: Pat
         file = TokenFile(tmp_path / "a.tokens")
         found = [*file.train.tolist(), *file.heldout.tolist()]
         assert found.count(trained.separator[0]) == 2 + special
+
+
+def test_what_was_read_is_given_back_and_reads_the_same_again(tmp_path: Path) -> None:
+    path = tmp_path / "numbers"
+    np.arange(2**23, dtype=np.uint16).tofile(path)
+
+    def resident() -> int:
+        return int(re.findall(r"RssFile:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024
+
+    part = Part(np.memmap(path, np.uint16, "r")[8:])
+    before = resident()
+    first = part.batch([*range(0, 2**23 - 100, 1000)], 10)
+    read = resident() - before
+    part.let_go()
+    assert read > 2**23 and resident() - before < read / 4
+    assert np.array_equal(part.batch([*range(0, 2**23 - 100, 1000)], 10), first)
 
 
 def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
