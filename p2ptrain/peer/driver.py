@@ -34,6 +34,7 @@ from p2ptrain.peer.auditing import Auditing
 from p2ptrain.peer.parts import DriverParts
 from p2ptrain.peer.sending import Sending
 from p2ptrain.rounds import events
+from p2ptrain.rounds.decisions import LISTED
 from p2ptrain.rounds.inbox import Restore
 from p2ptrain.state.files import atomic_write
 from p2ptrain.state.own_log import OwnEntry
@@ -273,6 +274,8 @@ class RoundDriver:
                 self._spawn(self._ask_to_join(effect.sealer))
             case events.SendStatements():
                 self._spawn(self._hand_on(effect))
+            case events.LeftOut():
+                self._tell_left_out(effect)
             case events.Note():
                 _logger.info(effect.text)
             case _:
@@ -292,6 +295,17 @@ class RoundDriver:
         if effect.sealed.seal.sealer != self._me:
             self.feed.tell(None)
         self.follow_members()
+
+    def _tell_left_out(self, effect: events.LeftOut) -> None:
+        """Say who leaves whose work out."""
+        names = ["this peer" if peer == self._me else format_peer_id(peer) for peer in effect.members]
+        _logger.warning(
+            "%s has sealed round %d, as its last ones, without most replies, which were there, and so without the work "
+            "of %s; it is accused",
+            format_peer_id(effect.sealer),
+            effect.round,
+            ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else ""),
+        )
 
     def _tell_expelled(self, proof: evidence.Proof) -> None:
         """Say whom a seal expels, and for what."""

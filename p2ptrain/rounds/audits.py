@@ -9,6 +9,10 @@ it may have crashed since, or the line is bad, or we lie. Our next seal in turn 
 seal audit a part of the accused in each round until it answers them: so all soon accuse one that withholds.
 An accusation costs the accuser as many strikes as the accused, and takes that it has none (`chain.state.may_accuse`).
 
+A sealer that leaves work out is accused, too: one that has sealed without most reducers' replies, though we held them,
+in each of its last `LEFT_OUT` seals. Replies carry the signed messages of those whose work is left out, so everybody
+who got them sees it. No one reducer can bring that about by keeping its replies from the sealer.
+
 Memory: `PROOFS_KEPT` proofs, and a few peer ids.
 """
 
@@ -32,6 +36,8 @@ A_REDUCER_MAX = 2
 BELIEVED_MAX = 10_000
 """Rounds for which a reducer is believed, at most."""
 PROOFS_KEPT = 8
+LEFT_OUT = 3
+"""Seals in a row without most replies that we held, after which we accuse their sealer: lines fail now and then."""
 SUSPECTS_MAX = 64
 _LOTS = 2**64
 
@@ -62,6 +68,8 @@ class Audits:
     suspects: set[bytes] = field(default_factory=set)
     #: reducers that our next seal in turn accuses, the first first
     owing: dict[bytes, None] = field(default_factory=dict)
+    #: sealer -> how many of its last seals, in a row, left out most replies that we held
+    left_out: dict[bytes, int] = field(default_factory=dict)
     #: reducer -> round from which on we may doubt a reply of it again
     believed_until: dict[bytes, int] = field(default_factory=dict)
     #: digest -> proof, the latest at the end
@@ -115,6 +123,21 @@ class Audits:
             if reducer != self.me and digest not in (b"", reply.digest):
                 self._accuse(reducer)
 
+    def note_left_out(self, held: dict[int, Reply], sealed: SealedRound, shape: RoundShape) -> frozenset[int]:
+        """Count a seal that lacks most reducers' replies, though we hold them; return whose work we accuse it for."""
+        sealer = sealed.seal.sealer
+        lacking = {n: reply for n, reply in held.items() if reply.included and not sealed.seal.parts[n]}
+        others = {shape.parts[n].reducer for n in range(len(shape.parts))} - {shape.index(sealer)}
+        lost = {shape.parts[n].reducer for n in lacking} & others
+        if sealer == self.me or 2 * len(lost) <= len(others) or lost == {shape.index(self.me)}:
+            self.left_out.pop(sealer, None)
+            return frozenset()
+        self.left_out[sealer] = min(self.left_out.get(sealer, 0) + 1, LEFT_OUT)
+        if self.left_out[sealer] < LEFT_OUT:
+            return frozenset()
+        included = chain.bits(sealed.seal.included, len(shape.members))
+        return frozenset[int]().union(*(reply.included for reply in lacking.values())) - included
+
     def conclude(self, event: events.Audited, *, owes: bool) -> None:
         """Take note of how an audit ended.
 
@@ -164,6 +187,7 @@ class Audits:
         self.suspects &= set(members)
         self.believed_until = {peer: until for peer, until in self.believed_until.items() if peer in members}
         self.owing = {peer: None for peer in self.owing if peer in members}
+        self.left_out = {peer: count for peer, count in self.left_out.items() if peer in members}
 
     def to_hand_on(self, head: ChainState) -> list[HeldProof]:
         """Return the proofs that we found and that no seal of this chain names."""
@@ -185,11 +209,16 @@ class Audits:
             return b""
         strikes = {member.peer_id: member.strikes for member in head.following}
         named = {expulsion.peer_id for expulsion in expelled}
-        for peer in self.owing:
+        for peer in [*self.owing, *(sealer for sealer, seals in self.left_out.items() if seals == LEFT_OUT)]:
             there = shape.index(peer) is not None and strikes.get(peer, STRIKES_MAX) < STRIKES_MAX
             if there and peer not in named:
                 return peer
         return b""
+
+    def have_accused(self, peer: bytes) -> None:
+        """Take note that a seal of ours says so; one accusation for each reason."""
+        self.owing.pop(peer, None)
+        self.left_out.pop(peer, None)
 
     def holds(self, expelled: Sequence[Expulsion]) -> tuple[bytes, ...] | None:
         """Return the proofs that a seal names, if we hold them all and they convict whom it expels."""
@@ -205,9 +234,11 @@ class Audits:
         yield "whom we believe is a member", self.believed_until.keys() <= set(members)
         yield "suspects are members", self.suspects <= set(members)
         yield "who owes us an answer is a member", self.owing.keys() <= set(members)
+        yield "who leaves work out is a member", self.left_out.keys() <= set(members)
         ours = [
             self.me in self.suspects,
             self.me in self.owing,
+            self.me in self.left_out,
             any(p.reducer == self.me for p in self.proofs.values()),
         ]
         yield "we suspect, accuse and convict others alone", not any(ours)

@@ -196,6 +196,8 @@ def told(said: events.Event | events.Effect) -> Told:
             return Told("ask {} to admit us", (_Peer(said.sealer),))
         case events.SendStatements():
             return Told("hand {}: {}", (_Peer(said.sealer), _statements(said.statements)))
+        case events.LeftOut():
+            return Told("{} leaves out {}", (_Peer(said.sealer), _first([_Peer(peer) for peer in said.members])))
         case events.Note():
             return Told("note {}: {}", (said.kind, said.text))
         case _:

@@ -324,6 +324,16 @@ class SendStatements:
 
 
 @dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A member seals again and again without most replies, though we hold them: we accuse it."""
+
+    round: int
+    sealer: bytes
+    members: tuple[bytes, ...]
+    """Whose work in these replies no part of the seal has."""
+
+
+@dataclass(frozen=True, slots=True)
 class Note:
     """Something an owner should read: a takeover, a fork, a solo seal."""
 
@@ -345,5 +355,6 @@ Effect = (
     | Resync
     | SendJoin
     | SendStatements
+    | LeftOut
     | Note
 )

@@ -706,7 +706,15 @@ class RoundMachine:
             self._learn_from(sealed.seal, exchange)
             # Of rounds that we took part in, as they are sealed: reducers keep what they summed for a few rounds only.
             self.audits.note_two_replies(exchange.replies, sealed, shape)
+            self._note_left_out(exchange, sealed)
             self._effects += self.audits.draw(sealed, shape)
+
+    def _note_left_out(self, exchange: Exchange, sealed: SealedRound) -> None:
+        """Count a seal that leaves out work which we hold; say whose, once we accuse its sealer of it (rule 14)."""
+        missing = self.audits.note_left_out(exchange.replies, sealed, exchange.shape)
+        if missing:
+            whose = tuple(exchange.shape.members[i].peer_id for i in sorted(missing))
+            self._effects.append(events.LeftOut(sealed.seal.round, sealed.seal.sealer, whose))
 
     def _learn_from(self, seal: Seal, exchange: Exchange) -> None:
         """What a seal of the round under way says about our deadlines."""
@@ -1103,7 +1111,7 @@ class RoundMachine:
         seal = msgspec.structs.replace(seal, joins=self.admissions.choose(without, listed, now))
         signed: SignedSeal = chain.encode_seal(seal, self._sign)
         sealed = SealedRound(chain.seal_id(signed.body), seal, signed, tuple(replies), proofs)
-        self.audits.owing.pop(seal.accused, None)
+        self.audits.have_accused(seal.accused)
         state = chain.extend(self.head, sealed.id, seal, self.rules.chunks)
         if solo and shape.members:
             self._effects.append(events.Note("solo", f"nobody heard: sealing round {shape.round} alone"))

@@ -22,7 +22,9 @@ from p2ptrain.calls.client import Client
 from p2ptrain.calls.handout import Handout
 from p2ptrain.calls.messages import CallError, Traffic
 from p2ptrain.chain import SEQUENCES_PER_KILOSECOND_MAX, UPLINK_MAX_KBIT, Row, bits
+from p2ptrain.chain.sealed import SealedRound
 from p2ptrain.rounds import events
+from p2ptrain.rounds.exchange import Exchange
 from p2ptrain.simulation.network import Line, SimNode
 from p2ptrain.simulation.peer import SimDriver, SimPeer
 from p2ptrain.simulation.toy import identity_of
@@ -34,13 +36,13 @@ CLAIMS = {
     "endless_uplink": {"uplink_kbit": UPLINK_MAX_KBIT},
 }
 """What a member says of itself in every row."""
-BY_A_MEMBER = ("no_replies", "no_contributions", "no_seals", *CLAIMS)
+BY_A_MEMBER = ("no_replies", "no_contributions", "no_seals", "censor", *CLAIMS)
 MISBEHAVIOURS = ("nothing", "flood", "churn", *BY_A_MEMBER)
 """
 flood: an outsider asks for admission with `FLOOD_IDENTITIES` identities, again and again, and none of them answers.
 churn: a new peer comes every `CHURN_SECONDS` and dies as soon as it is a member. no_replies: a member reduces none of
-its parts. no_contributions: a member sends no messages, but goes on saying its tip. no_seals: a member never seals. The
-others: see `CLAIMS`.
+its parts. no_contributions: a member sends no messages, but goes on saying its tip. no_seals: a member never seals.
+censor: a member reduces no message of the founder's, and seals no reply with its work in it. The others: see `CLAIMS`.
 """
 FLOOD_IDENTITIES = 50
 FLOOD_SECONDS = 1.0
@@ -80,6 +82,28 @@ class SilentPeer(SimPeer):
         """Leave every seal to the others."""
         self.driver.machine._seal_when_due = lambda now: False  # type: ignore[method-assign]
 
+    def censor(self, victim: bytes) -> None:
+        """Neither reduce what this member sends nor seal a reply with its work in it."""
+        machine = self.driver.machine
+        seal, hear = machine._seal, machine._on_contribution
+
+        def _on_contribution(event: events.ContributionReceived, now: float) -> None:
+            if event.peer_id != victim:
+                hear(event, now)
+
+        def _seal(exchange: Exchange, included: frozenset[int], now: float, *, solo: bool) -> bool:
+            place = exchange.shape.index(victim)
+            if not solo:
+                for number in [n for n, reply in exchange.replies.items() if place in reply.included]:
+                    del exchange.replies[number]
+                included = frozenset[int]().union(*(reply.included for reply in exchange.replies.values()))
+            if not solo and included <= {exchange.index}:
+                exchange.replies.clear()
+                included = frozenset()
+            return seal(exchange, included, now, solo=solo)
+
+        machine._seal, machine._on_contribution = _seal, _on_contribution  # type: ignore[method-assign]
+
     def claim(self, **fields: int) -> None:
         """Say this of itself from here on."""
         self.driver.claims = fields
@@ -88,7 +112,8 @@ class SilentPeer(SimPeer):
         """Be honest again."""
         self.driver.claims = {}
         self.driver.withholds = frozenset()
-        self.driver.machine.__dict__.pop("_seal_when_due", None)
+        for name in ("_seal_when_due", "_seal", "_on_contribution"):
+            self.driver.machine.__dict__.pop(name, None)
 
 
 @dataclass
@@ -102,6 +127,8 @@ class Measured:
     included: dict[str, float] = field(default_factory=dict)
     #: seconds until a newcomer that came under attack was included, or None
     newcomer_seconds: float | None = None
+    #: rounds under attack until the founder saw that somebody's work is left out, or None
+    noticed_after_rounds: int | None = None
     #: members that are not honest, at the end of the attack
     silent_members: int = 0
 
@@ -186,6 +213,8 @@ class Attacked(World):
 
     def saw(self, peer: SimPeer, effect: events.Effect) -> None:
         super().saw(peer, effect)
+        if isinstance(effect, events.LeftOut) and self.measured.noticed_after_rounds is None:
+            self.measured.noticed_after_rounds = self._applied
         if isinstance(effect, events.Apply) and peer is self.peers[0]:
             self._applied += 1
             for index in bits(effect.sealed.seal.included, len(effect.shape.members)):
@@ -207,6 +236,10 @@ class Attacked(World):
             await asyncio.sleep(0.1)
         self.measured.newcomer_seconds = self.loop.time() - began
 
+    def _check_seal(self, peer: SimPeer, sealed: SealedRound) -> None:
+        if peer is not self._silent:
+            super()._check_seal(peer, sealed)
+
     # ---- misbehaviours ----------------------------------------------------------------------------------------
 
     async def _nothing(self) -> None:
@@ -224,6 +257,10 @@ class Attacked(World):
     async def _no_seals(self) -> None:
         assert self._silent is not None
         self._silent.never_seal()
+
+    async def _censor(self) -> None:
+        assert self._silent is not None
+        self._silent.censor(self.peers[0].id)
 
     async def _claim(self) -> None:
         assert self._silent is not None

@@ -433,6 +433,8 @@ class World:
                 count["fetches"] += 1
             case events.Audit():
                 count["audits"] += 1
+            case events.LeftOut():
+                count["left_out"] += 1
             case events.Note():
                 if effect.kind == "takeover":
                     count["takeovers"] += 1
@@ -565,7 +567,7 @@ class World:
             self._left[peer.name] = peer.trainer.produced, peer.leaves or peer.trainer.replica.chain.id
 
     def _check_seal(self, peer: SimPeer, sealed: SealedRound) -> None:
-        """A sealer seals what it holds, and all of it."""
+        """An honest sealer seals what it holds, and all of it."""
         before = self.oracle.state(sealed.seal.parent)
         shape = chain.shape_of(before, self.chunks)
         if [proof_digest(proof) for proof in sealed.proofs] != [named.proof for named in sealed.seal.expelled]:
@@ -656,6 +658,7 @@ def _told(effect: events.Effect) -> str:
             | events.Resync()
             | events.SendJoin()
             | events.SendStatements()
+            | events.LeftOut()
             | events.Note()
         ):
             return type(effect).__name__

@@ -67,6 +67,13 @@ def test_a_member_that_never_seals_is_soon_waited_for_no_more(tmp_path: Path) ->
     assert measured.recovered_rounds > ENOUGH * measured.calm_rounds
 
 
+def test_a_sealer_that_leaves_one_out_is_noticed_and_loses_its_turns(tmp_path: Path) -> None:
+    measured = measure(tmp_path, "censor", peers=4)
+    assert measured.share > ENOUGH
+    assert min(measured.included.values()) > ENOUGH, "the one that it leaves out as well"
+    assert measured.noticed_after_rounds is not None and measured.noticed_after_rounds <= 20
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("misbehaviour", list(CLAIMS))
 def test_whatever_a_member_claims_the_others_go_on_at_about_their_pace(

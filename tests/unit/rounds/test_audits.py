@@ -20,7 +20,7 @@ from p2ptrain import chain
 from p2ptrain.chain import ChainState, Row
 from p2ptrain.chain.evidence import proof_digest
 from p2ptrain.chain.sealed import Key, Reply, SealedRound, reply_digest
-from p2ptrain.rounds.audits import A_REDUCER_MAX, PROOFS_KEPT, UNDER_WAY_MAX, Audits
+from p2ptrain.rounds.audits import A_REDUCER_MAX, LEFT_OUT, PROOFS_KEPT, UNDER_WAY_MAX, Audits
 from p2ptrain.rounds.events import (
     Apply,
     Audit,
@@ -30,6 +30,7 @@ from p2ptrain.rounds.events import (
     Doubted,
     Effect,
     FetchRounds,
+    LeftOut,
     PeerLeft,
     ProofHeard,
     PublishSeal,
@@ -311,6 +312,76 @@ def test_two_replies_of_a_reducer_are_held_against_it_but_prove_nothing() -> Non
     machine.handle(RoundsFetched(id_of("b"), state.id, (sealed,)), 2.0)
     assert list(machine.audits.owing) == [id_of("c")]
     assert not machine.audits.proofs
+
+
+def left_out_by(machine: RoundMachine, sealer: str, victim: str, now: float, *, kept: tuple[str, ...]) -> list[Effect]:
+    """A round of which `sealer` seals none of the replies with a victim's work in them, which are all but its own and
+    those of `kept`; the machine holds them."""
+    take_part(machine, now)
+    close_own(machine, now + 0.05)
+    state, key, shape = machine.head, machine.exchange_key, machine.shape
+    assert key is not None and shape is not None
+    everybody = range(len(shape.members))
+    others = [place for place in everybody if shape.members[place].peer_id != id_of(victim)]
+    named = {}
+    for number, part in enumerate(shape.parts):
+        reducer = shape.members[part.reducer].peer_id
+        left_out = reducer not in {id_of(name) for name in (sealer, *kept)}
+        reply = attested(key, number, *(everybody if left_out else others))
+        machine.handle(ReplyHeld(key, number, reply), now + 0.1)
+        if not left_out and len(others) > 1:
+            named[number] = reply
+    sealed, _ = seal_after(state, sealer, named)
+    return machine.handle(RoundsFetched(id_of(sealer), state.id, (sealed,)), now + 0.5)
+
+
+def through_turns(machine: RoundMachine, turns: int, sealer: str, victim: str, kept: tuple[str, ...]) -> list[LeftOut]:
+    """Rounds until it was `sealer`'s turn so many times, when it does that; others seal all that there is."""
+    said = []
+    while turns:
+        now = 2.0 * machine.head.round
+        first = sealer_of(machine.head, 0)
+        if first == sealer:
+            said += of(LeftOut, left_out_by(machine, sealer, victim, now, kept=kept))
+            turns -= 1
+        elif id_of(first) == machine.me:
+            assert seals(machine, now)
+        else:
+            adopt(machine, first, now)
+    return said
+
+
+@pytest.mark.parametrize("name", ["a", "d"])
+def test_who_seals_without_most_replies_turn_after_turn_is_accused_by_all_who_hold_them(name: str) -> None:
+    machine = machine_of(name, standing("a", "b", "c", "d"), audits_a_part=0.0)
+    assert not through_turns(machine, LEFT_OUT - 1, "b", "c", kept=())
+    (said,) = through_turns(machine, 1, "b", "c", kept=())
+    assert (said.round, said.sealer, said.members) == (machine.head.round, id_of("b"), (id_of("c"),))
+    while sealer_of(machine.head, 0) != name:
+        adopt(machine, sealer_of(machine.head, 0), 2.0 * machine.head.round)
+    (sealed,) = seals(machine, 2.0 * machine.head.round)
+    assert sealed.seal.accused == id_of("b")
+    assert not machine.audits.left_out, "one accusation"
+
+
+def test_a_seal_with_the_replies_makes_good_for_those_before() -> None:
+    machine = machine_of("a", standing("a", "b", "c", "d"), audits_a_part=0.0)
+    assert not through_turns(machine, LEFT_OUT - 1, "b", "c", kept=())
+    assert machine.audits.left_out
+    assert not through_turns(machine, 1, "b", "c", kept=("a", "c", "d"))
+    assert not machine.audits.left_out
+
+
+def test_no_reducer_that_keeps_its_replies_from_a_sealer_brings_it_an_accusation() -> None:
+    machine = machine_of("a", standing("a", "b", "c", "d"), audits_a_part=0.0)
+    assert not through_turns(machine, 2 * LEFT_OUT, "b", "c", kept=("a", "d"))
+    assert not machine.audits.left_out
+
+
+def test_of_two_members_nobody_accuses_the_other_because_its_own_reply_is_missing() -> None:
+    machine = machine_of("a", standing("a", "b"), audits_a_part=0.0)
+    assert not through_turns(machine, LEFT_OUT, "b", "a", kept=())
+    assert not machine.audits.left_out
 
 
 def test_a_seal_whose_proof_we_lack_is_fetched_whole_and_one_that_we_hold_adopted() -> None:
