@@ -25,7 +25,7 @@ from msgspec import Meta
 
 from p2ptrain.chain.seal import MEMBERS_MAX, Key, Row, Verify
 from p2ptrain.chain.signatures import HASH_BYTES, SIGNATURE_BYTES, Hash, PeerId, Signature
-from p2ptrain.chain.state import PARTS_MAX, RoundShape
+from p2ptrain.chain.state import PARTS_MAX, Group, RoundShape
 from p2ptrain.compression import decoded, wire
 from p2ptrain.compression.codec import Codec
 from p2ptrain.compression.reduce import reduce_part
@@ -71,8 +71,8 @@ class Proof(_Wire, frozen=True):
     round: Annotated[int, Meta(ge=1, le=2**48)]
     base: Hash
     part: Annotated[int, Meta(ge=0, lt=MEMBERS_MAX + PARTS_MAX)]
-    members: Annotated[tuple[PeerId, ...], Meta(max_length=MEMBERS_MAX)]
-    """Of the round, in order."""
+    group: Group
+    """The members of the round."""
     reply: bytes
     """With its attestation."""
     bundle: Bundle
@@ -123,9 +123,9 @@ def check_contribution(
 # ---- replies --------------------------------------------------------------------------------------------------------
 
 
-def members_digest(members: Sequence[bytes]) -> bytes:
-    """Return what an attestation names the members of a round by: their peer ids in order."""
-    return hashlib.sha256(b"p2ptrain members 1\0" + _encode(tuple(members))).digest()
+def group_digest(group: Group) -> bytes:
+    """Return what an attestation names the members of a round by: their peer ids in order, and how much each counts."""
+    return hashlib.sha256(b"p2ptrain members 2\0" + _encode(group)).digest()
 
 
 def inputs_digest(messages: Sequence[SignedMessage]) -> bytes:
@@ -133,8 +133,8 @@ def inputs_digest(messages: Sequence[SignedMessage]) -> bytes:
     return hashlib.sha256(b"p2ptrain inputs 1\0" + _encode(tuple(messages))).digest()
 
 
-def _attested(run_id: bytes, key: Key, part: int, members: Sequence[bytes], body: bytes, inputs: bytes) -> bytes:
-    said = _encode((run_id, key.round, key.base, part, members_digest(members), hashlib.sha256(body).digest(), inputs))
+def _attested(run_id: bytes, key: Key, part: int, group: Group, body: bytes, inputs: bytes) -> bytes:
+    said = _encode((run_id, key.round, key.base, part, group_digest(group), hashlib.sha256(body).digest(), inputs))
     return hashlib.sha256(b"p2ptrain attestation 1\0" + said).digest()
 
 
@@ -153,17 +153,17 @@ def attest(
     run_id: bytes,
     key: Key,
     part: int,
-    members: Sequence[bytes],
+    group: Group,
     body: bytes,
     messages: Sequence[SignedMessage],
 ) -> bytes:
     """Return a reply: `body` and the reducer's signature over it and over what it is the sum of."""
     inputs = inputs_digest(messages)
-    return body + inputs + sign(_attested(run_id, key, part, members, body, inputs))
+    return body + inputs + sign(_attested(run_id, key, part, group, body, inputs))
 
 
 def check_attestation(
-    reply: bytes, reducer: bytes, run_id: bytes, key: Key, part: int, members: Sequence[bytes], verify: Verify
+    reply: bytes, reducer: bytes, run_id: bytes, key: Key, part: int, group: Group, verify: Verify
 ) -> None:
     """Check that `reducer` made this reply for this part of a round of these members.
 
@@ -172,7 +172,7 @@ def check_attestation(
     """
     body, tail = body_of(reply), reply[-ATTESTATION_BYTES:]
     inputs, signature = tail[:HASH_BYTES], tail[HASH_BYTES:]
-    signed = _attested(run_id, key, part, members, body, inputs)
+    signed = _attested(run_id, key, part, group, body, inputs)
     if len(tail) != ATTESTATION_BYTES or not verify(reducer, signed, signature):
         raise EvidenceError("a reply that its reducer has not signed")
 
@@ -187,21 +187,21 @@ def reduce_and_attest(
     run_id: bytes,
     key: Key,
     part: int,
-    members: Sequence[bytes],
+    group: Group,
 ) -> tuple[bytes, Bundle]:
     """Return the reply of a part, and what an auditor may ask for.
 
     Args:
         contributions: in members' order; those that are malformed are left out.
-        members: peer ids of the round's members, in order.
+        group: the round's members.
     """
     good = [one for one in contributions if well_formed(codec, start, end, one.row.weight, one.payload)]
     summed = [(one.member, one.row.weight, one.payload) for one in good]
-    body = reduce_part(summed, codec, start, end, len(members))
+    body = reduce_part(summed, codec, start, end, len(group.peer_ids), group.standing)
     messages = tuple(
         SignedMessage(one.member, one.row, hashlib.sha256(one.payload).digest(), one.signature) for one in good
     )
-    reply = attest(sign, run_id, key, part, members, body, messages)
+    reply = attest(sign, run_id, key, part, group, body, messages)
     return reply, Bundle(messages, tuple(one.payload for one in good))
 
 
@@ -239,9 +239,8 @@ def audit(
         shown = _bundle_decoder.decode(bundle)
     except msgspec.MsgspecError:
         return "withheld", b""
-    members = tuple(member.peer_id for member in shape.members)
-    reducer = members[shape.parts[part].reducer]
-    proof = Proof(reducer, shape.round, shape.base, part, members, reply, shown)
+    reducer = shape.members[shape.parts[part].reducer].peer_id
+    proof = Proof(reducer, shape.round, shape.base, part, shape.group, reply, shown)
     try:
         _check_named(proof)
     except EvidenceError:
@@ -303,8 +302,10 @@ def open_proof(encoded: bytes, run_id: bytes, codec: Codec, verify: Verify) -> P
     proof = read_proof(encoded)
     if _encode(proof) != encoded:
         raise EvidenceError("a proof that is not in canonical form")
+    if len(proof.group.peer_ids) != len(proof.group.standing):
+        raise EvidenceError("a proof about members of no standing")
     key = Key(proof.round, proof.base)
-    check_attestation(proof.reply, proof.reducer, run_id, key, proof.part, proof.members, verify)
+    check_attestation(proof.reply, proof.reducer, run_id, key, proof.part, proof.group, verify)
     _check_named(proof)
     if _fault(proof, run_id, codec, verify) is None:
         raise EvidenceError("a proof of a reply that is right")
@@ -326,7 +327,7 @@ def _fault(proof: Proof, run_id: bytes, codec: Codec, verify: Verify) -> str | N
 
     What is asked here is what `Answering` and `reduce_and_attest` see to before they sign.
     """
-    body, members = body_of(proof.reply), proof.members
+    body, members = body_of(proof.reply), proof.group.peer_ids
     messages, payloads = proof.bundle.messages, proof.bundle.payloads
     try:
         start, end = wire.reply_chunks(body)
@@ -345,6 +346,6 @@ def _fault(proof: Proof, run_id: bytes, codec: Codec, verify: Verify) -> str | N
         if not well_formed(codec, start, end, message.row.weight, payload):
             return "it names a contribution that is malformed"
     summed = [(s.member, s.row.weight, payload) for s, payload in zip(messages, payloads, strict=True)]
-    if reduce_part(summed, codec, start, end, len(members)) != body:
+    if reduce_part(summed, codec, start, end, len(members), proof.group.standing) != body:
         return "it is not the sum of what it names"
     return None

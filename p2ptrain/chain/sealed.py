@@ -66,11 +66,11 @@ def make_reply(data: bytes, codec: Codec, shape: RoundShape, part: int, run_id: 
     Raises:
         SealedRoundError: not a well-formed reply of that part and reducer.
     """
-    spec, members = shape.parts[part], [member.peer_id for member in shape.members]
+    spec, key = shape.parts[part], Key(shape.round, shape.base)
     try:
-        key = Key(shape.round, shape.base)
-        evidence.check_attestation(data, members[spec.reducer], run_id, key, part, members, verify)
-        content = decoded.reply(evidence.body_of(data), codec, spec.start, spec.end, len(members))
+        reducer = shape.members[spec.reducer].peer_id
+        evidence.check_attestation(data, reducer, run_id, key, part, shape.group, verify)
+        content = decoded.reply(evidence.body_of(data), codec, spec.start, spec.end, len(shape.members))
     except (EvidenceError, wire.WireError) as error:
         raise SealedRoundError(str(error)) from error
     return Reply(reply_digest(data), content.included, data)

@@ -36,6 +36,7 @@ from p2ptrain.chain.seal import (
     SealError,
     bits,
 )
+from p2ptrain.compression.reduce import STANDING_FULL
 
 ABSENCES_ALLOWED = 3  # consecutive seals without a member before it is no longer one
 NEWCOMER_ABSENCES_ALLOWED = 2  # the same for a member that no seal has included yet
@@ -66,6 +67,8 @@ class Member(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     served: Annotated[int, Meta(ge=0, le=SERVED_MAX)] = 0
     """Rounds in which it reduced and another member sealed all of its replies; half of them, or less, after each strike
     for a reply."""
+    standing: Annotated[int, Meta(ge=1, le=STANDING_FULL)] = 1
+    """One more than the seals of its membership that have work of it: so many eighths of what it sends count."""
 
     @property
     def dialable(self) -> bool:
@@ -95,6 +98,13 @@ class ChainState(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     """Peers that proofs have convicted, the latest at the end: never members again."""
 
 
+class Group(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The members of a round, in order, as the signature under a reply names them."""
+
+    peer_ids: Annotated[tuple[PeerId, ...], Meta(max_length=MEMBERS_MAX)]
+    standing: Annotated[tuple[Annotated[int, Meta(ge=1, le=STANDING_FULL)], ...], Meta(max_length=MEMBERS_MAX)]
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """The contiguous chunks [start, end) that one reducer (an index into the round's members) reduces."""
@@ -117,6 +127,10 @@ class RoundShape:
     """Indices into `members`, place 0 first."""
     awaited: frozenset[int]
     """Indices of the members that seal t-2 included, or of all where it included nobody: those to wait for."""
+
+    @property
+    def group(self) -> Group:
+        return Group(tuple(m.peer_id for m in self.members), tuple(m.standing for m in self.members))
 
     def index(self, peer_id: bytes) -> int | None:
         """Position of `peer_id` among the members, or None."""
@@ -289,7 +303,9 @@ def extend(state: ChainState, identifier: bytes, seal: Seal, chunks: int) -> Cha
 
     if seal.solo:
         row = seal.rows[sealer] if sealer is not None else Row(0, 0, 1)
-        alone = Member(seal.sealer, row, absent=0, included=True)
+        worked = bool(included) and row.weight > 0
+        standing = next((_standing_after(m, worked) for m in state.following if m.peer_id == seal.sealer), 1)
+        alone = Member(seal.sealer, row, absent=0, included=True, standing=standing)
         now: tuple[Member, ...] = (alone,)
         following: tuple[Member, ...] = (alone,)
     else:
@@ -320,6 +336,7 @@ def extend(state: ChainState, identifier: bytes, seal: Seal, chunks: int) -> Cha
                 m.peer_id in present,
                 min(max(strikes, 0), STRIKES_MAX),
                 min(served, SERVED_MAX),
+                _standing_after(m, m.peer_id in present and rows[m.peer_id].weight > 0),
             )
             listed_on.append(after)
             if absent < ABSENCES_ALLOWED and (not m.is_newcomer or absent < 0 or after.included):
@@ -336,6 +353,11 @@ def extend(state: ChainState, identifier: bytes, seal: Seal, chunks: int) -> Cha
     if len(following) > MEMBERS_MAX:
         raise SealError("too many members")
     return ChainState(state.run_id, seal.round, identifier, state.id, seal.total, now, following, access, expelled)
+
+
+def _standing_after(member: Member, worked: bool) -> int:
+    """A member's standing after a seal; `worked` says whether the seal has work of it."""
+    return min(member.standing + worked, STANDING_FULL)
 
 
 def _amended(state: ChainState, seal: Seal) -> Access:

@@ -6,6 +6,10 @@ those. Still every machine makes the same bytes of the same contributions, becau
 (chain/evidence.py): floats are added one after the other, by compiled loops or by `_total`, never by numpy, whose
 order of additions follows the processor, nor by `sum`, which newer Pythons compensate.
 
+A member counts for more the longer it has been there: for an eighth when it comes, in full once seven seals have had
+work of it. So identities that are made anew, as liars that were expelled may make them, weigh little for a while. A
+group of which all have come at once is summed as if none had.
+
 There are four ways to sum, by `codec.robust`. `mean` bounds a sender's norm by `clip_ratio` times the median. `bounded`
 bounds besides what a sender counts for, weight times norm, by the median of all: a claim of much work is worth no more
 than the work of the member in the middle. And it leaves out who points against the sum of the others, or is more like
@@ -36,6 +40,8 @@ from p2ptrain.compression.wire import Coefficients, Kept, ReplyContent
 from p2ptrain.native.compiled import compiled
 
 CLIP_UNIT = 256
+STANDING_FULL = 8
+"""Rounds with its work in them, the next one included, after which a member counts in full."""
 TRIMMED = 4
 """One in so many members is left out of an entry's sum at each end, or of a bounded mean at most."""
 CENTERINGS = 3
@@ -53,13 +59,19 @@ _Values = NDArray[np.float32]
 
 
 def reduce_part(
-    contributions: Sequence[tuple[int, int, bytes]], codec: Codec, start: int, end: int, members: int
+    contributions: Sequence[tuple[int, int, bytes]],
+    codec: Codec,
+    start: int,
+    end: int,
+    members: int,
+    standing: Sequence[int] = (),
 ) -> bytes:
     """Freeze the reply for chunks [start, end) of a round with `members` members.
 
     Args:
         contributions: (member index, weight in sequences, payload) in member order; an empty payload with weight 0
             says "still here, nothing yet". Payloads must have passed `wire.decode_contribution`.
+        standing: of each member, from 1 to `STANDING_FULL`; empty: all have come long ago.
     """
     included = frozenset(member for member, _, _ in contributions)
     work = [
@@ -73,9 +85,13 @@ def reduce_part(
     if work:
         cap = codec.weight_cap_ratio * _median([float(weight) for _, weight, _ in work])
         capped = [min(float(weight), cap) for _, weight, _ in work]
-        factors = _centered(parts, capped) if codec.robust == "centered_clip" else _clipped(parts, codec.clip_ratio)
         if codec.robust == "bounded":
             capped = _bounded(parts, capped, codec.clip_ratio)
+        if standing:
+            # Of what its claim is cut to: a claim may be as large as one likes.
+            capped = [of * standing[member] / STANDING_FULL for of, (member, _, _) in zip(capped, work, strict=True)]
+        factors = _centered(parts, capped) if codec.robust == "centered_clip" else _clipped(parts, codec.clip_ratio)
+        if codec.robust == "bounded":
             for number in _outsiders(parts, capped, factors):
                 capped[number], factors[number] = 0.0, 0
         weight_included = _total(capped)

@@ -212,9 +212,9 @@ class Answering:
         data, bundle = await self._reduced(effect)
         if self._machine.shape is not shape:
             return  # the round is over, or its parts are others now
-        included = wire.reply_members(evidence.body_of(data), len(effect.members))
+        included = wire.reply_members(evidence.body_of(data), len(effect.group.peer_ids))
         reply = Reply(reply_digest(data), included, data)
-        self._auditing.keep(effect.key, reply.digest, effect.members, bundle)
+        self._auditing.keep(effect.key, reply.digest, effect.group.peer_ids, bundle)
         waiter = self._reply_waiters.get((effect.key, effect.part))
         if waiter is None:
             waiter = self._reply_waiters.setdefault((effect.key, effect.part), self._future())
@@ -234,7 +234,7 @@ class Answering:
             run_id=self._p.run_id,
             key=effect.key,
             part=effect.part,
-            members=effect.members,
+            group=effect.group,
         )
 
     async def frozen_reply(self, key: Key, part: int) -> Reply | None:

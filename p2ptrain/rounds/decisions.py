@@ -175,7 +175,7 @@ def told(said: events.Event | events.Effect) -> Told:
             return Told("send {} part {} to {}: weight {}, {}", values)
         case events.Reduce():
             messages = tuple(f"{one.member}:{one.row.weight}" for one in said.contributions[:LISTED])
-            values = (said.key, said.part, _List(messages, len(said.contributions)), len(said.members))
+            values = (said.key, said.part, _List(messages, len(said.contributions)), len(said.group.peer_ids))
             return Told("reduce {} part {} from member:weight {} of {}", values)
         case events.Audit():
             return Told("audit {} part {} of {}", (said.key, said.part, _Peer(said.reducer)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from p2ptrain.chain import ChainState, RoundShape, Row, Seal, SignedSeal
+from p2ptrain.chain import ChainState, Group, RoundShape, Row, Seal, SignedSeal
 from p2ptrain.chain.admission import Statement
 from p2ptrain.chain.evidence import Contribution, Verdict
 from p2ptrain.chain.forks import Mark
@@ -239,8 +239,8 @@ class Reduce:
     part: int
     start: int
     end: int
-    members: tuple[bytes, ...]
-    """Peer ids of the round's members, in order."""
+    group: Group
+    """The round's members."""
     contributions: tuple[Contribution, ...]
     """In members' order."""
 

@@ -919,7 +919,7 @@ class RoundMachine:
         messages = [Contribution(place[p], m.row, m.payload, m.signature) for p, m in part.received.items()]
         in_order = tuple(sorted(messages, key=lambda message: message.member))
         spec = exchange.shape.parts[number]
-        self._effects.append(events.Reduce(exchange.key, number, spec.start, spec.end, tuple(place), in_order))
+        self._effects.append(events.Reduce(exchange.key, number, spec.start, spec.end, exchange.shape.group, in_order))
         missing = set(place) - part.received.keys()
         if missing and part.half_at is not None:
             since = self._grace_from(exchange, part.half_at)

@@ -89,10 +89,10 @@ class Branch:
 
     def _nothing(self, reducer: Identity, shape: RoundShape, part: int, included: frozenset[int]) -> bytes:
         """A reply of a part that the forger reduces, to members that sent nothing."""
-        spec, members = shape.parts[part], [member.peer_id for member in shape.members]
-        body = reduce_part([(m, 0, b"") for m in sorted(included)], self._codec, spec.start, spec.end, len(members))
+        spec, nothing = shape.parts[part], [(m, 0, b"") for m in sorted(included)]
+        body = reduce_part(nothing, self._codec, spec.start, spec.end, len(shape.members))
         key = Key(shape.round, shape.base)
-        return attest(reducer.sign, self.state.run_id, key, part, members, body, ())
+        return attest(reducer.sign, self.state.run_id, key, part, shape.group, body, ())
 
     def after(self, locator: tuple[bytes, ...]) -> tuple[bytes, list[bytes]]:
         """What a donor of this chain answers: the ancestor, and encoded rounds after it."""

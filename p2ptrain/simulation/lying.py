@@ -77,12 +77,12 @@ class LyingDriver(SimDriver):
     async def _hand_false_proofs(self, effect: events.Apply) -> None:
         """To all members: that a reducer, though it summed nothing, lied."""
         shape, sealed = effect.shape, effect.sealed
-        members = tuple(member.peer_id for member in shape.members)
+        members = shape.group.peer_ids
         for number, reply in enumerate(sealed.replies):
             reducer = members[shape.parts[number].reducer]
             if reply is None or reducer == self._me:
                 continue
-            proof = Proof(reducer, shape.round, shape.base, number, members, reply, Bundle((), ()))
+            proof = Proof(reducer, shape.round, shape.base, number, shape.group, reply, Bundle((), ()))
             for peer in members:
                 if peer not in (self._me, reducer):
                     self.peer.world.report.coverage["lies"] += 1
@@ -100,9 +100,9 @@ async def sum_of_opposites(answering: Answering, effect: events.Reduce) -> tuple
         (said.member, said.row.weight, _flip(payload, codec, effect.start, effect.end))
         for said, payload in zip(bundle.messages, bundle.payloads, strict=True)
     ]
-    body = reduce_part(summed, codec, effect.start, effect.end, len(effect.members))
+    body = reduce_part(summed, codec, effect.start, effect.end, len(effect.group.peer_ids), effect.group.standing)
     sign = parts.node.identity.sign
-    lie = evidence.attest(sign, parts.run_id, effect.key, effect.part, effect.members, body, bundle.messages)
+    lie = evidence.attest(sign, parts.run_id, effect.key, effect.part, effect.group, body, bundle.messages)
     return lie, bundle, right
 
 
@@ -111,10 +111,10 @@ def empty_reply(answering: Answering, key: Key, part: int, reply: Reply) -> Repl
     parts, shape = answering._p, answering._machine.shape
     if shape is None or (shape.round, shape.base) != (key.round, key.base):
         return reply
-    spec, members = shape.parts[part], [member.peer_id for member in shape.members]
+    spec = shape.parts[part]
     nothing = [(member, 0, b"") for member in sorted(reply.included)]
-    body = reduce_part(nothing, parts.codec, spec.start, spec.end, len(members))
-    data = evidence.attest(parts.node.identity.sign, parts.run_id, key, part, members, body, ())
+    body = reduce_part(nothing, parts.codec, spec.start, spec.end, len(shape.members))
+    data = evidence.attest(parts.node.identity.sign, parts.run_id, key, part, shape.group, body, ())
     return Reply(reply_digest(data), reply.included, data)
 
 

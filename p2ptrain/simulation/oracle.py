@@ -40,6 +40,8 @@ class _Node:
     shut_out: frozenset[bytes]
     #: member -> rounds in which another sealed all of its replies, halved when it was struck for one
     served: dict[bytes, int]
+    #: member -> seals with work of it since it came
+    worked: dict[bytes, int]
 
 
 class Oracle:
@@ -48,7 +50,7 @@ class Oracle:
     def __init__(self, manifest: Manifest, run_id: bytes, codec: Codec, parameters: NDArray[np.float32]) -> None:
         self._manifest, self._codec = manifest, codec
         listed = frozenset(map(base58.b58decode, manifest.access.peers)) | {manifest.founder_id}
-        beginning = _Node(manifest.beginning(run_id), parameters.copy(), {}, listed, frozenset(), {})
+        beginning = _Node(manifest.beginning(run_id), parameters.copy(), {}, listed, frozenset(), {}, {})
         self._nodes: dict[bytes, _Node] = {run_id: beginning}
         #: (peer, round key) -> [chunks, ENTRIES] that left it, and its weight
         self._sent: dict[tuple[bytes, Key], tuple[Rows, int]] = {}
@@ -107,6 +109,9 @@ class Oracle:
         served = self._served(parent, sealed, shape)
         if any(member.served != served.get(member.peer_id, 0) for member in after.following):
             raise ViolationError(f"round {after.round}: what members have served is miscounted")
+        worked = self._worked(parent, sealed, shape)
+        if any(member.standing != min(1 + worked.get(member.peer_id, 0), 8) for member in after.following):
+            raise ViolationError(f"round {after.round}: what members count for is miscounted")
         key = Key(shape.round, shape.base)
         config = self._manifest.optimizer
         rate = learning_rate(
@@ -136,12 +141,16 @@ class Oracle:
             value = dense(kept.chunk, kept.index, kept.value, self._codec.chunks)
             scale = np.zeros((self._codec.chunks, 1))
             scale[part.start : part.end, 0] = reply.scale
-            mean = self._mean(part, [(rows, weight, reply.clips.get(member, 256)) for member, _, rows, weight in sent])
+            counted = [
+                (rows, weight, shape.members[member].standing / 8, reply.clips.get(member, 256))
+                for member, _, rows, weight in sent
+            ]
+            mean = self._mean(part, counted)
             lied = made_up or shape.members[part.reducer].peer_id in self.liars
             if not lied and (abs(value - mean)[mask] > 0.51 * np.broadcast_to(scale, mask.shape)[mask] + 1e-5).any():
                 raise ViolationError(f"round {after.round}: a reply is not the mean of what it includes")
         self._nodes[after.id] = _Node(
-            after, parameters, consumed, *self._access_after(parent, sealed.seal, after), served
+            after, parameters, consumed, *self._access_after(parent, sealed.seal, after), served, worked
         )
 
     def _access_after(self, parent: _Node, seal: Seal, after: ChainState) -> tuple[frozenset[bytes], frozenset[bytes]]:
@@ -202,6 +211,18 @@ class Oracle:
         listed = {member.peer_id for member in parent.state.following}
         return {peer: count for peer, count in served.items() if peer in listed}
 
+    def _worked(self, parent: _Node, sealed: SealedRound, shape: RoundShape) -> dict[bytes, int]:
+        """How many seals have work of each member, since it came."""
+        seal = sealed.seal
+        working = {
+            shape.members[i].peer_id for i in chain.bits(seal.included, len(shape.members)) if seal.rows[i].weight
+        }
+        # A member that comes back begins anew, and so does who carries a run on that it was no member of.
+        listed = {m.peer_id for m in parent.state.following}
+        if seal.solo:
+            listed &= {seal.sealer}
+        return {peer: parent.worked.get(peer, 0) + (peer in working) for peer in listed}
+
     def check_length(self, shape: RoundShape, seconds: float) -> None:
         """Raises ViolationError where a round's length is not what its members' throughputs, as they count, give."""
         rules = self._manifest.round
@@ -222,21 +243,23 @@ class Oracle:
         solo = alone or (len(parent.following) > 1 and len(before.now) == 1)
         return [m.peer_id for m in (before.now if solo else parent.following)]
 
-    def _mean(self, part: chain.Part, sent: list[tuple[Rows, int, int]]) -> Rows:
-        """[chunks, ENTRIES] of (values, weight, clip factor): weights capped, divided by all the weight included."""
+    def _mean(self, part: chain.Part, sent: list[tuple[Rows, int, float, int]]) -> Rows:
+        """[chunks, ENTRIES] of (values, weight, standing, clip factor): weights capped, times standing, divided by all
+        the weight included."""
         if not sent:
             return np.zeros((self._codec.chunks, ENTRIES))
-        weights = np.array([weight for _, weight, _ in sent], np.float64)
+        weights = np.array([weight for _, weight, _, _ in sent], np.float64)
         weights = np.minimum(weights, self._codec.weight_cap_ratio * np.median(weights))
         if self._codec.robust == "bounded":
-            norms = np.array([np.linalg.norm(rows[part.start : part.end]) for rows, _, _ in sent])
+            norms = np.array([np.linalg.norm(rows[part.start : part.end]) for rows, _, _, _ in sent])
             norms = np.minimum(norms, self._codec.clip_ratio * np.median(norms))
             most = np.median(weights * norms)
             weights = np.minimum(weights, most / np.maximum(norms, np.finfo(np.float64).tiny))
             # Who points against the others is told by the reply, as all clip factors are.
-            weights = np.where([clip == 0 for _, _, clip in sent], 0.0, weights)
+            weights = np.where([clip == 0 for _, _, _, clip in sent], 0.0, weights)
+        weights = weights * np.array([standing for _, _, standing, _ in sent])
         total: Rows = sum(
-            (rows * weight * clip / 256 for (rows, _, clip), weight in zip(sent, weights, strict=True)),
+            (rows * weight * clip / 256 for (rows, _, _, clip), weight in zip(sent, weights, strict=True)),
             np.zeros((self._codec.chunks, ENTRIES)),
         )
         return total / weights.sum()

@@ -58,7 +58,7 @@ from p2ptrain.calls.messages import (
     Welcome,
     decode_message,
 )
-from p2ptrain.chain import Join, Key, Row, SealError, SignedSeal, evidence
+from p2ptrain.chain import Group, Join, Key, Row, SealError, SignedSeal, evidence
 from p2ptrain.chain.admission import Access, Grant, Pass, pass_message
 from p2ptrain.chain.evidence import Contribution, EvidenceError, Proof
 from p2ptrain.chain.sealed import SealedRoundError, check_continues, decode_sealed
@@ -434,7 +434,7 @@ class Decoders:
         """Of a reply that is right, so that it convicts nobody; its reducer is the attacker."""
         key, members = Key(5, bytes(32)), tuple(sorted((self._me.peer_id, self._other.peer_id)))
         payload, row = wire.encode_contribution(self._coefficients(codec), codec), Row(4, 1000, 100)
-        signers = {one.peer_id: one for one in (self._me, self._other)}
+        signers, group = {one.peer_id: one for one in (self._me, self._other)}, Group(members, (1, 1))
         contributions = [
             Contribution(
                 number, row, payload, evidence.sign_contribution(signers[peer].sign, self.run_id, key, 0, row, payload)
@@ -450,9 +450,9 @@ class Decoders:
             run_id=self.run_id,
             key=key,
             part=0,
-            members=members,
+            group=group,
         )
-        return Proof(self._me.peer_id, key.round, key.base, 0, members, reply, bundle)
+        return Proof(self._me.peer_id, key.round, key.base, 0, group, reply, bundle)
 
     def _attested_proofs(self, codec: Codec, proof: Proof) -> Decoder:
         """Proofs whose reply or bundle is malformed, but attested: all that a reducer can have others check."""
@@ -470,7 +470,7 @@ class Decoders:
                     msgspec.structs.replace(message, payload=digest)
                     for message, digest in zip(messages, digests, strict=True)
                 )
-            reply = evidence.attest(self._me.sign, self.run_id, key, 0, proof.members, body, messages)
+            reply = evidence.attest(self._me.sign, self.run_id, key, 0, proof.group, body, messages)
             spoiled = msgspec.structs.replace(proof, reply=reply, bundle=evidence.Bundle(messages, payloads))
             return evidence.encode_proof(spoiled)
 

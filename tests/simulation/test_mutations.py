@@ -174,7 +174,7 @@ def answer_for_the_members_of_another_branch(patch: Patch) -> None:
     attest = evidence.reduce_and_attest
 
     def mixed_up(contributions: Any, *arguments: Any, **named: Any) -> Any:
-        turned = [one._replace(member=len(named["members"]) - 1 - one.member) for one in reversed(contributions)]
+        turned = [one._replace(member=len(named["group"].peer_ids) - 1 - one.member) for one in reversed(contributions)]
         return attest(turned, *arguments, **named)
 
     patch.setattr(evidence, "reduce_and_attest", mixed_up)

@@ -109,7 +109,7 @@ class Lone:
             run_id=RUN_ID,
             key=key,
             part=0,
-            members=[by.peer_id],
+            group=chain.Group((by.peer_id,), (1,)),
         )
         return reply
 

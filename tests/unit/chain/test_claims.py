@@ -42,11 +42,14 @@ def chunks_of(state: ChainState) -> dict[bytes, int]:
     return counts
 
 
-def seal_on(state: ChainState, *, without: tuple[int, ...] = (), sealer: int | None = None) -> ChainState:
+def seal_on(
+    state: ChainState, *, without: tuple[int, ...] = (), sealer: int | None = None, standing_in: tuple[int, ...] = ()
+) -> ChainState:
     """The state after a seal that includes everybody and has all replies, but those of the members `without`.
 
     Args:
         sealer: member number; else the first in turn that owes nothing.
+        standing_in: members whose message has weight 0.
     """
     shape = chain.shape_of(state, CHUNKS)
     owing = {shape.index(peer_id(number)) for number in without}
@@ -63,7 +66,10 @@ def seal_on(state: ChainState, *, without: tuple[int, ...] = (), sealer: int | N
         solo=False,
         included=chain.bitmap(everybody, len(shape.members)),
         parts=tuple(b"" if part.reducer in owing else hashlib.sha256(b"reply").digest() for part in shape.parts),
-        rows=tuple(m.row for m in shape.members),
+        rows=tuple(
+            msgspec.structs.replace(m.row, weight=0 if number in standing_in else 4)
+            for number, m in enumerate(shape.members)
+        ),
         joins=(),
         root=b"",
     )
@@ -191,6 +197,48 @@ def test_who_comes_back_begins_anew() -> None:
     )
     after = chain.extend(state, bytes(32), solo, CHUNKS)
     assert [(m.peer_id, m.served) for m in after.now] == [(peer_id(1), 0)]
+
+
+# ---- standing -------------------------------------------------------------------------------------------------------
+
+
+def standing_of(state: ChainState) -> list[int]:
+    return [m.standing for m in state.following]
+
+
+def test_a_member_counts_for_an_eighth_more_with_each_seal_that_has_work_of_it_up_to_all() -> None:
+    state = state_of(*(member(n) for n in range(3)))
+    assert standing_of(state) == [1, 1, 1]
+    for sealed in range(1, 10):
+        state = seal_on(state, standing_in=(2,))
+        assert standing_of(state) == [min(1 + sealed, 8)] * 2 + [1], "a stand-in is no work"
+    assert chain.shape_of(state, CHUNKS).group.standing == (8, 8, 1)
+
+
+def test_a_lone_member_keeps_its_standing_and_who_was_none_has_the_least() -> None:
+    lone = state_of(member(0))
+    for _ in range(3):
+        lone = seal_on(lone)
+    assert standing_of(lone) == [4]
+    (ours,) = lone.following
+    others = chain.ChainState(RUN, 7, bytes(32), bytes(32), 9, (ours, member(1)), (ours, member(1)))
+    for sealer, standing in ((0, 5), (2, 1)):
+        shape = chain.shape_of(others, CHUNKS)
+        seal = Seal(
+            version=chain.SEAL_VERSION,
+            run_id=RUN,
+            round=8,
+            parent=others.id,
+            total=9 + (sealer == 0),
+            sealer=peer_id(sealer),
+            solo=True,
+            included=chain.bitmap((0,) if sealer == 0 else (), 2),
+            parts=tuple(hashlib.sha256(b"reply").digest() if sealer == 0 else b"" for _ in shape.parts),
+            rows=tuple(m.row for m in shape.members),
+            joins=(),
+            root=b"",
+        )
+        assert standing_of(chain.extend(others, bytes(32), seal, CHUNKS)) == [standing]
 
 
 @dataclass

@@ -36,7 +36,7 @@ PART = 1
 
 def shape_of(members: Sequence[Identity] = MEMBERS, uplink: int = 100) -> RoundShape:
     """Round 11, of as many parts as members."""
-    group = tuple(Member(one.peer_id, Row(4, 1000, uplink), 0, True) for one in members)
+    group = tuple(Member(one.peer_id, Row(4, 1000, uplink), 0, True, standing=2 + n) for n, one in enumerate(members))
     state = ChainState(RUN_ID, 10, hashlib.sha256(b"10").digest(), hashlib.sha256(b"9").digest(), 40, group, group)
     return chain.shape_of(state, CHUNKS)
 
@@ -79,12 +79,12 @@ def reduced(contributions: Sequence[Contribution] = HONEST) -> tuple[bytes, Bund
         run_id=RUN_ID,
         key=KEY,
         part=PART,
-        members=IDS,
+        group=SHAPE.group,
     )
 
 
 def lie(bundle: Bundle, body: bytes) -> bytes:
-    return evidence.attest(REDUCER.sign, RUN_ID, KEY, PART, IDS, body, bundle.messages)
+    return evidence.attest(REDUCER.sign, RUN_ID, KEY, PART, SHAPE.group, body, bundle.messages)
 
 
 def audited(reply: bytes, bundle: Bundle) -> tuple[str, bytes]:
@@ -93,7 +93,7 @@ def audited(reply: bytes, bundle: Bundle) -> tuple[str, bytes]:
 
 
 def proof_of(reply: bytes, bundle: Bundle, **changes: Any) -> bytes:
-    proof = Proof(REDUCER.peer_id, KEY.round, KEY.base, PART, tuple(IDS), reply, bundle)
+    proof = Proof(REDUCER.peer_id, KEY.round, KEY.base, PART, SHAPE.group, reply, bundle)
     return evidence.encode_proof(msgspec.structs.replace(proof, **changes))
 
 
@@ -103,7 +103,7 @@ def open_proof(encoded: bytes, run_id: bytes = RUN_ID) -> Proof:
 
 def body_of_sum(bundle: Bundle, payloads: Sequence[bytes]) -> bytes:
     summed = [(said.member, said.row.weight, data) for said, data in zip(bundle.messages, payloads, strict=True)]
-    return reduce_part(summed, CODEC, SPEC.start, SPEC.end, len(IDS))
+    return reduce_part(summed, CODEC, SPEC.start, SPEC.end, len(IDS), SHAPE.group.standing)
 
 
 def flipped() -> tuple[bytes, Bundle]:
@@ -135,7 +135,7 @@ def test_whatever_members_send_a_reducer_that_sums_it_is_right(
         payload = {"work": payload_of(seed), "noise": seed.to_bytes(40), "cut": payload_of(seed)[:-3], "nothing": b""}
         contributions.append(sent_by(member, payload[kind], weight if kind != "nothing" else 0))
     reply, bundle = reduced(contributions)
-    evidence.check_attestation(reply, REDUCER.peer_id, RUN_ID, KEY, PART, IDS, verify)
+    evidence.check_attestation(reply, REDUCER.peer_id, RUN_ID, KEY, PART, SHAPE.group, verify)
     assert audited(reply, bundle) == ("right", b"")
     with pytest.raises(EvidenceError, match="right"):
         open_proof(proof_of(reply, bundle))
@@ -184,12 +184,17 @@ def test_noise_in_place_of_what_was_summed_is_withholding_it(noise: bytes) -> No
 def test_a_reply_to_the_members_of_another_branch_convicts_nobody() -> None:
     """Two branches may give a round the same key and other members: a reducer may answer on both."""
     reply, bundle = reduced()
-    others = tuple(reversed(IDS))
-    with pytest.raises(EvidenceError, match="not signed"):
-        evidence.check_attestation(reply, REDUCER.peer_id, RUN_ID, KEY, PART, others, verify)
-    for changes in ({"members": others}, {"members": tuple(IDS[:-1])}, {"part": 0}, {"round": 12}, {"base": bytes(32)}):
+    standing = SHAPE.group.standing
+    others = [chain.Group(tuple(reversed(IDS)), standing), chain.Group(tuple(IDS), tuple(reversed(standing)))]
+    for group in others:
+        with pytest.raises(EvidenceError, match="not signed"):
+            evidence.check_attestation(reply, REDUCER.peer_id, RUN_ID, KEY, PART, group, verify)
+    fewer = chain.Group(tuple(IDS[:-1]), standing[:-1])
+    for changes in (*({"group": group} for group in (*others, fewer)), {"part": 0}, {"round": 12}, {"base": bytes(32)}):
         with pytest.raises(EvidenceError, match="not signed"):
             open_proof(proof_of(reply, bundle, **changes))
+    with pytest.raises(EvidenceError, match="no standing"):
+        open_proof(proof_of(reply, bundle, group=chain.Group(tuple(IDS), standing[:-1])))
 
 
 def test_two_replies_to_the_same_part_convict_nobody() -> None:
@@ -288,7 +293,10 @@ def test_a_malformed_contribution_must_not_be_named() -> None:
     one = sent_by(0, payload)
     message = SignedMessage(0, one.row, hashlib.sha256(payload).digest(), one.signature)
     bundle = Bundle((message,), (payload,))
-    assert audited(lie(bundle, reduce_part([], CODEC, SPEC.start, SPEC.end, len(IDS))), bundle)[0] == "wrong"
+    assert (
+        audited(lie(bundle, reduce_part([], CODEC, SPEC.start, SPEC.end, len(IDS), SHAPE.group.standing)), bundle)[0]
+        == "wrong"
+    )
 
 
 # ---- proofs as bytes -----------------------------------------------------------------------------------------------

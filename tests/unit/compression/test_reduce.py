@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import get_args
 
 import numpy as np
@@ -55,12 +55,13 @@ def reduced(
     clip_ratio: float = 1000.0,
     weight_cap_ratio: float = 1000.0,
     robust: Robust = "mean",
+    standing: Sequence[int] = (),
 ) -> ReplyContent:
     codec = Codec(TOPK, (reply_topk,) * END, value_bits, clip_ratio, weight_cap_ratio, robust)
     contributions = [
         (member, weight, wire.encode_contribution(part, codec) if weight else b"") for member, weight, part in sent
     ]
-    data = reduce_part(contributions, codec, START, END, MEMBERS)
+    data = reduce_part(contributions, codec, START, END, MEMBERS, standing)
     return wire.decode_reply(data, codec, START, END, MEMBERS)
 
 
@@ -84,7 +85,11 @@ def dense(part: Coefficients) -> NDArray[np.float64]:
 
 
 def reference(
-    sent: list[Sent], clip_ratio: float = 1000.0, cap_ratio: float = 1000.0, robust: Robust = "mean"
+    sent: list[Sent],
+    clip_ratio: float = 1000.0,
+    cap_ratio: float = 1000.0,
+    robust: Robust = "mean",
+    standing: Sequence[int] = (8,) * 16,
 ) -> tuple[NDArray[np.float64], dict[int, int]]:
     """The weighted mean of clipped contributions [chunks, 4096], and the clip factors in 256ths."""
     size = dict(zip((member for member, _, _ in sent), norms([part for _, _, part in sent]), strict=True))
@@ -95,6 +100,8 @@ def reference(
     if robust == "bounded":
         most = np.median([weight * min(size[member], limit) for member, weight in weights.items()])
         weights = {member: min(weight, most / min(size[member], limit)) for member, weight in weights.items()}
+    weights = {member: weight * standing[member] / 8 for member, weight in weights.items()}
+    if robust == "bounded":
         held = [weights[member] * clips.get(member, 256) / 256 for member, _, _ in sent]
         for place in outsiders([dense(part) for _, _, part in sent], held):
             weights[sent[place][0]] = clips[sent[place][0]] = 0
@@ -174,13 +181,11 @@ def centering_factors(parts: list[Coefficients], weights: list[float]) -> list[i
     return [min(int(256 * (much / share)), 256) for much, share in zip(held, shares, strict=True)]
 
 
-def dense_reply(sent: list[Sent], codec: Codec) -> bytes:
+def dense_reply(sent: list[Sent], codec: Codec, standing: Sequence[int] = (8,) * MEMBERS) -> bytes:
     """The same reply float by float, by way of every entry of the part: added in the order sent, one sort a chunk."""
     work = [(member, float(weight), part) for member, weight, part in sent if weight]
     cap = codec.weight_cap_ratio * statistics.median([weight for _, weight, _ in work])
     weights, parts = [min(weight, cap) for _, weight, _ in work], [part for _, _, part in work]
-    centered = codec.robust == "centered_clip"
-    factors = centering_factors(parts, weights) if centered else clip_factors(parts, codec.clip_ratio)
     if codec.robust == "bounded":
         limit = codec.clip_ratio * statistics.median(norms(parts))
         pulls = [weight * min(norm, limit) for weight, norm in zip(weights, norms(parts), strict=True)]
@@ -188,6 +193,10 @@ def dense_reply(sent: list[Sent], codec: Codec) -> bytes:
         weights = [
             weight * (most / pull) if pull > most else weight for weight, pull in zip(weights, pulls, strict=True)
         ]
+    weights = [weight * standing[member] / 8 for weight, (member, _, _) in zip(weights, work, strict=True)]
+    centered = codec.robust == "centered_clip"
+    factors = centering_factors(parts, weights) if centered else clip_factors(parts, codec.clip_ratio)
+    if codec.robust == "bounded":
         held = [weight * factor / 256 for weight, factor in zip(weights, factors, strict=True)]
         for place in outsiders([dense(part) for part in parts], held):
             weights[place], factors[place] = 0.0, 0
@@ -257,18 +266,32 @@ def test_a_reply_is_the_weighted_mean(value_bits: int) -> None:
     clip_ratio=st.floats(1, 3),
     cap_ratio=st.floats(1, 3),
     robust=st.sampled_from(["mean", "bounded"]),
+    standing=st.lists(st.integers(1, 8), min_size=MEMBERS, max_size=MEMBERS),
 )
 @settings(max_examples=80, deadline=None)
 def test_a_reply_is_the_mean_of_clipped_and_capped_contributions(
-    seed: int, weights: list[int], reply_topk: int, clip_ratio: float, cap_ratio: float, robust: Robust
+    seed: int,
+    weights: list[int],
+    reply_topk: int,
+    clip_ratio: float,
+    cap_ratio: float,
+    robust: Robust,
+    standing: list[int],
 ) -> None:
     sizes = np.exp2(np.random.default_rng(seed).integers(-6, 3, len(weights)))
     sent = [
         (member, weight, coefficients(seed + member, size=size))
         for member, (weight, size) in enumerate(zip(weights, sizes, strict=True))
     ]
-    content = reduced(sent, reply_topk=reply_topk, clip_ratio=clip_ratio, weight_cap_ratio=cap_ratio, robust=robust)
-    exact, clips = reference(sent, clip_ratio, cap_ratio, robust)
+    content = reduced(
+        sent,
+        reply_topk=reply_topk,
+        clip_ratio=clip_ratio,
+        weight_cap_ratio=cap_ratio,
+        robust=robust,
+        standing=standing,
+    )
+    exact, clips = reference(sent, clip_ratio, cap_ratio, robust, standing)
     assert content.clips == clips
     assert_quantises(content, exact, reply_topk)
 
@@ -280,18 +303,25 @@ def test_a_reply_is_the_mean_of_clipped_and_capped_contributions(
     reply_topk=st.integers(1, 12),
     ratio=st.sampled_from([1.0, 1.5, 1000.0]),
     robust=st.sampled_from(get_args(Robust)),
+    standing=st.lists(st.integers(1, 8), min_size=MEMBERS, max_size=MEMBERS) | st.just(()),
 )
 @settings(max_examples=80, deadline=None)
 def test_a_reply_is_the_bytes_that_a_dense_sum_gives(
-    seed: int, weights: list[int], value_bits: int, reply_topk: int, ratio: float, robust: Robust
+    seed: int,
+    weights: list[int],
+    value_bits: int,
+    reply_topk: int,
+    ratio: float,
+    robust: Robust,
+    standing: Sequence[int],
 ) -> None:
     """An auditor repeats it, on another machine. Equal magnitudes, which 1 and 2 bits make many of, are kept from the
     first on."""
     sent = [(member, weight, coefficients(seed + member, value_bits)) for member, weight in enumerate(weights)]
     codec = Codec(TOPK, (reply_topk,) * END, value_bits, ratio, ratio, robust)
     contributions = [(member, weight, wire.encode_contribution(part, codec)) for member, weight, part in sent]
-    data = reduce_part(contributions, codec, START, END, MEMBERS)
-    assert data == dense_reply(sent, codec)
+    data = reduce_part(contributions, codec, START, END, MEMBERS, standing)
+    assert data == dense_reply(sent, codec, standing or (8,) * MEMBERS)
     # Its reducer reads it without decoding it.
     assert_same(decoded.reply(data, codec, START, END, MEMBERS), wire.decode_reply(data, codec, START, END, MEMBERS))
 
@@ -395,6 +425,15 @@ def test_fewer_liars_than_half_each_move_a_bounded_mean_by_no_more_than_the_hone
     rounding = np.linalg.norm(content.scale) * len(sent[0][2].value)
     norms = [float(np.linalg.norm(moved[part.chunk - START, part.index])) for _, _, part in sent]
     assert max(norms[honest:]) <= max(norms[:honest]) + rounding
+
+
+def test_no_claim_makes_up_for_having_just_come() -> None:
+    """A newcomer's share is at most an eighth of the middle one's, whatever it claims and however much it sends."""
+    sent = [(member, 4, apart(member, 7)) for member in range(4)] + [(4, 2**20, apart(4, 7, 1000.0))]
+    content = reduced(sent, clip_ratio=3.0, weight_cap_ratio=4.0, robust="bounded", standing=(8, 8, 8, 8, 1))
+    moved = dense(content.coefficients)
+    shares = [np.linalg.norm(moved[part.chunk - START, part.index]) for _, _, part in sent]
+    assert shares[4] < 1.01 * np.median(shares[:4]) / 8
 
 
 def agreeing(member: int, sign: float = 1.0) -> Coefficients:

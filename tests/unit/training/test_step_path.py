@@ -182,7 +182,7 @@ def begin_and_step(optimizer: dict[str, object]) -> Callable[[], None]:
         gradient(one, number)
         (payload,) = one.optimizer.payloads(one.optimizer.select(), [(0, chunks)])
         body, shape = reduce_part([(0, 4, payload)], one.codec, 0, chunks, 1), chain.shape_of(states[-1], chunks)
-        reply = attest(ada.sign, RUN_ID, chain.Key(shape.round, shape.base), 0, [ada.peer_id], body, ())
+        reply = attest(ada.sign, RUN_ID, chain.Key(shape.round, shape.base), 0, shape.group, body, ())
         sealed.append(seal(states[-1], ada, chunks, (reply,)))
         states.append(chain.extend(states[-1], sealed[-1].id, sealed[-1].seal, chunks))
 
