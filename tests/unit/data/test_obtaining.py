@@ -224,6 +224,12 @@ def test_where_tokens_cannot_be_written_the_home_is_named(tmp_path: Path, letter
     assert "make room" in caught.value.hint
 
 
+def test_too_little_text_is_named(tmp_path: Path) -> None:
+    for content in (b"", b" \n\t" * 8000, b"word " * 1000):
+        with pytest.raises(DataError, match=r"bytes of text in .*few\.txt are too little"):
+            prepare(Given((put(tmp_path / "few.txt", content),)), tmp_path / "a.tokens", Silent())
+
+
 def test_what_is_done_is_said(letters: Given, tmp_path: Path) -> None:
     told = Silent()
     prepare(Given(letters.paths, tokenizer="train:300"), tmp_path / "a.tokens", told)
