@@ -534,7 +534,7 @@ def long_text() -> str:
     short, long = load("text")["rows"]
     rows: Rows = []
     for name in ("init", "bootstrap", "join"):
-        seconds = [of[name].get("seconds_to_begin", of[name]["seconds"]) for of in (short, long)]
+        seconds = [of[name].get("seconds_to_begin") or of[name]["seconds"] for of in (short, long)]
         memory = [of[name]["peak_megabytes"] for of in (short, long)]
         rows.append((f"`{name}`", *(f"{one:.0f} s" for one in seconds), *(f"{one} MB" for one in memory)))
     of_short, of_long = (f"{of['text_megabytes']:,.0f} MB" for of in (short, long))
