@@ -529,6 +529,18 @@ def attacks() -> str:
     return table(("Attack", "holds", "harm", "rounds a minute in calm", "under attack", "after it", "memory"), rows)
 
 
+def long_text() -> str:
+    """What a long text costs, beside a short one."""
+    short, long = load("text")["rows"]
+    rows: Rows = []
+    for name in ("init", "bootstrap", "join"):
+        seconds = [of[name].get("seconds_to_begin") or of[name]["seconds"] for of in (short, long)]
+        memory = [of[name]["peak_megabytes"] for of in (short, long)]
+        rows.append((f"`{name}`", *(f"{one:.0f} s" for one in seconds), *(f"{one} MB" for one in memory)))
+    of_short, of_long = (f"{of['text_megabytes']:,.0f} MB" for of in (short, long))
+    return table(("", f"{of_short} of text", of_long, f"peak memory, {of_short}", of_long), rows)
+
+
 POISON = {
     "calm": "none: 16 honest members",
     "fewer": "none: the 12 honest members alone",
@@ -607,6 +619,7 @@ TABLES: dict[str, Callable[[], str]] = {
         soak_swarm_speed,
         soak_simulation,
         attacks,
+        long_text,
         poison,
         poison_briefly,
     )

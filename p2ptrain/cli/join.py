@@ -47,6 +47,12 @@ def join(
     data: DataOption = None,
     field: FieldOption = None,
     tokenizer: TokenizerOption = None,
+    part: Annotated[
+        float | None,
+        typer.Option(
+            "--part", metavar="SHARE", min=0.0, max=1.0, help="Fetch this part of the text, as 0.1, and train on that."
+        ),
+    ] = None,
     home: HomeOption = None,
     name: NameOption = None,
     port: PortOption = None,
@@ -92,4 +98,5 @@ def join(
         addresses=addresses or [],
         find_run=find,
         given=given,
+        share=part,
     )

@@ -32,6 +32,7 @@ def run_peer(
     addresses: list[str],
     find_run: Callable[[PeerSession], Run],
     given: Given | None = None,
+    share: float | None = None,
     make: Make | None = None,
 ) -> None:
     """Connect, find the run, fetch what is missing, train, leave.
@@ -40,6 +41,7 @@ def run_peer(
         flags: of the node's settings, by name.
         addresses: to meet at.
         given: the run's text, or this peer's own.
+        share: of the run's text that this peer is to hold; None: all.
         make: what trains, and what is trained, where that is not what the manifest says.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -62,4 +64,4 @@ def run_peer(
         run = find_run(session)
         session.enter_run(run)
         display.say(describe(run.manifest, run.run_id))
-        session.train(run, session.obtain_text(run, given))
+        session.train(run, session.obtain_text(run, given, share))

@@ -149,6 +149,7 @@ class Builder:
         path: of the file that is made; replaced in one step once it is whole.
         warn: hears once, early, where the tokenizer does not fit.
         holds_out: whether a part is held out.
+        where: the text is, for people.
     """
 
     def __init__(
@@ -158,7 +159,9 @@ class Builder:
         warn: Callable[[str], None] = lambda text: None,
         *,
         holds_out: bool = True,
+        where: str = "",
     ) -> None:
+        self._where = f" in {where}" if where else ""
         self._path, self._tokenizer, self._warn, self._holds_out = path, tokenizer, warn, holds_out
         if tokenizer.vocabulary > VOCABULARY_MAX:
             raise DataError(
@@ -255,7 +258,7 @@ class Builder:
             self._write(document, stream)
         if stream.bytes < MIN_BYTES:
             raise DataError(
-                f"{stream.bytes:,} bytes of text are too little; at least {MIN_BYTES:,} are needed",
+                f"{stream.bytes:,} bytes of text{self._where} are too little; at least {MIN_BYTES:,} are needed",
                 hint="give more text with --data",
             )
         share = self._drawn.bytes / stream.bytes

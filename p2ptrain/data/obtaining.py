@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 from p2ptrain.config.home import Home
@@ -14,19 +15,38 @@ from p2ptrain.data.text import Part, Text, embedded_text, text_of
 from p2ptrain.data.token_file import TokenFile, is_token_file
 from p2ptrain.data.tokenizer import TextTokenizer, shipped_tokenizer
 from p2ptrain.errors import DataError
+from p2ptrain.state.pieces import Partials
 from p2ptrain.state.run_files import hashed, take
+from p2ptrain.state.snapshot import PIECE_BYTES
 
 Fetch = Callable[[FileConfig, Path], None]
 """Has a file of the run, from the swarm if need be, at that path."""
+FetchPieces = Callable[[FileConfig, Path, Collection[int]], Path]
+"""The same of some pieces of it; returns where they lie, in a file of its length."""
 
 
-def obtain_text(home: Home, manifest: Manifest, given: Given | None, fetch: Fetch, told: Told) -> Text:
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A part of the training text, for a peer that has no room for all of it."""
+
+    share: float
+    """From 0 to 1."""
+    salt: bytes
+    """Says which part it is."""
+    fetch: FetchPieces
+
+
+def obtain_text(
+    home: Home, manifest: Manifest, given: Given | None, fetch: Fetch, told: Told, share: Share | None = None
+) -> Text:
     """The text that a manifest names.
 
     Where text is private, training text is what `given` holds, or held when this home was given any last.
 
     Args:
         fetch: is called for a text of one's own, also where it lies in the home already.
+        share: fetch a part of the training text alone, unless all of it is here. Nothing else has parts: not private
+            text, nor what is shipped.
 
     Raises:
         DataError: nobody has it, or what was given is another text, or none was and it is private; or it is too short.
@@ -35,7 +55,11 @@ def obtain_text(home: Home, manifest: Manifest, given: Given | None, fetch: Fetc
     config, context = manifest.data, manifest.model.context
     if not config.private and given is not None:
         _check_given(home, config, given, told)
-    text = _shared(home, config, fetch, train=not config.private)
+    file = config.token_file
+    if share is not None and file is not None and not config.private and not home.tokens(file.root).exists():
+        text = _part(home, config, file, share)
+    else:
+        text = _shared(home, config, fetch, train=not config.private)
     if config.private:
         text = text.with_train(_own(home, config, given, told, text.tokenizer()))
     if text.vocabulary > manifest.model.vocabulary:
@@ -63,6 +87,9 @@ def held_text(home: Home, config: DataConfig) -> Text:
         if not path.exists() or path.stat().st_size != file.bytes:
             raise DataError(f"home {home.path} has no copy of the run's text", hint="p2ptrain join ADDR fetches it")
 
+    file = config.token_file
+    if file is not None and not home.tokens(file.root).exists() and _partial(home, file).exists():
+        return _opened(config, _partial(home, file))
     return _shared(home, config, nowhere, train=False)
 
 
@@ -79,6 +106,28 @@ def _shared(home: Home, config: DataConfig, fetch: Fetch, *, train: bool) -> Tex
         return embedded_text(home.data, train=train)
     path = home.tokens(file.root)
     fetch(file, path)
+    return _opened(config, path)
+
+
+def _part(home: Home, config: DataConfig, file: FileConfig, share: Share) -> Text:
+    """What is held out, the tokenizer, and a part of the training text."""
+    path = home.tokens(file.root)
+    header = TokenFile(share.fetch(file, path, {0})).header
+    start, end = header.window(share.share, share.salt)
+    pieces = {
+        number
+        for first, last in header.ranges(start, end)
+        for number in range(first // PIECE_BYTES, -(-last // PIECE_BYTES))
+    }
+    text = _opened(config, share.fetch(file, path, pieces))
+    return text.with_train(text.train.cut(start, end))
+
+
+def _partial(home: Home, file: FileConfig) -> Path:
+    return Partials(home.data).path_of_file(bytes.fromhex(file.root))
+
+
+def _opened(config: DataConfig, path: Path) -> Text:
     found = TokenFile(path)
     if config.tokenizer_sha256 not in ("", found.header.tokenizer_sha256):
         raise DataError(f"{path} is of another tokenizer than the run's", hint=f"rm {path}   and start again")

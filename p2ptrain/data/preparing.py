@@ -102,7 +102,8 @@ def prepare(
     passages = gather(listing, wanted, gathered, _Reading(listing, told).advance)
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        builder = Builder(path, tokenizer, lambda text: told.say(f"warning: {text}"), holds_out=holds_out)
+        where = ", ".join(map(str, given.paths[:3])) + (", ..." if len(given.paths) > 3 else "")
+        builder = Builder(path, tokenizer, lambda text: told.say(f"warning: {text}"), holds_out=holds_out, where=where)
         built = builder.build(passages)
     except OSError as error:
         raise cannot_write(path.parent, error) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,9 +35,24 @@ class Part:
         """Bytes of text that a token stands for on average."""
         return self.bytes / max(len(self.tokens), 1)
 
+    def cut(self, start: int, end: int) -> Part:
+        """Tokens [start, end) of it, the first at a multiple of eight."""
+        mask = None if self.mask is None else self.mask[start // 8 : -(-end // 8)]
+        return Part(self.tokens[start:end], self.bytes * (end - start) // max(len(self.tokens), 1), mask)
+
     def batch(self, offsets: list[int], length: int) -> NDArray[np.int64]:
         """The `length` tokens from each offset on [offsets, length]."""
         return np.stack([self.tokens[offset : offset + length] for offset in offsets]).astype(np.int64)
+
+    def let_go(self) -> None:
+        """Give back the memory of what was read through a mapping; it stays in the system's cache of files.
+
+        Pages that were read once stay with a process until memory is short, and would come to be the whole text.
+        """
+        for array in (self.tokens, self.mask):
+            mapped = getattr(array, "_mmap", None)
+            if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def counted(self, offsets: list[int], length: int) -> NDArray[np.bool_] | None:
         """Which tokens of such a batch count in the loss [offsets, length]; None: all do."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,24 @@ class Header:
         """Bytes of the whole file."""
         bits = -(-self.train_tokens // 8) + -(-self.heldout_tokens // 8) if self.masked else 0
         return self.mask_start + bits
+
+    def window(self, share: float, salt: bytes) -> tuple[int, int]:
+        """The training tokens [start, end) of a peer that holds a share of them; `salt` says where they are."""
+        count = min(self.train_tokens, -(-int(self.train_tokens * share) // 8) * 8)
+        # From a whole byte of the bits on.
+        places = (self.train_tokens - count) // 8 + 1
+        digest = hashlib.sha256(b"p2ptrain part 1\0" + salt).digest()
+        start = int.from_bytes(digest[:16], "little") % places * 8
+        return start, start + count
+
+    def ranges(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Bytes [from, to) of the file that belong to training tokens [start, end) and to all that is held out."""
+        yield 0, self.tokens_start
+        yield self.tokens_start + start * self.token_bytes, self.tokens_start + end * self.token_bytes
+        yield self.tokens_start + self.train_tokens * self.token_bytes, self.mask_start
+        if self.masked:
+            yield self.mask_start + start // 8, self.mask_start + -(-end // 8)
+            yield self.mask_start + -(-self.train_tokens // 8), self.length
 
     def encode(self) -> bytes:
         """The block that the file begins with [HEADER_BYTES]."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from typing import Any
 
 from p2ptrain.calls.client import Client, PiecesAnswer
@@ -57,6 +57,7 @@ class Download:
         progress: hears (bytes on disk, of).
         looked: hears (bytes, of) while what an earlier process left is looked at. On another thread.
         reach: makes sure of a connection to a peer before it is asked what it holds; may raise P2PTrainError.
+        wanted: the pieces to fetch; None: all.
     """
 
     def __init__(
@@ -68,8 +69,10 @@ class Download:
         progress: Callable[[int, int], None],
         looked: Callable[[int, int], None] = lambda done, of: None,
         reach: Callable[[bytes], Awaitable[None]] | None = None,
+        wanted: Collection[int] | None = None,
     ) -> None:
         self.offer = offer
+        self._unwanted = frozenset(range(pieces_of(offer.length)) if wanted is not None else ()) - {*(wanted or ())}
         #: what there is of it; None before the hashes of its pieces are known
         self.file: PieceFile | None = None
         self._partials, self._peers, self._progress, self._reach = partials, peers, progress, reach
@@ -98,7 +101,7 @@ class Download:
         self.came = 0
 
     async def run(self, donor: bytes | None = None) -> PieceFile:
-        """Fetch it, from `donor` and whoever else has it, and return the whole file, checked, still a partial one.
+        """Fetch it, from `donor` and whoever else has it, and return the file, its pieces checked, still a partial one.
 
         Raises:
             CallError: nobody hands it out, or it comes no further.
@@ -236,7 +239,7 @@ class Download:
     def _use(self, file: PieceFile | None) -> None:
         self.file = file
         for number in range(file.pieces if file else 0):
-            if file is not None and file.has(number):
+            if file is not None and (number in self._unwanted or file.has(number)):
                 self._plan.have(number)
 
     async def _take_piece(self, donor: bytes, answer: PiecesAnswer) -> None:
@@ -259,8 +262,9 @@ class Download:
         if first:
             await asyncio.to_thread(self.file.write, number, data)
             self._came_at, self.came = self._now(), self.came + 1
-            done = self.file.pieces - self._plan.missing
-            self._progress(min(self.offer.length, done * self.offer.length // self.file.pieces), self.offer.length)
+            wanted = self.file.pieces - len(self._unwanted)
+            length = self.offer.length * wanted // self.file.pieces
+            self._progress(length * (wanted - self._plan.missing) // wanted, length)
 
     def _lied(self, donor: bytes, what: str) -> None:
         _logger.warning("%s handed out %s that the root does not have", format_peer_id(donor), what)

@@ -22,6 +22,7 @@ from p2ptrain.history.download import Download
 from p2ptrain.state import run_files
 from p2ptrain.state.pieces import Partials, PieceFile
 from p2ptrain.state.run_files import RunFile
+from p2ptrain.state.snapshot import PIECE_BYTES
 from p2ptrain.swarm.tasks import cancel_and_wait
 
 ATTEMPTS = 3
@@ -42,6 +43,7 @@ async def fetch_file(
     records_key: bytes,
     progress: Callable[[str, int, int], None],
     what: str,
+    wanted: Collection[int] | None = None,
 ) -> PieceFile:
     """Fetch a file of the run to `path`, from any peers of the run; those that `introducers` names are asked first.
 
@@ -49,6 +51,7 @@ async def fetch_file(
         records_key: of the manifest.
         progress: hears (what, bytes done, of); while what an earlier process left is looked at, on another thread.
         what: it is, for people.
+        wanted: the pieces to fetch; None: all. The file of a part stays where unfinished ones are.
 
     Raises:
         DataError: nobody has it, or nobody goes on handing it out.
@@ -67,7 +70,7 @@ async def fetch_file(
             await asyncio.sleep(LOOK_SECONDS)
             await look()
 
-    _check_room(partials.path_of_file(file.root), file)
+    _check_room(partials.path_of_file(file.root), file.length if wanted is None else len(wanted) * PIECE_BYTES)
     looking = asyncio.create_task(keep_looking())
     attempts = 0
     try:
@@ -81,6 +84,7 @@ async def fetch_file(
                 lambda done, of: progress(what, done, of),
                 looked=lambda done, of: progress(f"{what}, what is here already", done, of),
                 reach=node.connect,
+                wanted=wanted,
             )
             try:
                 fetched = await download.run()
@@ -94,7 +98,7 @@ async def fetch_file(
                         hint="try again later: what has come is kept",
                     ) from error
             await asyncio.sleep(RETRY_SECONDS)
-        return await asyncio.to_thread(_take, fetched, path, partials)
+        return fetched if wanted is not None else await asyncio.to_thread(_take, fetched, path, partials)
     except OSError as error:
         raise HomeError(
             f"cannot write the run's {what} to {path.parent}: {error.strerror}", hint="make room, then start again"
@@ -103,13 +107,13 @@ async def fetch_file(
         await cancel_and_wait([looking])
 
 
-def _check_room(partial: Path, file: RunFile) -> None:
+def _check_room(partial: Path, length: int) -> None:
     """Say before anything is fetched that it would not fit. Raises HomeError."""
     there = partial.stat().st_blocks * 512 if partial.exists() else 0
     free = shutil.disk_usage(partial.parent).free
-    if free + there < file.length:
+    if free + there < length:
         raise HomeError(
-            f"a file of {file.length:,} bytes does not fit on the disk of {partial.parent}, which has {free:,} free",
+            f"a file of {length:,} bytes does not fit on the disk of {partial.parent}, which has {free:,} free",
             hint="make room, or choose another home with --home DIR",
         )
 

@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +33,7 @@ from p2ptrain.chain.admission import Grant
 from p2ptrain.config.home import Home
 from p2ptrain.config.manifest import FileConfig, Manifest, open_manifest, sign_manifest
 from p2ptrain.config.node import NodeSettings
-from p2ptrain.data.obtaining import obtain_text
+from p2ptrain.data.obtaining import Share, obtain_text
 from p2ptrain.data.preparing import Given
 from p2ptrain.data.text import Text
 from p2ptrain.errors import HomeError, ModelError, UnreachableError
@@ -289,13 +289,24 @@ class PeerSession:
             grant = None
         return Run(manifest, run_id, signed, founder=False, introducers=introducers, grant=grant)
 
-    def obtain_text(self, run: Run, given: Given | None) -> Text:
-        """The run's text: from here, from what is given, or from the swarm by its root. Raises DataError, HomeError."""
+    def obtain_text(self, run: Run, given: Given | None, share: float | None = None) -> Text:
+        """The run's text: from here, from what is given, or from the swarm by its root.
+
+        Args:
+            share: of the training text that this peer is to hold, from 0 to 1; None: all.
+
+        Raises:
+            DataError, HomeError
+        """
 
         def fetch(file: FileConfig, path: Path) -> None:
             self.fetch_file(run, file, path, "text")
 
-        return obtain_text(self.home, run.manifest, given, fetch, self.display)
+        def fetch_pieces(file: FileConfig, path: Path, pieces: Collection[int]) -> Path:
+            return self._fetch(run, file, path, "text", pieces).path
+
+        part = None if share is None else Share(share, self.node.peer_id, fetch_pieces)
+        return obtain_text(self.home, run.manifest, given, fetch, self.display, part)
 
     def fetch_beginning(self, run: Run, own: Beginning) -> None:
         """Have the beginning of a run of somebody's own model in this home: `own`, if it is that, or the swarm's.
@@ -330,12 +341,16 @@ class PeerSession:
         """
         if self._has(config, path, what):
             return
+        self.files[bytes.fromhex(config.root)] = self._fetch(run, config, path, what)
+
+    def _fetch(
+        self, run: Run, config: FileConfig, path: Path, what: str, pieces: Collection[int] | None = None
+    ) -> PieceFile:
         wanted = RunFile(config.bytes, bytes.fromhex(config.root))
         client = Client(self.node, Traffic(), run.run_id, grant=run.grant)
-        fetching = fetch_file(
-            client, wanted, path, run.introducers, run.manifest.records_key, self.display.transfer, what
-        )
-        self.files[wanted.root] = self.network.run(fetching, CORPUS_SECONDS + config.bytes / RATE_MIN_BYTES)
+        progress, key = self.display.transfer, run.manifest.records_key
+        fetching = fetch_file(client, wanted, path, run.introducers, key, progress, what, pieces)
+        return self.network.run(fetching, CORPUS_SECONDS + config.bytes / RATE_MIN_BYTES)
 
     def _has(self, config: FileConfig, path: Path, what: str) -> bool:
         """Say whether a file of the run is at `path` already; if so, it is handed out."""

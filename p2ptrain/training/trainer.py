@@ -42,6 +42,8 @@ from p2ptrain.training.standing import Books
 CHECKPOINT_SECONDS = 60.0
 CAREFUL_ROUNDS = 16
 """After it was too late for a round, a trainer begins no micro-batch that may end too late, for this many."""
+LET_GO_SEQUENCES = 1024
+"""So often memory of text that was read is given back: some 64 KiB a sequence."""
 _WEIGHT_MAX = 1_000_000
 
 _logger = logging.getLogger(__name__)
@@ -436,6 +438,8 @@ class Trainer(Participant):
         tokens = torch.from_numpy(batch).to(self._device)
         counted = text.counted(offsets, self._context + 1)
         self.books.sequences_read += count
+        if self.books.sequences_read % LET_GO_SEQUENCES < count:
+            text.let_go()
         if counted is not None and not counted[:, 1:].any():
             # Prompts alone: there is nothing to learn here.
             return

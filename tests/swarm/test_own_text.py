@@ -33,14 +33,16 @@ def test_a_joiner_without_a_copy_trains_on_the_owners_records_to_the_same_state(
     assert run("init", str(made), "--data", str(records), *flags).returncode == 0
     text = made.read_text()
     data = text.split("[data]\n")[1].split("\n# What peers compute")[0]
-    manifest = MANIFEST.format(nonce=os.urandom(16).hex(), last_round=24, data=data, root_interval=8)
+    manifest = MANIFEST.format(nonce=os.urandom(16).hex(), last_round=30, data=data, root_interval=8)
     swarm.manifest.write_text(manifest)
     assert load_manifest(made).model.vocabulary == 600
     ada = swarm.bootstrap("ada")
-    bob = swarm.join("bob", ada.address()).started()
-    for peer in (ada, bob):
+    address = ada.address()
+    bob, carol = swarm.join("bob", address), swarm.join("carol", address, "--part", "0.3")
+    for peer in (ada, bob, carol):
         peer.ended()
-    assert ada.replica() == bob.replica()
+    assert ada.replica() == bob.replica() == carol.replica()
+    assert not list((swarm.folder / "carol" / "data").glob("*.tokens")), "it has no whole file"
     homes = [swarm.folder / name for name in ("ada", "bob")]
     tokens = [next((home / "data").glob("*.tokens")) for home in homes]
     assert tokens[0].name == tokens[1].name and tokens[0].read_bytes() == tokens[1].read_bytes()

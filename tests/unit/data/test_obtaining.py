@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 import msgspec
@@ -16,12 +17,13 @@ from p2ptrain.config.loading import parse_manifest
 from p2ptrain.config.manifest import DataConfig, FileConfig, Manifest, ModelConfig
 from p2ptrain.data.building import write_part
 from p2ptrain.data.corpus import load_embedded
-from p2ptrain.data.obtaining import Fetch, held_text, obtain_text, place, tokenizer_of
+from p2ptrain.data.obtaining import Fetch, Share, held_text, obtain_text, place, tokenizer_of
 from p2ptrain.data.preparing import Given, prepare
 from p2ptrain.data.text import Text
 from p2ptrain.data.token_file import TokenFile
 from p2ptrain.data.tokenizer import shipped_tokenizer
 from p2ptrain.errors import DataError, HomeError, ManifestError
+from p2ptrain.state.pieces import Partials
 
 
 class Silent:
@@ -121,6 +123,41 @@ def test_a_joiner_has_the_owners_text_by_fetching_by_building_and_from_a_copied_
         held_text(made_home(tmp_path / "d"), manifest.data)
 
 
+def test_a_part_of_the_text_is_held_without_the_rest(tmp_path: Path, letters: Given) -> None:
+    long = Given((put(tmp_path / "long.txt", text(900_000)),))
+    home, manifest = owner(tmp_path / "owner", long)
+    file = manifest.data.token_file
+    assert file is not None
+    source = home.tokens(file.root).read_bytes()
+    fetched: set[int] = set()
+
+    def fetch(config: FileConfig, path: Path, pieces: Collection[int]) -> Path:
+        partial = Partials(path.parent).path_of_file(bytes.fromhex(config.root))
+        content = bytearray(partial.read_bytes() if partial.exists() else bytes(config.bytes))
+        for number in pieces:
+            place = slice(number * 4096, (number + 1) * 4096)
+            content[place] = source[place]
+        fetched.update(pieces)
+        partial.write_bytes(content)
+        return partial
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("p2ptrain.data.obtaining.PIECE_BYTES", 4096)
+        mine = made_home(tmp_path / "mine")
+        whole = obtain_text(home, manifest, None, nobody, Silent())
+        for salt in (b"a", b"b"):
+            got = obtain_text(mine, manifest, None, nobody, Silent(), Share(0.1, salt, fetch))
+            count = len(got.train.tokens)
+            assert 0.09 < count / len(whole.train.tokens) < 0.11
+            start = TokenFile(home.tokens(file.root)).header.window(0.1, salt)[0]
+            assert np.array_equal(got.train.tokens, whole.train.tokens[start : start + count])
+            assert np.array_equal(got.heldout.tokens, whole.heldout.tokens)
+            assert got.train.bytes_per_token == pytest.approx(whole.train.bytes_per_token, rel=1e-3)
+        assert len(fetched) < 0.6 * len(source) / 4096
+        assert np.array_equal(held_text(mine, manifest.data).heldout.tokens, whole.heldout.tokens)
+        assert tokenizer_of(mine, manifest.data).sha256 == manifest.data.tokenizer_sha256
+
+
 def test_another_text_or_tokenizer_is_refused_and_leaves_nothing(tmp_path: Path, letters: Given) -> None:
     _, manifest = owner(tmp_path / "owner", letters)
     other = Given((put(tmp_path / "other.txt", text(30_000)),))
@@ -185,6 +222,12 @@ def test_where_tokens_cannot_be_written_the_home_is_named(tmp_path: Path, letter
     with pytest.raises(HomeError, match="cannot write the text as tokens to") as caught:
         prepare(letters, tmp_path / "file" / "a.tokens", Silent())
     assert "make room" in caught.value.hint
+
+
+def test_too_little_text_is_named(tmp_path: Path) -> None:
+    for content in (b"", b" \n\t" * 8000, b"word " * 1000):
+        with pytest.raises(DataError, match=r"bytes of text in .*few\.txt are too little"):
+            prepare(Given((put(tmp_path / "few.txt", content),)), tmp_path / "a.tokens", Silent())
 
 
 def test_what_is_done_is_said(letters: Given, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from inputs import put, sentence, text
 
 from p2ptrain.data.building import HELDOUT_MAX_BYTES, Builder, write_part
 from p2ptrain.data.reading import Passage
-from p2ptrain.data.text import text_of
+from p2ptrain.data.text import Part, text_of
 from p2ptrain.data.token_file import HEADER_BYTES, Header, TokenFile, decode_header, is_token_file
 from p2ptrain.data.tokenizer import TextTokenizer, shipped_tokenizer, train_tokenizer
 from p2ptrain.errors import DataError
@@ -134,6 +135,22 @@ def test_special_tokens_are_themselves_where_a_template_wrote_them(tmp_path: Pat
         assert found.count(trained.separator[0]) == 2 + special
 
 
+def test_what_was_read_is_given_back_and_reads_the_same_again(tmp_path: Path) -> None:
+    path = tmp_path / "numbers"
+    np.arange(2**23, dtype=np.uint16).tofile(path)
+
+    def resident() -> int:
+        return int(re.findall(r"RssFile:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024
+
+    part = Part(np.memmap(path, np.uint16, "r")[8:])
+    before = resident()
+    first = part.batch([*range(0, 2**23 - 100, 1000)], 10)
+    read = resident() - before
+    part.let_go()
+    assert read > 2**23 and resident() - before < read / 4
+    assert np.array_equal(part.batch([*range(0, 2**23 - 100, 1000)], 10), first)
+
+
 def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     words = {f"w{number}": number for number in range(70_000)}
     json = {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": words, "unk_token": "w0"}}
@@ -169,6 +186,23 @@ def test_a_part_of_a_file_is_a_file(tmp_path: Path, trained: TextTokenizer) -> N
         assert np.array_equal(part.heldout, [] if train else whole.heldout)
         assert part.tokenizer_json() == trained.json
     assert {path.name for path in tmp_path.iterdir()} == {"a.tokens", "b.tokens"}
+
+
+@given(st.integers(1, 5000), st.integers(0, 300), st.floats(0.001, 1), st.booleans(), st.binary(max_size=4))
+def test_a_window_and_its_bytes_lie_in_the_file(
+    train: int, heldout: int, share: float, masked: bool, salt: bytes
+) -> None:
+    header = dataclasses.replace(HEADER, train_tokens=train, heldout_tokens=heldout, masked=masked)
+    start, end = header.window(share, salt)
+    assert 0 <= start <= end <= train and start % 8 == 0 and end - start >= min(train, train * share) - 1
+    assert all(0 <= first <= last <= header.length for first, last in header.ranges(start, end))
+    # All that is read of such a file: its beginning, the tokens, and a bit for each of them.
+    read = {*range(header.tokens_start), *range(header.tokens_start + 2 * start, header.tokens_start + 2 * end)}
+    read |= {*range(header.tokens_start + 2 * train, header.mask_start)}
+    if masked:
+        read |= {header.mask_start + one // 8 for one in range(start, end)}
+        read |= {*range(header.mask_start + -(-train // 8), header.length)}
+    assert read <= {place for first, last in header.ranges(start, end) for place in range(first, last)}
 
 
 HEADER = Header(300, 1000, "0" * 64, 5000, 100, 20_000, 400, 7)

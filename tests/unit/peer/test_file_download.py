@@ -67,10 +67,12 @@ class World:
         made.files[FILE.root] = file
         return made
 
-    async def fetch(self, newcomer: Peer, *introducers: Peer, file: RunFile = FILE) -> PieceFile:
+    async def fetch(
+        self, newcomer: Peer, *introducers: Peer, file: RunFile = FILE, wanted: set[int] | None = None
+    ) -> PieceFile:
         ids = [peer.id for peer in introducers]
         return await fetch_file(
-            newcomer.client, file, self.path, ids, b"", lambda *heard: self.progress.append(heard), "tokens"
+            newcomer.client, file, self.path, ids, b"", lambda *heard: self.progress.append(heard), "tokens", wanted
         )
 
     def there(self) -> bool:
@@ -110,6 +112,21 @@ def test_a_file_comes_from_several_donors_at_once_though_only_one_was_named(worl
     assert world.there() and world.progress[-1] == ("tokens", len(DATA), len(DATA))
     assert min(donor.traffic.sent for donor in donors) > 2 * PIECE_BYTES
     assert newcomer.traffic.received < OVERHEAD * len(DATA) + 100_000
+
+
+def test_some_pieces_are_fetched_alone_and_the_rest_later(world: World) -> None:
+    donor, newcomer = world.donor(1), world.peer(0)
+    for wanted in ({0}, {0, 3, PIECES - 1}):
+        before = newcomer.traffic.received
+        part = run(world.fetch(newcomer, donor, wanted=wanted))
+        assert [number for number in range(PIECES) if part.has(number)] == sorted(wanted)
+        assert all(part.read(number) == DATA[number * PIECE_BYTES :][:PIECE_BYTES] for number in wanted)
+        assert newcomer.traffic.received - before < OVERHEAD * 2 * PIECE_BYTES
+        assert not world.path.exists()
+    before = newcomer.traffic.received
+    run(world.fetch(newcomer, donor))
+    assert world.there()
+    assert newcomer.traffic.received - before < OVERHEAD * (len(DATA) - 2 * PIECE_BYTES) + 100_000
 
 
 def test_a_donor_that_dies_half_way_costs_the_piece_that_it_was_sending(world: World) -> None:
