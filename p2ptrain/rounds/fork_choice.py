@@ -100,6 +100,8 @@ class ForkChoice:
         if tip.peer_id not in self.known and tip.peer_id not in self.introducers:
             return
         mark = self.past.get(tip.id)
+        if not tip.round or (mark is not None and not mark.round):
+            return  # at the beginning, which all chains share: it has chosen none
         if mark is not None and tip.peer_id in self.known and mark.round > self.known[tip.peer_id].round:
             self.known[tip.peer_id] = mark
         said = self.voices.get(tip.peer_id)

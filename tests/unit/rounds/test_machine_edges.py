@@ -735,6 +735,21 @@ def test_who_comes_back_where_it_was_sent_goes_over_though_it_knows_nobody_there
         assert bool(of(Resync, effects)) == follows
 
 
+def test_who_stands_at_the_beginning_keeps_no_newcomer_there() -> None:
+    """As others do that begin at the same time, and liars that hand nothing out: no seal is theirs, so no chain is."""
+    beginning = chain.genesis(RUN_ID)
+    machine = machine_with("n", beginning, "b", "v", "w", "x")
+    for name in "vwx":
+        machine.handle(tip(name, beginning), 0.4)
+    machine.handle(far("b"), 0.5)
+    assert of(Resync, machine.handle(RoundsFetched(identity_of("b").peer_id, None, ()), 0.6))
+    marks = [Mark(n, n.to_bytes(32, "big"), 2 * n, b"", False, frozenset()) for n in range(800, 900)]
+    there = [*marks, Mark(900, far("b").id, 10_000, b"", False, frozenset())]
+    for name in "vwx":
+        machine.handle(tip(name, beginning), 0.7)
+    assert machine.worth_changing_to(there, identity_of("b").peer_id, 0.9)
+
+
 @pytest.mark.parametrize("first", ["the many", "the one"])
 def test_a_newcomer_that_was_sent_to_two_chains_ends_where_more_are_and_stays_there(first: str) -> None:
     """Whichever it came to first, and whatever the other one claims."""
