@@ -95,8 +95,12 @@ class Group:
         ranges = enumerate(chain.partition(self.codec.chunks, [1] * members))
         return [Part(reducer, *part) for reducer, chunks in ranges for part in chain.cut(*chunks, most)]
 
-    def play(self, members: Sequence[bytes], parts: Sequence[Part]) -> Round:
-        """One round of these peers, in this order."""
+    def play(self, members: Sequence[bytes], parts: Sequence[Part], standing: Sequence[int] = ()) -> Round:
+        """One round of these peers, in this order.
+
+        Args:
+            standing: of each; empty: all have come long ago.
+        """
         self.rounds += 1
         ranges = [(part.start, part.end) for part in parts]
         losses, pending, payloads = [], [], []
@@ -109,7 +113,9 @@ class Group:
         for number, sent in self._forge(self.rounds, [of.sent for of in pending]).items():
             payloads[number] = tuple(wire.encode_contribution(sent.cut(*part), self.codec) for part in ranges)
         weights = [self._weights(peer_id) for peer_id in members]
-        replies = [self._reduce(part, weights, [of[number] for of in payloads]) for number, part in enumerate(parts)]
+        replies = [
+            self._reduce(part, weights, [of[number] for of in payloads], standing) for number, part in enumerate(parts)
+        ]
         contents: list[PartReply] = [
             (part.start, part.end, decoded.reply(data, self.codec, part.start, part.end, len(members)))
             for part, data in zip(parts, replies, strict=True)
@@ -149,9 +155,9 @@ class Group:
         member.local.gather()
         return float(np.mean(nats))
 
-    def _reduce(self, part: Part, weights: Sequence[int], payloads: Sequence[bytes]) -> bytes:
+    def _reduce(self, part: Part, weights: Sequence[int], payloads: Sequence[bytes], standing: Sequence[int]) -> bytes:
         contributions = list(zip(range(len(payloads)), weights, payloads, strict=True))
-        return reduce_part(contributions, self.codec, part.start, part.end, len(payloads))
+        return reduce_part(contributions, self.codec, part.start, part.end, len(payloads), standing)
 
 
 def _sent_bytes(parts: Sequence[Part], payloads: Sequence[Sequence[bytes]], replies: Sequence[bytes]) -> float:

@@ -249,6 +249,11 @@ def unbounded_weight(patch: Patch) -> None:
     patch.setattr(evidence, "reduce_part", lambda sent, codec, *a: reduce_part(sent, plain(codec), *a))
 
 
+def count_who_has_just_come_in_full(patch: Patch) -> None:
+    reduce_part = evidence.reduce_part
+    patch.setattr(evidence, "reduce_part", lambda sent, codec, *part: reduce_part(sent, codec, *part[:3]))
+
+
 def send_before_the_own_log_knows(patch: Patch) -> None:
     """After a crash the contribution is another one."""
     patch.setattr(OwnLog, "write", lambda self, entry: None)
@@ -297,6 +302,7 @@ MUTATIONS = [
     serve_by_the_own_seal,
     serve_without_every_reply,
     unbounded_weight,
+    count_who_has_just_come_in_full,
     send_before_the_own_log_knows,
     forget_outcomes_at_a_crash,
     audit_by_another_sum,

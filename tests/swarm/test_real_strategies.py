@@ -89,7 +89,7 @@ def test_real_peers_come_to_what_a_group_in_one_process_comes_to(strategy: str, 
             continue  # the founder's first seal
         members = [member.peer_id for member in shape.members]
         assert chain.bits(sealed.seal.included, len(members)) == frozenset(range(len(members)))
-        played = group.play(members, shape.parts)
+        played = group.play(members, shape.parts, shape.group.standing)
         # The group makes what is signed, and signs nothing.
         replies = tuple(None if reply is None else body_of(reply) for reply in sealed.replies)
         assert replies == played.replies, f"round {number} of {len(members)} members"
