@@ -529,6 +529,31 @@ def attacks() -> str:
     return table(("Attack", "holds", "harm", "rounds a minute in calm", "under attack", "after it", "memory"), rows)
 
 
+def simulated_attacks() -> str:
+    """What became of simulated swarms under attack, over many seeds of each."""
+
+    def least_and_median(figure: dict[str, Any] | None) -> str:
+        return f"{figure['least']:.2f}, {figure['median']:.2f}" if figure and figure["seeds"] else ""
+
+    rows: Rows = []
+    for of in load("soak_adversaries"):
+        pace = of.get("pace")
+        late = of.get("noticed_after_rounds") or of.get("expelled_after_rounds")
+        rows.append(
+            (
+                f"`{of['attack']}`",
+                f"{of['seeds']}",
+                f"{len(of['violations'])}",
+                least_and_median(pace),
+                f"{pace['under_0_8']} of {pace['seeds']}" if pace else "",
+                least_and_median(of.get("least_included") or of.get("least_reduced_by_an_honest_member")),
+                f"{late['median']}, {late['greatest']}; {late.get('never', 0)} never" if late else "",
+            )
+        )
+    head = ("Attack", "seeds", "violations", "pace: least, median", "pace under 0.8")
+    return table((*head, "honest member's share: least, median", "noticed after rounds: median, most"), rows)
+
+
 def long_text() -> str:
     """What a long text costs, beside a short one."""
     short, long = load("text")["rows"]
@@ -619,6 +644,7 @@ TABLES: dict[str, Callable[[], str]] = {
         soak_swarm_speed,
         soak_simulation,
         attacks,
+        simulated_attacks,
         long_text,
         poison,
         poison_briefly,

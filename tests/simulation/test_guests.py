@@ -35,7 +35,7 @@ def play(seed: int) -> Report:
 
 
 # As with the other histories, many at a time outlast one test's limit on a busy machine.
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_no_history_of_faults_loses_the_owners_word_or_lets_a_stranger_in() -> None:
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         reports = list(pool.imap_unordered(play, SEEDS))

@@ -110,7 +110,7 @@ def test_proofs_that_convict_nobody_are_not_heard(tmp_path: Path) -> None:
     assert min(outcome.reduced.values()) == 1.0
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 def test_whatever_befalls_them_no_honest_peer_is_convicted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Histories of crashes, forks and broken streams, in which all that is reduced is audited."""
     monkeypatch.setattr(evidence, "AUDITED_SHARE", EVERYTHING_IS_AUDITED)
