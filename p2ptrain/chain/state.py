@@ -44,6 +44,7 @@ STRIKES_A_TIME = 1  # for owing something; a turn to seal on which nothing is ow
 STRIKES_ACCUSED = 2  # for an accusation, to the accused
 STRIKES_TO_ACCUSE = 2  # and to the accuser, who must not lose its turns by it
 STRIKES_BORNE = 2  # what is owed once may have been a moment late
+STANDING_TRUSTED = 4  # work in three seals, before a member reduces, and seals among the first
 STRIKES_MAX = 8  # a member struck so often has a turn in one round of 2**6
 SERVED_MAX = 64  # an uplink counts up to 2**8 times the middle one then
 SERVED_DOUBLES = 8  # served rounds after which twice as much of an uplink counts
@@ -224,8 +225,10 @@ def _shape(number: int, base: bytes, members: tuple[Member, ...], chunks: int) -
     awaited = included or list(range(len(members)))
     answering = [i for i in included if members[i].dialable]
     # A member that has owed something again and again is tried in one round of four, of eight, and so on.
-    trusted = [i for i in answering if members[i].strikes <= STRIKES_BORNE]
-    tried = [i for i in answering if i not in trusted and _on_trial(members[i], number + i)]
+    borne = [i for i in answering if members[i].strikes <= STRIKES_BORNE]
+    # Who comes, and dies as soon as others wait for it, has to work first; where all are new, somebody must reduce.
+    trusted = [i for i in borne if members[i].standing >= STANDING_TRUSTED] or borne
+    tried = [i for i in answering if i not in borne and _on_trial(members[i], number + i)]
     dialable = [i for i, m in enumerate(members) if m.dialable]
     # A lone peer that cannot be dialled still reduces for itself.
     reducers = sorted(tried + trusted) or answering or dialable or awaited[:1]

@@ -24,7 +24,7 @@ from p2ptrain.errors import ManifestError
 if TYPE_CHECKING:
     from p2ptrain.chain import ChainState
 
-PROTOCOL_VERSION = 9
+PROTOCOL_VERSION = 10
 MANIFEST_MAX_BYTES = 16 * 1024
 PARAMETERS_MAX = 2**31
 TOKENIZER_VOCABULARY = 4096

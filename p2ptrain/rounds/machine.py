@@ -1030,9 +1030,12 @@ class RoundMachine:
         """Whether the group has sealed this round already and we lack but replies of it."""
         known = [waiting.at for waiting in self.fetching.waiting.values() if not waiting.heard.seal.solo]
         until = max(known, default=-math.inf) + self.rules.seal_timeout_seconds
+        if self.fetching.fetches_from_known:
+            # No longer than for a reply: a sealer may hand out a seal, and never what it names.
+            until += self._deadlines.reply_seconds
         if known and now < until:
             self._wake(until)
-        return bool(known) and (now < until or self.fetching.fetches_from_known)
+        return bool(known) and now < until
 
     def _solo_when_alone(self, exchange: Exchange, included: frozenset[int], now: float) -> bool:
         """A solo seal, once no member has been heard for `alone_after` (rule 6)."""

@@ -25,8 +25,18 @@ def peer_id(number: int) -> bytes:
     return b"peer" + number.to_bytes(34)
 
 
-def member(number: int, *, uplink: int = DSL_KBIT, throughput: int = 1000, served: int = 0, absent: int = 0) -> Member:
-    return Member(peer_id(number), Row(4, throughput, uplink), absent, absent >= 0, served=served)
+def member(
+    number: int,
+    *,
+    uplink: int = DSL_KBIT,
+    throughput: int = 1000,
+    served: int = 0,
+    absent: int = 0,
+    strikes: int = 0,
+    standing: int = 1,
+) -> Member:
+    row = Row(4, throughput, uplink)
+    return Member(peer_id(number), row, absent, absent >= 0, strikes=strikes, served=served, standing=standing)
 
 
 def state_of(*members: Member, round: int = 7) -> ChainState:
@@ -213,6 +223,29 @@ def test_a_member_counts_for_an_eighth_more_with_each_seal_that_has_work_of_it_u
         state = seal_on(state, standing_in=(2,))
         assert standing_of(state) == [min(1 + sealed, 8)] * 2 + [1], "a stand-in is no work"
     assert chain.shape_of(state, CHUNKS).group.standing == (8, 8, 1)
+
+
+def test_who_has_little_work_in_the_seals_neither_reduces_nor_seals_before_the_others() -> None:
+    state = state_of(member(0), member(1, standing=4), member(2, standing=8), member(3))
+    for _ in range(4):
+        shape = chain.shape_of(state, CHUNKS)
+        assert {part.reducer for part in shape.parts} == {1, 2}
+        assert set(shape.sealer_order[:2]) == {1, 2} and set(shape.sealer_order) == {0, 1, 2, 3}
+        # The last never sends any.
+        state = seal_on(state, standing_in=(3,))
+    assert {part.reducer for part in chain.shape_of(state, CHUNKS).parts} == {0, 1, 2}
+
+
+def test_where_all_have_little_work_in_the_seals_all_reduce() -> None:
+    shape = chain.shape_of(state_of(*(member(n, standing=1 + n) for n in range(3))), CHUNKS)
+    assert {part.reducer for part in shape.parts} == {0, 1, 2}
+
+
+def test_one_that_owes_again_and_again_never_reduces_alone_in_place_of_the_new_ones() -> None:
+    for round in range(64):
+        members = (member(0, standing=8, strikes=5), member(1), member(2, standing=2))
+        shape = chain.shape_of(state_of(*members, round=round), CHUNKS)
+        assert {part.reducer for part in shape.parts} >= {1, 2}
 
 
 def test_a_lone_member_keeps_its_standing_and_who_was_none_has_the_least() -> None:

@@ -44,8 +44,12 @@ class Story:
         self._whole = True
 
     def group(self, count: int) -> list[Peer]:
-        """The first names, all of them members that have sent nothing for the round under way yet."""
+        """The first names, all of them members that have sent nothing for the round under way yet.
+
+        They have had some rounds together, in which they learned when the others come.
+        """
         peers = self.cluster.group(count, names=NAMES)
+        self.cluster.run(6)
         self.even(peers)
         return peers
 
