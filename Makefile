@@ -38,10 +38,11 @@ test: $(STAMP)  ## lint, format, types, layers and the test suite
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy p2ptrain
 	$(BIN)/lint-imports --no-logo
-	@# Real peers share the cores that they are timed on, so their tests run one at a time. Simulated histories have a
-	@# clock of their own: beside them, at the lowest priority, they take what waiting peers leave of the cores.
-	code=0; $(BIN)/pytest --numprocesses logical --maxprocesses 4 tests/docs tests/unit || code=$$?; \
-		nice -n 19 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --timeout 1500 tests/simulation \
+	@# Real peers share the cores that they are timed on, so their tests run one at a time. Rounds that are simulated have
+	@# a clock of their own: beside them, at the lowest priority, they take what waiting peers leave of the cores.
+	code=0; $(BIN)/pytest --numprocesses logical --maxprocesses 4 --ignore tests/unit/rounds tests/docs tests/unit \
+		|| code=$$?; \
+		nice -n 19 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --timeout 1500 tests/simulation tests/unit/rounds \
 		> .simulation.log 2>&1 & simulation=$$!; trap "kill $$simulation 2> /dev/null" EXIT; \
 		$(BIN)/pytest tests/swarm || code=$$?; \
 		wait $$simulation || code=$$?; cat .simulation.log; exit $$code

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import copy
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,7 @@ class ManyJoins(Attack):
 
     async def prepare(self) -> list[bytes]:
         """A libp2p daemon for each, as only its key's owner can ask in an identity's name."""
+        os.nice(19)  # what so many take of this machine, they would take of others
         self._sockets: list[SocketDirectory] = []
         self._daemons: list[Daemon] = []
         few = asyncio.Semaphore(STARTED_AT_ONCE)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -65,7 +64,6 @@ class Malformed(ManyJoins):
 
     async def prepare(self) -> list[bytes]:
         """A daemon for each identity, and a well-formed message of each call to spoil."""
-        os.nice(19)  # what it takes of this machine, it would take of another one
         self._made = Decoders(self.hostile.chance)
         self._messages = {call: self._of_this_run(self._made.messages[kind]) for call, kind in CALLS.items()}
         self._left = self.hostile.messages or sys.maxsize
