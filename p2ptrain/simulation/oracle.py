@@ -174,7 +174,11 @@ class Oracle:
         members = shape.members
         included = [m for m in members if m.included]
         turn = {m.peer_id for i, m in enumerate(members) if (shape.round + i) % 2 ** max(m.strikes - 2, 0) == 0}
-        reducers = [m for m in included if m.dialable and m.peer_id in turn] or [m for m in included if m.dialable]
+        reducers = [m for m in included if m.dialable and m.peer_id in turn]
+        # New ones only where nobody of whom nothing bad is known has worked.
+        if any(m.strikes <= 2 and m.standing >= 4 for m in reducers):
+            reducers = [m for m in reducers if m.strikes > 2 or m.standing >= 4]
+        reducers = reducers or [m for m in included if m.dialable]
         reducers = reducers or [m for m in members if m.dialable] or included[:1] or list(members[:1])
         if not reducers:
             return
