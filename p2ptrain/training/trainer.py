@@ -391,7 +391,9 @@ class Trainer(Participant):
     ) -> None:
         replica = books.replica
         self._context = replica.manifest.context
-        local: Local = build_local(replica.model, replica.manifest)
+        # Without what is held fixed, which no step of this peer's own may move.
+        trained = torch.nn.ParameterList([parameter.tensor for parameter in replica.task.parameters])
+        local: Local = build_local(trained, replica.manifest)
         super().__init__(
             books,
             local,
