@@ -58,18 +58,20 @@ def test_peers_train_small_matrices_beside_weights_that_they_fetch_or_have(swarm
     made = run("init", str(toml), "--from", str(weights), *lora, *text, "--home", str(swarm.folder / "ada"))
     assert made.returncode == 0, made.stderr
     assert "bfloat16" in made.stderr and "are trained, beside a model that is held fixed" in made.stdout
-    for key, value in {"root_interval": 4, "min_seconds": 0.8, "max_seconds": 1.2}.items():
+    for key, value in {"root_interval": 3, "min_seconds": 0.4, "max_seconds": 1.0}.items():
         toml.write_text(re.sub(rf"^{key} = .*$", f"{key} = {value}", toml.read_text(), flags=re.M))
     manifest = load_manifest(toml)
+    assert manifest.parameters == 2 * 4 * (4 * (32 + 32) + 3 * (32 + 64)), "of each of 7 matrices a rank of 4"
     assert manifest.task_config is not None and manifest.context == 32
     ada = swarm.bootstrap("ada")
     address = ada.address()
     bob = swarm.join("bob", address)
     bob.reaches(5)
     carol = swarm.join("carol", address, "--model", str(weights))
-    carol.reaches(bob.round + 9, seconds=120)
+    carol.reaches(bob.round + 6)
     for peer in (ada, bob, carol):
         peer.process.send_signal(signal.SIGINT)
+    for peer in (ada, bob, carol):
         peer.ended()
     rooted = [
         {(one.round, one.id, one.root) for one in SnapshotStore(peer.home / "checkpoints").all()}
@@ -80,7 +82,6 @@ def test_peers_train_small_matrices_beside_weights_that_they_fetch_or_have(swarm
     assert files[0].read_bytes() == files[1].read_bytes()
     fetched = [line["message"] for line in carol.entries() if "first values" in line.get("message", "")]
     assert not fetched, "it has them from its own copy"
-    assert (swarm.folder / "carol" / "checkpoints" / "checkpoint").stat().st_size < files[0].stat().st_size
     measured = json.loads(run("eval", "--home", str(swarm.folder / "carol"), "--format", "json").stdout)
     assert measured["parameters_sha256"] == carol.replica()[1] and 0 < measured["bits_per_byte"] < 4
     written = run("sample", "--home", str(swarm.folder / "bob"), "--prompt", "My fellow", "--tokens", "4")
