@@ -38,8 +38,8 @@ from p2ptrain.config.manifest import CONFIG_MAX_BYTES, PARAMETERS_MAX, TaskConfi
 from p2ptrain.errors import ModelError
 from p2ptrain.models.gpt import NOT_COUNTED, continued
 
-MODULES_MAX = 100_000
-_LAYERS_MAX, _NUMBER_MAX = 2**12, 2**31
+MODULES_MAX = 30_000
+_LAYERS_MAX, _NUMBER_MAX = 2**10, 2**31
 _COUNTS = re.compile(r"layer|block|depth|expert|head|stage")
 """Keys whose numbers lists and modules are made by, also before anything could be counted."""
 _NOT_OF_THE_ARCHITECTURE = frozenset(

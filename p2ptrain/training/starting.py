@@ -39,8 +39,9 @@ CONTEXT_DEFAULT = 512
 LOGITS_BYTES = 512 * 2**20
 """Of a micro-batch's logits, at most, where there is a choice."""
 MICRO_BATCH_MAX = 4
-GENTLER = 0.1
-"""Factor on the learning rate of a model that has been trained before, where all of it is trained."""
+GENTLER = 0.3
+"""Factor on the learning rate of a model that has been trained before, where all of it is trained: at the whole rate
+the first rounds bring it less far."""
 _BYTES_A_PARAMETER, _BYTES_AN_ENTRY, _LOGITS_COPIES, _PROCESS_BYTES = 12, 29, 3, 600 * 10**6
 """Of a peer that trains, about: a parameter, its gradient and what it was before the step; an entry of a chunk in
 momentum, directions and what a step makes of them; logits with their gradient; and libraries."""

@@ -66,9 +66,9 @@ def test_peers_train_small_matrices_beside_weights_that_they_fetch_or_have(swarm
     ada = swarm.bootstrap("ada")
     address = ada.address()
     bob = swarm.join("bob", address)
-    bob.reaches(5)
+    bob.reaches(5, seconds=120)
     carol = swarm.join("carol", address, "--model", str(weights))
-    carol.reaches(bob.round + 6)
+    carol.reaches(bob.round + 6, seconds=120)
     for peer in (ada, bob, carol):
         peer.process.send_signal(signal.SIGINT)
     for peer in (ada, bob, carol):
