@@ -319,7 +319,7 @@ def bootstrap(
     """
     wanted = load_manifest(Path(run))
     check_strategy(wanted)
-    if wanted.own_model is not None:
+    if wanted.task_config is not None:
         raise ManifestError(f"{run} has a [task], which bootstrap makes of the model", hint=f"take it out of {run}")
     data = wanted.data if wanted.data.private else OWN_DATA
     wanted = msgspec.structs.replace(wanted, model=ModelConfig(), data=data)

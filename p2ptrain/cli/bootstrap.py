@@ -15,6 +15,7 @@ from p2ptrain.cli.options import (
     HomeOption,
     HostOption,
     LogFormatOption,
+    ModelOption,
     NameOption,
     PortOption,
     QuietOption,
@@ -41,6 +42,7 @@ def bootstrap(
     data: DataOption = None,
     field: FieldOption = None,
     tokenizer: TokenizerOption = None,
+    model: ModelOption = None,
     home: HomeOption = None,
     name: NameOption = None,
     port: PortOption = None,
@@ -76,4 +78,5 @@ def bootstrap(
         addresses=initial_peers or [],
         find_run=find,
         given=given,
+        model=model,
     )

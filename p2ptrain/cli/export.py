@@ -28,6 +28,12 @@ def export(
     evaluate: Annotated[
         bool, typer.Option("--evaluate", help="Measure bits per byte on held-out text, for the model card.")
     ] = False,
+    merge: Annotated[
+        bool,
+        typer.Option(
+            "--merge", help="Add small matrices (LoRA) to the model that they belong to, and write all of it."
+        ),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if an export has written it.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
     home: HomeOption = None,
@@ -47,7 +53,7 @@ def export(
     here, target = Home(home or default_home()), out.expanduser().absolute()
     writing.check_target(target, force)
     held = load_held(here, round, device or ("auto" if evaluate else "cpu"))
-    writing.check_export(held.manifest, format)
+    writing.check_export(held.manifest, format, merge)
     display = Display(quiet=quiet)
     bits = None
     try:
@@ -64,7 +70,7 @@ def export(
                 mask=heldout.mask,
                 progress=lambda done, of: display.work("evaluating", done, of),
             )
-        made = writing.export(held, here, target, format, display, force=force, bits=bits)
+        made = writing.export(held, here, target, format, display, merge=merge, force=force, bits=bits)
     finally:
         display.close()
     result = {
@@ -92,5 +98,8 @@ def export(
         lines.append(
             "llama.cpp does not cut text as this tokenizer does, so it gets none and takes token numbers alone"
         )
-    lines += ["Load it with:", *(f"  {line}" for line in writing.how_to_load(format, out).text.splitlines())]
+    lines += [
+        "Load it with:",
+        *(f"  {line}" for line in writing.how_to_load(held.manifest, format, out, merge).text.splitlines()),
+    ]
     print(printable("\n".join(lines)))

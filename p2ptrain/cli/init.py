@@ -1,14 +1,15 @@
 """`p2ptrain init`: write a commented run.toml.
 
-Text of one's own becomes a token file, which the manifest names by its root. It stays in the home, where `bootstrap`
-finds it and hands it to those who join: the files themselves may change or move after this.
+Text of one's own becomes a token file, and a model other than the built-in GPT a file of first values. The manifest
+names both by their roots. They stay in the home, where `bootstrap` finds them and hands them to those who join: the
+files themselves may change or move after this.
 """
 
 from __future__ import annotations
 
 import logging
+import secrets
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast, get_args
 
@@ -23,17 +24,28 @@ from p2ptrain.cli.options import (
     TokenizerOption,
     VerboseOption,
     given_text,
+    path_parser,
 )
 from p2ptrain.cli.output import set_up_logging
 from p2ptrain.config.home import Home, default_home
 from p2ptrain.config.loading import new_manifest, parse_manifest, render
-from p2ptrain.config.manifest import VOCABULARY_MIN, DataConfig, Manifest, RunName, Strategy
+from p2ptrain.config.manifest import (
+    TOKENIZER_VOCABULARY,
+    VOCABULARY_MIN,
+    DataConfig,
+    Manifest,
+    RunName,
+    Strategy,
+)
 from p2ptrain.errors import DataError, UsageError
 from p2ptrain.state.files import atomic_write
 
 if TYPE_CHECKING:
     from p2ptrain.data.preparing import Given
     from p2ptrain.data.provenance import Stated
+    from p2ptrain.data.tokenizer import TextTokenizer
+    from p2ptrain.models.lora import Asked
+    from p2ptrain.training.starting import Start
 
 _logger = logging.getLogger(__name__)
 
@@ -65,6 +77,42 @@ def init(
             help="Each peer trains on text of its own, which stays there; of yours 2 % is handed out, held out.",
         ),
     ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="hf:CONFIG.json",
+            help="An architecture that transformers knows, by its config.json.",
+            show_default="the built-in GPT",
+        ),
+    ] = None,
+    start_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            parser=path_parser("--from"),
+            metavar="PATH",
+            help="Start from weights: a folder of transformers, a .safetensors file, or the home of another run.",
+        ),
+    ] = None,
+    matrices: Annotated[
+        str | None,
+        typer.Option(
+            "--lora",
+            metavar="r=16,alpha=32,target=attention",
+            help="Train small matrices beside those of the model, which is held fixed; target: attention, mlp, all, "
+            "or names.",
+        ),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            "--context",
+            metavar="TOKENS",
+            help="Tokens in a sequence, with --model and --from.",
+            show_default="what the model takes, but at most 512",
+        ),
+    ] = None,
     strategy: Annotated[
         str, typer.Option("--strategy", metavar="NAME", help=f"What peers exchange: {', '.join(get_args(Strategy))}.")
     ] = "demo",
@@ -90,32 +138,134 @@ def init(
         _check_name(name)
     if strategy not in get_args(Strategy):
         raise UsageError(f"no strategy {strategy!r}", hint=f"use one of {', '.join(get_args(Strategy))}")
-    if given is not None:
-        made = _of_own_text(
-            given,
-            _stated(given, license or [], url or [], attribution or [], commercial=commercial_use),
-            Home(home or default_home()),
-            lambda name_of_text: new_manifest(name or name_of_text, cast(Strategy, strategy)),
-            private=private,
-            quiet=quiet,
-        )
-    else:
-        from p2ptrain.data.corpus import load_embedded
+    start = _start(model, start_from, context)
+    asked = _asked(matrices, start)
+    here = Home(home or default_home())
 
-        embedded = load_embedded()
-        made = msgspec.structs.replace(
-            new_manifest(name or embedded.name, cast(Strategy, strategy)), data=embedded.config(private=private)
-        )
+    def begin(name_of_text: str) -> Manifest:
+        return new_manifest(name or name_of_text, cast(Strategy, strategy), None if start is None else start.width)
+
+    tokens = begin("any").context if start is None else start.context(context)
+    if given is not None:
+        stated = _stated(given, license or [], url or [], attribution or [], commercial=commercial_use)
+        own = None if start is None or given.tokenizer is not None else start.tokenizer
+        described, vocabulary = _of_own_text(given, stated, here, tokens, own, private=private, quiet=quiet)
+    else:
+        described, vocabulary = _of_shipped_text(start, here, private=private)
+    made = begin(described.name)
+    if start is None:
+        of_gpt = msgspec.structs.replace(made.model, vocabulary=max(vocabulary, VOCABULARY_MIN))
+        made = msgspec.structs.replace(made, model=of_gpt, data=described)
+    else:
+        made = _with_start(made, described, start, here, tokens, vocabulary, asked, quiet=quiet)
     text = render(made)
     parse_manifest(text, manifest)
     atomic_write(manifest, text.encode(), mode=0o644)
     size = "" if made.data.private else f"{made.data.bytes:,} bytes of text, "
+    count = made.parameters if made.task_config is None else made.task_config.values_parameters
     print(
-        f"Wrote {manifest}: a GPT of {made.model.parameters:,} parameters, to be trained on {made.data.name} "
-        f"({size}{made.data.license}).\n"
+        f"Wrote {manifest}: a {'GPT' if start is None else start.what} of {count:,} parameters, to be trained on "
+        f"{made.data.name} ({size}{made.data.license})."
+    )
+    if made.task_config is not None:
+        from p2ptrain.training.starting import cost_of
+
+        print("\n".join(cost_of(made)))
+    print(
         f"Start it with:  p2ptrain bootstrap {shlex.quote(str(manifest))}{_home_flag(home)}"
         f"{' --data PATH' if private and given is None else ''}"
     )
+
+
+def _start(model: str | None, path: Path | None, context: int | None) -> Start | None:
+    """What the run starts from; None: the built-in GPT, from its beginning."""
+    if model is None and path is None:
+        if context is not None:
+            raise UsageError("--context needs --model or --from", hint="set model.context in RUN.TOML")
+        return None
+    kind, _, named = (model or "").partition(":")
+    if model is not None and (kind != "hf" or not named):
+        raise UsageError(
+            f"--model {model}: no model that is known",
+            hint="--model hf:CONFIG.json, a config as transformers writes it",
+        )
+    config = Path(named).expanduser() if named else None
+    from p2ptrain.training import starting
+
+    if path is not None:
+        _logger.info("reading %s", path)
+        start = starting.from_path(path, config)
+    else:
+        assert config is not None
+        start = starting.from_config(config, secrets.randbits(63))
+    for line in start.said:
+        _logger.warning("%s", line)
+    return start
+
+
+def _asked(matrices: str | None, start: Start | None) -> Asked | None:
+    """What small matrices are to be trained; None: the whole model is."""
+    if matrices is None:
+        return None
+    from p2ptrain.models.hf import check_installed
+    from p2ptrain.models.lora import read_asked
+
+    asked = read_asked(matrices)
+    if start is None or start.architecture is None:
+        raise UsageError(
+            "--lora is for models that transformers has", hint="--from FOLDER --lora ..., or leave out --lora"
+        )
+    check_installed("peft")
+    asked.config(start.module)
+    return asked
+
+
+def _of_shipped_text(start: Start | None, home: Home, *, private: bool) -> tuple[DataConfig, int]:
+    """What a manifest says where no text is given: of the shipped one, or of that of the run which `start` is from."""
+    from p2ptrain.data.corpus import load_embedded
+    from p2ptrain.data.tokenizer import tokenizer_sha256
+
+    if start is not None and start.data is not None and start.data.token_file is not None and not private:
+        if start.data.private:
+            raise UsageError("each peer of that run has text of its own", hint="--data PATH --license SPDX")
+        assert start.tokenizer is not None
+        return start.place_text(home), start.tokenizer.vocabulary
+    if start is not None and start.tokenizer is not None and start.tokenizer.sha256 != tokenizer_sha256():
+        raise UsageError(
+            "the shipped text is of another tokenizer than this model's",
+            hint="give a text, which the model's own tokenizer reads: --data PATH --license SPDX",
+        )
+    if start is not None and start.trained and start.tokenizer is None:
+        _logger.warning("no tokenizer.json lies beside the weights: the shipped one is taken for theirs")
+    return load_embedded().config(private=private), TOKENIZER_VOCABULARY
+
+
+def _with_start(
+    begun: Manifest,
+    data: DataConfig,
+    start: Start,
+    home: Home,
+    context: int,
+    vocabulary: int,
+    asked: Asked | None,
+    *,
+    quiet: bool,
+) -> Manifest:
+    """The manifest of a run that begins with `start`, whose first values are in the home then."""
+    from p2ptrain.peer.progress import Display
+
+    if vocabulary > start.vocabulary:
+        raise DataError(
+            f"the tokenizer has {vocabulary:,} tokens, and the model's vocabulary is {start.vocabulary:,}",
+            hint="give the model's own tokenizer with --tokenizer, or a larger vocab_size",
+        )
+    display = Display(quiet=quiet)
+    home.lock()
+    try:
+        return start.described(begun, data, home, display, context, asked)
+    finally:
+        display.close()
+        home.unlock()
 
 
 def _check_target(path: Path, force: bool) -> None:
@@ -163,27 +313,26 @@ def _of_own_text(
     given: Given,
     stated: Stated,
     home: Home,
-    begin: Callable[[str], Manifest],
+    context: int,
+    tokenizer: TextTokenizer | None,
     *,
     private: bool,
     quiet: bool,
-) -> Manifest:
-    """The manifest of a run on a text of one's own, whose tokens are in the home then."""
+) -> tuple[DataConfig, int]:
+    """What a manifest says of a text of one's own, whose tokens are in the home then, and how many tokens there are."""
     from p2ptrain.data import obtaining, preparing, provenance
     from p2ptrain.data.building import write_part
     from p2ptrain.data.text import text_of
     from p2ptrain.data.token_file import TokenFile
     from p2ptrain.peer.progress import Display
 
-    name = provenance.name_of(given.paths[0])
-    manifest = begin(name)
     display = Display(quiet=quiet)
     home.lock()
     made = home.unfinished_tokens
     try:
-        prepared = preparing.prepare(given, made, display)
+        prepared = preparing.prepare(given, made, display, tokenizer=tokenizer)
         header = prepared.built.header
-        obtaining.check_length(text_of(TokenFile(made)).train, manifest.model.context)
+        obtaining.check_length(text_of(TokenFile(made)).train, context)
         if private:
             write_part(TokenFile(made), home.own_tokens, train=True)
             write_part(TokenFile(made), made, train=False)
@@ -193,7 +342,7 @@ def _of_own_text(
         display.close()
         home.unlock()
     config = DataConfig(
-        name=name,
+        name=provenance.name_of(given.paths[0]),
         license=provenance.license_of(stated.licenses),
         private=private,
         bytes=0 if private else header.train_bytes,
@@ -202,8 +351,7 @@ def _of_own_text(
         tokens=file,
         sources=provenance.sources_of(given.paths, stated, prepared.gathered),
     )
-    model = msgspec.structs.replace(manifest.model, vocabulary=max(header.vocabulary, VOCABULARY_MIN))
-    return msgspec.structs.replace(manifest, model=model, data=config)
+    return config, header.vocabulary
 
 
 def _home_flag(home: Path | None) -> str:

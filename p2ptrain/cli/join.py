@@ -14,6 +14,7 @@ from p2ptrain.cli.options import (
     HomeOption,
     HostOption,
     LogFormatOption,
+    ModelOption,
     NameOption,
     PortOption,
     QuietOption,
@@ -53,6 +54,7 @@ def join(
             "--part", metavar="SHARE", min=0.0, max=1.0, help="Fetch this part of the text, as 0.1, and train on that."
         ),
     ] = None,
+    model: ModelOption = None,
     home: HomeOption = None,
     name: NameOption = None,
     port: PortOption = None,
@@ -98,5 +100,6 @@ def join(
         addresses=addresses or [],
         find_run=find,
         given=given,
+        model=model,
         share=part,
     )

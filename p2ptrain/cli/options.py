@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from p2ptrain.data.preparing import Given
 
 
-def _path(flag: str) -> Callable[[str], Path]:
+def path_parser(flag: str) -> Callable[[str], Path]:
     """What makes a path of a flag's value; an empty one, as of a variable that is not set, is no current folder."""
 
     def parse(value: str | Path) -> Path:
@@ -33,7 +33,7 @@ HomeOption = Annotated[
     Path | None,
     typer.Option(
         "--home",
-        parser=_path("--home"),
+        parser=path_parser("--home"),
         metavar="DIR",
         help="Directory of identity, checkpoints and journal.",
         show_default="$P2PTRAIN_HOME, else the platform's",
@@ -62,7 +62,7 @@ DataOption = Annotated[
     list[Path] | None,
     typer.Option(
         "--data",
-        parser=_path("--data"),
+        parser=path_parser("--data"),
         metavar="PATH",
         help="Text: a file, a folder, or - for standard input; repeatable.",
     ),
@@ -83,6 +83,15 @@ TokenizerOption = Annotated[
         metavar="PATH|train:N",
         help="tokenizer.json, a folder with it, or how many tokens to train one of.",
         show_default="the shipped one, 4096 tokens of English",
+    ),
+]
+ModelOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--model",
+        parser=path_parser("--model"),
+        metavar="PATH",
+        help="A copy of the weights that the run starts from, to read them here and not fetch them.",
     ),
 ]
 

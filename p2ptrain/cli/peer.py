@@ -33,6 +33,7 @@ def run_peer(
     find_run: Callable[[PeerSession], Run],
     given: Given | None = None,
     share: float | None = None,
+    model: Path | None = None,
     make: Make | None = None,
 ) -> None:
     """Connect, find the run, fetch what is missing, train, leave.
@@ -42,6 +43,7 @@ def run_peer(
         addresses: to meet at.
         given: the run's text, or this peer's own.
         share: of the run's text that this peer is to hold; None: all.
+        model: a copy of the weights that the run starts from.
         make: what trains, and what is trained, where that is not what the manifest says.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -64,4 +66,5 @@ def run_peer(
         run = find_run(session)
         session.enter_run(run)
         display.say(describe(run.manifest, run.run_id))
-        session.train(run, session.obtain_text(run, given, share))
+        text = session.obtain_text(run, given, share)
+        session.train(run, text, session.obtain_values(run, model))

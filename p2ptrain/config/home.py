@@ -65,11 +65,17 @@ class Home:
         self.own_tokens = self.data / "own.tokens"
         #: tokens that are being made
         self.unfinished_tokens = self.data / f"{UNFINISHED_PREFIX}tokens"
+        #: first values that are being made
+        self.unfinished_values = self.data / f"{UNFINISHED_PREFIX}values"
         self._lock: int | None = None
 
     def tokens(self, root: str) -> Path:
         """Where the run's text lies as tokens, by the root that the manifest names."""
         return self.data / f"{root}.tokens"
+
+    def values(self, root: str) -> Path:
+        """Where the first values of a model lie that the manifest describes, by the root that it names."""
+        return self.data / f"{root}.values"
 
     def create(self) -> None:
         """Make the directories that are missing.

@@ -26,6 +26,10 @@ from p2ptrain.errors import ManifestError, P2PTrainError
 Toml = dict[str, object]
 
 
+_ONLY_WRITTEN = ("task", "config", "context", "lora", "tokens", "sources")
+"""Keys that are not set by hand: where they are not set, they are not shown."""
+
+
 def load_manifest(path: Path) -> Manifest:
     """Read a run.toml.
 
@@ -140,18 +144,23 @@ def _look_up(table: Toml, key: str) -> tuple[object, object, str]:
     return value, kind, doc
 
 
-def new_manifest(name: str, strategy: Strategy = "demo") -> Manifest:
-    """A manifest with the strategy's defaults and a fresh nonce."""
+def new_manifest(name: str, strategy: Strategy = "demo", width: int | None = None) -> Manifest:
+    """A manifest with the strategy's defaults and a fresh nonce.
+
+    Args:
+        width: of a model other than the built-in one, which learning rates follow.
+    """
     table: Toml = {"name": name, "nonce": secrets.token_hex(16), "optimizer": {"strategy": strategy}}
-    return msgspec.convert(strategies.completed(table), Manifest)
+    table = strategies.completed(table if width is None else table | {"model": {"embedding": width}})
+    return msgspec.convert(table if width is None else table | {"model": {}}, Manifest)
 
 
 def render(manifest: Manifest) -> str:
     """The commented run.toml of a manifest: every key with its meaning, those that are not set as a comment;
     `load_manifest` gives the manifest back.
 
-    Owner, founder and task are left out: `bootstrap` fills them in, with the keys of the home that signs, and in Python
-    with the model that is given to it.
+    Owner and founder are left out: `bootstrap` fills them in, with the keys of the home that signs. So is `model` where
+    another one is trained.
     """
     head = (
         "# What all peers of this run agree on. Its hash is the run's id: once bootstrapped,\n"
@@ -166,11 +175,14 @@ def _render(table: msgspec.Struct, prefix: str) -> Iterator[str]:
     lists: list[tuple[str, tuple[msgspec.Struct, ...]]] = []
     for name in table.__struct_fields__:
         value = getattr(table, name)
-        if isinstance(value, msgspec.Struct):
+        if name == "model" and isinstance(table, Manifest) and table.task_config is not None:
+            if table.task_config.kind == "gpt":
+                inner.append((name, value))
+        elif isinstance(value, msgspec.Struct):
             inner.append((name, value))
         elif isinstance(value, tuple) and value and isinstance(value[0], msgspec.Struct):
             lists.append((name, value))
-        elif name not in ("owner", "founder", "task", "tokens", "sources"):
+        elif name not in ("owner", "founder") and (value is not msgspec.UNSET or name not in _ONLY_WRITTEN):
             yield from _comment(docs[name])
             choice = f"{name} = {toml_value(_means(table, name) if value is msgspec.UNSET else value)}"
             yield f"# {choice}" if value is msgspec.UNSET else choice
@@ -204,6 +216,8 @@ def toml_value(value: object) -> str:
     """`value` as TOML writes it."""
     if isinstance(value, (tuple, list)):
         return "[" + ", ".join(toml_value(item) for item in value) + "]"
+    if isinstance(value, str) and '"' in value and "'" not in value and value.isprintable():
+        return f"'{value}'"
     if isinstance(value, (str, int)):
         # JSON's strings, numbers and booleans are TOML's, except that it leaves DEL as it is.
         return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")

@@ -10,6 +10,7 @@ infinity too), every text has an alphabet, and a value is refused before anythin
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import base58
@@ -31,6 +32,10 @@ TOKENIZER_VOCABULARY = 4096
 """Tokens of the tokenizer shipped."""
 VOCABULARY_MIN, VOCABULARY_MAX = 257, 2**19
 SOURCES_MAX = 16
+CONFIG_MAX_BYTES = 8 * 1024
+"""Of the architecture of a model that `transformers` has. It stands in the manifest and in no file of the run, so that
+whoever joins refuses a model before anything of it is fetched, and the run's id says what is trained. Configs of
+language models take 1 to 3 KiB; this leaves half of a manifest to the rest."""
 
 Count = Annotated[int, Meta(ge=1, le=2**20)]
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
@@ -88,15 +93,90 @@ class FileConfig(_Table, frozen=True, kw_only=True):
     """Hash over the length and the hashes of all pieces."""
 
 
-class TaskConfig(_Table, frozen=True, kw_only=True):
-    """A model that is somebody's own code, which each peer brings along; never sent, never loaded by name."""
+class LoraConfig(_Table, frozen=True, kw_only=True):
+    """Small matrices beside those of a model that is held fixed (LoRA, arXiv 2106.09685): they alone are trained."""
 
-    kind: Literal["code"] = "code"
-    """Where the model comes from: `code`, a module that each peer's own program has made."""
+    rank: Annotated[int, Meta(ge=1, le=1024)]
+    """Rank of the product of two small matrices that is added to a matrix of the model."""
+    alpha: Annotated[float, Meta(gt=0, le=65_536)]
+    """That product is multiplied by alpha over rank."""
+    targets: Annotated[
+        tuple[Annotated[str, Meta(min_length=1, max_length=96, pattern=r"^[A-Za-z0-9_.]+\Z")], ...],
+        Meta(min_length=1, max_length=64),
+    ]
+    """Ends of the names of the modules that get them."""
+    fixed_parameters: Annotated[int, Meta(ge=1, le=PARAMETERS_MAX)]
+    """Number of parameters of the model that is held fixed."""
+
+
+class TaskConfig(_Table, frozen=True, kw_only=True):
+    """What is trained, where it does not follow from `model` and `nonce` alone; written by `p2ptrain init --model` and
+    `--from`, and by `p2ptrain.bootstrap` of Python."""
+
+    kind: Literal["code", "hf", "gpt"] = "code"
+    """Where the model comes from: `code`, a module that each peer's own program has made; `hf`, an architecture that
+    the library `transformers` has, by its config; `gpt`, the GPT of `model`, with other first values."""
     parameters: Annotated[int, Meta(ge=1, le=PARAMETERS_MAX)]
     """Number of parameters that are trained."""
     values: FileConfig
-    """The run's beginning: names, shapes, kinds and first values."""
+    """The run's beginning: names, shapes, kinds and first values, with `lora` those of the model that is held fixed."""
+    config: Annotated[str, Meta(min_length=2, max_length=CONFIG_MAX_BYTES)] | msgspec.UnsetType = msgspec.UNSET
+    """With kind `hf`, the architecture: JSON as in config.json, with sorted keys and without spaces."""
+    context: Annotated[int, Meta(ge=8, le=65_536)] | msgspec.UnsetType = msgspec.UNSET
+    """With kind `hf`, tokens in a sequence."""
+    lora: LoraConfig | msgspec.UnsetType = msgspec.UNSET
+    """With kind `hf`: small matrices are trained, and the model is held fixed; left out: all of it is trained."""
+
+    def __post_init__(self) -> None:
+        of_hf = {"config": self.config, "context": self.context, "lora": self.lora}
+        set_keys = [name for name, value in of_hf.items() if value is not msgspec.UNSET]
+        if self.kind != "hf" and set_keys:
+            raise ValueError(f"{set_keys[0]} is for kind hf, and contradicts kind {self.kind}")
+        if self.kind == "hf":
+            if msgspec.UNSET in (self.config, self.context):
+                raise ValueError("kind hf needs config and context; p2ptrain init --model writes them")
+            _ = self.vocabulary
+
+    @property
+    def architecture(self) -> dict[str, object]:
+        """The config of kind `hf`. Raises ValueError: it is no JSON object in canonical form."""
+        assert isinstance(self.config, str)
+        try:
+            found = json.loads(self.config, parse_constant=_refuse_constant)
+        except RecursionError as error:
+            raise ValueError("config is nested too deeply") from error
+        if not isinstance(found, dict) or canonical_json(found) != self.config:
+            raise ValueError("config is no JSON object with sorted keys and without spaces")
+        return found
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding of kind `hf`. Raises ValueError: the config does not say it."""
+        rows = self.architecture.get("vocab_size")
+        if not isinstance(rows, int) or not VOCABULARY_MIN <= rows <= VOCABULARY_MAX:
+            raise ValueError(
+                f"config says vocab_size = {str(rows)[:40]}; it has to be from {VOCABULARY_MIN} to {VOCABULARY_MAX:,}"
+            )
+        return rows
+
+    @property
+    def lora_config(self) -> LoraConfig | None:
+        """How small matrices are trained; None: all of the model is."""
+        return None if isinstance(self.lora, msgspec.UnsetType) else self.lora
+
+    @property
+    def values_parameters(self) -> int:
+        """Number of parameters whose values are in the run's beginning."""
+        return self.parameters if self.lora_config is None else self.lora_config.fixed_parameters
+
+
+def canonical_json(table: dict[str, object]) -> str:
+    """The one text of a JSON object: sorted keys, no spaces, ASCII. Raises ValueError: it holds what JSON has not."""
+    return json.dumps(table, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"config holds {name}, which JSON does not have")
 
 
 class SourceConfig(_Table, frozen=True, kw_only=True):
@@ -313,7 +393,7 @@ class Manifest(_Table, frozen=True, kw_only=True):
     """Stop after this round; 0: never."""
     model: ModelConfig = ModelConfig()
     task: TaskConfig | msgspec.UnsetType = msgspec.UNSET
-    """What is trained in place of the GPT of `model`; filled in by `p2ptrain.bootstrap` of Python."""
+    """What is trained, where it is not the GPT of `model` from its beginning."""
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     codec: CodecConfig = CodecConfig()
@@ -321,20 +401,44 @@ class Manifest(_Table, frozen=True, kw_only=True):
     access: AccessConfig = AccessConfig()
 
     def __post_init__(self) -> None:
-        if self.data.token_file is None and self.model.vocabulary < TOKENIZER_VOCABULARY:
-            raise ValueError(
-                f"model.vocabulary = {self.model.vocabulary} is below the tokenizer's {TOKENIZER_VOCABULARY} tokens"
-            )
+        task = self.task_config
+        if task is not None and task.kind == "hf" and self.model != ModelConfig():
+            raise ValueError('model is of the built-in GPT, and contradicts task.kind = "hf": leave it out')
+        if task is not None and task.kind == "gpt" and task.parameters != self.model.parameters:
+            raise ValueError(f"task.parameters = {task.parameters:,}, and model makes {self.model.parameters:,}")
+        if self.data.token_file is None and self.vocabulary < TOKENIZER_VOCABULARY:
+            where = "the vocab_size of task.config" if self._architecture is not None else "model.vocabulary"
+            raise ValueError(f"{where} = {self.vocabulary} is below the tokenizer's {TOKENIZER_VOCABULARY} tokens")
+
+    @property
+    def task_config(self) -> TaskConfig | None:
+        """What is trained, where it is not the GPT of `model` from its beginning."""
+        return None if isinstance(self.task, msgspec.UnsetType) else self.task
 
     @property
     def own_model(self) -> TaskConfig | None:
-        """What is trained where that is a model of the owner's own; None: the GPT of `model`."""
-        return None if isinstance(self.task, msgspec.UnsetType) else self.task
+        """What is trained where that is a module that each peer's own program makes; None: it is not."""
+        return None if self.task_config is None or self.task_config.kind != "code" else self.task_config
+
+    @property
+    def _architecture(self) -> TaskConfig | None:
+        return None if self.task_config is None or self.task_config.kind != "hf" else self.task_config
 
     @property
     def parameters(self) -> int:
         """Number of parameters that are trained."""
-        return self.model.parameters if self.own_model is None else self.own_model.parameters
+        return self.model.parameters if self.task_config is None else self.task_config.parameters
+
+    @property
+    def context(self) -> int:
+        """Tokens in a sequence, of whichever model is trained on text."""
+        of_hf = None if self._architecture is None else self._architecture.context
+        return of_hf if isinstance(of_hf, int) else self.model.context
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding, of whichever model is trained on text."""
+        return self.model.vocabulary if self._architecture is None else self._architecture.vocabulary
 
     @property
     def founder_id(self) -> bytes:

@@ -52,7 +52,7 @@ def obtain_text(
         DataError: nobody has it, or what was given is another text, or none was and it is private; or it is too short.
         HomeError: it cannot be written.
     """
-    config, context = manifest.data, manifest.model.context
+    config, context = manifest.data, manifest.context
     if not config.private and given is not None:
         _check_given(home, config, given, told)
     file = config.token_file
@@ -62,9 +62,9 @@ def obtain_text(
         text = _shared(home, config, fetch, train=not config.private)
     if config.private:
         text = text.with_train(_own(home, config, given, told, text.tokenizer()))
-    if text.vocabulary > manifest.model.vocabulary:
+    if text.vocabulary > manifest.vocabulary:
         raise DataError(
-            f"model.vocabulary = {manifest.model.vocabulary} is below the tokenizer's {text.vocabulary:,} tokens",
+            f"the model's vocabulary = {manifest.vocabulary} is below the tokenizer's {text.vocabulary:,} tokens",
             hint="make run.toml anew with p2ptrain init --data",
         )
     check_length(text.train, context)

@@ -136,12 +136,28 @@ def _body(held: Held, told: Told) -> str:
     ]
     if held.sequences_read is not None:
         lines.append(f"- The peer that wrote this has read {_counted(held.sequences_read, 'sequence')} itself.")
-    if manifest.own_model is None:
+    task = manifest.task_config
+    if task is not None and task.kind == "hf":
+        lines.append(
+            f"- The architecture `{_code(str(task.architecture.get('model_type')))}` of transformers, sequences of "
+            f"{manifest.context:,} tokens, a vocabulary of {manifest.vocabulary:,}."
+        )
+    elif manifest.own_model is None:
         model = manifest.model
         lines.append(
             f"- {_counted(model.layers, 'layer')} of width {model.embedding:,}, {_counted(model.heads, 'head')}, "
             f"sequences of {model.context:,} tokens, a vocabulary of {model.vocabulary:,}."
         )
+    if task is not None and task.lora_config is not None:
+        lora = task.lora_config
+        lines.append(
+            f"- Small matrices (LoRA) of rank {lora.rank} and alpha {lora.alpha:g} beside "
+            f"{', '.join(f'`{target}`' for target in lora.targets)}; the model of {lora.fixed_parameters:,} parameters "
+            "that they belong to was held fixed."
+        )
+    if task is not None:
+        what = "what is held fixed" if task.lora_config is not None else "the first values"
+        lines.append(f"- Root of {what}: `{task.values.root}`, {task.values.bytes:,} bytes.")
     lines.append(f"- Strategy `{manifest.optimizer.strategy}`.")
     if told.bits_per_byte is not None:
         lines.append(f"- {told.bits_per_byte:.4f} bits per byte on the run's held-out text.")

@@ -1,6 +1,7 @@
 """A round's parameters, read from the home of a peer: from its checkpoint, or from one of its snapshots.
 
 A model of somebody's own is read without its code: names and shapes are in the run's beginning, which every home keeps.
+One that the manifest describes is built, so that it can be measured and written as the libraries do it.
 Cost: the parameters and what the optimizer keeps beside them, twice while the root is computed.
 """
 
@@ -15,6 +16,7 @@ from p2ptrain.chain import ChainState
 from p2ptrain.config.home import Home
 from p2ptrain.config.manifest import Manifest, open_manifest
 from p2ptrain.errors import HomeError
+from p2ptrain.models.of_manifest import task_of
 from p2ptrain.models.own import FixedEntry, check_beginning
 from p2ptrain.models.task import Task, TrainedParameter
 from p2ptrain.state.checkpoint import load_checkpoint
@@ -59,7 +61,7 @@ def load_held(home: Home, round: int | None = None, device: str = "cpu") -> Held
 
     Raises:
         HomeError: the home is in no run or has no such round, or its file is damaged.
-        ModelError: the home lacks the names of a model of somebody's own.
+        ModelError: this machine cannot build the model, or the home's first values are those of another.
     """
     hint = f"train first: p2ptrain join ADDR --home {home.path}"
     try:
@@ -113,17 +115,19 @@ def _load_snapshot(replica: Replica, file: SnapshotFile) -> bytes:
     return file.root
 
 
-def _task(home: Home, manifest: Manifest) -> tuple[Task | None, tuple[FixedEntry, ...]]:
-    """Return what the replica is to hold, and what stays fixed beside it; None: the built-in GPT."""
-    config = manifest.own_model
+def _task(home: Home, manifest: Manifest) -> tuple[Task, tuple[FixedEntry, ...]]:
+    """Return what the replica is to hold, and what a model of somebody's own has fixed beside it."""
+    config = manifest.task_config
     if config is None:
-        return None, ()
+        return task_of(manifest, None), ()
+    values = home.beginning if config.kind == "code" else home.values(config.values.root)
     try:
-        header = check_beginning(home.beginning, config)
+        if config.kind != "code":
+            return task_of(manifest, values), ()
+        header = check_beginning(values, config)
     except FileNotFoundError as error:
         raise HomeError(
-            f"home {home.path} does not have the names of this run's parameters",
-            hint="the program that trains the model fetches them when it joins",
+            f"home {home.path} lacks the first values of its run", hint="it fetches them when it joins the run"
         ) from error
     trained = tuple(TrainedParameter(e.name, nn.Parameter(torch.empty(e.shape)), e.kind) for e in header.trained)
     # No value is read before it is loaded.

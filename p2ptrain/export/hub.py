@@ -7,15 +7,17 @@ values.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from p2ptrain.data.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+ADAPTER = "adapter_model.safetensors"
 
 
 def write_model(folder: Path, config: PretrainedConfig, tensors: dict[str, Tensor]) -> None:
@@ -29,13 +31,38 @@ def write_model(folder: Path, config: PretrainedConfig, tensors: dict[str, Tenso
         OSError: the folder does not take them.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(tensors, strict=True, assign=True)
-    model.save_pretrained(folder)
+    write_module(folder, model)
+
+
+def write_module(folder: Path, module: nn.Module) -> None:
+    """Write what `write_model` does, of a model that `transformers` has made. Raises OSError."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    module.save_pretrained(folder)  # type: ignore[operator]
+
+
+def write_adapter(folder: Path, module: nn.Module) -> None:
+    """Write the small matrices in a model, as `models/lora.py` puts them there, as `peft` writes an adapter.
+
+    The adapter does not name the model that it belongs to: that is whatever the run started from.
+
+    Raises:
+        OSError: the folder does not take it.
+    """
+    from peft import TaskType, get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    config: Any = module.peft_config["default"]  # type: ignore[index]
+    config.task_type, config.inference_mode = TaskType.CAUSAL_LM, True
+    config.save_pretrained(folder)
+    # The library's own class for a model with an adapter puts this before the names.
+    tensors = {f"base_model.model.{name}": tensor for name, tensor in get_peft_model_state_dict(module).items()}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / ADAPTER, {"format": "pt"})
 
 
 def write_tokenizer(folder: Path, tokenizer: TextTokenizer, context: int) -> None:

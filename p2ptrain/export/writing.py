@@ -29,6 +29,8 @@ from p2ptrain.errors import HomeError, ModelError, UsageError
 from p2ptrain.export import card
 from p2ptrain.export.apertus import apertus_config, apertus_tensors
 from p2ptrain.export.held import Held
+from p2ptrain.models import lora
+from p2ptrain.models.hf import LanguageModel
 from p2ptrain.state.files import UNFINISHED_PREFIX
 
 Format = Literal["hf", "safetensors", "gguf"]
@@ -41,6 +43,8 @@ _NEEDED: dict[Format, tuple[str, ...]] = {
 }
 _WRITTEN = (
     "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
     "config.json",
     "generation_config.json",
     "model*.safetensors",
@@ -66,24 +70,44 @@ class Exported:
     """Whether what loads the folder gets a tokenizer with it."""
 
 
-def check_export(manifest: Manifest, format: Format) -> None:
+def check_export(manifest: Manifest, format: Format, merge: bool = False) -> None:
     """Refuse a format that this run's model cannot have, or that packages are missing for.
 
+    Args:
+        merge: small matrices (LoRA) are to be added to those that they stand beside.
+
     Raises:
-        ModelError: the model is its owner's own code.
-        UsageError: a package is not installed.
+        ModelError: the model is its owner's own code, or llama.cpp's own program has to convert it.
+        UsageError: a package is not installed, or there is nothing to merge.
     """
+    config = manifest.task_config
+    lora = None if config is None else config.lora_config
     if manifest.own_model is not None and format != "safetensors":
         raise ModelError(
             f"the run {manifest.name!r} trains a model of its owner's own, which no program loads by its name",
             hint="--format safetensors writes its parameters, and your own code loads them",
         )
-    missing = [package for package in _NEEDED[format] if importlib.util.find_spec(package) is None]
+    if config is not None and config.kind == "hf" and format == "gguf":
+        raise ModelError(
+            f"the run {manifest.name!r} trains a model of transformers, which llama.cpp converts itself",
+            hint=f"--format hf{' --merge' if lora else ''}, then llama.cpp's convert_hf_to_gguf.py OUT",
+        )
+    if merge and lora is None:
+        raise UsageError(f"the run {manifest.name!r} trains no small matrices", hint="leave out --merge")
+    needed = _NEEDED[format] + (() if lora is None else ("peft",))
+    missing = [package for package in needed if not _is_installed(package)]
     if missing:
         raise UsageError(
-            f"--format {format} needs {' and '.join(missing)}, which is not installed",
-            hint="pip install 'p2ptrain[export]'",
+            f"--format {format} needs {' and '.join(missing)}, not installed here",
+            hint=f"pip install 'p2ptrain[{'export' if lora is None else 'export,lora'}]'",
         )
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:
+        return False
 
 
 def check_target(out: Path, force: bool) -> None:
@@ -109,11 +133,20 @@ def check_target(out: Path, force: bool) -> None:
 
 
 def export(
-    held: Held, home: Home, out: Path, format: Format, told: Told, *, force: bool = False, bits: float | None = None
+    held: Held,
+    home: Home,
+    out: Path,
+    format: Format,
+    told: Told,
+    *,
+    merge: bool = False,
+    force: bool = False,
+    bits: float | None = None,
 ) -> Exported:
     """Write what a home holds of a round, with a card, as the folder `out`.
 
     Args:
+        merge: of a model with small matrices (LoRA) beside its own write one without; `held` has none then, either.
         bits: bits per byte that the model needs for the run's held-out text; None: not measured.
 
     Raises:
@@ -121,15 +154,15 @@ def export(
         DataError: this home has no copy of the run's tokenizer.
         HomeError: the folder cannot be written.
     """
-    check_export(held.manifest, format)
+    check_export(held.manifest, format, merge)
     check_target(out, force)
     try:
         with _folder(out) as folder:
-            with _watched(folder, 4 * held.manifest.parameters, told):
-                has_tokenizer = _write(held, home, folder, format)
+            digest = held.replica.parameters_sha256()
+            with _watched(folder, 4 * _parameters(held, merge), told):
+                has_tokenizer = _write(held, home, folder, format, merge)
             parameters = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".gguf")]
             files = {path.name: _sha256(path, told) for path in parameters}
-            digest = held.replica.parameters_sha256()
             text = card.card_of(
                 held,
                 card.Told(
@@ -139,7 +172,7 @@ def export(
                     parameters_sha256=digest,
                     files=files,
                     bits_per_byte=bits,
-                    load=how_to_load(format, Path()),
+                    load=how_to_load(held.manifest, format, Path(), merge),
                 ),
             )
             (folder / "README.md").write_text(text, encoding="utf-8")
@@ -150,7 +183,7 @@ def export(
     return Exported(out, files, digest, has_tokenizer)
 
 
-def how_to_load(format: Format, out: Path) -> card.Lines:
+def how_to_load(manifest: Manifest, format: Format, out: Path, merge: bool) -> card.Lines:
     """Return what loads the folder."""
     if format == "gguf":
         return card.Lines("", f'llama-cli -m {shlex.quote(str(out / "model.gguf"))} -p "Once upon a time"')
@@ -160,6 +193,16 @@ def how_to_load(format: Format, out: Path) -> card.Lines:
             "python",
             f"from safetensors.torch import load_file\nmodel.load_state_dict(load_file({path!r}), strict=False)",
         )
+    config = manifest.task_config
+    if config is not None and config.lora_config is not None and not merge:
+        return card.Lines(
+            "python",
+            "from peft import PeftModel\n"
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+            "base = AutoModelForCausalLM.from_pretrained(BASE)  # the model that the run started from\n"
+            f"model = PeftModel.from_pretrained(base, {str(out)!r})\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({str(out)!r})",
+        )
     return card.Lines(
         "python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
@@ -168,10 +211,65 @@ def how_to_load(format: Format, out: Path) -> card.Lines:
     )
 
 
-def _write(held: Held, home: Home, folder: Path, format: Format) -> bool:
+def _write(held: Held, home: Home, folder: Path, format: Format, merge: bool) -> bool:
     """Write all but the card; returns whether there is a tokenizer that what loads the folder understands."""
-    manifest, tensors = held.manifest, held.tensors
-    about = {
+    manifest = held.manifest
+    tokenizer = None if manifest.own_model is not None else tokenizer_of(home, manifest.data)
+    model = held.replica.model
+    inner = model.inner if isinstance(model, LanguageModel) else None
+    adds = manifest.task_config is not None and manifest.task_config.lora_config is not None
+    if inner is not None and merge:
+        lora.merge(inner)
+    if tokenizer is None or format == "safetensors":
+        from safetensors.torch import save_file
+
+        if tokenizer is not None:
+            (folder / "tokenizer.json").write_bytes(tokenizer.json)
+        tensors = dict(inner.named_parameters()) if inner is not None and merge else held.tensors
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(plain, folder / "model.safetensors", _about(held, with_model=True))
+        return tokenizer is not None
+    if format == "gguf":
+        from p2ptrain.export.gguf_file import write_gguf
+
+        return write_gguf(
+            folder / "model.gguf",
+            manifest.model,
+            apertus_tensors(manifest.model, held.tensors),
+            tokenizer,
+            name=manifest.name,
+            license=license_of([source.license for source in sources_in(manifest.data)]),
+            about=_about(held),
+        )
+    from p2ptrain.export import hub
+
+    if inner is None:
+        from transformers import ApertusConfig
+
+        config = ApertusConfig(**apertus_config(manifest.model, tokenizer.begin_token, tokenizer.end_token))
+        hub.write_model(folder, config, apertus_tensors(manifest.model, held.tensors))
+    elif adds and not merge:
+        hub.write_adapter(folder, inner)
+    else:
+        hub.write_module(folder, inner)
+    hub.write_tokenizer(folder, tokenizer, manifest.context)
+    return True
+
+
+def _parameters(held: Held, merge: bool) -> int:
+    """Return how many parameters are written."""
+    config = held.manifest.task_config
+    return config.values_parameters if merge and config is not None else held.manifest.parameters
+
+
+def _about(held: Held, with_model: bool = False) -> dict[str, str]:
+    """Return what a file of parameters says of itself."""
+    manifest, about = held.manifest, {}
+    if with_model and manifest.task_config is not None and manifest.task_config.kind == "hf":
+        about = {"config": str(manifest.task_config.config)}
+    elif with_model and manifest.own_model is None:
+        about = {"model": msgspec.json.encode(manifest.model).decode()}
+    return about | {
         "run_id": held.run_id.hex(),
         "round": str(held.chain.round),
         "state_id": held.chain.id.hex(),
@@ -179,31 +277,6 @@ def _write(held: Held, home: Home, folder: Path, format: Format) -> bool:
         "protocol": str(PROTOCOL_VERSION),
         "version": __version__,
     }
-    tokenizer = None if manifest.own_model is not None else tokenizer_of(home, manifest.data)
-    if tokenizer is None or format == "safetensors":
-        from safetensors.torch import save_file
-
-        if tokenizer is not None:
-            about["model"] = msgspec.json.encode(manifest.model).decode()
-            (folder / "tokenizer.json").write_bytes(tokenizer.json)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", about)
-        return tokenizer is not None
-    renamed = apertus_tensors(manifest.model, tensors)
-    if format == "gguf":
-        from p2ptrain.export.gguf_file import write_gguf
-
-        licences = license_of([source.license for source in sources_in(manifest.data)])
-        return write_gguf(
-            folder / "model.gguf", manifest.model, renamed, tokenizer, name=manifest.name, license=licences, about=about
-        )
-    from transformers import ApertusConfig
-
-    from p2ptrain.export.hub import write_model, write_tokenizer
-
-    config = ApertusConfig(**apertus_config(manifest.model, tokenizer.begin_token, tokenizer.end_token))
-    write_model(folder, config, renamed)
-    write_tokenizer(folder, tokenizer, manifest.model.context)
-    return True
 
 
 def _header(home: Home, manifest: Manifest) -> Header | None:

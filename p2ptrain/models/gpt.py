@@ -8,6 +8,8 @@ as DeMo treats them as different kinds. Generation keeps no cache of keys: simpl
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,8 @@ from p2ptrain.compression.layout import Kind, ParameterSpec
 from p2ptrain.config.manifest import ModelConfig
 
 ROTARY_BASE = 10000.0
-_NOT_COUNTED = -100
+NOT_COUNTED = -100
+"""In place of a token that the loss does not count."""
 _ROWS_AT_ONCE = nn.LinearCrossEntropyOptions(batch_chunk_size=256, chunking_method=None)
 
 
@@ -102,9 +105,9 @@ class GPT(nn.Module):
         """
         stream, targets = self._stream(tokens[:, :-1]), tokens[:, 1:]
         if counted is not None:
-            targets = targets.masked_fill(torch.from_numpy(~counted[:, 1:]).to(tokens.device), _NOT_COUNTED)
+            targets = targets.masked_fill(torch.from_numpy(~counted[:, 1:]).to(tokens.device), NOT_COUNTED)
         return F.linear_cross_entropy(
-            stream.flatten(0, 1), self.head.weight, targets.flatten(), ignore_index=_NOT_COUNTED, options=_ROWS_AT_ONCE
+            stream.flatten(0, 1), self.head.weight, targets.flatten(), ignore_index=NOT_COUNTED, options=_ROWS_AT_ONCE
         )
 
     @torch.no_grad()
@@ -119,20 +122,39 @@ class GPT(nn.Module):
         Raises:
             ValueError: no tokens to continue.
         """
-        if not tokens:
-            raise ValueError("there is no token to continue")
-        generator = torch.Generator().manual_seed(seed)
-        out = list(tokens)
-        device = self.embedding.weight.device
-        for _ in range(count):
-            window = torch.tensor([out[-self.config.context :]], device=device)
-            logits = self(window)[0, -1].float().cpu()
-            if temperature <= 0:
-                out.append(int(logits.argmax()))
-            else:
-                probabilities = (logits / temperature).softmax(-1)
-                out.append(int(torch.multinomial(probabilities, 1, generator=generator)))
-        return out
+        return continued(self, tokens, count, self.config.context, temperature, seed, self.embedding.weight.device)
+
+
+def continued(
+    logits_of: Callable[[Tensor], Tensor],
+    tokens: list[int],
+    count: int,
+    context: int,
+    temperature: float,
+    seed: int,
+    device: torch.device,
+) -> list[int]:
+    """Continue `tokens` by `count` sampled ones; see `GPT.generate`.
+
+    Args:
+        logits_of: gives [1, positions, vocabulary] for tokens [1, positions], positions at most `context`.
+
+    Raises:
+        ValueError: no tokens to continue.
+    """
+    if not tokens:
+        raise ValueError("there is no token to continue")
+    generator = torch.Generator().manual_seed(seed)
+    out = list(tokens)
+    for _ in range(count):
+        window = torch.tensor([out[-context:]], device=device)
+        logits = logits_of(window)[0, -1].float().cpu()
+        if temperature <= 0:
+            out.append(int(logits.argmax()))
+        else:
+            probabilities = (logits / temperature).softmax(-1)
+            out.append(int(torch.multinomial(probabilities, 1, generator=generator)))
+    return out
 
 
 def kind_of(name: str, parameter: Tensor) -> Kind:

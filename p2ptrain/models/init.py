@@ -15,6 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+_DEVIATION = 65536 * math.sqrt(4 / 12)
+"""Of `unit_normal_integers`."""
+
 
 def _splitmix64(counter: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The output function of SplitMix64 (Steele, Lea, Flood 2014) on a counter."""
@@ -35,6 +38,14 @@ def unit_normal_integers(seed: bytes, count: int) -> NDArray[np.int64]:
     return total - 2 * 65535
 
 
+@torch.no_grad()
+def fill_normal(parameter: torch.Tensor, seed: bytes, std: float) -> None:
+    """Set `parameter`, in place, to numbers of mean 0 and standard deviation `std`, which follow from `seed` alone."""
+    integers = unit_normal_integers(seed, parameter.numel())
+    scaled = integers.astype(np.float32) * np.float32(round(std / _DEVIATION * 2**40) / 2**40)
+    parameter.copy_(torch.from_numpy(scaled).view(parameter.shape))
+
+
 def initialise(model: nn.Module, nonce: bytes) -> None:
     """Set every parameter: gains 1, embeddings 0.02, matrices 1/sqrt(fan-in), output projections of blocks and head 0.
 
@@ -44,7 +55,6 @@ def initialise(model: nn.Module, nonce: bytes) -> None:
     Args:
         nonce: of the run; with a parameter's name it seeds that parameter, whatever the others are.
     """
-    deviation = 65536 * math.sqrt(4 / 12)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim < 2:
@@ -53,6 +63,4 @@ def initialise(model: nn.Module, nonce: bytes) -> None:
                 parameter.zero_()
             else:
                 std = 0.02 if name.startswith("embedding.") else 1 / math.sqrt(parameter.shape[1])
-                integers = unit_normal_integers(nonce + name.encode(), parameter.numel())
-                scaled = integers.astype(np.float32) * np.float32(round(std / deviation * 2**40) / 2**40)
-                parameter.copy_(torch.from_numpy(scaled).view(parameter.shape))
+                fill_normal(parameter, nonce + name.encode(), std)

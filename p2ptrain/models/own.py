@@ -225,7 +225,7 @@ def beginning_of(module: nn.Module, patterns: Mapping[str, Kind] | None = None) 
     trained = trained_of(module, kinds_of(module, patterns))
     header = Header(
         tuple(ParameterEntry(p.name, tuple(p.tensor.shape), p.kind) for p in trained),
-        _fixed_of(module, {p.name for p in trained}),
+        fixed_of(module, {p.name for p in trained}),
     )
     meta = msgspec.msgpack.encode(header)
     if len(meta) > HEADER_MAX_BYTES:
@@ -250,7 +250,8 @@ def check_buffers(module: nn.Module, before: tuple[FixedEntry, ...]) -> None:
             )
 
 
-def _fixed_of(module: nn.Module, trained: set[str]) -> tuple[FixedEntry, ...]:
+def fixed_of(module: nn.Module, trained: set[str]) -> tuple[FixedEntry, ...]:
+    """Return the parameters that are not among those trained, and the buffers that `state_dict` saves."""
     others = (_entry(name, parameter) for name, parameter in module.named_parameters() if name not in trained)
     return (*others, *buffers_of(module))
 
@@ -266,7 +267,7 @@ def _entry(name: str, tensor: Tensor) -> FixedEntry:
 
 def beginning_max_bytes(config: TaskConfig) -> int:
     """Return a length that no beginning of this many parameters exceeds."""
-    return packed_bytes({"": (config.parameters,)}, HEADER_MAX_BYTES)
+    return packed_bytes({"": (config.values_parameters,)}, HEADER_MAX_BYTES)
 
 
 def check_length(config: TaskConfig) -> None:
@@ -303,7 +304,7 @@ def check_beginning(path: Path, config: TaskConfig) -> Header:
     names = [entry.name for entry in header.trained]
     entries = sum(math.prod(entry.shape) for entry in header.trained)
     vectors = all(entry.kind == "vector" for entry in header.trained if len(entry.shape) < 2)
-    if len(set(names)) != len(names) or entries != config.parameters or not vectors:
+    if len(set(names)) != len(names) or entries != config.values_parameters or not vectors:
         raise ModelError("the run's owner has signed first values that contradict the manifest")
     try:
         check_tensors(path, {entry.name: entry.shape for entry in header.trained})
@@ -329,7 +330,7 @@ def own_task(module: nn.Module, path: Path, config: TaskConfig) -> Task:
     header = check_beginning(path, config)
     parameters = dict(module.named_parameters())
     ours = trained_of(module, {name: cast(Kind, "matrix") for name in parameters})
-    _check_alike(header, ours, _fixed_of(module, {p.name for p in ours}))
+    _check_alike(header, ours, fixed_of(module, {p.name for p in ours}))
     trained = tuple(TrainedParameter(e.name, parameters[e.name], e.kind) for e in header.trained)
     shapes = {entry.name: entry.shape for entry in header.trained}
 

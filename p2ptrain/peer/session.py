@@ -36,9 +36,10 @@ from p2ptrain.config.node import NodeSettings
 from p2ptrain.data.obtaining import Share, obtain_text
 from p2ptrain.data.preparing import Given
 from p2ptrain.data.text import Text
-from p2ptrain.errors import HomeError, ModelError, UnreachableError
+from p2ptrain.errors import HomeError, ModelError, UnreachableError, UsageError
+from p2ptrain.models.of_manifest import check_model, task_of
 from p2ptrain.models.own import Beginning, check_length
-from p2ptrain.models.task import Task, gpt_task
+from p2ptrain.models.task import Task
 from p2ptrain.observe.status import Standing, Status
 from p2ptrain.peer import joining
 from p2ptrain.peer.assembly import Link, Make, Run, driver_parts
@@ -62,6 +63,7 @@ from p2ptrain.training.device import choose_device
 from p2ptrain.training.replica import Replica
 from p2ptrain.training.selftest import make_ready
 from p2ptrain.training.standing import Books
+from p2ptrain.training.starting import place_values
 from p2ptrain.training.trainer import Participant, Swarm, Trainer
 
 LEAVE_SECONDS = 15.0
@@ -226,7 +228,7 @@ class PeerSession:
             own_model: whether this process brings a model of its own.
 
         Raises:
-            ModelError: the run wants one and there is none, or the other way around.
+            ModelError: the run wants one and there is none, or the other way around; or this machine cannot build it.
             AccessError: the run is for some peers, and this is none of them.
             HomeError: it is one of another.
         """
@@ -237,9 +239,11 @@ class PeerSession:
             )
         if run.manifest.own_model is None and own_model:
             raise ModelError(
-                f"the run {run.manifest.name!r} trains the built-in GPT, not a model of one's own",
+                f"the run {run.manifest.name!r} trains a model that its manifest describes, not one of one's own",
                 hint="p2ptrain join ADDR",
             )
+        if run.manifest.task_config is not None:
+            check_model(run.manifest.task_config)
         listed = run.manifest.beginning(run.run_id).access.admits(self.node.peer_id)
         if not listed and run.grant is None:
             raise joining.not_listed(run.run_id)
@@ -308,6 +312,36 @@ class PeerSession:
         part = None if share is None else Share(share, self.node.peer_id, fetch_pieces)
         return obtain_text(self.home, run.manifest, given, fetch, self.display, part)
 
+    def obtain_values(self, run: Run, model: Path | None = None) -> Path | None:
+        """Return where the run's first values lie, from here or from the swarm; None: they follow from its nonce.
+
+        Args:
+            model: a copy of the weights that they are made of.
+
+        Raises:
+            DataError: nobody hands them out.
+            ModelError: the manifest contradicts itself, or `model` is another.
+            HomeError: the disk has no room for them.
+            UsageError: the run has no such file.
+        """
+        config = run.manifest.task_config
+        if config is None or config.kind == "code":
+            if model is not None:
+                raise UsageError("this run starts from no file of weights", hint="leave out --model")
+            return None
+        check_length(config)
+        path = self.home.values(config.values.root)
+        if not self._has(config.values, path, "first values"):
+            if model is not None:
+                place_values(self.home, config, model, self.display)
+            elif run.founder:
+                raise HomeError(
+                    f"home {self.home.path} lacks the first values of this run, which p2ptrain init has made",
+                    hint="use the home that they were made in, with --home DIR, or give the weights: --model PATH",
+                )
+            self.fetch_file(run, config.values, path, "first values")
+        return path
+
     def fetch_beginning(self, run: Run, own: Beginning) -> None:
         """Have the beginning of a run of somebody's own model in this home: `own`, if it is that, or the swarm's.
 
@@ -362,8 +396,11 @@ class PeerSession:
 
     # ---- training ---------------------------------------------------------------------------------------------
 
-    def train(self, run: Run, text: Text) -> None:
+    def train(self, run: Run, text: Text, values: Path | None) -> None:
         """Take part in the run, with its text, until its end, the round limit, or Ctrl-C.
+
+        Args:
+            values: as `obtain_values` returns them.
 
         Raises:
             DivergenceError: this device does not compute the run's bits.
@@ -374,13 +411,13 @@ class PeerSession:
         threads = self.settings.threads or (os.cpu_count() or 1)
         torch.set_num_threads(threads)
         make_ready(device)
-        train, nonce, status = text.train, bytes.fromhex(run.manifest.nonce), Status()
+        train, status = text.train, Status()
 
         def make(books: Books) -> Participant:
             masks = {} if train.mask is None else {"mask": train.mask}
             return self._make.trainer(books, train.tokens, train.bytes_per_token, self.inbox, status, **masks)
 
-        task = gpt_task(self._make.model(run.manifest.model), nonce)
+        task = task_of(run.manifest, values, self._make.model)
         part = self.take_part(run, task, device, make)
         self._print_join_line(part.addresses)
         with self._signals():

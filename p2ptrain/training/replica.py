@@ -23,8 +23,8 @@ from p2ptrain.compression import decoded
 from p2ptrain.compression.codec import Codec
 from p2ptrain.compression.layout import ChunkLayout, Kind
 from p2ptrain.config.manifest import GroupConfig, Manifest
-from p2ptrain.models.gpt import GPT
-from p2ptrain.models.task import Task, TrainedParameter, gpt_parameters, gpt_task
+from p2ptrain.models.of_manifest import task_of
+from p2ptrain.models.task import Task, TrainedParameter, gpt_parameters
 from p2ptrain.optim.demo import DeMo
 from p2ptrain.optim.local import InnerSteps, Local, LookAhead, MeanGradient
 from p2ptrain.optim.schedule import learning_rate
@@ -51,14 +51,14 @@ class Replica:
     Args:
         run_id: id of the chain's beginning.
         device: where to compute; None: where the task's module is.
-        task: default: the GPT that the manifest describes.
+        task: default: the GPT that the manifest describes, from its beginning.
     """
 
     def __init__(
         self, manifest: Manifest, run_id: bytes, device: torch.device | None, task: Task | None = None
     ) -> None:
         self.manifest, self.run_id = manifest, run_id
-        self.task = gpt_task(GPT(manifest.model), bytes.fromhex(manifest.nonce)) if task is None else task
+        self.task = task_of(manifest, None) if task is None else task
         self.model = self.task.module
         self.task.begin()
         if device is not None:

@@ -390,8 +390,10 @@ class Trainer(Participant):
         mask: NDArray[np.uint8] | None = None,
     ) -> None:
         replica = books.replica
-        self._context = replica.manifest.model.context
-        local: Local = build_local(replica.model, replica.manifest)
+        self._context = replica.manifest.context
+        # Without what is held fixed, which no step of this peer's own may move.
+        trained = torch.nn.ParameterList([parameter.tensor for parameter in replica.task.parameters])
+        local: Local = build_local(trained, replica.manifest)
         super().__init__(
             books,
             local,
@@ -404,7 +406,7 @@ class Trainer(Participant):
         self._model = cast(GPT, replica.model)
         self._text, self._nonce = Part(tokens, mask=mask), bytes.fromhex(replica.manifest.nonce)
         self._device = next(replica.model.parameters()).device
-        self._vocabulary = replica.manifest.model.vocabulary
+        self._vocabulary = replica.manifest.vocabulary
 
     def run(self, swarm: Swarm, after_round: Callable[[], bool]) -> None:
         """Train until `after_round`, called when rounds were applied, is false, or None is in the queue."""
