@@ -19,6 +19,9 @@ from p2ptrain.models.gpt import ROTARY_BASE
 NORM_EPSILON = torch.finfo(torch.float32).eps
 """Of `rms_norm` of float32, where none is given."""
 
+KEYS_OF_VERSION_4 = {"rope_theta": ROTARY_BASE, "rope_scaling": None}
+"""Of `transformers`: it does not read `rope_parameters`, and takes another base and scaling without these, silently."""
+
 
 def apertus_tensors(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the GPT's parameters under the names of `ApertusForCausalLM`; most are the same memory.

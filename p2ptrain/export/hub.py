@@ -6,6 +6,8 @@ values.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +22,14 @@ if TYPE_CHECKING:
 ADAPTER = "adapter_model.safetensors"
 
 
-def write_model(folder: Path, config: PretrainedConfig, tensors: dict[str, Tensor]) -> None:
+def write_model(
+    folder: Path, config: PretrainedConfig, tensors: dict[str, Tensor], also: Mapping[str, object] | None = None
+) -> None:
     """Write `config.json`, `generation_config.json` and the parameters as safetensors.
 
     Args:
         tensors: the state dict of the causal language model that `config` describes.
+        also: keys for `config.json` that the installed version of the library does not write.
 
     Raises:
         RuntimeError: they are not all of its parameters, by name and shape.
@@ -36,6 +41,7 @@ def write_model(folder: Path, config: PretrainedConfig, tensors: dict[str, Tenso
         model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(tensors, strict=True, assign=True)
     write_module(folder, model)
+    _add(folder / "config.json", also or {})
 
 
 def write_module(folder: Path, module: nn.Module) -> None:
@@ -87,3 +93,10 @@ def write_tokenizer(folder: Path, tokenizer: TextTokenizer, context: int) -> Non
     if tokenizer.chat_template:
         made.chat_template = tokenizer.chat_template
     made.save_pretrained(folder)
+    # Version 4 knows no other name for it, and version 5 takes both.
+    _add(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def _add(path: Path, keys: Mapping[str, object]) -> None:
+    table = json.loads(path.read_text(encoding="utf-8")) | keys
+    path.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", encoding="utf-8")

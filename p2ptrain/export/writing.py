@@ -27,7 +27,7 @@ from p2ptrain.data.provenance import license_of, sources_in
 from p2ptrain.data.token_file import Header, TokenFile
 from p2ptrain.errors import HomeError, ModelError, UsageError
 from p2ptrain.export import card
-from p2ptrain.export.apertus import apertus_config, apertus_tensors
+from p2ptrain.export.apertus import KEYS_OF_VERSION_4, apertus_config, apertus_tensors
 from p2ptrain.export.held import Held
 from p2ptrain.models import lora
 from p2ptrain.models.hf import LanguageModel
@@ -247,7 +247,7 @@ def _write(held: Held, home: Home, folder: Path, format: Format, merge: bool) ->
         from transformers import ApertusConfig
 
         config = ApertusConfig(**apertus_config(manifest.model, tokenizer.begin_token, tokenizer.end_token))
-        hub.write_model(folder, config, apertus_tensors(manifest.model, held.tensors))
+        hub.write_model(folder, config, apertus_tensors(manifest.model, held.tensors), KEYS_OF_VERSION_4)
     elif adds and not merge:
         hub.write_adapter(folder, inner)
     else:

@@ -13,6 +13,7 @@ from torch import nn
 from p2ptrain.chain import Member, Row
 from p2ptrain.config.home import Home
 from p2ptrain.config.manifest import Manifest, open_manifest, sign_manifest
+from p2ptrain.models.of_manifest import task_of
 from p2ptrain.models.own import beginning_of, own_task
 from p2ptrain.state.checkpoint import Checkpoint, CheckpointMeta, save_checkpoint
 from p2ptrain.state.snapshot import SnapshotStore
@@ -34,7 +35,8 @@ def made_home(
     """A home, and the replica of each round that it holds: parameters are drawn anew for each.
 
     Args:
-        module: what is trained in place of the GPT.
+        folder: has the first values of a model that the manifest describes, where it describes one.
+        module: what is trained in place of the GPT, a model of somebody's own.
     """
     home = Home(folder)
     home.create()
@@ -46,7 +48,8 @@ def made_home(
     manifest, run_id = open_manifest(home.manifest.read_bytes())
     held: dict[int, Replica] = {}
     for round in sorted({*snapshots, *([] if checkpoint is None else [checkpoint])}):
-        task = None if module is None else own_task(module, home.beginning, manifest.task)
+        values = None if manifest.task_config is None else home.values(manifest.task_config.values.root)
+        task = task_of(manifest, values) if module is None else own_task(module, home.beginning, manifest.task_config)
         replica = held[round] = Replica(manifest, run_id, torch.device("cpu"), task)
         generator = torch.Generator().manual_seed(round)
         with torch.no_grad():

@@ -11,7 +11,7 @@ from tokenizers import processors
 
 from p2ptrain.config.manifest import ModelConfig
 from p2ptrain.data.tokenizer import TextTokenizer, shipped_tokenizer, train_tokenizer
-from p2ptrain.export.apertus import apertus_config, apertus_tensors
+from p2ptrain.export.apertus import KEYS_OF_VERSION_4, apertus_config, apertus_tensors
 from p2ptrain.export.hub import write_model, write_tokenizer
 from p2ptrain.models.gpt import GPT
 
@@ -43,7 +43,7 @@ def parameters_of(model: GPT) -> dict[str, torch.Tensor]:
 def test_transformers_computes_the_same_logits(tmp_path: Path, config: ModelConfig) -> None:
     model = drawn(config)
     tensors = apertus_tensors(config, parameters_of(model))
-    write_model(tmp_path, transformers.ApertusConfig(**apertus_config(config, None, 5)), tensors)
+    write_model(tmp_path, transformers.ApertusConfig(**apertus_config(config, None, 5)), tensors, KEYS_OF_VERSION_4)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     tokens = torch.randint(0, config.vocabulary, (2, config.context), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -56,6 +56,8 @@ def test_transformers_computes_the_same_logits(tmp_path: Path, config: ModelConf
     start = tokens[:1, :4]
     continued = loaded.generate(start, max_new_tokens=config.context - 4, do_sample=False, eos_token_id=None)
     assert continued[0].tolist() == model.generate(start[0].tolist(), config.context - 4, 0.0, 0)
+    said = json.loads((tmp_path / "config.json").read_text())
+    assert said["rope_theta"] == said["rope_parameters"]["rope_theta"] == 10000.0 and said["rope_scaling"] is None
     assert loaded.generation_config.eos_token_id == 5
 
 
