@@ -2,13 +2,14 @@
 
 A model of somebody's own is read without its code: names and shapes are in the run's beginning, which every home keeps.
 One that the manifest describes is built, so that it can be measured and written as the libraries do it.
-Cost: the parameters and what the optimizer keeps beside them, twice while the root is computed.
+Cost: what a peer holds of the model, and the file that is read, whole.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -20,8 +21,9 @@ from p2ptrain.models.of_manifest import task_of
 from p2ptrain.models.own import FixedEntry, check_beginning
 from p2ptrain.models.task import Task, TrainedParameter
 from p2ptrain.state.checkpoint import load_checkpoint
-from p2ptrain.state.snapshot import SnapshotFile, SnapshotStore, piece_hashes, root_of
-from p2ptrain.state.tensors import TensorFileError
+from p2ptrain.state.run_files import named
+from p2ptrain.state.snapshot import SnapshotFile, SnapshotStore
+from p2ptrain.state.tensors import TensorFileError, bytes_of, pack_head
 from p2ptrain.training.device import choose_device
 from p2ptrain.training.replica import Replica
 from p2ptrain.training.standing import checkpoint_shapes
@@ -86,22 +88,25 @@ def load_held(home: Home, round: int | None = None, device: str = "cpu") -> Held
             f"home {home.path} does not hold round {wanted:,}; it holds {held}",
             hint=f"--round {max(rounds)}, or the home of another peer: --home DIR",
         )
-    arrays = dict(checkpoint.arrays)
+    meta, arrays = checkpoint.meta, dict(checkpoint.arrays)
     del arrays["momentum"]
-    replica.load_arrays(arrays, checkpoint.meta.chain)
-    data = replica.snapshot()
-    return Held(manifest, run_id, replica, _root(data), checkpoint.meta.sequences_read, fixed)
+    replica.load_arrays(arrays, meta.chain)
+    del checkpoint, arrays
+    return Held(manifest, run_id, replica, _root_at(replica), meta.sequences_read, fixed)
 
 
-def _root(data: bytes) -> bytes:
-    return root_of(len(data), piece_hashes(data))
+def _root_at(replica: Replica) -> bytes:
+    """Return the root of `replica.snapshot()`, without a copy of it."""
+    arrays = replica.arrays()
+    head = pack_head(msgspec.msgpack.encode(replica.chain), replica.shapes)
+    return named([head, *map(bytes_of, arrays.values())]).root
 
 
 def _load_snapshot(replica: Replica, file: SnapshotFile) -> bytes:
     """Bring a replica to where a snapshot stands; returns its root. Raises HomeError."""
     try:
         data = file.read()
-        if _root(data) != file.root:
+        if named([data]).root != file.root:
             raise TensorFileError("damaged")
         replica.load_snapshot(data)
     except FileNotFoundError as error:

@@ -114,11 +114,11 @@ def check_target(out: Path, force: bool) -> None:
     """Refuse a place that cannot be written to, or that holds what an export would not bring back.
 
     Raises:
-        UsageError: it exists and is not to be replaced, or holds other files than those of an export.
-        HomeError: the folder around it is missing.
+        UsageError: the folder around it is missing, or it exists and is not to be replaced, or holds other files than
+            those of an export.
     """
     if not out.parent.is_dir():
-        raise HomeError(f"no directory {out.parent}", hint=f"mkdir -p {shlex.quote(str(out.parent))}")
+        raise UsageError(f"no directory {out.parent}", hint=f"mkdir -p {shlex.quote(str(out.parent))}")
     if not os.path.lexists(out):
         return
     if out.is_symlink() or not out.is_dir():
