@@ -152,12 +152,12 @@ def init(
         described, vocabulary = _of_own_text(given, stated, here, tokens, own, private=private, quiet=quiet)
     else:
         described, vocabulary = _of_shipped_text(start, here, private=private)
-    made = begin(described.name)
+    made, cost = begin(described.name), list[str]()
     if start is None:
         of_gpt = msgspec.structs.replace(made.model, vocabulary=max(vocabulary, VOCABULARY_MIN))
         made = msgspec.structs.replace(made, model=of_gpt, data=described)
     else:
-        made = _with_start(made, described, start, here, tokens, vocabulary, asked, quiet=quiet)
+        made, cost = _with_start(made, described, start, here, tokens, vocabulary, asked, quiet=quiet)
     text = render(made)
     parse_manifest(text, manifest)
     atomic_write(manifest, text.encode(), mode=0o644)
@@ -167,10 +167,8 @@ def init(
         f"Wrote {manifest}: a {'GPT' if start is None else start.what} of {count:,} parameters, to be trained on "
         f"{made.data.name} ({size}{made.data.license})."
     )
-    if made.task_config is not None:
-        from p2ptrain.training.starting import cost_of
-
-        print("\n".join(cost_of(made)))
+    for line in cost:
+        print(line)
     print(
         f"Start it with:  p2ptrain bootstrap {shlex.quote(str(manifest))}{_home_flag(home)}"
         f"{' --data PATH' if private and given is None else ''}"
@@ -250,8 +248,8 @@ def _with_start(
     asked: Asked | None,
     *,
     quiet: bool,
-) -> Manifest:
-    """The manifest of a run that begins with `start`, whose first values are in the home then."""
+) -> tuple[Manifest, list[str]]:
+    """The manifest of a run that begins with `start`, whose first values are in the home then, and what it costs."""
     from p2ptrain.peer.progress import Display
 
     if vocabulary > start.vocabulary:

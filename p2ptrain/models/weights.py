@@ -147,7 +147,6 @@ def load_weights(config: Any, weights: WeightFiles) -> nn.Module:
 
 
 def _read(folder: Path, config: Any) -> tuple[nn.Module, dict[str, Any]]:
-    hf.check_installed("accelerate")
     import transformers
 
     if not sys.stderr.isatty():

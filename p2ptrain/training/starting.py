@@ -11,6 +11,7 @@ parameter at a time. Another run's home is read as `sample` reads it, with the s
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from pathlib import Path
 import msgspec
 from torch import nn
 
+from p2ptrain.compression.layout import CHUNK_SIZE, SIDE
 from p2ptrain.config.home import Home
 from p2ptrain.config.manifest import DataConfig, FileConfig, Manifest, ModelConfig, TaskConfig
 from p2ptrain.data.obtaining import tokenizer_of
@@ -39,10 +41,9 @@ LOGITS_BYTES = 512 * 2**20
 MICRO_BATCH_MAX = 4
 GENTLER = 0.1
 """Factor on the learning rate of a model that has been trained before, where all of it is trained."""
-_SNAPSHOT_BYTES_A_PARAMETER = 8
-"""Four of the parameter, and of most kinds four of what its direction remembers."""
-_BYTES_A_TRAINED_PARAMETER, _LOGITS_COPIES, _PROCESS_BYTES = 41, 3, 600 * 10**6
-"""Of a peer that trains, about: what its replica and optimizer hold, logits with their gradient, and libraries."""
+_BYTES_A_PARAMETER, _BYTES_AN_ENTRY, _LOGITS_COPIES, _PROCESS_BYTES = 12, 29, 3, 600 * 10**6
+"""Of a peer that trains, about: a parameter, its gradient and what it was before the step; an entry of a chunk in
+momentum, directions and what a step makes of them; logits with their gradient; and libraries."""
 _CONTEXT_MIN, _CONTEXT_MAX = 8, 65_536
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -106,8 +107,8 @@ class Start:
 
     def described(
         self, begun: Manifest, data: DataConfig, home: Home, told: Told, context: int, matrices: lora.Asked | None
-    ) -> Manifest:
-        """Return the manifest of a run that begins so, whose first values are in the home then.
+    ) -> tuple[Manifest, list[str]]:
+        """Return the manifest of a run that begins so, whose first values are in the home then, and what it costs.
 
         Args:
             begun: says all else.
@@ -118,7 +119,8 @@ class Start:
             HomeError: the file cannot be written.
         """
         beginning = beginning_of(self.module)
-        parameters = sum(parameter.tensor.numel() for parameter in beginning.trained)
+        trained = beginning.trained
+        parameters = sum(parameter.tensor.numel() for parameter in trained)
         optimizer, rounds = begun.optimizer, begun.round
         if self.trained and matrices is None:
             rate = float(f"{GENTLER * optimizer.learning_rate:.2g}")
@@ -138,11 +140,12 @@ class Start:
                 context=context,
             )
             if of_matrices is not None:
-                added = lora.add_matrices(self.module, of_matrices)
-                count = sum(matrix.tensor.numel() for matrix in added)
+                trained = lora.add_matrices(self.module, of_matrices)
+                count = sum(matrix.tensor.numel() for matrix in trained)
                 task = msgspec.structs.replace(task, parameters=count, lora=of_matrices)
             model = ModelConfig()
-        return msgspec.structs.replace(begun, model=model, task=task, data=data, optimizer=optimizer, round=rounds)
+        made = msgspec.structs.replace(begun, model=model, task=task, data=data, optimizer=optimizer, round=rounds)
+        return made, cost_of(made, sum(_chunks_of(tuple(parameter.tensor.shape)) for parameter in trained))
 
     def _check_fixed(self, beginning: Beginning) -> None:
         """Make sure that a peer has what no gradient changes from the config alone. Raises ModelError."""
@@ -182,14 +185,25 @@ def micro_batch_for(context: int, vocabulary: int) -> int:
     return max(1, min(MICRO_BATCH_MAX, LOGITS_BYTES // (4 * context * vocabulary)))
 
 
-def cost_of(manifest: Manifest) -> list[str]:
-    """Return what a run's model will cost each peer, for people."""
+def _chunks_of(shape: tuple[int, ...]) -> int:
+    """Return how many chunks a parameter takes, as `compression/layout.py` cuts it."""
+    if len(shape) < 2:
+        return math.ceil(math.prod(shape) / CHUNK_SIZE)
+    return math.ceil(shape[0] / SIDE) * math.ceil(math.prod(shape[1:]) / SIDE)
+
+
+def cost_of(manifest: Manifest, chunks: int) -> list[str]:
+    """Return what a run's model will cost each peer, for people.
+
+    Args:
+        chunks: that its trained parameters take.
+    """
     task, trained = manifest.task_config, manifest.parameters
     assert task is not None
-    snapshot = trained * _SNAPSHOT_BYTES_A_PARAMETER
+    entries = chunks * CHUNK_SIZE
     logits = _LOGITS_COPIES * 4 * manifest.round.micro_batch * manifest.context * manifest.vocabulary
     fixed = task.values_parameters if task.lora_config is not None else 0
-    memory = _PROCESS_BYTES + _BYTES_A_TRAINED_PARAMETER * trained + 4 * fixed + logits
+    memory = _PROCESS_BYTES + _BYTES_A_PARAMETER * trained + _BYTES_AN_ENTRY * entries + 4 * fixed + logits
     lines = []
     if fixed:
         lines.append(f"Of {fixed + trained:,} parameters {trained:,} are trained, beside a model that is held fixed.")
@@ -198,7 +212,7 @@ def cost_of(manifest: Manifest) -> list[str]:
         f"Each peer holds about {_megabytes(memory)} in memory, for sequences of {manifest.context:,} tokens, "
         f"{manifest.round.micro_batch} at once.",
         f"Whoever joins fetches {_megabytes(task.values.bytes)} of first values and a snapshot of about "
-        f"{_megabytes(snapshot)}.",
+        f"{_megabytes(4 * (trained + entries))}.",
     ]
 
 
@@ -248,7 +262,7 @@ def from_path(path: Path, config: Path | None) -> Start:
     said, types = list(_left_out(architecture)), stored_types(weights)
     others = [kind for kind in types if kind != "float32"]
     if others:
-        said.append(f"the weights are of {' and '.join(others)}: they are trained as float32, twice as long or longer")
+        said.append(f"the weights are of {' and '.join(others)}: converted to float32")
     folder = path if path.is_dir() else path.parent
     tokenizer = read_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
     module = load_weights(hf.checked_config(architecture.table), weights)

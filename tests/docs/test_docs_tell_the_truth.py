@@ -305,3 +305,30 @@ def test_the_commands_on_data_do_what_they_say(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "attribution A. Reader" in done.stdout and "https://example.org/letters" in done.stdout
+
+
+def test_the_commands_on_models_do_what_they_say(tmp_path: Path) -> None:
+    """All that need neither the network nor a home in which a run was trained."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=4096, max_position_embeddings=32, **sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    shutil.copy(PACKAGE / "data/embedded/tokenizer.json", tmp_path / "llama")
+    shutil.copy(tmp_path / "llama" / "config.json", tmp_path)
+    (tmp_path / "letters").write_text("\n\n".join(f"Dear reader, this is letter {n} of many." * 3 for n in range(200)))
+    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "docs/own-model.md").read_text(), re.M | re.S)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("p2ptrain init")]
+    mine = [line for line in lines if "old-home" not in line]
+    assert len(mine) == len(lines) - 1 == 4
+    environment = {**os.environ, "P2PTRAIN_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_LINES, *mine],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "are trained, beside a model that is held fixed" in done.stdout
