@@ -157,7 +157,10 @@ def _body(held: Held, told: Told) -> str:
         )
     if task is not None:
         what = "what is held fixed" if task.lora_config is not None else "the first values"
-        lines.append(f"- Root of {what}: `{task.values.root}`, {task.values.bytes:,} bytes.")
+        lines.append(
+            f"- Root of {what}: `{task.values.root}`, {task.values.bytes:,} bytes. Where they come from another model, "
+            "its licence holds as well; the manifest does not name it."
+        )
     lines.append(f"- Strategy `{manifest.optimizer.strategy}`.")
     if told.bits_per_byte is not None:
         lines.append(f"- {told.bits_per_byte:.4f} bits per byte on the run's held-out text.")

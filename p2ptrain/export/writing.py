@@ -176,10 +176,12 @@ def export(
                 ),
             )
             (folder / "README.md").write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise HomeError(
-            f"cannot write {out}: {error.strerror or error}", hint="make room, or name another directory"
-        ) from error
+    except Exception as error:
+        # What writes safetensors has an error of its own, which is no OSError, where the disk is full.
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise HomeError(f"cannot write {out}: {reason}", hint="make room, or name another directory") from error
     return Exported(out, files, digest, has_tokenizer)
 
 
@@ -298,7 +300,7 @@ def _sha256(path: Path, told: Told) -> str:
 
 @contextlib.contextmanager
 def _folder(out: Path) -> Iterator[Path]:
-    """A new folder that becomes `out` at the end; after an error inside `out` is as it was. Raises OSError."""
+    """A new folder that becomes `out` at the end; after an error `out` is as it was. Raises OSError."""
     made = Path(tempfile.mkdtemp(dir=out.parent, prefix=UNFINISHED_PREFIX))
     try:
         yield made
@@ -309,7 +311,11 @@ def _folder(out: Path) -> Iterator[Path]:
             # A folder that is not empty cannot be replaced in one step: for a moment there is none.
             before = made.with_name(made.name + ".old")
             out.rename(before)
-            made.rename(out)
+            try:
+                made.rename(out)
+            except OSError:
+                before.rename(out)
+                raise
             shutil.rmtree(before, ignore_errors=True)
         else:
             made.rename(out)
