@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -384,4 +385,28 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def generate(self, tokens: list[int], count: int, temperature: float, seed: int) -> list[int]:
         """Continue `tokens` by `count` sampled ones, as the built-in GPT does. Raises ValueError: no tokens."""
-        return continued(self, tokens, count, self.config.context, temperature, seed, next(self.parameters()).device)
+        self.inner.eval()
+        device = next(self.parameters()).device
+        return continued(self._remembering(), tokens, count, self.config.context, temperature, seed, device)
+
+    def _remembering(self) -> Callable[[Tensor], Tensor]:
+        """Return what gives logits [1, positions, vocabulary] and computes nothing anew of tokens seen before."""
+        known = inspect.signature(self.inner.forward).parameters
+        # It has had both names; an architecture without it computes all anew.
+        name = next((name for name in ("cache", "past_key_values") if name in known), None)
+        cache: Any = None
+        seen = 0
+
+        def logits_of(window: Tensor) -> Tensor:
+            nonlocal cache, seen
+            if window.shape[1] != seen + 1:
+                # The first, or one that has moved on: tokens have other positions in it.
+                cache = None
+            more = {} if name is None else {name: cache, "use_cache": True}
+            made = self.inner(input_ids=window if cache is None else window[:, -1:], **more)
+            cache, seen = getattr(made, name or "", None), window.shape[1]
+            logits = made.logits
+            assert isinstance(logits, Tensor)
+            return logits
+
+        return logits_of

@@ -302,19 +302,20 @@ def place_values(home: Home, task: TaskConfig, path: Path, told: Told) -> None:
         ModelError: they are others than the run's, or cannot be read.
         HomeError: they cannot be written.
     """
-    wanted = task.values
+    wanted, copied = task.values, None
+    there = set(home.data.glob("*.values*"))
     if path.is_file() and path.suffix != ".safetensors" and path.stat().st_size == wanted.bytes:
         found, copied = FileConfig(bytes=wanted.bytes, root=hashed(path)[0].root.hex()), path
     elif task.kind == "hf":
         weights = find_weights(path)
         told.say(f"reading {weights.bytes:,} bytes of weights")
         beginning = beginning_of(load_weights(hf.checked_config(task.architecture), weights))
-        found, copied = _placed(beginning, home, told), None
+        found = _placed(beginning, home, told)
     else:
         raise ModelError(f"{path} is no copy of the run's first values", hint="leave out --model, to fetch them")
     if found != wanted:
-        if copied is None:
-            home.values(found.root).unlink(missing_ok=True)
+        for file in set(home.data.glob("*.values*")) - there:
+            file.unlink()
         raise ModelError(
             f"the weights at {path} make first values that hash to {found.root[:16]}, the run's to {wanted.root[:16]}",
             hint="leave out --model, to fetch them",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -12,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
+from p2ptrain.config.loading import parse_manifest, render
 from p2ptrain.config.manifest import (
     MANIFEST_MAX_BYTES,
     TOKENIZER_VOCABULARY,
@@ -263,3 +265,38 @@ def test_a_manifest_of_the_built_in_model_is_encoded_as_before_there_were_others
     for wrong in ({"parameters": 0}, {"parameters": 2**40}, {"kind": "pickle"}, *files):
         with pytest.raises(msgspec.ValidationError):
             msgspec.convert(msgspec.to_builtins(other.task) | wrong, TaskConfig)
+
+
+ARCHITECTURE = '{"model_type":"llama","vocab_size":4096}'
+
+
+@pytest.mark.parametrize(
+    ("task", "more", "why"),
+    [
+        ({"kind": "gpt", "context": 64}, {}, "context is for kind hf"),
+        ({"kind": "code", "config": ARCHITECTURE}, {}, "config is for kind hf"),
+        ({"kind": "hf", "context": 64}, {}, "needs config and context"),
+        ({"kind": "hf", "context": 64, "config": '{"vocab_size": 4096}'}, {}, "without spaces"),
+        ({"kind": "hf", "context": 64, "config": "[" * 4000}, {}, "."),
+        ({"kind": "hf", "context": 64, "config": '{"x":NaN,"vocab_size":4096}'}, {}, "NaN"),
+        ({"kind": "hf", "context": 64, "config": '{"vocab_size":1.5}'}, {}, "vocab_size"),
+        ({"kind": "hf", "context": 64, "config": '{"vocab_size":300}'}, {}, "is below the tokenizer's 4096"),
+        ({"kind": "hf", "context": 64, "config": " " * 9000}, {}, "length"),
+        ({"kind": "hf", "context": 64, "config": ARCHITECTURE}, {"model": {"layers": 3}}, "leave it out"),
+        ({"kind": "gpt"}, {}, "and model makes"),
+    ],
+    ids=str,
+)
+def test_a_task_that_contradicts_itself_is_refused(task: dict[str, object], more: dict[str, object], why: str) -> None:
+    values = msgspec.to_builtins(VALUES)
+    with pytest.raises(ManifestError, match=why):
+        open_manifest(as_sent(task={"parameters": 1, "values": values} | task, **more))
+
+
+def test_an_architecture_says_how_long_sequences_are_and_how_many_tokens_there_may_be() -> None:
+    task = TaskConfig(kind="hf", parameters=1, values=VALUES, context=64, config=ARCHITECTURE)
+    manifest = Manifest(name="small", nonce=NONCE, task=task)
+    assert (manifest.context, manifest.vocabulary, manifest.own_model) == (64, 4096, None)
+    assert f"config = '{ARCHITECTURE}'" in render(manifest)
+    assert parse_manifest(render(manifest), Path("run.toml")) == manifest
+    assert (small().context, small().vocabulary) == (small().model.context, small().model.vocabulary)

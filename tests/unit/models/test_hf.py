@@ -14,6 +14,7 @@ import torch
 from p2ptrain.config.manifest import FileConfig, LoraConfig, TaskConfig
 from p2ptrain.errors import ModelError, UsageError
 from p2ptrain.models import hf, lora
+from p2ptrain.models.gpt import continued
 from p2ptrain.models.own import beginning_of
 
 transformers = pytest.importorskip("transformers")
@@ -72,10 +73,13 @@ def test_a_model_of_a_manifest_gives_the_logits_and_the_loss_of_the_library(
         half = np.arange(17)[None].repeat(2, 0) >= 9
         labels = tokens.masked_fill(torch.from_numpy(~half), -100)
         torch.testing.assert_close(model.loss(tokens, half), reference(tokens, labels=labels).loss)
-    assert (
-        model.generate([5, 6], 20, 0.0, 0)[2:4]
-        == reference.generate(torch.tensor([[5, 6]]), max_new_tokens=2, do_sample=False, pad_token_id=0)[0, 2:].tolist()
-    )
+    with torch.no_grad():
+        # Beyond the context, which is 16, and without what the model remembers.
+        anew = continued(model, [5, 6], 20, 16, 0.0, 0, torch.device("cpu"))
+    assert model.generate([5, 6], 20, 0.0, 0) == anew
+    start = torch.tensor([[5, 6]])
+    greedy = reference.generate(start, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert anew[:10] == greedy[0].tolist()
     assert model.loss(tokens).requires_grad and made.training
 
 
