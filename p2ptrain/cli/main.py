@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from p2ptrain import __version__
-from p2ptrain.cli import bootstrap, data, eval, id, init, inspect, invite, join, revoke, sample, simulate
+from p2ptrain.cli import bootstrap, data, eval, export, id, init, inspect, invite, join, revoke, sample, simulate
 from p2ptrain.cli.output import errors_reported
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ app.command("revoke")(revoke.revoke)
 app.command("inspect")(inspect.inspect)
 app.command("sample")(sample.sample)
 app.command("eval")(eval.evaluate)
+app.command("export")(export.export)
 app.command("simulate")(simulate.simulate)
 
 

@@ -141,6 +141,8 @@ class TextTokenizer:
         self.end_of_text = next((name for name in ENDS if name in vocabulary), "")
         self.begin_of_text = next((name for name in BEGINS if name in vocabulary), "")
         end = vocabulary.get(self.end_of_text)
+        #: their numbers
+        self.end_token, self.begin_token = end, vocabulary.get(self.begin_of_text)
         #: between two documents
         self.separator: list[int] = self.encode("\n\n") if end is None else [end]
         #: bytes of text that this is
@@ -175,6 +177,15 @@ class TextTokenizer:
             return str(self._tokenizer.decode(known, skip_special_tokens=False))
         except BaseException as error:
             raise _tokenizer_error(error) from error
+
+    def plain(self) -> Tokenizer:
+        """Return one of the library's own that gives the tokens of `encode_all`, with nothing before or after a text.
+
+        Names of special tokens in a text are these tokens.
+        """
+        tokenizer = _load(self.json)
+        tokenizer.post_processor = None
+        return tokenizer
 
 
 @functools.cache

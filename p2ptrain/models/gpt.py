@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from p2ptrain.compression.layout import Kind, ParameterSpec
 from p2ptrain.config.manifest import ModelConfig
 
+ROTARY_BASE = 10000.0
 NOT_COUNTED = -100
 """In place of a token that the loss does not count."""
 _ROWS_AT_ONCE = nn.LinearCrossEntropyOptions(batch_chunk_size=256, chunking_method=None)
@@ -75,7 +76,7 @@ class GPT(nn.Module):
         self.final_norm = Norm(config.embedding)
         self.head = nn.Linear(config.embedding, config.vocabulary, bias=False)
         dims = config.embedding // config.heads
-        frequency = 10000.0 ** (-torch.arange(0, dims, 2) / dims)
+        frequency = ROTARY_BASE ** (-torch.arange(0, dims, 2) / dims)
         angle = torch.arange(config.context)[:, None] * frequency[None, :]
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)

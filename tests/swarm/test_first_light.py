@@ -41,6 +41,18 @@ def same_replica(*peers: Peer) -> None:
     assert len({peer.replica() for peer in peers}) == 1
 
 
+def same_export(*peers: Peer) -> None:
+    """What each peer's home exports is one file, to the byte, and of the state that they ended at."""
+    pytest.importorskip("safetensors", reason="pip install 'p2ptrain[export]'")
+    made = []
+    for peer in peers:
+        out = peer.home.with_name(f"{peer.home.name}-exported")
+        result = json.loads(run("export", str(out), "--home", str(peer.home), "--format", "hf", "--json").stdout)
+        assert (result["state_id"], result["parameters_sha256"]) == peer.replica()
+        made.append((result["root"], result["files"]))
+    assert len(made[0][1]) == 1 and all(one == made[0] for one in made)
+
+
 def test_a_late_peer_ends_bit_identical_and_inspect_tells_the_truth_all_along(swarm: Swarm) -> None:
     swarm.fresh = True  # as users start them
     swarm.write_manifest(last_round=120)
@@ -102,6 +114,7 @@ def test_a_learner_carries_the_run_on_when_the_only_member_is_killed(swarm: Swar
     # The dead one comes back from its disk and takes part again.
     ada_again = swarm.join("ada", joined_address(grace)).started()
     same_replica(grace, ada_again)
+    same_export(grace, ada_again)
 
 
 def test_a_peer_that_is_asked_to_leave_ends_cleanly_and_leaves_nothing_running(swarm: Swarm) -> None:
