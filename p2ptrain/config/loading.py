@@ -25,6 +25,10 @@ from p2ptrain.errors import ManifestError, P2PTrainError
 
 Toml = dict[str, object]
 
+_FILLED_IN = ("owner", "founder", "task", "sources")
+_TABLES_LEFT_OUT = ("tokens", "evaluation")
+"""Tables that a template does not show where they are not set."""
+
 
 def load_manifest(path: Path) -> Manifest:
     """Read a run.toml.
@@ -142,7 +146,12 @@ def _look_up(table: Toml, key: str) -> tuple[object, object, str]:
 
 def new_manifest(name: str, strategy: Strategy = "demo") -> Manifest:
     """A manifest with the strategy's defaults and a fresh nonce."""
-    table: Toml = {"name": name, "nonce": secrets.token_hex(16), "optimizer": {"strategy": strategy}}
+    table: Toml = {
+        "name": name,
+        "nonce": secrets.token_hex(16),
+        "optimizer": {"strategy": strategy},
+        "evaluation": {},
+    }
     return msgspec.convert(strategies.completed(table), Manifest)
 
 
@@ -170,7 +179,7 @@ def _render(table: msgspec.Struct, prefix: str) -> Iterator[str]:
             inner.append((name, value))
         elif isinstance(value, tuple) and value and isinstance(value[0], msgspec.Struct):
             lists.append((name, value))
-        elif name not in ("owner", "founder", "task", "tokens", "sources"):
+        elif name not in _FILLED_IN and (value is not msgspec.UNSET or name not in _TABLES_LEFT_OUT):
             yield from _comment(docs[name])
             choice = f"{name} = {toml_value(_means(table, name) if value is msgspec.UNSET else value)}"
             yield f"# {choice}" if value is msgspec.UNSET else choice

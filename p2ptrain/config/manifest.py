@@ -296,6 +296,16 @@ class AccessConfig(_Table, frozen=True, kw_only=True):
             raise ValueError(f'mode = "open" contradicts peers, which lists {len(self.peers)}')
 
 
+class EvaluationConfig(_Table, frozen=True, kw_only=True):
+    """How often members measure the model on held-out text, in turn."""
+
+    every_rounds: Annotated[int, Meta(ge=0, le=1_000_000)] = 50
+    """Rounds between two measurements, each by another member; 0: none. Nobody waits for one that does not come."""
+    tokens: Annotated[int, Meta(ge=1, le=2**24)] = 16_384
+    """Tokens of held-out text to measure on, spread over all of it. A member uses fewer where they would take more than
+    3 % of its time, and says how many."""
+
+
 class Manifest(_Table, frozen=True, kw_only=True):
     """See the module docstring."""
 
@@ -319,6 +329,8 @@ class Manifest(_Table, frozen=True, kw_only=True):
     codec: CodecConfig = CodecConfig()
     round: RoundConfig = RoundConfig()
     access: AccessConfig = AccessConfig()
+    evaluation: EvaluationConfig | msgspec.UnsetType = msgspec.UNSET
+    """How often members measure the model on held-out text, in turn; left out: never."""
 
     def __post_init__(self) -> None:
         if self.data.token_file is None and self.model.vocabulary < TOKENIZER_VOCABULARY:
@@ -330,6 +342,12 @@ class Manifest(_Table, frozen=True, kw_only=True):
     def own_model(self) -> TaskConfig | None:
         """What is trained where that is a model of the owner's own; None: the GPT of `model`."""
         return None if isinstance(self.task, msgspec.UnsetType) else self.task
+
+    @property
+    def evaluated(self) -> EvaluationConfig | None:
+        """How members measure the model in turn; None: they do not."""
+        config = self.evaluation
+        return None if isinstance(config, msgspec.UnsetType) or not config.every_rounds else config
 
     @property
     def parameters(self) -> int:

@@ -36,9 +36,12 @@ from p2ptrain.config.node import NodeSettings
 from p2ptrain.data.obtaining import Share, obtain_text
 from p2ptrain.data.preparing import Given
 from p2ptrain.data.text import Text
+from p2ptrain.data.tokenizer import tokenizer_sha256
 from p2ptrain.errors import HomeError, ModelError, UnreachableError
+from p2ptrain.models.gpt import GPT
 from p2ptrain.models.own import Beginning, check_length
 from p2ptrain.models.task import Task, gpt_task
+from p2ptrain.observe.evaluations import History
 from p2ptrain.observe.status import Standing, Status
 from p2ptrain.peer import joining
 from p2ptrain.peer.assembly import Link, Make, Run, driver_parts
@@ -59,6 +62,7 @@ from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.swarm.tasks import failure_logged
 from p2ptrain.swarm.thread import NetworkThread
 from p2ptrain.training.device import choose_device
+from p2ptrain.training.measuring import HeldOut, Measuring, Method
 from p2ptrain.training.replica import Replica
 from p2ptrain.training.selftest import make_ready
 from p2ptrain.training.standing import Books
@@ -90,6 +94,20 @@ STOPPING_LOOK_SECONDS = 0.1
 """Between two looks at whether Ctrl-C ends the wait for others."""
 
 _logger = logging.getLogger(__name__)
+
+
+def _held_out(manifest: Manifest, task: Task, text: Text) -> Method | None:
+    """Return what measures the built-in model on what is held out; None: there is nothing to predict."""
+    evaluated, model = manifest.evaluated, task.module
+    if evaluated is None or len(text.heldout.tokens) < 2 or not isinstance(model, GPT):
+        return None
+    # A forward pass over two micro-batches takes less time than forward and backward over one.
+    return HeldOut(model, text.heldout, evaluated.tokens, 2 * manifest.round.micro_batch)
+
+
+def _tokenizer_sha256(manifest: Manifest) -> str:
+    """Return whose tokens the run's are; empty where it trains no text that is known here."""
+    return "" if manifest.own_model is not None else manifest.data.tokenizer_sha256 or tokenizer_sha256()
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +142,8 @@ class PeerSession:
         self._finished = False
         #: when something of the chain was fetched last, by the network thread's clock
         self._fetched_at = -math.inf
+        #: what is known of measurements of the model; None: the run has none
+        self._history: History | None = None
         #: by root, the files of the run that are here whole, for others
         self.files: dict[bytes, PieceFile] = {}
         self.inbox: queue.SimpleQueue[TrainerMessage | None] = queue.SimpleQueue()
@@ -381,7 +401,7 @@ class PeerSession:
             return self._make.trainer(books, train.tokens, train.bytes_per_token, self.inbox, status, **masks)
 
         task = gpt_task(self._make.model(run.manifest.model), nonce)
-        part = self.take_part(run, task, device, make)
+        part = self.take_part(run, task, device, make, _held_out(run.manifest, task, text))
         self._print_join_line(part.addresses)
         with self._signals():
             self._train(part)
@@ -394,12 +414,14 @@ class PeerSession:
         task: Task,
         device: torch.device | None,
         make: Callable[[Books], Participant],
+        method: Method | None = None,
     ) -> Part:
         """Restore this home's replica of `task`, and begin to take part in the run.
 
         Args:
             device: where to compute; None: where the task's module is.
             make: of the home's books, who computes gradients.
+            method: measures the model in this peer's turns; None: they pass.
 
         Raises:
             HomeError: the checkpoint cannot be used.
@@ -410,6 +432,10 @@ class PeerSession:
         replica = Replica(run.manifest, run.run_id, device, task)
         trainer = make(Books(replica, self.node.peer_id, self.home.checkpoints, own_log))
         status = trainer.status
+        evaluated = run.manifest.evaluated
+        if evaluated is not None:
+            trainer.measuring = Measuring(evaluated.every_rounds, self.node.peer_id, task, method)
+            self._history = History(self.home.evaluations, _tokenizer_sha256(run.manifest))
         trainer.restore(journal)
         driver = self._start_driver(run, replica, journal, own_log, uplink)
         addresses = self.network.run(self.node.join_addresses(), ASK_SECONDS)
@@ -542,6 +568,12 @@ class PeerSession:
         standing = driver.standing
         status.finished = self._finished
         status.take(standing)
+        if self._history is not None:
+            own = () if status.measured is None else ((self.node.peer_id, status.measured),)
+            new = self._history.hear((*own, *presence.said))
+            status.evaluation = self._history.summary(status.turns)
+            for evaluation in new:
+                self.display.evaluated(evaluation)
         self.network.loop.call_soon_threadsafe(presence.hear, replace(status))
         return standing
 
@@ -554,6 +586,9 @@ class PeerSession:
     def finish(self, part: Part) -> None:
         """Save; after the run's last round stay a while for those who lack it."""
         part.trainer.save()
+        if self._finished and part.trainer.measuring is not None and part.trainer.measuring.under_way:
+            self.display.say("measuring the model of the run's last round")
+            part.trainer.finish_measuring(lambda: self._stopping)
         self._tell(part.driver, part.presence, part.status)
         self._say_end(part.trainer, part.status)
         if self._finished:

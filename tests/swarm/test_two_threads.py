@@ -180,7 +180,7 @@ def test_neither_thread_touches_what_is_the_others(
 
     messages = frozenset({"contribute", "root_computed", "prune_own_log", "doubt", "others_reach", "stop", "standing"})
     belongs(RoundDriver, NETWORKS.__contains__, messages)
-    belongs(Presence, NETWORKS.__contains__, frozenset({"hear", "say_leaving"}))
+    belongs(Presence, NETWORKS.__contains__, frozenset({"hear", "say_leaving", "said"}))
     for kind in (Answering, Auditing, Sending, RoundMachine, NewsFeed, CatchingUp, Journal, UplinkMeter, Traffic):
         belongs(kind, NETWORKS.__contains__)
     fixed = frozenset({"peer_id", "identity", "port", "observer", "dialable", "close", "on_restart"})

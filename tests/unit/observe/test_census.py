@@ -58,7 +58,7 @@ def states(seen: dict[str, Any]) -> dict[str, str]:
 
 def test_the_keys_are_those_that_programs_rely_on() -> None:
     seen = look(record("ada"))
-    assert seen.keys() == {"run", "peers", "dht"}
+    assert seen.keys() == {"run", "peers", "evaluation", "dht"} and seen["evaluation"] is None
     assert seen["run"] == {"id": RUN_ID.hex(), "name": "run", "round": 7, "state_id": A.hex()}
     assert seen["dht"] == {"nodes_alive": 1, "nodes_dead": 0}
     (peer,) = seen["peers"]

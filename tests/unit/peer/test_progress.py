@@ -32,7 +32,7 @@ def test_off_a_terminal_a_round_is_one_plain_line() -> None:
     out = io.StringIO()
     Display(stream=out).round(STATUS)
     assert out.getvalue() == "  ".join(lines_of(STATUS)) + "\n"
-    assert "loss 5.123  bits/byte 1.700" in out.getvalue()
+    assert "train loss 5.123 (1.700 bits/byte)" in out.getvalue()
 
 
 def test_rounds_of_one_second_are_one_line_but_the_last_is_always_said() -> None:
@@ -51,7 +51,7 @@ def test_for_programs_each_line_is_an_object() -> None:
     display.say("hello")
     display.transfer("snapshot", 10, 10)
     first, second, third = map(json.loads, out.getvalue().splitlines())
-    assert (first["round"], first["loss"], first["members"]) == (12_345, 5.12345, 16)
+    assert (first["round"], first["train_loss"], first["members"]) == (12_345, 5.12345, 16)
     assert second["message"] == "hello"
     assert third["message"] == "fetching snapshot: 10 of 10 bytes"
 
