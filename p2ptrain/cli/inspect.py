@@ -111,12 +111,12 @@ async def _inspect(addresses: list[str], choice: str | None, own: bytes | None, 
 
 async def look(node: SwarmNode, run_id: bytes, manifest: Manifest) -> Inspection:
     """One look at a run, through a node that is in its DHT already."""
+    from p2ptrain.data.tokenizer import tokenizer_of_run
     from p2ptrain.observe.census import inspect_run
 
     records = await node.read_peers(run_id, manifest.records_key)
-    return inspect_run(
-        run_id, manifest.name, records, await node.crawl(), tokenizer_sha256=manifest.data.tokenizer_sha256
-    )
+    found, tokenizer = await node.crawl(), tokenizer_of_run(manifest)
+    return inspect_run(run_id, manifest.name, records, found, tokenizer_sha256=tokenizer)
 
 
 async def _choose_run(

@@ -302,8 +302,8 @@ class EvaluationConfig(_Table, frozen=True, kw_only=True):
     every_rounds: Annotated[int, Meta(ge=0, le=1_000_000)] = 50
     """Rounds between two measurements, each by another member; 0: none. Nobody waits for one that does not come."""
     tokens: Annotated[int, Meta(ge=1, le=2**24)] = 16_384
-    """Tokens of held-out text to measure on, spread over all of it. A member uses fewer where they would take more than
-    3 % of its time, and says how many."""
+    """Tokens of held-out text to measure on, spread over all of it. A member that has not the time, 3 % of its own,
+    uses fewer and says how many, or lets its turn pass."""
 
 
 class Manifest(_Table, frozen=True, kw_only=True):

@@ -36,7 +36,7 @@ from p2ptrain.config.node import NodeSettings
 from p2ptrain.data.obtaining import Share, obtain_text
 from p2ptrain.data.preparing import Given
 from p2ptrain.data.text import Text
-from p2ptrain.data.tokenizer import tokenizer_sha256
+from p2ptrain.data.tokenizer import tokenizer_of_run
 from p2ptrain.errors import HomeError, ModelError, UnreachableError
 from p2ptrain.models.gpt import GPT
 from p2ptrain.models.own import Beginning, check_length
@@ -103,11 +103,6 @@ def _held_out(manifest: Manifest, task: Task, text: Text) -> Method | None:
         return None
     # A forward pass over two micro-batches takes less time than forward and backward over one.
     return HeldOut(model, text.heldout, evaluated.tokens, 2 * manifest.round.micro_batch)
-
-
-def _tokenizer_sha256(manifest: Manifest) -> str:
-    """Return whose tokens the run's are; empty where it trains no text that is known here."""
-    return "" if manifest.own_model is not None else manifest.data.tokenizer_sha256 or tokenizer_sha256()
 
 
 @dataclass(frozen=True, slots=True)
@@ -434,8 +429,9 @@ class PeerSession:
         status = trainer.status
         evaluated = run.manifest.evaluated
         if evaluated is not None:
-            trainer.measuring = Measuring(evaluated.every_rounds, self.node.peer_id, task, method)
-            self._history = History(self.home.evaluations, _tokenizer_sha256(run.manifest))
+            every, last = evaluated.every_rounds, run.manifest.last_round
+            trainer.measuring = Measuring(every, self.node.peer_id, task, method, last_round=last)
+            self._history = History(self.home.evaluations, tokenizer_of_run(run.manifest))
         trainer.restore(journal)
         driver = self._start_driver(run, replica, journal, own_log, uplink)
         addresses = self.network.run(self.node.join_addresses(), ASK_SECONDS)

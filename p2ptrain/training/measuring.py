@@ -5,8 +5,9 @@ come where the trainer waits for others or, at most a tenth of the time, between
 model's parameters are the copy. What training computes is the same bits with and without; only its time is less.
 
 Cost: a copy of the parameters while a measurement is under way, and at most `SHARE` of this process's time, but for one
-slice. What does not fit into that is measured on fewer tokens. A slice is as many sequences as two micro-batches have,
-which a forward pass alone takes less time for than one micro-batch takes.
+slice. What does not fit into that is measured on fewer tokens; where that would be less than `LEAST` of them, the turn
+passes, and there is more time in the next one. After the run's last round there is time for all of them. A slice is as
+many sequences as two micro-batches have, which a forward pass alone takes less time for than one micro-batch takes.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from p2ptrain.training.evaluation import Scoring
 
 SHARE = 0.03
 """Of this process's time, for measuring."""
+LEAST = 0.25
+"""Of the tokens that the manifest sets: on fewer a figure would say little."""
 PAUSE = 9.0
 """Between two slices where nobody is waited for: so many times what the last one took."""
 TURNS_KEPT = 16
@@ -85,8 +88,11 @@ class HeldOut:
             self._timed(self._scoring(self._tokens))
             yield None
         assert self._seconds_per_token is not None
-        affordable = allowed_seconds / max(self._seconds_per_token, 1e-12)
-        scoring = self._scoring(max(1, int(min(self._tokens, affordable))))
+        affordable = min(self._tokens, allowed_seconds / max(self._seconds_per_token, 1e-12))
+        if affordable < LEAST * self._tokens:
+            _left_out(self._tokens * self._seconds_per_token, allowed_seconds)
+            return
+        scoring = self._scoring(max(1, int(affordable)))
         while self._timed(scoring):
             yield None
         yield Found({BITS: scoring.bits_per_byte, PERPLEXITY: scoring.perplexity}, scoring.tokens)
@@ -117,17 +123,22 @@ class Called:
 
     def slices(self, allowed_seconds: float) -> Iterator[Found | None]:
         if self._seconds > allowed_seconds:
-            _logger.info(
-                "this turn is left out: evaluating took %.1f s the last time, and may take %.1f s by now",
-                self._seconds,
-                max(allowed_seconds, 0.0),
-            )
+            _left_out(self._seconds, allowed_seconds)
             return
         began = self._clock()
         with _as_it_was(self._task.module):
             figures = self._evaluate(self._task.module)
         self._seconds = self._clock() - began
         yield Found(checked_figures(figures))
+
+
+def _left_out(seconds: float, allowed_seconds: float) -> None:
+    _logger.info(
+        "this turn to measure passes: it would take %.1f s, and by now %.1f s are allowed, %.0f %% of the time",
+        seconds,
+        max(allowed_seconds, 0.0),
+        100 * SHARE,
+    )
 
 
 @contextlib.contextmanager
@@ -139,6 +150,9 @@ def _as_it_was(module: nn.Module) -> Iterator[None]:
     try:
         with torch.random.fork_rng(devices), torch.no_grad():
             module.eval()
+            for parameter, _, _ in held:
+                # Else what the function computes of its own would be added to it.
+                parameter.grad = None
             yield
     finally:
         for part, training in modes:
@@ -184,6 +198,7 @@ class Measuring:
     Args:
         every_rounds: between two turns, anybody's.
         method: None: this peer cannot measure, and its turns pass.
+        last_round: of the run; 0: it has none.
         clock: seconds, monotonic.
     """
 
@@ -193,9 +208,12 @@ class Measuring:
         peer_id: bytes,
         task: Task,
         method: Method | None,
+        *,
+        last_round: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._every_rounds, self._peer_id, self._method, self._clock = every_rounds, peer_id, method, clock
+        self._last_round = last_round
         self._parameters: Sequence[nn.Parameter] = [parameter.tensor for parameter in task.parameters]
         self._began = clock()
         self._job: _Job | None = None
@@ -228,9 +246,12 @@ class Measuring:
         self.turns = (*self.turns, turn)[-TURNS_KEPT:]
         if not measures or turn.peer_id != self._peer_id or self._method is None:
             return
-        if self._job is not None:
-            _logger.info("round %d is not measured to its end: the next turn is here", self._job.turn.round)
-        allowed_seconds = SHARE * (self._clock() - self._began) - self.seconds
+        # After the last round there is nothing else to do.
+        over = bool(self._last_round) and state.round >= self._last_round
+        if self._job is not None and not over:
+            _logger.info("round %d is not measured: round %d still is", state.round, self._job.turn.round)
+            return
+        allowed_seconds = math.inf if over else SHARE * (self._clock() - self._began) - self.seconds
         values = [parameter.detach().clone() for parameter in self._parameters]
         self._job = _Job(turn, values, self._method.slices(allowed_seconds))
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import sys
 import threading
 
+from p2ptrain.observe.evaluations import Evaluation, summary_of
 from p2ptrain.observe.status import Standing, Status
 from p2ptrain.peer.progress import Display, lines_of
 
@@ -26,6 +28,33 @@ STATUS = Status(
 
 def test_a_round_fits_a_terminal_of_80_columns() -> None:
     assert all(len(line) < 80 for line in lines_of(STATUS))
+
+
+EVALUATION = Evaluation(
+    time=1.0,
+    round=12_300,
+    state_id="ab" * 32,
+    by="12D3KooWAiWJcQBmoxF34YQZyYJqgY4F5SR9QeNq7j1YfvPq24Hg",
+    figures={"bits_per_byte": 1.43, "perplexity": 45.1},
+    tokens=16_384,
+)
+
+
+def test_what_was_measured_stands_beside_the_train_loss_with_whose_word_it_is() -> None:
+    summary = summary_of([EVALUATION])
+    lines = lines_of(dataclasses.replace(STATUS, evaluation=summary))
+    assert lines[:2] == lines_of(STATUS) and len(lines[2]) < 80
+    assert lines[2] == "held-out 1.430 bits/byte at round 12300 by fvPq24Hg"
+
+
+def test_what_was_measured_is_a_line_of_its_own_in_the_log() -> None:
+    text, json_lines = io.StringIO(), io.StringIO()
+    Display(stream=text).evaluated(EVALUATION)
+    Display(log_format="json", stream=json_lines).evaluated(EVALUATION)
+    said = "fvPq24Hg says of round 12300: held-out 1.430 bits/byte, perplexity 45.1 on 16,384 tokens"
+    assert text.getvalue() == f"{said}\n"
+    entry = json.loads(json_lines.getvalue())
+    assert entry["message"] == said and entry["evaluation"] == EVALUATION.as_json() and "round" not in entry
 
 
 def test_off_a_terminal_a_round_is_one_plain_line() -> None:
