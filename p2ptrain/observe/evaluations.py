@@ -240,7 +240,9 @@ def evaluation_lines(summary: Summary, names: Mapping[str, str]) -> list[str]:
         median = figure_text(name, summary.median)
         far = f": {who} IS FAR OFF" if summary.far_off else ""
         lines.append(f"  median of the newest figures of {summary.measurers} peers: {median}{far}")
-    lines.append(f"  nobody has checked it; a home that holds the round can: p2ptrain eval --round {latest.round}")
+    # A model of somebody's own is nowhere but in its peers' programs.
+    how = f"; a home that holds the round can: p2ptrain eval --round {latest.round}" if latest.tokens else ""
+    lines.append(f"  nobody has checked it{how}")
     return lines
 
 
