@@ -280,10 +280,10 @@ class Measurement:
         behind = time.time() - time.monotonic()
         since, until = window.began + (window.ended - window.began) * 2 / 3 + behind, window.ended + behind
         losses = [
-            entry["loss"]
+            entry["train_loss"]
             for peer in self.peers
             for entry in peer.rounds
-            if since < entry["time"] <= until and entry["loss"] is not None
+            if since < entry["time"] <= until and entry["train_loss"] is not None
         ]
         return statistics.fmean(losses) if losses else None
 

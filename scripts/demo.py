@@ -123,7 +123,7 @@ def draw(peers: list[Peer]) -> Path:
     """The loss of every peer, round by round."""
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
     for peer in peers:
-        points = [(entry["round"], entry["loss"]) for entry in peer.rounds() if entry["loss"] is not None]
+        points = [(entry["round"], entry["train_loss"]) for entry in peer.rounds() if entry["train_loss"] is not None]
         axes.plot(*zip(*points, strict=True), label=peer.name, linewidth=1)
     axes.set(xlabel="round", ylabel="training loss (nats a token)", title="Three peers, one model, no server")
     axes.legend()
@@ -155,7 +155,7 @@ def report(peers: list[Peer], parameters: int, seconds: float) -> dict[str, Any]
         "parameters": parameters,
         "seconds": round(seconds, 1),
         "rounds": last["round"],
-        "loss": peers[0].rounds()[-1]["loss"],
+        "loss": peers[0].rounds()[-1]["train_loss"],
         "heldout_loss": last["loss"],
         "heldout_bits_per_byte": last["bits_per_byte"],
         "compressors_bits_per_byte": last["compressors_bits_per_byte"],

@@ -36,7 +36,8 @@ class Counting(IterableDataset):
 def tell(peer: p2ptrain.Peer) -> None:
     """Print where the model stands: peers of one state have the same parameters, to the bit."""
     parameters = p2ptrain.parameters_sha256(peer.model)
-    print(f"round {peer.round}, {peer.status.members} members, loss {peer.status.loss}: {peer.state_id} {parameters}")
+    loss = f"train loss {peer.status.loss}"
+    print(f"round {peer.round}, {peer.status.members} members, {loss}: {peer.state_id} {parameters}")
 
 
 def main() -> None:

@@ -53,10 +53,18 @@ class Net(nn.Module):
         return self.head(x.flatten(1))
 
 
+def share_right(model: nn.Module) -> dict[str, float]:
+    """Return the share of a thousand new pictures, the same ones everywhere, that the model gets right."""
+    images, labels = pictures(1000, torch.Generator().manual_seed(12345))
+    with torch.no_grad():
+        return {"right": (model(images).argmax(1) == labels).float().mean().item()}
+
+
 def tell(peer: p2ptrain.Peer) -> None:
     """Print where the model stands: peers of one state have the same parameters, to the bit."""
     parameters = p2ptrain.parameters_sha256(peer.model)
-    print(f"round {peer.round}, {peer.status.members} members, loss {peer.status.loss}: {peer.state_id} {parameters}")
+    loss = f"train loss {peer.status.loss}"
+    print(f"round {peer.round}, {peer.status.members} members, {loss}: {peer.state_id} {parameters}")
 
 
 def main() -> None:
@@ -73,7 +81,7 @@ def main() -> None:
     model, generator = Net(), torch.Generator().manual_seed(options.seed)
 
     take_part = p2ptrain.bootstrap if options.command == "bootstrap" else p2ptrain.join
-    peer = take_part(options.where, model=model, home=options.home, host=options.host)
+    peer = take_part(options.where, model=model, home=options.home, host=options.host, evaluate=share_right)
     peer.on_round(tell)
     with peer:
         print(f"others join at {peer.address}", flush=True)
@@ -83,9 +91,7 @@ def main() -> None:
             loss.backward()
             peer.optimizer.step(samples=SAMPLES, loss=loss.item())
 
-    images, labels = pictures(1000, torch.Generator().manual_seed(12345))
-    with torch.no_grad():
-        right = (model(images).argmax(1) == labels).float().mean().item()
+    right = share_right(model)["right"]
     print(f"{100 * right:.1f} % of new pictures right at {peer.state_id} {p2ptrain.parameters_sha256(model)}")
 
 

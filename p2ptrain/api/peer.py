@@ -42,11 +42,13 @@ from p2ptrain.models.own import (
     keepers_of,
     own_task,
 )
+from p2ptrain.observe.evaluations import Evaluation, said_text
 from p2ptrain.observe.status import Status
 from p2ptrain.peer.assembly import Run
 from p2ptrain.peer.session import Part, PeerSession
 from p2ptrain.swarm.addresses import parse_addresses
 from p2ptrain.swarm.invitations import read_invitation
+from p2ptrain.training.measuring import Called, Evaluate
 from p2ptrain.training.selftest import make_ready
 from p2ptrain.training.standing import Books
 from p2ptrain.training.trainer import OwnLoop, Participant, Swarm
@@ -72,6 +74,7 @@ class Peer:
         rounds: stop after having had a part in this many rounds; None: no limit.
         addresses: to meet others at.
         find: finds the run, once the session is connected; it is given the beginning that `model` makes.
+        evaluate: measures `model`, in this peer's turns.
     """
 
     def __init__(
@@ -82,8 +85,10 @@ class Peer:
         rounds: int | None,
         addresses: Sequence[str],
         find: Callable[[PeerSession, Beginning], Run],
+        evaluate: Evaluate | None = None,
     ) -> None:
         self.model = model
+        self._evaluate = evaluate
         #: this peer's part in the run is over: the run has ended, or its `rounds` have
         self.ended = False
         self._settings, self._rounds, self._find = settings, rounds, find
@@ -184,7 +189,10 @@ class Peer:
             return self._loop
 
         self._buffers = buffers_of(self.model)
-        part = self._part = session.take_part(run, task, None, make)
+        method = None if self._evaluate is None else Called(self._evaluate, task)
+        if method is not None and run.manifest.evaluated is None:
+            _logger.warning("the run's manifest sets no [evaluation], so evaluate is never called")
+        part = self._part = session.take_part(run, task, None, make, method)
         self._optimizer = SwarmOptimizer(task.parameters, run.manifest, self._hand)
         self._show_rate()
         self._following = session.following(part.trainer, part.driver, part.presence, part.status)
@@ -263,6 +271,9 @@ class _Heard:
         if not last:
             self._peer._applied()
 
+    def evaluated(self, evaluation: Evaluation) -> None:
+        _logger.info("%s", said_text(evaluation))
+
     def transfer(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
         if done >= total or now - self._said.get(what, 0.0) >= SAY_EVERY_SECONDS:
@@ -299,6 +310,7 @@ def bootstrap(
     host: str | None = None,
     announce: Sequence[str] = (),
     threads: int | None = None,
+    evaluate: Evaluate | None = None,
 ) -> Peer:
     """Return a peer that starts the run which a run.toml describes, with `model` as it is in place of the built-in one.
 
@@ -312,6 +324,8 @@ def bootstrap(
         initial_peers: addresses of peers of an existing DHT to meet in.
         rounds: stop after having had a part in this many rounds.
         name, port, host, announce, threads: as the flags of `p2ptrain bootstrap`.
+        evaluate: called as `evaluate(model)` when it is this peer's turn to measure, at intervals that the run.toml's
+            `[evaluation]` sets; returns up to eight figures by name, which others see as this peer's.
 
     Raises:
         ManifestError: the run.toml is none, or not for a loop of one's own.
@@ -333,7 +347,7 @@ def bootstrap(
         return session.found_run(manifest)
 
     settings = _settings(home, name, port, host, announce, threads)
-    return Peer(settings, model, kinds, rounds, _checked(initial_peers), find)
+    return Peer(settings, model, kinds, rounds, _checked(initial_peers), find, evaluate)
 
 
 def join(
@@ -348,6 +362,7 @@ def join(
     host: str | None = None,
     announce: Sequence[str] = (),
     threads: int | None = None,
+    evaluate: Evaluate | None = None,
 ) -> Peer:
     """Return a peer that trains with the swarm at `addresses`, whose `model` gets the swarm's parameters.
 
@@ -356,7 +371,7 @@ def join(
         model: a module with the names and shapes of the run's; the values that it has do not matter.
         run: name or id of another run than that of the peers at `addresses`.
         invite: invitation to a run that is not open to everyone.
-        home, rounds, name, port, host, announce, threads: as of `bootstrap`.
+        home, rounds, name, port, host, announce, threads, evaluate: as of `bootstrap`.
 
     Raises:
         AddressError: what should be an address is none.
@@ -376,7 +391,7 @@ def join(
         return own
 
     settings = _settings(home, name, port, host, announce, threads)
-    return Peer(settings, model, None, rounds, asked, find)
+    return Peer(settings, model, None, rounds, asked, find, evaluate)
 
 
 def check_strategy(manifest: Manifest) -> None:

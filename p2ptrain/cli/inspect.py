@@ -111,10 +111,12 @@ async def _inspect(addresses: list[str], choice: str | None, own: bytes | None, 
 
 async def look(node: SwarmNode, run_id: bytes, manifest: Manifest) -> Inspection:
     """One look at a run, through a node that is in its DHT already."""
+    from p2ptrain.data.tokenizer import tokenizer_of_run
     from p2ptrain.observe.census import inspect_run
 
     records = await node.read_peers(run_id, manifest.records_key)
-    return inspect_run(run_id, manifest.name, records, await node.crawl())
+    found, tokenizer = await node.crawl(), tokenizer_of_run(manifest)
+    return inspect_run(run_id, manifest.name, records, found, tokenizer_sha256=tokenizer)
 
 
 async def _choose_run(
@@ -135,6 +137,8 @@ def _show(seen: Inspection, format: str, watch: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from p2ptrain.observe.evaluations import evaluation_lines
+
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = FILE_COLUMNS
@@ -147,7 +151,7 @@ def _show(seen: Inspection, format: str, watch: bool) -> None:
         + Text(f"dht: {dht['nodes_alive']} nodes alive, {dht['nodes_dead']} dead")
     )
     table = Table(box=None, pad_edge=False)
-    for title in ("name", "peer", "state", "round", "state id", "tokens/s", "sent/round", "recv/round", "loss"):
+    for title in ("name", "peer", "state", "round", "state id", "tokens/s", "sent/round", "recv/round", "train loss"):
         table.add_column(title, justify="left" if title in ("name", "peer", "state", "state id") else "right")
     for title in ("device", "version", "seen"):
         table.add_column(title)
@@ -164,7 +168,7 @@ def _show(seen: Inspection, format: str, watch: bool) -> None:
                     f"{peer['tokens_per_second']:,.0f}",
                     f"{peer['bytes_sent_per_round'] / 1000:,.1f} kB",
                     f"{peer['bytes_received_per_round'] / 1000:,.1f} kB",
-                    "-" if peer["loss"] is None else f"{peer['loss']:.3f}",
+                    "-" if peer["train_loss"] is None else f"{peer['train_loss']:.3f}",
                     peer["device"],
                     peer["version"],
                     f"{peer['last_seen_seconds']:.0f} s ago",
@@ -172,6 +176,9 @@ def _show(seen: Inspection, format: str, watch: bool) -> None:
             )
         )
     console.print(table)
+    if seen.evaluation is not None:
+        for line in evaluation_lines(seen.evaluation, {peer["peer_id"]: peer["name"] for peer in shown["peers"]}):
+            console.print(Text(printable(line)))
     for peer in shown["peers"]:
         refused = peer["refused_branch"]
         if refused is not None:

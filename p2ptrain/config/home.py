@@ -57,6 +57,8 @@ class Home:
         self.company = path / "company"
         #: what this peer heard and decided before its last failure
         self.decisions = path / "decisions.log"
+        #: what this peer and others have measured of the model, a line each
+        self.evaluations = path / "evaluations.jsonl"
         #: corpora and their tokens
         self.data = path / "data"
         #: names, shapes, kinds and first values, where the run trains a model of somebody's own

@@ -25,8 +25,7 @@ from p2ptrain.errors import ManifestError, P2PTrainError
 
 Toml = dict[str, object]
 
-
-_ONLY_WRITTEN = ("task", "config", "context", "lora", "tokens", "sources")
+_ONLY_WRITTEN = ("task", "config", "context", "lora", "tokens", "sources", "evaluation")
 """Keys that are not set by hand: where they are not set, they are not shown."""
 
 
@@ -150,7 +149,12 @@ def new_manifest(name: str, strategy: Strategy = "demo", width: int | None = Non
     Args:
         width: of a model other than the built-in one, which learning rates follow.
     """
-    table: Toml = {"name": name, "nonce": secrets.token_hex(16), "optimizer": {"strategy": strategy}}
+    table: Toml = {
+        "name": name,
+        "nonce": secrets.token_hex(16),
+        "optimizer": {"strategy": strategy},
+        "evaluation": {},
+    }
     table = strategies.completed(table if width is None else table | {"model": {"embedding": width}})
     return msgspec.convert(table if width is None else table | {"model": {}}, Manifest)
 

@@ -376,6 +376,16 @@ class AccessConfig(_Table, frozen=True, kw_only=True):
             raise ValueError(f'mode = "open" contradicts peers, which lists {len(self.peers)}')
 
 
+class EvaluationConfig(_Table, frozen=True, kw_only=True):
+    """How often members measure the model on held-out text, in turn."""
+
+    every_rounds: Annotated[int, Meta(ge=0, le=1_000_000)] = 50
+    """Rounds between two measurements, each by another member; 0: none. Nobody waits for one that does not come."""
+    tokens: Annotated[int, Meta(ge=1, le=2**24)] = 16_384
+    """Tokens of held-out text to measure on, spread over all of it. A member that has not the time, 3 % of its own,
+    uses fewer and says how many, or lets its turn pass."""
+
+
 class Manifest(_Table, frozen=True, kw_only=True):
     """See the module docstring."""
 
@@ -399,6 +409,8 @@ class Manifest(_Table, frozen=True, kw_only=True):
     codec: CodecConfig = CodecConfig()
     round: RoundConfig = RoundConfig()
     access: AccessConfig = AccessConfig()
+    evaluation: EvaluationConfig | msgspec.UnsetType = msgspec.UNSET
+    """How often members measure the model on held-out text, in turn; left out: never."""
 
     def __post_init__(self) -> None:
         task = self.task_config
@@ -423,6 +435,12 @@ class Manifest(_Table, frozen=True, kw_only=True):
     @property
     def _architecture(self) -> TaskConfig | None:
         return None if self.task_config is None or self.task_config.kind != "hf" else self.task_config
+
+    @property
+    def evaluated(self) -> EvaluationConfig | None:
+        """How members measure the model in turn; None: they do not."""
+        config = self.evaluation
+        return None if isinstance(config, msgspec.UnsetType) or not config.every_rounds else config
 
     @property
     def parameters(self) -> int:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from p2ptrain.config.manifest import Manifest
 from p2ptrain.errors import DataError
 from p2ptrain.state.files import atomic_write
 
@@ -34,6 +35,11 @@ def _shipped() -> bytes:
 def tokenizer_sha256() -> str:
     """Hash of the tokenizer shipped, in hex."""
     return hashlib.sha256(_shipped()).hexdigest()
+
+
+def tokenizer_of_run(manifest: Manifest) -> str:
+    """Hash of the tokenizer that a run's text is in, in hex; empty where a run trains no text that is known here."""
+    return "" if manifest.own_model is not None else manifest.data.tokenizer_sha256 or tokenizer_sha256()
 
 
 @functools.cache

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from p2ptrain.observe.evaluations import Summary, evaluation_of, summary_of
 from p2ptrain.swarm.crawl import Census
 from p2ptrain.swarm.identity import format_peer_id
-from p2ptrain.swarm.records import PeerRecord, RefusedRecord
+from p2ptrain.swarm.records import EvaluationRecord, PeerRecord, RefusedRecord
 
 LOST_SECONDS = 6.5
 LOST_AND_SILENT_SECONDS = 4.0
@@ -30,6 +31,8 @@ class Inspection:
     peers: tuple[dict[str, Any], ...]
     nodes_alive: int
     nodes_dead: int
+    evaluation: Summary | None = None
+    """Of what the peers say they have measured. Whose turn it was, an observer cannot tell."""
 
     def as_json(self) -> dict[str, Any]:
         """The fixed keys of `inspect --format json`."""
@@ -40,6 +43,7 @@ class Inspection:
         return {
             "run": {"id": self.run_id.hex(), "name": self.name, "round": round_number, "state_id": state_id},
             "peers": list(self.peers),
+            "evaluation": None if self.evaluation is None else self.evaluation.as_json(),
             "dht": {"nodes_alive": self.nodes_alive, "nodes_dead": self.nodes_dead},
         }
 
@@ -54,13 +58,24 @@ def _majority(peers: list[dict[str, Any]]) -> tuple[int, str]:
 
 
 def inspect_run(
-    run_id: bytes, name: str, records: Mapping[bytes, PeerRecord], census: Census, now: float | None = None
+    run_id: bytes,
+    name: str,
+    records: Mapping[bytes, PeerRecord],
+    census: Census,
+    now: float | None = None,
+    tokenizer_sha256: str = "",
 ) -> Inspection:
-    """Put together what records and a crawl say at `now` (Unix seconds)."""
+    """Put together what records and a crawl say at `now` (Unix seconds), for a run of text with that tokenizer."""
     now = time.time() if now is None else now
     peers = [_row(record, census, now) for record in records.values()]
     peers.sort(key=lambda peer: (peer["state"] in _GONE, peer["name"], peer["peer_id"]))
-    return Inspection(run_id, name, tuple(peers), len(census.alive), len(census.dead))
+    said = [
+        evaluation_of(record.peer_id, record.evaluation, record.time, tokenizer_sha256)
+        for record in records.values()
+        # A state that its own publisher has not come to is none of this run's yet.
+        if record.evaluation is not None and record.evaluation.round <= record.round
+    ]
+    return Inspection(run_id, name, tuple(peers), len(census.alive), len(census.dead), summary_of(said))
 
 
 def _row(record: PeerRecord, census: Census, now: float) -> dict[str, Any]:
@@ -79,11 +94,23 @@ def _row(record: PeerRecord, census: Census, now: float) -> dict[str, Any]:
         "bytes_sent_per_round": record.bytes_sent_per_round,
         "bytes_received_per_round": record.bytes_received_per_round,
         "loss": record.loss,
+        "train_loss": record.loss,
+        "evaluation": None if record.evaluation is None else _said(record.evaluation),
         "device": record.device,
         "version": record.version,
         "last_seen_seconds": round(age, 1),
         "addresses": list(record.addresses),
         "refused_branch": None if record.refused is None else _refused(record.refused, age),
+    }
+
+
+def _said(evaluation: EvaluationRecord) -> dict[str, Any]:
+    return {
+        "round": evaluation.round,
+        "state_id": evaluation.state_id.hex(),
+        "figures": dict(evaluation.figures),
+        "tokens": evaluation.tokens,
+        "seconds": round(evaluation.seconds, 3),
     }
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from p2ptrain.swarm.records import PeerState, RefusedRecord
+from p2ptrain.observe.evaluations import Summary
+from p2ptrain.observe.turns import Turn
+from p2ptrain.swarm.records import EvaluationRecord, PeerState, RefusedRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class Status:
     state_id: bytes = bytes(32)
     total: int = 0
     members: int = 0
-    #: nats a token, on what it trained on in the last round
+    #: nats a token, on what it trained on in the last round: the train loss
     loss: float | None = None
     #: the same in bits a byte of text
     bits_per_byte: float | None = None
@@ -62,6 +64,14 @@ class Status:
     sequences_given_up: int = 0
     #: since this process began
     snapshots_fetched: int = 0
+    #: what this peer has measured last, on text that nobody trains on
+    measured: EvaluationRecord | None = None
+    #: share of this process's time that measuring has taken
+    measuring_share: float = 0.0
+    #: whose turns the last ones to measure were, oldest first
+    turns: tuple[Turn, ...] = ()
+    #: what this peer and others have measured
+    evaluation: Summary | None = None
     #: the run is over, and this peer has all of it
     finished: bool = False
 

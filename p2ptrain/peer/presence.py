@@ -25,7 +25,7 @@ from p2ptrain.swarm.identity import format_peer_id
 from p2ptrain.swarm.invitations import decode_grant
 from p2ptrain.swarm.limits import Allowance, Backoff
 from p2ptrain.swarm.node import SwarmNode
-from p2ptrain.swarm.records import PeerRecord, RunRecord
+from p2ptrain.swarm.records import EvaluationRecord, PeerRecord, RunRecord
 from p2ptrain.swarm.tasks import cancel_and_wait, failure_logged
 
 PUBLISH_SECONDS = 2.0
@@ -81,6 +81,10 @@ class Presence:
         self._failures = Backoff(*DIAL_AGAIN_SECONDS)
         self._hosts = Allowance(DIALS_PER_SECOND, DIALS_BURST)
         self._meeting: asyncio.Task[None] | None = None
+        #: what peers say of the model, each in its turn: by round and peer, the first that it said
+        self._said: dict[tuple[int, bytes], EvaluationRecord] = {}
+        #: the same, never changed once made, for the trainer's thread
+        self.said: tuple[tuple[bytes, EvaluationRecord], ...] = ()
 
     def hear(self, status: Status) -> None:
         """The trainer's thread says how it is, in a copy for this object alone."""
@@ -127,6 +131,7 @@ class Presence:
             bytes_sent_per_round=status.bytes_sent_per_round,
             bytes_received_per_round=status.bytes_received_per_round,
             loss=status.loss,
+            evaluation=status.measured,
             device=self._device,
             version=__version__,
             addresses=self._addresses[:8],
@@ -156,6 +161,7 @@ class Presence:
         """Dial some of those who seem alive in this run, members first, and follow who answers."""
         now, feed = time.time(), self._driver.feed
         records = await self._node.read_peers(self._run_id, self._secret)
+        self._note_evaluations(records)
         for peer, record in records.items():
             # Neither of two peers that cannot know each other by their chains would call the other.
             grant = decode_grant(record.grant) if record.grant else None
@@ -186,6 +192,18 @@ class Presence:
         if dials:
             self._meeting = asyncio.create_task(self._dial(dials))
             self._meeting.add_done_callback(_failure_logged)
+
+    def _note_evaluations(self, records: Mapping[bytes, PeerRecord]) -> None:
+        """Take what peers say that they have measured, as far as it was their turn and is of our chain."""
+        turns = {(turn.round, turn.peer_id): turn.state_id for turn in self._status.turns}
+        known = {key: said for key, said in self._said.items() if turns.get(key) == said.state_id}
+        for peer, record in records.items():
+            said = record.evaluation
+            if said is not None and turns.get((said.round, peer)) == said.state_id:
+                known.setdefault((said.round, peer), said)
+        if known != self._said:
+            self._said = known
+            self.said = tuple((peer, said) for (_, peer), said in sorted(known.items()))
 
     async def _dial(self, dials: Mapping[bytes, Sequence[str]]) -> None:
         await asyncio.gather(*(self._dial_one(peer, routes) for peer, routes in dials.items()))

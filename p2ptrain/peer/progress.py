@@ -20,6 +20,7 @@ from rich.progress import (
 )
 from rich.status import Status as Spinner
 
+from p2ptrain.observe.evaluations import Evaluation, live_text, said_text
 from p2ptrain.observe.status import Status
 
 PLAIN_EVERY_SECONDS = 1.0
@@ -36,11 +37,14 @@ class Shown(Protocol):
     def round(self, status: Status, *, last: bool = False) -> None:
         """A round was applied, or, with `last`, the peer stops; on the trainer's thread."""
 
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """Somebody, or this peer, says what it has measured of the model; on the trainer's thread."""
+
     def transfer(self, what: str, done: int, total: int) -> None:
         """Progress of a download or a sync: bytes, or rounds where `what` is "rounds"; on the network thread."""
 
     def work(self, what: str, done: int, total: int) -> None:
-        """Progress of something that takes a while here, in bytes."""
+        """Progress of something that takes a while here, in bytes, or rounds where `what` ends with "rounds"."""
 
     def say(self, text: str) -> None:
         """A line for people."""
@@ -85,6 +89,12 @@ class Display:
                 self._printed_at = now
                 self._say("  ".join(lines_of(status)), status)
 
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """Somebody, or this peer, says what it has measured; a terminal shows the newest beside the rounds."""
+        with self._drawing:
+            if not self._quiet and not self._live:
+                self._say(said_text(evaluation), evaluation=evaluation.as_json())
+
     def transfer(self, what: str, done: int, total: int) -> None:
         """Progress of a download or a sync: bytes, or rounds where `what` is "rounds"."""
         with self._drawing:
@@ -96,11 +106,11 @@ class Display:
             now = time.monotonic()
             if done >= total or now - self._said.get(what, 0.0) >= PLAIN_EVERY_SECONDS:
                 self._said[what] = now
-                unit = "" if what == "rounds" else " bytes"
+                unit = "" if _in_rounds(what) else " bytes"
                 self._say(f"fetching {what}: {done:,} of {total:,}{unit}")
 
     def work(self, what: str, done: int, total: int) -> None:
-        """Progress of something that takes a while here, in bytes; what is done in a moment is not worth a line."""
+        """Progress of something that takes a while here, in bytes or rounds; what is done at once is worth no line."""
         with self._drawing:
             if self._quiet:
                 return
@@ -114,7 +124,7 @@ class Display:
                     self._bar(what, done, total)
             elif now - began >= WORK_EVERY_SECONDS:
                 self._said[what] = now
-                self._say(f"{what}: {done:,} of {total:,} bytes")
+                self._say(f"{what}: {done:,} of {total:,}{'' if _in_rounds(what) else ' bytes'}")
 
     def say(self, text: str) -> None:
         """A line for people."""
@@ -130,16 +140,16 @@ class Display:
                 self._spinner.stop()
                 self._spinner = None
 
-    def _say(self, text: str, status: Status | None = None) -> None:
+    def _say(self, text: str, status: Status | None = None, **more: object) -> None:
         if self._json:
-            entry: dict[str, object] = {"time": round(time.time(), 3), "level": "info", "message": text}
+            entry: dict[str, object] = {"time": round(time.time(), 3), "level": "info", "message": text, **more}
             if status is not None:
                 entry |= {
                     "round": status.round,
                     "state_id": status.state_id.hex(),
                     "state": status.state,
-                    "loss": status.loss,
-                    "bits_per_byte": status.bits_per_byte,
+                    "train_loss": status.loss,
+                    "train_bits_per_byte": status.bits_per_byte,
                     "tokens_per_second": round(status.tokens_per_second, 1),
                     "members": status.members,
                     "bytes_sent_per_round": status.bytes_sent_per_round,
@@ -149,13 +159,14 @@ class Display:
                     "sequences_read": status.sequences_read,
                     "sequences_given_up": status.sequences_given_up,
                     "snapshots_fetched": status.snapshots_fetched,
+                    "measuring_share": round(status.measuring_share, 4),
                 }
             text = json.dumps(entry)
         self._console.print(text, markup=False)
 
     def _bar(self, what: str, done: int, total: int) -> None:
         if self._bars is None:
-            amount = MofNCompleteColumn() if what == "fetching rounds" else DownloadColumn()
+            amount = MofNCompleteColumn() if _in_rounds(what) else DownloadColumn()
             self._bars = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -177,15 +188,19 @@ class Display:
             self._bars, self._tasks = None, {}
 
 
-def lines_of(status: Status) -> tuple[str, str]:
-    """One round in two lines of less than 80 columns each."""
+def _in_rounds(what: str) -> bool:
+    return what.endswith("rounds")
+
+
+def lines_of(status: Status) -> tuple[str, ...]:
+    """One round in two lines of less than 80 columns each, and what was measured of the model in a third."""
     loss = "-" if status.loss is None else f"{status.loss:.3f}"
-    bits = "-" if status.bits_per_byte is None else f"{status.bits_per_byte:.3f}"
+    bits = "" if status.bits_per_byte is None else f" ({status.bits_per_byte:.3f} bits/byte)"
     members = f"{status.members} member{'' if status.members == 1 else 's'}"
     sent, received = status.bytes_sent_per_round / 1000, status.bytes_received_per_round / 1000
-    return (
-        f"round {status.round}  {status.state}  loss {loss}  bits/byte {bits}  "
-        f"{status.tokens_per_second:,.0f} tokens/s  {members}",
-        f"sent {sent:,.1f} kB  received {received:,.1f} kB  "
-        f"computed {status.computing_seconds:.2f} s  waited {status.waiting_seconds:.2f} s",
+    lines = (
+        f"round {status.round}  {status.state}  train loss {loss}{bits}  {status.tokens_per_second:,.0f} tokens/s",
+        f"{members}  sent {sent:,.1f} kB  received {received:,.1f} kB  "
+        f"computed {status.computing_seconds:.1f} s  waited {status.waiting_seconds:.1f} s",
     )
+    return lines if status.evaluation is None else (*lines, live_text(status.evaluation))

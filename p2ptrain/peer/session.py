@@ -21,6 +21,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
+from typing import cast
 
 import msgspec
 import torch
@@ -36,10 +37,13 @@ from p2ptrain.config.node import NodeSettings
 from p2ptrain.data.obtaining import Share, obtain_text
 from p2ptrain.data.preparing import Given
 from p2ptrain.data.text import Text
+from p2ptrain.data.tokenizer import tokenizer_of_run
 from p2ptrain.errors import HomeError, ModelError, UnreachableError, UsageError
+from p2ptrain.models.gpt import GPT
 from p2ptrain.models.of_manifest import check_model, task_of
 from p2ptrain.models.own import Beginning, check_length
 from p2ptrain.models.task import Task
+from p2ptrain.observe.evaluations import History
 from p2ptrain.observe.status import Standing, Status
 from p2ptrain.peer import joining
 from p2ptrain.peer.assembly import Link, Make, Run, driver_parts
@@ -60,6 +64,7 @@ from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.swarm.tasks import failure_logged
 from p2ptrain.swarm.thread import NetworkThread
 from p2ptrain.training.device import choose_device
+from p2ptrain.training.measuring import HeldOut, Measuring, Method
 from p2ptrain.training.replica import Replica
 from p2ptrain.training.selftest import make_ready
 from p2ptrain.training.standing import Books
@@ -94,6 +99,16 @@ STOPPING_LOOK_SECONDS = 0.1
 _logger = logging.getLogger(__name__)
 
 
+def _held_out(manifest: Manifest, task: Task, text: Text) -> Method | None:
+    """Return what measures a model of text on what is held out; None: there is nothing to predict."""
+    evaluated = manifest.evaluated
+    if evaluated is None or len(text.heldout.tokens) < 2:
+        return None
+    model = cast(GPT, task.module)  # or what is used as it is
+    # A forward pass over two micro-batches takes less time than forward and backward over one.
+    return HeldOut(model, text.heldout, evaluated.tokens, 2 * manifest.round.micro_batch)
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """What a session works with once it takes part in a run."""
@@ -126,6 +141,8 @@ class PeerSession:
         self._finished = False
         #: when something of the chain was fetched last, by the network thread's clock
         self._fetched_at = -math.inf
+        #: what is known of measurements of the model; None: the run has none
+        self._history: History | None = None
         #: by root, the files of the run that are here whole, for others
         self.files: dict[bytes, PieceFile] = {}
         self.inbox: queue.SimpleQueue[TrainerMessage | None] = queue.SimpleQueue()
@@ -418,7 +435,7 @@ class PeerSession:
             return self._make.trainer(books, train.tokens, train.bytes_per_token, self.inbox, status, **masks)
 
         task = task_of(run.manifest, values, self._make.model)
-        part = self.take_part(run, task, device, make)
+        part = self.take_part(run, task, device, make, _held_out(run.manifest, task, text))
         self._print_join_line(part.addresses)
         with self._signals():
             self._train(part)
@@ -431,12 +448,14 @@ class PeerSession:
         task: Task,
         device: torch.device | None,
         make: Callable[[Books], Participant],
+        method: Method | None = None,
     ) -> Part:
         """Restore this home's replica of `task`, and begin to take part in the run.
 
         Args:
             device: where to compute; None: where the task's module is.
             make: of the home's books, who computes gradients.
+            method: measures the model in this peer's turns; None: they pass.
 
         Raises:
             HomeError: the checkpoint cannot be used.
@@ -447,6 +466,11 @@ class PeerSession:
         replica = Replica(run.manifest, run.run_id, device, task)
         trainer = make(Books(replica, self.node.peer_id, self.home.checkpoints, own_log))
         status = trainer.status
+        evaluated = run.manifest.evaluated
+        if evaluated is not None:
+            every, last = evaluated.every_rounds, run.manifest.last_round
+            trainer.measuring = Measuring(every, self.node.peer_id, task, method, last_round=last)
+            self._history = History(self.home.evaluations, tokenizer_of_run(run.manifest))
         trainer.restore(journal)
         driver = self._start_driver(run, replica, journal, own_log, uplink)
         addresses = self.network.run(self.node.join_addresses(), ASK_SECONDS)
@@ -579,6 +603,12 @@ class PeerSession:
         standing = driver.standing
         status.finished = self._finished
         status.take(standing)
+        if self._history is not None:
+            own = () if status.measured is None else ((self.node.peer_id, status.measured),)
+            new = self._history.hear((*own, *presence.said))
+            status.evaluation = self._history.summary(status.turns)
+            for evaluation in new:
+                self.display.evaluated(evaluation)
         self.network.loop.call_soon_threadsafe(presence.hear, replace(status))
         return standing
 
@@ -591,6 +621,9 @@ class PeerSession:
     def finish(self, part: Part) -> None:
         """Save; after the run's last round stay a while for those who lack it."""
         part.trainer.save()
+        if self._finished and part.trainer.measuring is not None and part.trainer.measuring.under_way:
+            self.display.say("measuring the model of the run's last round")
+            part.trainer.finish_measuring(lambda: self._stopping)
         self._tell(part.driver, part.presence, part.status)
         self._say_end(part.trainer, part.status)
         if self._finished:

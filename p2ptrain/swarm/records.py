@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal, TypeVar
 
 import msgspec
@@ -54,6 +55,10 @@ PeerId = Annotated[bytes, Meta(min_length=PEER_ID_BYTES, max_length=PEER_ID_BYTE
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Quantity = Annotated[float, Meta(ge=0.0)]
 
+FIGURES_MAX = 8
+"""Figures of one evaluation."""
+FigureName = Annotated[str, Meta(pattern=r"^[A-Za-z][A-Za-z0-9_.-]{0,31}\Z")]
+
 PeerState = Literal["joining", "syncing", "training", "solo", "paused", "leaving", "finished"]
 
 
@@ -85,6 +90,20 @@ class RefusedRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Since then, when the record was published."""
 
 
+class EvaluationRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What a peer says it has measured of the run's model. It is that peer's word: nobody has checked it."""
+
+    round: Count
+    state_id: Hash
+    """Of the model that it measured."""
+    figures: Annotated[dict[FigureName, float], Meta(min_length=1, max_length=FIGURES_MAX)]
+    """By name: `bits_per_byte` and `perplexity` (a token) on held-out text, or what a model's owner has chosen."""
+    tokens: Count = 0
+    """Tokens of held-out text that it measured on; 0 where it is no such text."""
+    seconds: Quantity = 0.0
+    """What it took."""
+
+
 class PeerRecord(Record, frozen=True, kw_only=True):
     """What a peer says of itself, every few seconds."""
 
@@ -104,7 +123,9 @@ class PeerRecord(Record, frozen=True, kw_only=True):
     """In the last round, framing included, to itself excluded."""
     bytes_received_per_round: Count = 0
     loss: float | None = None
-    """Nats a token, on what it trained on in the last round; None before the first."""
+    """Nats a token, on what it trained on in the last round; None before the first. No held-out text has part in it."""
+    evaluation: EvaluationRecord | None = None
+    """What it has measured last; None: nothing since it started."""
     device: Text = ""
     version: Text = ""
     addresses: Annotated[list[Address], Meta(max_length=16)] = []
@@ -251,7 +272,19 @@ def _decode_body(body: bytes, record_type: type[R]) -> R:
         record = msgspec.msgpack.decode(body, type=record_type)
     except (msgspec.MsgspecError, ValueError) as error:
         raise RecordError(f"not a valid {record_type.kind} record: {error}") from error
-    for name, value in msgspec.structs.asdict(record).items():
-        if isinstance(value, float) and not math.isfinite(value):
+    for name, value in _numbers("", record):
+        if not math.isfinite(value):
             raise RecordError(f"not a valid {record_type.kind} record: {name} is not finite")
     return record
+
+
+def _numbers(name: str, value: object) -> Iterator[tuple[str, float]]:
+    """Yield the floats in a record, and in what it holds, with their names."""
+    if isinstance(value, float):
+        yield name, value
+    elif isinstance(value, msgspec.Struct):
+        for field in value.__struct_fields__:
+            yield from _numbers(field, getattr(value, field))
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _numbers(str(key), inner)

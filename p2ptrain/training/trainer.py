@@ -36,6 +36,7 @@ from p2ptrain.rounds.inbox import Dropped, Restore, TrainerMessage
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import OwnEntry
 from p2ptrain.training.ledger import WINDOW
+from p2ptrain.training.measuring import Measuring
 from p2ptrain.training.replica import build_local
 from p2ptrain.training.standing import Books
 
@@ -92,6 +93,10 @@ class Participant:
         self.books, self.replica, self.ledger = books, replica, books.ledger
         self._local: Gathers = local
         self.status = status
+        #: measures the model when it is this peer's turn; None: nobody does
+        self.measuring: Measuring | None = None
+        #: seconds of measuring since the round applied last
+        self._measured_seconds = 0.0
         #: rounds applied in which this peer had a part; those caught up on do not count
         self.rounds_applied = 0
         self._peer_id, self._inbox, self._clock = books.peer_id, inbox, clock
@@ -162,8 +167,12 @@ class Participant:
         while True:
             if self.has_work and self._inbox.empty():
                 if self.needs_batch:
+                    if self.measure(waiting=False):
+                        continue
                     return True
                 self.hand_over(swarm)
+                continue
+            if self._inbox.empty() and self.measure(waiting=True):
                 continue
             message = self._inbox.get()
             if message is None:
@@ -172,6 +181,30 @@ class Participant:
             # What was restored may be where the run ends, and no round comes after it.
             if isinstance(message, events.Apply | Restore) and not after_round():
                 return False
+
+    def measure(self, *, waiting: bool) -> bool:
+        """Measure a slice of a round whose turn is this peer's; False: there is none to measure now.
+
+        Args:
+            waiting: whether there is nothing else to do.
+        """
+        if self.measuring is None or not self.measuring.under_way:
+            return False
+        began = self.measuring.seconds
+        done = self.measuring.slice(waiting=waiting)
+        self._measured_seconds += self.measuring.seconds - began
+        self._show_measured()
+        return done
+
+    def finish_measuring(self, given_up: Callable[[], bool]) -> None:
+        """Measure what is under way to its end, unless `given_up`, asked after each slice, says so."""
+        while not given_up() and self.measure(waiting=True):
+            pass
+
+    def _show_measured(self) -> None:
+        if self.measuring is not None:
+            self.status.measured, self.status.turns = self.measuring.measured, self.measuring.turns
+            self.status.measuring_share = self.measuring.share
 
     def take(self, message: TrainerMessage, swarm: Swarm) -> None:
         """Do what the network thread asks for."""
@@ -192,6 +225,8 @@ class Participant:
             case events.Rollback():
                 self.ledger.undo_after(message.state.round)
                 self.replica.undo()
+                if self.measuring is not None:
+                    self.measuring.back_to(message.state.round)
                 self._show()
             case Restore():
                 self._on_restore(message, swarm)
@@ -230,12 +265,15 @@ class Participant:
         if self._current is not None and self._current.key.round <= sealed.seal.round:
             self._current = None
         now = self._clock()
-        self.status.waiting_seconds = max(0.0, now - self._applied_at - self.status.computing_seconds)
+        busy_seconds = self.status.computing_seconds + self._measured_seconds
+        self.status.waiting_seconds, self._measured_seconds = max(0.0, now - self._applied_at - busy_seconds), 0.0
         if message.contributed:
             # By the clock on the wall, waiting included: what the run gets of this machine.
             self.status.tokens_per_second = self._tokens_sent / max(now - self._contributed_at, 1e-6)
             self._contributed_at = now
         self._applied_at = now
+        if self.measuring is not None:
+            self.measuring.reached(self.replica.chain)
         self._show()
         self._snapshot_if_due(sealed, swarm)
         if now - self._saved_at > CHECKPOINT_SECONDS or not self._saved:
@@ -254,8 +292,12 @@ class Participant:
         else:
             self.replica.reset()
         self._current = None
+        if self.measuring is not None:
+            self.measuring.back_to(self.replica.chain.round)
         for sealed in message.rounds:
             self._apply(sealed)
+            if self.measuring is not None:
+                self.measuring.reached(self.replica.chain, measures=False)
             self._snapshot_if_due(sealed, swarm)
         # What this has undone must be known after a crash, when the journal may no longer reach back to the fork.
         self._save(swarm)
@@ -364,6 +406,7 @@ class Participant:
         state = self.replica.chain
         self.status.round, self.status.state_id, self.status.total = state.round, state.id, state.total
         self.status.sequences_read = self.books.sequences_read
+        self._show_measured()
 
 
 class Trainer(Participant):

@@ -470,8 +470,8 @@ class Soak:
             "sequences_lost_in_crashes": sum(fault.sequences_lost for fault in self.faults),
             "errors_logged": sum(line.get("level") in ("error", "critical") for line in lines),
             "faults": self.by_kind(),
-            "first_loss": next((e["loss"] for e in self.spared.rounds if e["loss"] is not None), None),
-            "last_loss": self.spared.rounds[-1]["loss"],
+            "first_loss": next((e["train_loss"] for e in self.spared.rounds if e["train_loss"] is not None), None),
+            "last_loss": self.spared.rounds[-1]["train_loss"],
         }
 
     def hold(self, condition: bool, what: str) -> None:

@@ -331,12 +331,16 @@ class Swarm:
         self.manifest = folder / "run.toml"
         self.text = folder / "addresses.txt"
 
-    def write_manifest(self, *, last_round: int = 0, root_interval: int = 8, own_text: bool = True) -> None:
+    def write_manifest(
+        self, *, last_round: int = 0, root_interval: int = 8, own_text: bool = True, evaluated_every: int = 0
+    ) -> None:
         """A small run on real text: 400 kB of addresses, or all of them."""
         data = self.own_text("ada") if own_text else ""
         text_of = MANIFEST.format(
             nonce=os.urandom(16).hex(), last_round=last_round, data=data, root_interval=root_interval
         )
+        if evaluated_every:
+            text_of += f"\n[evaluation]\nevery_rounds = {evaluated_every}\ntokens = 256\n"
         self.manifest.write_text(text_of)
 
     def own_text(self, name: str) -> str:

@@ -55,7 +55,7 @@ def same_export(*peers: Peer) -> None:
 
 def test_a_late_peer_ends_bit_identical_and_inspect_tells_the_truth_all_along(swarm: Swarm) -> None:
     swarm.fresh = True  # as users start them
-    swarm.write_manifest(last_round=120)
+    swarm.write_manifest(last_round=120, evaluated_every=10)
     ada = swarm.bootstrap("ada")
     address = ada.address()
     observer = swarm.watch(address)
@@ -71,11 +71,35 @@ def test_a_late_peer_ends_bit_identical_and_inspect_tells_the_truth_all_along(sw
     for peer in seen["peers"]:
         assert peer["tokens_per_second"] > 0 or peer["name"] == "linus"
         assert peer["last_seen_seconds"] < 10
+    told = seen["evaluation"]
+    assert told["by"] in {peer["peer_id"] for peer in seen["peers"]} and told["figures"]["bits_per_byte"] > 0
     same_replica(ada, grace, linus)
+    measured_in_turn_and_checked_by(linus, ada)
     result = run("eval", "--home", str(linus.home), "--format", "json", "--max-tokens", "500", fresh=True)
     assert json.loads(result.stdout)["parameters_sha256"] == linus.replica()[1]
     text = run("sample", "--home", str(linus.home), "--prompt", "Fellow citizens", "--tokens", "5", fresh=True).stdout
     assert text.startswith("Fellow citizens")
+
+
+def measured_in_turn_and_checked_by(peer: Peer, other: Peer) -> None:
+    """Members have measured rounds in turn; both peers were told alike, and what this one holds it finds again."""
+    histories = []
+    for home in (peer.home, other.home):
+        lines = run("eval", "--history", "--format", "json", "--home", str(home)).stdout.splitlines()
+        histories.append({(one["round"], one["by"]): one for one in map(json.loads, lines)})
+    known, others = histories
+    common = known.keys() & others.keys()
+    assert common and all(known[key]["figures"] == others[key]["figures"] for key in common)
+    assert len({by for _, by in known}) >= 2 and len({round for round, _ in known}) == len(known)
+    logged = [entry["evaluation"] for entry in peer.entries() if "evaluation" in entry]
+    assert [(one["round"], one["by"]) for one in logged] == list(known)
+    newest = max(common)
+    found = run("eval", "--round", str(newest[0]), "--format", "json", "--home", str(peer.home))
+    measured = json.loads(found.stdout)
+    assert measured["state_id"] == known[newest]["state_id"] and measured["tokens"] == 256
+    (said,) = measured["members"]
+    assert said["agrees"] and said["by"] == newest[1]
+    assert said["figures"]["perplexity"] == pytest.approx(measured["perplexity"], rel=1e-4)
 
 
 @pytest.mark.parametrize("moment", ["a reply half sent", "any moment"])

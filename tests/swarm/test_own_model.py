@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import signal
@@ -41,6 +42,9 @@ reply_timeout_seconds = 2.0
 seal_timeout_seconds = 1.0
 alone_after_seconds = 4.0
 root_interval = 8
+
+[evaluation]
+every_rounds = 10
 """
 
 
@@ -77,7 +81,7 @@ class Example:
 
     def losses(self) -> list[float]:
         """What it said of its losses."""
-        return [float(loss) for loss in re.findall(r"^round .*, loss (\d\S+): ", self.log.read_text(), re.M)]
+        return [float(loss) for loss in re.findall(r"^round .*, train loss (\d\S+): ", self.log.read_text(), re.M)]
 
     def reaches(self, round: int, seconds: float = 90.0) -> None:
         """Wait until its journal holds this round."""
@@ -195,14 +199,19 @@ def test_a_peer_that_was_killed_goes_on_with_its_home_whatever_its_model_begins_
     kept = [ada.home / name for name in ("manifest.signed", "beginning")]
     before = [path.read_bytes() for path in kept]
     again = examples.start("ada", 5, "bootstrap", str(examples.manifest))
-    end = again.said(r"% of new pictures right at (\w+ \w+)", 120)
+    end = again.said(r"(\S+) % of new pictures right at (\w+ \w+)", 120)
     assert again.process.wait(60) == 0
     assert [path.read_bytes() for path in kept] == before
+    # It has measured the model in its turns, in both lives, and the last round as the example itself does.
+    measured = [json.loads(line) for line in (ada.home / "evaluations.jsonl").read_text().splitlines()]
+    assert [one["round"] for one in measured] == sorted({one["round"] for one in measured}) and len(measured) >= 2
+    assert measured[0]["round"] < 20 and measured[-1]["round"] == 40
+    assert f"{100 * measured[-1]['figures']['right']:.1f}" == end[1]
     assert max(map(int, re.findall(r"^round (\d+)", again.log.read_text(), re.M))) == 40
     # What is over stays as it was.
     once_more = examples.start("ada", 6, "bootstrap", str(examples.manifest))
     assert once_more.process.wait(90) == 0
-    assert once_more.said(r"right at (\w+ \w+)", 1)[1] == end[1]
+    assert once_more.said(r"right at (\w+ \w+)", 1)[1] == end[2]
 
 
 def test_the_snippets_of_the_docs_run_as_they_stand(

@@ -20,7 +20,7 @@ from p2ptrain.calls.client import Client
 from p2ptrain.calls.messages import CallError, Tip, Traffic
 from p2ptrain.calls.news import NewsFeed
 from p2ptrain.calls.uplink import CAREFUL_KBIT, UplinkMeter
-from p2ptrain.config.manifest import Manifest, ModelConfig, RoundConfig
+from p2ptrain.config.manifest import EvaluationConfig, Manifest, ModelConfig, RoundConfig
 from p2ptrain.config.node import NodeSettings
 from p2ptrain.data.text import Part, embedded_text
 from p2ptrain.history.catching_up import CatchingUp
@@ -49,6 +49,7 @@ MANIFEST = Manifest(
     nonce="0" * 32,
     model=ModelConfig(layers=1, heads=1, embedding=16, context=16),
     round=RoundConfig(pace="fixed", sequences_per_peer=4, micro_batch=4, root_interval=4),
+    evaluation=EvaluationConfig(every_rounds=3, tokens=64),
 )
 
 
@@ -180,7 +181,7 @@ def test_neither_thread_touches_what_is_the_others(
 
     messages = frozenset({"contribute", "root_computed", "prune_own_log", "doubt", "others_reach", "stop", "standing"})
     belongs(RoundDriver, NETWORKS.__contains__, messages)
-    belongs(Presence, NETWORKS.__contains__, frozenset({"hear", "say_leaving"}))
+    belongs(Presence, NETWORKS.__contains__, frozenset({"hear", "say_leaving", "said"}))
     for kind in (Answering, Auditing, Sending, RoundMachine, NewsFeed, CatchingUp, Journal, UplinkMeter, Traffic):
         belongs(kind, NETWORKS.__contains__)
     fixed = frozenset({"peer_id", "identity", "port", "observer", "dialable", "close", "on_restart"})

@@ -19,6 +19,7 @@ from p2ptrain.config.manifest import (
     TOKENIZER_VOCABULARY,
     AccessConfig,
     DataConfig,
+    EvaluationConfig,
     FileConfig,
     Manifest,
     ModelConfig,
@@ -79,7 +80,8 @@ def test_every_key_is_part_of_the_hash() -> None:
     task = TaskConfig(parameters=7, values=VALUES)
     source = SourceConfig(name="letters", license="MIT")
     data = DataConfig(tokens=FileConfig(bytes=9, root="0" * 64), sources=(source,))
-    whole = msgspec.structs.replace(small(), founder=PEER, round=RoundConfig(robust="mean"), task=task, data=data)
+    more = {"task": task, "data": data, "evaluation": EvaluationConfig()}
+    whole = msgspec.structs.replace(small(), founder=PEER, round=RoundConfig(robust="mean"), **more)
     body = msgspec.msgpack.decode(canonical_bytes(whole))
     for path, _ in tables(Manifest):
         inner = body

@@ -16,7 +16,7 @@ from p2ptrain.cli.inspect import _show
 from p2ptrain.observe.census import LOST_AND_SILENT_SECONDS, LOST_SECONDS, inspect_run
 from p2ptrain.swarm.crawl import Census
 from p2ptrain.swarm.identity import format_peer_id
-from p2ptrain.swarm.records import PeerRecord, RefusedRecord
+from p2ptrain.swarm.records import EvaluationRecord, PeerRecord, RefusedRecord
 
 NOW = 1_000_000.0
 A, B = bytes([1]) * 32, bytes([2]) * 32
@@ -30,6 +30,7 @@ def record(
     round: int = 7,
     state_id: bytes = A,
     refused: RefusedRecord | None = None,
+    evaluation: EvaluationRecord | None = None,
 ) -> PeerRecord:
     return PeerRecord(
         peer_id=identity_of(name).peer_id,
@@ -42,6 +43,7 @@ def record(
         state_id=state_id,
         total=20,
         refused=refused,
+        evaluation=evaluation,
     )
 
 
@@ -58,7 +60,7 @@ def states(seen: dict[str, Any]) -> dict[str, str]:
 
 def test_the_keys_are_those_that_programs_rely_on() -> None:
     seen = look(record("ada"))
-    assert seen.keys() == {"run", "peers", "dht"}
+    assert seen.keys() == {"run", "peers", "evaluation", "dht"} and seen["evaluation"] is None
     assert seen["run"] == {"id": RUN_ID.hex(), "name": "run", "round": 7, "state_id": A.hex()}
     assert seen["dht"] == {"nodes_alive": 1, "nodes_dead": 0}
     (peer,) = seen["peers"]
@@ -91,6 +93,35 @@ def test_the_table_says_it_in_a_line_of_its_own(capsys: pytest.CaptureFixture[st
     *_, line = capsys.readouterr().out.splitlines()
     told = "ada refused a branch up to round 90 (total 400) that 8Jkwp3Zq has, 12 s ago: 0 of 3 members behind it"
     assert line.strip() == told
+
+
+def says(round: int, bits: float, state_id: bytes = A) -> EvaluationRecord:
+    return EvaluationRecord(round=round, state_id=state_id, figures={"bits_per_byte": bits}, tokens=64)
+
+
+def test_what_peers_have_measured_is_shown_as_what_they_say(capsys: pytest.CaptureFixture[str]) -> None:
+    records = [
+        record("ada", round=40, evaluation=says(10, 1.62)),
+        record("grace", round=40, evaluation=says(20, 1.60)),
+        record("linus", round=40, evaluation=says(40, 0.2)),
+        # Of a round that it has not come to itself.
+        record("mallory", round=40, evaluation=says(2**62, 0.1)),
+        record("edsger", round=40),
+    ]
+    seen = look(*records)
+    told = seen["evaluation"]
+    assert (told["round"], told["median"], told["measurers"], told["far_off"]) == (40, 1.60, 3, True)
+    assert told["by"] == format_peer_id(identity_of("linus").peer_id)
+    peers = {peer["name"]: peer for peer in seen["peers"]}
+    assert peers["ada"]["evaluation"]["figures"] == {"bits_per_byte": 1.62} and peers["edsger"]["evaluation"] is None
+    found = {one.peer_id: one for one in records}
+    seen_by = inspect_run(RUN_ID, "run", found, Census(frozenset(found), frozenset()), NOW, "ab" * 32)
+    _show(seen_by, "table", watch=False)
+    out = capsys.readouterr().out
+    end = told["by"][-8:]
+    assert f"held-out: 0.200 bits/byte on 64 tokens at round 40, says linus ({end})" in out and "train loss" in out
+    assert f"  median of the newest figures of 3 peers: 1.600 bits/byte: linus ({end}) IS FAR OFF" in out
+    assert "nobody has checked it; a home that holds the round can: p2ptrain eval --round 40" in out
 
 
 def test_who_has_said_nothing_for_long_is_lost() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import sys
 import threading
 
+from p2ptrain.observe.evaluations import Evaluation, summary_of
 from p2ptrain.observe.status import Standing, Status
 from p2ptrain.peer.progress import Display, lines_of
 
@@ -28,11 +30,38 @@ def test_a_round_fits_a_terminal_of_80_columns() -> None:
     assert all(len(line) < 80 for line in lines_of(STATUS))
 
 
+EVALUATION = Evaluation(
+    time=1.0,
+    round=12_300,
+    state_id="ab" * 32,
+    by="12D3KooWAiWJcQBmoxF34YQZyYJqgY4F5SR9QeNq7j1YfvPq24Hg",
+    figures={"bits_per_byte": 1.43, "perplexity": 45.1},
+    tokens=16_384,
+)
+
+
+def test_what_was_measured_stands_beside_the_train_loss_with_whose_word_it_is() -> None:
+    summary = summary_of([EVALUATION])
+    lines = lines_of(dataclasses.replace(STATUS, evaluation=summary))
+    assert lines[:2] == lines_of(STATUS) and len(lines[2]) < 80
+    assert lines[2] == "held-out 1.430 bits/byte at round 12300 by fvPq24Hg"
+
+
+def test_what_was_measured_is_a_line_of_its_own_in_the_log() -> None:
+    text, json_lines = io.StringIO(), io.StringIO()
+    Display(stream=text).evaluated(EVALUATION)
+    Display(log_format="json", stream=json_lines).evaluated(EVALUATION)
+    said = "fvPq24Hg says of round 12300: held-out 1.430 bits/byte, perplexity 45.1 on 16,384 tokens"
+    assert text.getvalue() == f"{said}\n"
+    entry = json.loads(json_lines.getvalue())
+    assert entry["message"] == said and entry["evaluation"] == EVALUATION.as_json() and "round" not in entry
+
+
 def test_off_a_terminal_a_round_is_one_plain_line() -> None:
     out = io.StringIO()
     Display(stream=out).round(STATUS)
     assert out.getvalue() == "  ".join(lines_of(STATUS)) + "\n"
-    assert "loss 5.123  bits/byte 1.700" in out.getvalue()
+    assert "train loss 5.123 (1.700 bits/byte)" in out.getvalue()
 
 
 def test_rounds_of_one_second_are_one_line_but_the_last_is_always_said() -> None:
@@ -51,7 +80,7 @@ def test_for_programs_each_line_is_an_object() -> None:
     display.say("hello")
     display.transfer("snapshot", 10, 10)
     first, second, third = map(json.loads, out.getvalue().splitlines())
-    assert (first["round"], first["loss"], first["members"]) == (12_345, 5.12345, 16)
+    assert (first["round"], first["train_loss"], first["members"]) == (12_345, 5.12345, 16)
     assert second["message"] == "hello"
     assert third["message"] == "fetching snapshot: 10 of 10 bytes"
 

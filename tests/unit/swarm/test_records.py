@@ -18,6 +18,7 @@ from p2ptrain.swarm.records import (
     MANIFEST_SUBKEY,
     MAX_RECORD_BYTES,
     MAX_RECORD_SECONDS,
+    EvaluationRecord,
     PeerRecord,
     RecordError,
     RefusedRecord,
@@ -59,6 +60,11 @@ def refused(**changes: Any) -> RefusedRecord:
     return RefusedRecord(**(fields | changes))  # type: ignore[arg-type]
 
 
+def evaluation(**changes: Any) -> EvaluationRecord:
+    fields = {"round": 50, "state_id": bytes(32), "figures": {"bits_per_byte": 1.4}, "tokens": 9, "seconds": 0.5}
+    return EvaluationRecord(**(fields | changes))  # type: ignore[arg-type]
+
+
 def encoded(**changes: Any) -> bytes:
     return encode_record(ME, KEY, peer_record(**changes), NOW + 30)
 
@@ -69,7 +75,7 @@ def encoded(**changes: Any) -> bytes:
     total=st.integers(0, 2**63 - 1),
 )
 def test_a_record_comes_back_as_it_was(name: str, loss: float | None, total: int) -> None:
-    record = peer_record(name=name, loss=loss, total=total, refused=refused(total=total))
+    record = peer_record(name=name, loss=loss, total=total, refused=refused(total=total), evaluation=evaluation())
     data = encode_record(ME, KEY, record, NOW + 30)
     assert open_record(data, KEY, ME.peer_id, PeerRecord, now=NOW) == record
 
@@ -149,6 +155,19 @@ def test_a_record_ends_and_does_not_come_from_the_future() -> None:
         {"refused": refused(total=2**63)},
         {"refused": refused(age_seconds=-1)},
         {"refused": refused(age_seconds=math.inf)},
+        {"evaluation": evaluation(round=-1)},
+        {"evaluation": evaluation(state_id=b"short")},
+        {"evaluation": evaluation(tokens=2**63)},
+        {"evaluation": evaluation(seconds=-1.0)},
+        {"evaluation": evaluation(seconds=math.inf)},
+        {"evaluation": evaluation(figures={})},
+        {"evaluation": evaluation(figures={"bits_per_byte": math.nan})},
+        {"evaluation": evaluation(figures={"bits_per_byte": -math.inf})},
+        {"evaluation": evaluation(figures={"bits_per_byte": "1.4"})},
+        {"evaluation": evaluation(figures={f"f{n}": 1.0 for n in range(9)})},
+        {"evaluation": evaluation(figures={"x" * 33: 1.0})},
+        {"evaluation": evaluation(figures={"\x1b[2J": 1.0})},
+        {"evaluation": evaluation(figures={"": 1.0})},
     ],
 )
 def test_impossible_values_are_not_published(changes: dict[str, Any]) -> None:
