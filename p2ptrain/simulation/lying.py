@@ -15,7 +15,7 @@ from p2ptrain.calls.messages import CallError
 from p2ptrain.chain import ChainState, Expulsion, RoundShape, evidence
 from p2ptrain.chain.evidence import Bundle, Proof
 from p2ptrain.chain.sealed import Key, Reply, reply_digest
-from p2ptrain.chain.state import may_accuse
+from p2ptrain.chain.state import STANDING_TRUSTED, may_accuse
 from p2ptrain.compression import wire
 from p2ptrain.compression.codec import Codec
 from p2ptrain.compression.reduce import reduce_part
@@ -188,9 +188,9 @@ class Lying(World):
         for peer in self.peers[1:]:
             peer.start()
         await self._until(
-            lambda: everybody <= {m.peer_id for m in founder.machine.head.following if m.included},
+            lambda: everybody <= {m.peer_id for m in founder.machine.head.now if m.standing >= STANDING_TRUSTED},
             240.0,
-            "all are members",
+            "all reduce",
         )
         liars = {peer.id for peer in self._liars}
         if self._kind in ("wrong_sum", "withheld", "two_replies"):
