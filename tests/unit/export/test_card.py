@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from homes import MEMBERS, SEQUENCES_READ, made_home
 from lone import MANIFEST, identity_of
 
-from p2ptrain.config.manifest import DataConfig, FileConfig, SourceConfig
+from p2ptrain.config.manifest import PROTOCOL_VERSION, DataConfig, FileConfig, SourceConfig
 from p2ptrain.data.token_file import Header
 from p2ptrain.export.card import Lines, Told, card_of, hub_licences
 from p2ptrain.export.held import Held, load_held
@@ -113,7 +113,7 @@ def test_it_says_what_was_trained_on_how_far_by_whom_and_how_to_check_it(tmp_pat
         f"| root | `{held.root.hex()}` |",
         f"| SHA-256 of the parameters | `{'12' * 32}` |",
         f"| SHA-256 of model.safetensors | `{'34' * 32}` |",
-        "| protocol | `9` |",
+        f"| protocol | `{PROTOCOL_VERSION}` |",
         "p2ptrain export CHECK --home HOME --round 8 --format safetensors --json",
         *(f"- `{format_peer_id(identity_of(name).peer_id)}`" for name in MEMBERS),
     ):

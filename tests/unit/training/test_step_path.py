@@ -250,6 +250,7 @@ WRONG: dict[str, Change] = {
     # Beginning and rates.
     "_splitmix64": result,
     "unit_normal_integers": result,
+    "fill_normal": lambda arguments, of: nudged(arguments[0].data),
     "initialise": lambda arguments, of: nudged(next(arguments[0].parameters()).data),
     "learning_rate": doubles,
     "_cosine": doubles,
