@@ -323,9 +323,9 @@ OF_LIES = {
 
 #: the histories that these break are rare: begin with one of them
 BEGIN_AT = {
-    forget_through_a_restart_who_was_there: 136,
+    forget_through_a_restart_who_was_there: 180,
     ignore_the_fork_rule: 94,
-    judge_forks_by_work_alone: 67,
+    judge_forks_by_work_alone: 91,
 }
 
 
