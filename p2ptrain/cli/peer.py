@@ -70,7 +70,7 @@ def run_peer(
         session.connect(addresses)
         run = find_run(session)
         session.enter_run(run)
-        warn(stop_where_unfit(of_machine(settings, run.manifest)))
+        warn(stop_where_unfit(of_machine(settings, run.manifest.parameters)))
         display.say(describe(run.manifest, run.run_id))
         text = session.obtain_text(run, given, share)
         session.train(run, text, session.obtain_values(run, model))
