@@ -66,7 +66,7 @@ def run_peer(
     display = Display(log_format=settings.log_format, quiet=quiet)
     with PeerSession(settings, display, rounds, make) as session, log_kept(session.home.log):
         # What would fail later, and may after a long download, is said now.
-        warn(stop_where_unfit(of_machine(settings, None)))
+        stop_where_unfit(of_machine(settings, None))
         session.connect(addresses)
         run = find_run(session)
         session.enter_run(run)

@@ -502,7 +502,6 @@ class PeerSession:
         part.trainer.save()
         self._tell(part.driver, part.presence, part.status)
         self.display.round(part.status, last=True)
-        part.driver.leave()
         with contextlib.suppress(TimeoutError):
             self.network.run(part.driver.retire(), STOP_SECONDS)
         self._driver = self.owner.driver = None
