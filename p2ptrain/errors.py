@@ -100,3 +100,9 @@ class ModelError(P2PTrainError):
     """The model cannot be trained by a swarm, or is another one than the run's."""
 
     exit_code = 16
+
+
+class NotRunningError(P2PTrainError):
+    """No peer runs in the home that a command is for."""
+
+    exit_code = 17

@@ -21,6 +21,8 @@ from p2ptrain.calls.messages import (
     AuditRequest,
     CallError,
     ContributionHeader,
+    Dial,
+    Dialled,
     FileRequest,
     Follow,
     FrameReader,
@@ -306,6 +308,12 @@ async def hello(node: SwarmNode, peer: bytes) -> Welcome:
     """Ask a peer which run it is in. Raises CallError, also when it is no p2ptrain peer at all."""
     traffic = Traffic()
     return await unary(node, peer, "rpc_hello", traffic.message(Hello(PROTOCOL_VERSION)), Welcome, traffic)
+
+
+async def dialled(node: SwarmNode, peer: bytes, port: int) -> Dialled:
+    """Have `peer` try whether this port can be reached where it sees us. Raises CallError, also when it does not."""
+    traffic = Traffic()
+    return await unary(node, peer, "rpc_dial", traffic.message(Dial(port)), Dialled, traffic)
 
 
 async def amend(node: SwarmNode, peer: bytes, run_id: bytes, statements: tuple[Statement, ...]) -> None:

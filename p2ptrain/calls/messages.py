@@ -203,6 +203,19 @@ class JoinRequest(_Message, frozen=True):
     row: Row
 
 
+class Dial(_Message, frozen=True):
+    """Asks to be dialled, at the address that this connection comes from, by a connection of its own."""
+
+    port: Annotated[int, Meta(ge=1, le=65535)]
+
+
+class Dialled(_Message, frozen=True):
+    """Answer to `Dial`: where, and why nobody greets there, or ""."""
+
+    address: Annotated[str, Meta(max_length=64)]
+    failure: Annotated[str, Meta(max_length=200)]
+
+
 class Amend(_Message, frozen=True):
     """Hands over statements for the chain: whom to let in, or to shut out. Each is checked by itself."""
 

@@ -13,7 +13,25 @@ from typing import Annotated, NoReturn
 import typer
 
 from p2ptrain import __version__
-from p2ptrain.cli import bootstrap, data, eval, export, id, init, inspect, invite, join, revoke, sample, simulate
+from p2ptrain.cli import (
+    bootstrap,
+    control,
+    data,
+    doctor,
+    eval,
+    export,
+    id,
+    init,
+    inspect,
+    invite,
+    join,
+    logs,
+    revoke,
+    sample,
+    service,
+    simulate,
+    status,
+)
 from p2ptrain.cli.output import errors_reported
 
 app = typer.Typer(
@@ -31,6 +49,14 @@ app.command("id")(id.print_id)
 app.command("invite")(invite.invite)
 app.command("revoke")(revoke.revoke)
 app.command("inspect")(inspect.inspect)
+app.command("doctor")(doctor.doctor)
+app.command("status")(status.status)
+app.command("pause")(control.pause)
+app.command("resume")(control.resume)
+app.command("finish")(control.finish)
+app.command("leave")(control.leave)
+app.command("logs")(logs.logs)
+app.command("service")(service.service)
 app.command("sample")(sample.sample)
 app.command("eval")(eval.evaluate)
 app.command("export")(export.export)

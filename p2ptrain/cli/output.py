@@ -12,8 +12,10 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TextIO
+from contextlib import contextmanager, suppress
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import Any, TextIO
 
 import typer
 from typer.exceptions import TyperException
@@ -22,6 +24,12 @@ from p2ptrain.errors import P2PTrainError
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
+
+
+LOG_BYTES, LOGS_BEFORE = 4_000_000, 3
+"""Of a peer's log in its home, and how many older ones are kept."""
+SHOWN = "p2ptrain-shown"
+"""The logger of what a peer shows and does not log otherwise: its rounds and transfers."""
 
 
 class _CurrentStderr(logging.StreamHandler[TextIO]):
@@ -62,6 +70,11 @@ class _Text(logging.Formatter):
         return printable(super().format(record))
 
 
+class _Dated(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def set_up_logging(verbose: int = 0, quiet: bool = False, log_format: str = "text") -> None:
     """Send the log to stderr: our INFO and others' WARNING; -v our DEBUG; -v -v everybody's; -q errors only."""
     handler = _CurrentStderr()
@@ -77,6 +90,71 @@ def set_up_logging(verbose: int = 0, quiet: bool = False, log_format: str = "tex
         others = logging.DEBUG if verbose > 1 else logging.WARNING
     root.setLevel(others)
     logging.getLogger("p2ptrain").setLevel(ours)
+
+
+@contextmanager
+def log_kept(path: Path) -> Iterator[None]:
+    """Have what is logged and shown meanwhile also go to a file, which is replaced before it is long.
+
+    Where the file cannot be written the peer goes on: it is for reading later.
+    """
+    try:
+        handler = RotatingFileHandler(path, maxBytes=LOG_BYTES, backupCount=LOGS_BEFORE, encoding="utf-8", delay=False)
+    except OSError as error:
+        logging.getLogger(__name__).warning("no log is kept in %s: %s", path, error.strerror)
+        yield
+        return
+    handler.setFormatter(_Dated("%(asctime)s %(levelname)s %(message)s"))
+    # A full disk is the business of what has to be written.
+    handler.handleError = lambda record: None  # type: ignore[method-assign]
+    shown = logging.getLogger(SHOWN)
+    shown.propagate, shown.level = False, logging.INFO
+    loggers = logging.getLogger(), shown
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+        handler.close()
+
+
+class _Lasting:
+    """A stream that outlives its reader: what a closed terminal or pipe would have shown is dropped."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except (OSError, ValueError):
+            self._give_up()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            self._give_up()
+
+    def _give_up(self) -> None:
+        # What the stream still holds must go somewhere when the interpreter ends.
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def outlive_readers() -> None:
+    """Have this process go on when whoever reads its output has gone, as a peer in the background does."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        # There is none where a shell has closed it: `>&-`.
+        if stream is not None and not isinstance(stream, _Lasting):
+            setattr(sys, name, _Lasting(stream))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from p2ptrain.cli.output import set_up_logging
+from p2ptrain.cli.output import log_kept, outlive_readers, set_up_logging
 from p2ptrain.config.node import resolve_settings
 
 if TYPE_CHECKING:
@@ -46,9 +46,11 @@ def run_peer(
         model: a copy of the weights that the run starts from.
         make: what trains, and what is trained, where that is not what the manifest says.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # Also where a shell started us with SIGINT ignored, as background jobs are.
-        signal.signal(number, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # Also where a shell started us with SIGINT ignored, as background jobs are; but nohup is to be heeded.
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _interrupt)
+    outlive_readers()
     settings = resolve_settings(home, flags)
     set_up_logging(verbose, quiet, settings.log_format)
     if addresses:
@@ -56,15 +58,19 @@ def run_peer(
         from p2ptrain.swarm.addresses import parse_addresses
 
         parse_addresses(addresses)
+    from p2ptrain.peer.diagnosis import of_machine, stop_where_unfit, warn
     from p2ptrain.peer.joining import describe
     from p2ptrain.peer.progress import Display
     from p2ptrain.peer.session import PeerSession
 
     display = Display(log_format=settings.log_format, quiet=quiet)
-    with PeerSession(settings, display, rounds, make) as session:
+    with PeerSession(settings, display, rounds, make) as session, log_kept(session.home.log):
+        # What would fail later, and may after a long download, is said now.
+        stop_where_unfit(of_machine(settings, None))
         session.connect(addresses)
         run = find_run(session)
         session.enter_run(run)
+        warn(stop_where_unfit(of_machine(settings, run.manifest.parameters)))
         display.say(describe(run.manifest, run.run_id))
         text = session.obtain_text(run, given, share)
         session.train(run, text, session.obtain_values(run, model))

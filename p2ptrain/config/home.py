@@ -59,6 +59,10 @@ class Home:
         self.decisions = path / "decisions.log"
         #: what this peer and others have measured of the model, a line each
         self.evaluations = path / "evaluations.jsonl"
+        #: where the peer that runs here hears its owner's commands
+        self.control = path / "control"
+        #: what the peer that runs here says, the newest lines of it
+        self.log = path / "peer.log"
         #: corpora and their tokens
         self.data = path / "data"
         #: names, shapes, kinds and first values, where the run trains a model of somebody's own

@@ -93,6 +93,10 @@ class Answering:
         """Answer to hello."""
         return Welcome(PROTOCOL_VERSION, self._p.run_id, self._p.signed_manifest, self.tip, "")
 
+    async def seen_at(self, peer: bytes) -> str:
+        """Return the IP address that a peer is connected from; "" where it is not, or through a relay."""
+        return await self._p.node.seen_at(peer)
+
     def revocation(self, peer: bytes) -> Revocation | None:
         """Return the statement by which the run's owner has shut a peer out."""
         return self._admission.revocation(peer)

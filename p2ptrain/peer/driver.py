@@ -91,6 +91,9 @@ class RoundDriver:
             parts, handout, self.feed, self.catching_up, self.admission, self.auditing, self.dispatch
         )
         self.sending = Sending(parts, self._client, self.dispatch, self._report)
+        self._servicer = PeerServicer(self.answering, parts.traffic)
+        #: why the peer that was asked last does not admit us; "": nobody refuses
+        self.not_admitted = ""
         #: the round started last
         self._started: Key | None = None
         #: effects not performed yet
@@ -120,7 +123,7 @@ class RoundDriver:
 
     async def start(self) -> None:
         """Answer calls, and begin at the chain state that the machine was given."""
-        await self._p.node.add_servicer(PeerServicer(self.answering, self._p.traffic), NAMESPACE)
+        await self._p.node.add_servicer(self._servicer, NAMESPACE)
         self._do(self.machine.start(self._now()))
         if self._p.grant is not None:
             self.dispatch(events.StatementHeard(self._p.grant))
@@ -134,6 +137,11 @@ class RoundDriver:
             await asyncio.wait(self.answering.handing_out, timeout=_GOODBYE_SECONDS)
         await self.feed.close()
         await cancel_and_wait([*self._tasks, *self.sending.deliveries])
+
+    async def retire(self) -> None:
+        """Stop, and leave a node behind that another driver may answer calls at."""
+        await self.stop()
+        await self._p.node.remove_servicer(self._servicer)
 
     def leave(self) -> None:
         """Take no part any more; `stop` ends what is under way."""
@@ -268,7 +276,10 @@ class RoundDriver:
             case events.FetchRounds():
                 self._spawn(self._fetch(effect))
             case events.Resync():
-                _logger.warning("fetching the state of the swarm: %s", effect.why)
+                # To come to a chain for the first time is no fault of anybody's.
+                level = logging.WARNING if self.machine.head.round else logging.INFO
+                why = effect.why if self.machine.head.round else "this peer has none yet"
+                _logger.log(level, "fetching the state of the swarm: %s", why)
                 self._spawn(self._resync(effect))
             case events.SendJoin():
                 self._spawn(self._ask_to_join(effect.sealer))
@@ -369,8 +380,12 @@ class RoundDriver:
     async def _ask_to_join(self, sealer: bytes) -> None:
         try:
             await self._client.join(sealer, self.machine.row)
+            self.not_admitted = ""
         except RefusedError as error:
-            _logger.warning("not admitted: %s", error)
+            if str(error) != self.not_admitted:
+                # It asks again each round; `waiting` repeats it now and then.
+                _logger.warning("not admitted yet, and asking again: %s", error)
+            self.not_admitted = str(error)
         except CallError as error:
             _logger.debug("could not ask %s to admit us: %s", format_peer_id(sealer)[-8:], error)
             await self.feed.connect(sealer)

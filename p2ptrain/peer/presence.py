@@ -73,7 +73,9 @@ class Presence:
         secret: bytes = b"",
         grant: bytes = b"",
     ) -> None:
-        self._node, self._driver, self._status = node, driver, status
+        self._node, self._status = node, status
+        #: None: this peer takes no part for a while
+        self._driver: RoundDriver | None = driver
         self._run_id, self._run_name, self._signed_manifest = run_id, run_name, signed_manifest
         self._name, self._device, self._addresses, self._secret = name, device, addresses, secret
         self._grant = grant
@@ -81,6 +83,7 @@ class Presence:
         self._failures = Backoff(*DIAL_AGAIN_SECONDS)
         self._hosts = Allowance(DIALS_PER_SECOND, DIALS_BURST)
         self._meeting: asyncio.Task[None] | None = None
+        self._leaving = False
         #: what peers say of the model, each in its turn: by round and peer, the first that it said
         self._said: dict[tuple[int, bytes], EvaluationRecord] = {}
         #: the same, never changed once made, for the trainer's thread
@@ -89,6 +92,11 @@ class Presence:
     def hear(self, status: Status) -> None:
         """The trainer's thread says how it is, in a copy for this object alone."""
         self._status = status
+
+    def rest(self) -> None:
+        """Take no part for a while: say so from now on, and dial nobody."""
+        self._driver = None
+        self._status.members = 0
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -114,9 +122,16 @@ class Presence:
 
     async def publish(self) -> None:
         """Say how this peer is, once."""
-        status = self._status
-        self._driver.publish_standing()
-        status.take(self._driver.standing)
+        status, driver = self._status, self._driver
+        if driver is None:
+            status.state, status.role, status.tokens_per_second = (
+                "leaving" if self._leaving else "paused",
+                "learner",
+                0.0,
+            )
+        else:
+            driver.publish_standing()
+            status.take(driver.standing)
         record = PeerRecord(
             peer_id=self._node.peer_id,
             run_id=self._run_id,
@@ -136,13 +151,15 @@ class Presence:
             version=__version__,
             addresses=self._addresses[:8],
             grant=self._grant,
-            refused=self._driver.standing.refused,
+            refused=None if driver is None else driver.standing.refused,
         )
         await self._node.publish_peer(record, self._secret)
 
     async def say_leaving(self) -> None:
         """Take no part any more, and have others know."""
-        self._driver.leave()
+        self._leaving = True
+        if self._driver is not None:
+            self._driver.leave()
         await self.publish()
 
     def _run_record(self) -> RunRecord:
@@ -159,20 +176,26 @@ class Presence:
 
     async def _meet(self) -> None:
         """Dial some of those who seem alive in this run, members first, and follow who answers."""
-        now, feed = time.time(), self._driver.feed
+        driver = self._driver
+        if driver is None:
+            return
+        now, feed = time.time(), driver.feed
         records = await self._node.read_peers(self._run_id, self._secret)
         self._note_evaluations(records)
         for peer, record in records.items():
             # Neither of two peers that cannot know each other by their chains would call the other.
             grant = decode_grant(record.grant) if record.grant else None
             if grant is not None and grant.guest == peer:
-                self._driver.hear_grant(grant)
+                driver.hear_grant(grant)
         if self._meeting is not None and not self._meeting.done():
             return
         alive = [
             peer
             for peer, record in records.items()
-            if record.last_seen_seconds(now) < FRESH_SECONDS and self._failures.ready(peer) and feed.would_follow(peer)
+            if record.last_seen_seconds(now) < FRESH_SECONDS
+            and record.state != "paused"
+            and self._failures.ready(peer)
+            and feed.would_follow(peer)
         ]
         random.shuffle(alive)
         alive.sort(key=lambda peer: not feed.is_member(peer))
@@ -219,4 +242,5 @@ class Presence:
         else:
             for tried in (peer, *routes):
                 self._failures.succeeded(tried)
-            self._driver.feed.follow(peer)
+            if self._driver is not None:
+                self._driver.feed.follow(peer)

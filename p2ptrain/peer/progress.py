@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import threading
 import time
@@ -27,8 +28,13 @@ PLAIN_EVERY_SECONDS = 1.0
 """At most one plain line in this time, so that a log of short rounds stays readable."""
 
 
+KEPT_EVERY_SECONDS = 10.0
+"""Between two rounds that a peer on a terminal leaves in its log."""
 WORK_EVERY_SECONDS = 2.0
 """Between two plain lines on work that takes long."""
+
+_shown = logging.getLogger("p2ptrain-shown")
+_shown.propagate = False
 
 
 class Shown(Protocol):
@@ -78,13 +84,16 @@ class Display:
             self._end_bars()
             if self._quiet:
                 return
+            now = time.monotonic()
             if self._live:
                 if self._spinner is None:
                     self._spinner = self._console.status("")
                     self._spinner.start()
                 self._spinner.update("\n".join(lines_of(status)))
+                if last or now - self._printed_at >= KEPT_EVERY_SECONDS:
+                    self._printed_at = now
+                    _shown.info("  ".join(lines_of(status)))
                 return
-            now = time.monotonic()
             if last or now - self._printed_at >= PLAIN_EVERY_SECONDS:
                 self._printed_at = now
                 self._say("  ".join(lines_of(status)), status)
@@ -141,6 +150,7 @@ class Display:
                 self._spinner = None
 
     def _say(self, text: str, status: Status | None = None, **more: object) -> None:
+        _shown.info(text)
         if self._json:
             entry: dict[str, object] = {"time": round(time.time(), 3), "level": "info", "message": text, **more}
             if status is not None:
@@ -162,6 +172,8 @@ class Display:
                     "measuring_share": round(status.measuring_share, 4),
                 }
             text = json.dumps(entry)
+        else:
+            text = f"{time.strftime('%H:%M:%S')} {text}"
         self._console.print(text, markup=False)
 
     def _bar(self, what: str, done: int, total: int) -> None:

@@ -6,7 +6,10 @@ can fail for a reason of the user's (address, manifest, port, data) comes before
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import ctypes
+import gc
 import json
 import logging
 import math
@@ -14,7 +17,6 @@ import os
 import queue
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
@@ -49,8 +51,11 @@ from p2ptrain.peer import joining
 from p2ptrain.peer.assembly import Link, Make, Run, driver_parts
 from p2ptrain.peer.driver import RoundDriver
 from p2ptrain.peer.file_download import fetch_file
+from p2ptrain.peer.owner import Owner
 from p2ptrain.peer.presence import Presence
 from p2ptrain.peer.progress import Shown
+from p2ptrain.peer.supervisor import keep_notified, notify
+from p2ptrain.peer.waiting import tell_while_waiting, told_while
 from p2ptrain.rounds.inbox import TrainerMessage
 from p2ptrain.state.files import atomic_write
 from p2ptrain.state.journal import Journal
@@ -71,8 +76,6 @@ from p2ptrain.training.standing import Books
 from p2ptrain.training.starting import place_values
 from p2ptrain.training.trainer import Participant, Swarm, Trainer
 
-LEAVE_SECONDS = 15.0
-"""After the first Ctrl-C a round under way may take this long to end."""
 FINISH_SECONDS = 15.0
 """After the run's last round a peer stays this long for those who lack it."""
 PEERS_SECONDS = 20.0
@@ -137,8 +140,11 @@ class PeerSession:
         self._network: NetworkThread | None = None
         self._node: SwarmNode | None = None
         self._driver: RoundDriver | None = None
-        self._stopping = False
         self._finished = False
+        #: what the owner wants of this peer
+        self.owner = Owner(self.home, lambda: self.inbox.put(None))
+        #: of this peer's line, also after a pause
+        self._uplink: UplinkMeter | None = None
         #: when something of the chain was fetched last, by the network thread's clock
         self._fetched_at = -math.inf
         #: what is known of measurements of the model; None: the run has none
@@ -170,6 +176,8 @@ class PeerSession:
     def _steps_to_close(self) -> Iterator[tuple[str, Callable[[], None]]]:
         network, driver, node = self._network, self._driver, self._node
         yield "leaving the terminal", self.display.close
+        if network is not None:
+            yield "taking no more commands", lambda: network.run(self.owner.close(), ASK_SECONDS)
         if network is not None and driver is not None:
             yield "saying goodbye", lambda: network.run(driver.stop(), STOP_SECONDS)
         if network is not None and node is not None:
@@ -203,6 +211,9 @@ class PeerSession:
         """
         settings = self.settings
         self._network = NetworkThread()
+        self._network.run(self.owner.listen(), ASK_SECONDS)
+        if "NOTIFY_SOCKET" in os.environ:
+            self._network.spawn(keep_notified(self.owner.line))
         remembered = self._remembered_peers()
 
         def create(peers: list[str]) -> SwarmNode:
@@ -216,13 +227,14 @@ class PeerSession:
             )
             return self._network.run(making, CONNECT_SECONDS)
 
-        try:
-            self._node = create([*addresses, *remembered])
-        except UnreachableError:
-            if addresses:
-                raise
-            _logger.info("none of the %d peers once seen answers", len(remembered))
-            self._node = create([])
+        with self._doing("meeting the swarm"):
+            try:
+                self._node = create([*addresses, *remembered])
+            except UnreachableError:
+                if addresses:
+                    raise
+                _logger.info("none of the %d peers once seen answers", len(remembered))
+                self._node = create([])
         self.home.remember_port(self._node.port)
 
     def own_run(self) -> Run | None:
@@ -301,7 +313,8 @@ class PeerSession:
         if invitation is not None:
             grant = invitation.grant(self.node.peer_id)
         finding = joining.find_run(self.node, addresses, choice, None if own is None else own.signed, grant)
-        signed = self.network.run(finding, FIND_RUN_SECONDS)
+        with self._doing("asking which run there is"):
+            signed = self.network.run(finding, FIND_RUN_SECONDS)
         manifest, run_id = open_manifest(signed)
         introducers = frozenset(parse_addresses(addresses, own_peer_id=self.node.peer_id))
         if grant is not None and grant.issued.run_id != run_id:
@@ -401,7 +414,8 @@ class PeerSession:
         client = Client(self.node, Traffic(), run.run_id, grant=run.grant)
         progress, key = self.display.transfer, run.manifest.records_key
         fetching = fetch_file(client, wanted, path, run.introducers, key, progress, what, pieces)
-        return self.network.run(fetching, CORPUS_SECONDS + config.bytes / RATE_MIN_BYTES)
+        with self._doing(f"fetching the run's {what}"):
+            return self.network.run(fetching, CORPUS_SECONDS + config.bytes / RATE_MIN_BYTES)
 
     def _has(self, config: FileConfig, path: Path, what: str) -> bool:
         """Say whether a file of the run is at `path` already; if so, it is handed out."""
@@ -427,20 +441,81 @@ class PeerSession:
         device = choose_device(self.settings.device)
         threads = self.settings.threads or (os.cpu_count() or 1)
         torch.set_num_threads(threads)
-        make_ready(device)
+        with self._doing("loading and checking compiled loops, or compiling them"):
+            make_ready(device)
+        self.owner.may_pause = True
+        part: Part | None = self._begin(run, text, values, device)
+        assert part is not None
+        self._print_join_line(part.addresses)
+        notify("READY=1")
+        with self._signals():
+            self._train(part)
+            # What ends training without a failure, and is neither of these, is a pause, however short.
+            while not self.owner.stopping and not self.reached_end(part.trainer):
+                presence, announcing = part.presence, part.announcing
+                self._rest(part)
+                # Nothing may hold the model any more.
+                part = None
+                self._give_memory_back()
+                self.owner.await_resume(self.inbox)
+                if self.owner.stopping:
+                    self._say_leaving(presence, announcing)
+                    return
+                announcing.cancel()
+                self.owner.paused, self.owner.doing = False, "resuming"
+                part = self._begin(run, text, values, device)
+                self.display.say(f"resumed at round {part.trainer.replica.chain.round:,}")
+                if not self.owner.stopping:
+                    self._train(part)
+            self.finish(part)
+        self.say_leaving(part)
+
+    def _begin(self, run: Run, text: Text, values: Path | None, device: torch.device) -> Part:
+        """Build this home's replica and begin to take part, at the start or after a pause."""
         train, status = text.train, Status()
+        # What is left in the old one is of a driver that has ended.
+        inbox = self.inbox = queue.SimpleQueue()
 
         def make(books: Books) -> Participant:
             masks = {} if train.mask is None else {"mask": train.mask}
-            return self._make.trainer(books, train.tokens, train.bytes_per_token, self.inbox, status, **masks)
+            return self._make.trainer(books, train.tokens, train.bytes_per_token, inbox, status, **masks)
 
         task = task_of(run.manifest, values, self._make.model)
-        part = self.take_part(run, task, device, make, _held_out(run.manifest, task, text))
-        self._print_join_line(part.addresses)
-        with self._signals():
-            self._train(part)
-            self.finish(part)
-        self.say_leaving(part)
+        with self._doing("taking up what this home holds"):
+            return self.take_part(run, task, device, make, _held_out(run.manifest, task, text))
+
+    @contextlib.contextmanager
+    def _doing(self, what: str) -> Iterator[None]:
+        """Have this thread wait for something that may take long, and its owner know."""
+        self.owner.doing = what
+        with told_while(what, self.display.say):
+            yield
+
+    # ---- pausing ----------------------------------------------------------------------------------------------
+
+    def _rest(self, part: Part) -> None:
+        """Save, say goodbye to all, and be listed as paused.
+
+        Others train on at once, as after any goodbye. To stay a member that sends nothing would cost them a wait, and
+        to follow the chain their upload.
+        """
+        part.trainer.save()
+        self._tell(part.driver, part.presence, part.status)
+        self.display.round(part.status, last=True)
+        with contextlib.suppress(TimeoutError):
+            self.network.run(part.driver.retire(), STOP_SECONDS)
+        self._driver = self.owner.driver = None
+        self.network.loop.call_soon_threadsafe(part.presence.rest)
+        self.owner.paused = True
+        self.display.say(f"paused at round {part.trainer.replica.chain.round:,}; go on: p2ptrain resume")
+
+    def _give_memory_back(self) -> None:
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        with contextlib.suppress(OSError, AttributeError):
+            # What was freed stays with the process otherwise.
+            ctypes.CDLL(None).malloc_trim(0)
 
     def take_part(
         self,
@@ -460,7 +535,13 @@ class PeerSession:
         Raises:
             HomeError: the checkpoint cannot be used.
         """
-        uplink = UplinkMeter(dialable=self.node.dialable)
+        self.owner.known = {
+            "run": run.manifest.name,
+            "run_id": run.run_id.hex(),
+            "last_round": run.manifest.last_round or None,
+            "peer_id": format_peer_id(self.node.peer_id),
+        }
+        uplink = self._uplink = self._uplink or UplinkMeter(dialable=self.node.dialable)
         own_log = OwnLog(self.home.own)
         journal = Journal(self.home.journal, run.run_id, verify)
         replica = Replica(run.manifest, run.run_id, device, task)
@@ -518,7 +599,7 @@ class PeerSession:
             await driver.start()
             return driver
 
-        self._driver = self.network.run(start(), START_SECONDS)
+        self._driver = self.owner.driver = self.network.run(start(), START_SECONDS)
         return self._driver
 
     def _fetching(self, what: str, done: int, total: int) -> None:
@@ -579,9 +660,10 @@ class PeerSession:
                 self.network.spawn(self._remember_peers()).add_done_callback(
                     failure_logged(_logger, "writing down the peers once seen has failed")
                 )
-            return not self._stopping and not ended
+            return self.owner.trains_on and not ended
 
         waiting = self._await_chain(driver, trainer.replica.manifest)
+        telling = self.network.spawn(self._tell_while_waiting(driver))
         try:
             try:
                 yield swarm, after_round
@@ -597,6 +679,13 @@ class PeerSession:
                 waiting.result()
         finally:
             waiting.cancel()
+            telling.cancel()
+
+    async def _tell_while_waiting(self, driver: RoundDriver) -> None:
+        """Say what is waited for in rounds; before there are any, `await_chain` does."""
+        while not driver.machine.head.round:
+            await asyncio.sleep(STOPPING_LOOK_SECONDS)
+        await tell_while_waiting(driver, lambda: (driver.machine.head.id, self._fetched_at), self.display.say)
 
     def _tell(self, driver: RoundDriver, presence: Presence, status: Status) -> Standing:
         """Each thread hears, in a value that is its own, what the other knows."""
@@ -609,6 +698,7 @@ class PeerSession:
             status.evaluation = self._history.summary(status.turns)
             for evaluation in new:
                 self.display.evaluated(evaluation)
+        self.owner.status = replace(status)
         self.network.loop.call_soon_threadsafe(presence.hear, replace(status))
         return standing
 
@@ -623,7 +713,7 @@ class PeerSession:
         part.trainer.save()
         if self._finished and part.trainer.measuring is not None and part.trainer.measuring.under_way:
             self.display.say("measuring the model of the run's last round")
-            part.trainer.finish_measuring(lambda: self._stopping)
+            part.trainer.finish_measuring(lambda: self.owner.stopping)
         self._tell(part.driver, part.presence, part.status)
         self._say_end(part.trainer, part.status)
         if self._finished:
@@ -631,15 +721,18 @@ class PeerSession:
 
     def say_leaving(self, part: Part) -> None:
         """Have others know, which is worth one short attempt."""
-        part.announcing.cancel()
+        self._say_leaving(part.presence, part.announcing)
+
+    def _say_leaving(self, presence: Presence, announcing: Future[None]) -> None:
+        announcing.cancel()
         with contextlib.suppress(TimeoutError):
-            self.network.run(part.presence.say_leaving(), FAREWELL_SECONDS)
+            self.network.run(presence.say_leaving(), FAREWELL_SECONDS)
 
     def _linger(self, driver: RoundDriver, trainer: Participant) -> None:
         """Stay until those who are there have the last round too: they may lack a reply that we hold."""
         deadline = time.monotonic() + FINISH_SECONDS
         waiting = self.network.spawn(driver.others_reach(trainer.replica.chain.round))
-        while time.monotonic() < deadline and not self._stopping:
+        while time.monotonic() < deadline and not self.owner.stopping:
             with contextlib.suppress(TimeoutError):
                 waiting.result(STOPPING_LOOK_SECONDS)
                 return
@@ -665,20 +758,20 @@ class PeerSession:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """First Ctrl-C or SIGTERM: end the round under way and leave. Second: leave now."""
+        """First Ctrl-C, SIGTERM or SIGHUP: end the round under way and leave. Second: leave now."""
 
         def handle(number: int, frame: FrameType | None) -> None:
-            if self._stopping:
+            if number == signal.SIGHUP and self.owner.stopping:
+                return  # a terminal that closes says so after Ctrl-C, too
+            if self.owner.stopping:
                 raise KeyboardInterrupt
-            self._stopping = True
-            driver = self._driver
-            in_round = driver is not None and driver.standing.member
+            in_round = self.owner.leave()
             sys.stderr.write("\nleaving after this round; again to leave now\n" if in_round else "\nleaving\n")
-            timer = threading.Timer(LEAVE_SECONDS if in_round else 0.0, self.inbox.put, [None])
-            timer.daemon = True
-            timer.start()
 
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, handle) for number in numbers}
         try:
             yield
         finally:

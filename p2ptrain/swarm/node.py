@@ -35,6 +35,7 @@ from p2ptrain.swarm.addresses import (
 from p2ptrain.swarm.daemon import Daemon, DaemonSettings, SocketDirectory
 from p2ptrain.swarm.guards import install_guards
 from p2ptrain.swarm.identity import Identity, format_peer_id, load_or_create_identity
+from p2ptrain.swarm.reach import ip_of
 from p2ptrain.swarm.records import (
     MANIFEST_SECONDS,
     MANIFEST_SUBKEY,
@@ -203,6 +204,14 @@ class SwarmNode:
         await meeting.dial(self._daemon.p2p, peer_id, routes, timeout_seconds)
         self.remember(peer_id, routes)
 
+    async def seen_at(self, peer_id: bytes) -> str:
+        """The IP address that `peer_id` is connected from; "" when it is not, or through a relay."""
+        with contextlib.suppress(P2PDaemonError, OSError, EOFError, ValueError):
+            for peer in await self._daemon.p2p.list_peers():
+                if peer.peer_id.to_bytes() == peer_id:
+                    return ip_of(str(address) for address in peer.addrs)
+        return ""
+
     async def ping(self, peer_id: bytes) -> bool:
         """Whether the DHT node of `peer_id` answers, within 3 s."""
         return await self.dht.protocol.call_ping(PeerID(peer_id)) is not None
@@ -239,6 +248,16 @@ class SwarmNode:
         async with asyncio.timeout(_REGISTER_SECONDS):
             await servicer.add_p2p_handlers(self._daemon.p2p, namespace=namespace)
         self._servicers.append((servicer, namespace))
+
+    async def remove_servicer(self, servicer: ServicerBase) -> None:
+        """Answers no more calls of `servicer`; those under way end as they do."""
+        found = [entry for entry in self._servicers if entry[0] is servicer]
+        self._servicers = [entry for entry in self._servicers if entry[0] is not servicer]
+        for _, namespace in found:
+            # A daemon that has died has forgotten it anyway.
+            with contextlib.suppress(P2PDaemonError, OSError, EOFError, TimeoutError):
+                async with asyncio.timeout(_REGISTER_SECONDS):
+                    await servicer.remove_p2p_handlers(self._daemon.p2p, namespace=namespace)
 
     def stub(self, servicer_type: type[ServicerBase], peer_id: bytes, namespace: str | None = None) -> Any:
         """An object whose rpc_* methods call those of `peer_id`. Ask anew for each call: a restart outdates it."""

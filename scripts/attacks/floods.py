@@ -30,6 +30,7 @@ from p2ptrain.swarm.records import RUNS_KEY, PeerRecord, Record, RunRecord, enco
 
 CALLS = {
     "rpc_hello": "Hello",
+    "rpc_dial": "Dial",
     "rpc_join": "JoinRequest",
     "rpc_relay": "Relay",
     "rpc_amend": "Amend",

@@ -42,6 +42,7 @@ from p2ptrain.calls.messages import (
     BlobHeader,
     CallError,
     ContributionHeader,
+    Dial,
     FileRequest,
     Follow,
     Hello,
@@ -250,6 +251,7 @@ class Decoders:
         made = (
             tip,
             Hello(PROTOCOL_VERSION),
+            Dial(4000),
             Welcome(PROTOCOL_VERSION, run, self._signed, tip, ""),
             ContributionHeader(run, 5, one, 0, row, bytes(64), 32, one, tip),
             Answer("no"),

@@ -28,6 +28,7 @@ from p2ptrain.calls.messages import (
     AuditRequest,
     CallError,
     ContributionHeader,
+    Dial,
     FileRequest,
     Follow,
     Hello,
@@ -132,6 +133,7 @@ def requests(run_id: bytes, sealed: SealedRound, offer: SnapshotOffer) -> dict[s
     header = ContributionHeader(run_id, tip.round + 1, sealed.seal.parent, 0, ROW, bytes(64), 0, b"", tip)
     return {
         "rpc_hello": Hello(PROTOCOL_VERSION),
+        "rpc_dial": Dial(4000),
         "rpc_join": JoinRequest(run_id, ROW),
         "rpc_relay": Relay(run_id, tip, sealed.signed),
         "rpc_follow": Follow(run_id, tip),
@@ -148,7 +150,7 @@ async def frames_of(node: SwarmNode, peer: bytes, name: str, request: Any, secon
     """What a call brings, by a bare stub: of a stream all frames until it ends or `seconds` are over."""
     message = Traffic().message(request)
     stub = getattr(node.stub(PeerServicer, peer, NAMESPACE), name)
-    if name in ("rpc_hello", "rpc_join", "rpc_relay"):
+    if name in ("rpc_hello", "rpc_dial", "rpc_join", "rpc_relay"):
         return [(await stub(message, timeout=seconds)).value]
 
     async def one() -> AsyncIterator[BytesValue]:

@@ -73,6 +73,7 @@ async def answers(name: str, peer: bytes) -> list[bytes]:
 def test_the_calls_are_those_of_the_protocol() -> None:
     assert {name[4:] for name in CALLS} == {
         "hello",
+        "dial",
         "join",
         "contribute",
         "follow",
