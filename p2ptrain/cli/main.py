@@ -13,7 +13,21 @@ from typing import Annotated, NoReturn
 import typer
 
 from p2ptrain import __version__
-from p2ptrain.cli import bootstrap, data, eval, export, id, init, inspect, invite, join, revoke, sample, simulate
+from p2ptrain.cli import (
+    bootstrap,
+    data,
+    eval,
+    export,
+    id,
+    init,
+    inspect,
+    invite,
+    join,
+    replay,
+    revoke,
+    sample,
+    simulate,
+)
 from p2ptrain.cli.output import errors_reported
 
 app = typer.Typer(
@@ -31,6 +45,7 @@ app.command("id")(id.print_id)
 app.command("invite")(invite.invite)
 app.command("revoke")(revoke.revoke)
 app.command("inspect")(inspect.inspect)
+app.command("replay")(replay.replay)
 app.command("sample")(sample.sample)
 app.command("eval")(eval.evaluate)
 app.command("export")(export.export)

@@ -59,6 +59,10 @@ class Home:
         self.decisions = path / "decisions.log"
         #: what this peer and others have measured of the model, a line each
         self.evaluations = path / "evaluations.jsonl"
+        #: what happened to this peer, as JSON lines
+        self.events = path / "events"
+        #: seals of all rounds that this peer went through, without their replies
+        self.seals = path / "seals"
         #: corpora and their tokens
         self.data = path / "data"
         #: names, shapes, kinds and first values, where the run trains a model of somebody's own

@@ -44,6 +44,7 @@ from p2ptrain.models.of_manifest import check_model, task_of
 from p2ptrain.models.own import Beginning, check_length
 from p2ptrain.models.task import Task
 from p2ptrain.observe.evaluations import History
+from p2ptrain.observe.events import EventLog
 from p2ptrain.observe.status import Standing, Status
 from p2ptrain.peer import joining
 from p2ptrain.peer.assembly import Link, Make, Run, driver_parts
@@ -51,12 +52,14 @@ from p2ptrain.peer.driver import RoundDriver
 from p2ptrain.peer.file_download import fetch_file
 from p2ptrain.peer.presence import Presence
 from p2ptrain.peer.progress import Shown
+from p2ptrain.peer.reporting import Reporter
 from p2ptrain.rounds.inbox import TrainerMessage
 from p2ptrain.state.files import atomic_write
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import OwnLog
 from p2ptrain.state.pieces import PieceFile
 from p2ptrain.state.run_files import RunFile, whole
+from p2ptrain.state.seals import SealLog
 from p2ptrain.swarm.addresses import parse_addresses
 from p2ptrain.swarm.identity import format_peer_id, verify
 from p2ptrain.swarm.invitations import Invitation, read_grant
@@ -141,6 +144,8 @@ class PeerSession:
         self._finished = False
         #: when something of the chain was fetched last, by the network thread's clock
         self._fetched_at = -math.inf
+        #: writes down what happens; None: before this peer takes part
+        self._reporter: Reporter | None = None
         #: what is known of measurements of the model; None: the run has none
         self._history: History | None = None
         #: by root, the files of the run that are here whole, for others
@@ -472,7 +477,13 @@ class PeerSession:
             trainer.measuring = Measuring(every, self.node.peer_id, task, method, last_round=last)
             self._history = History(self.home.evaluations, tokenizer_of_run(run.manifest))
         trainer.restore(journal)
-        driver = self._start_driver(run, replica, journal, own_log, uplink)
+        name = self.settings.name or format_peer_id(self.node.peer_id)[-8:]
+        shown_device = str(device or task.parameters[0].tensor.device)
+        reporter = Reporter(EventLog(self.home.events), SealLog(self.home.seals), replica.codec.chunks)
+        reporter.started(run.manifest, run.run_id, self.node.peer_id, name, shown_device, replica.chain)
+        reporter.begin(replica.chain, journal)
+        self._reporter = reporter
+        driver = self._start_driver(run, replica, journal, own_log, uplink, reporter)
         addresses = self.network.run(self.node.join_addresses(), ASK_SECONDS)
         with contextlib.suppress(OSError):
             atomic_write(self.home.address, "\n".join(addresses[:1]).encode())
@@ -483,12 +494,13 @@ class PeerSession:
             run_id=run.run_id,
             run_name=run.manifest.name,
             signed_manifest=run.signed,
-            name=self.settings.name or format_peer_id(self.node.peer_id)[-8:],
-            device=str(device or task.parameters[0].tensor.device),
+            name=name,
+            device=shown_device,
             addresses=addresses,
             secret=run.manifest.records_key,
             grant=b"" if run.grant is None else msgspec.msgpack.encode(run.grant),
         )
+        presence.told = reporter.records
         announcing = self.network.spawn(presence.run())
         return Part(trainer, driver, presence, status, announcing, addresses)
 
@@ -499,6 +511,7 @@ class PeerSession:
         journal: Journal,
         own_log: OwnLog,
         uplink: UplinkMeter,
+        reporter: Reporter,
     ) -> RoundDriver:
         parts = driver_parts(
             run,
@@ -511,6 +524,7 @@ class PeerSession:
             uplink=uplink,
             files=self.files,
             sync_progress=self._fetching,
+            reporter=reporter,
         )
 
         async def start() -> RoundDriver:
@@ -602,6 +616,9 @@ class PeerSession:
         """Each thread hears, in a value that is its own, what the other knows."""
         standing = driver.standing
         status.finished = self._finished
+        reporter = self._reporter
+        if reporter is not None:
+            status.exchange_seconds = reporter.exchange_seconds
         status.take(standing)
         if self._history is not None:
             own = () if status.measured is None else ((self.node.peer_id, status.measured),)
@@ -609,6 +626,10 @@ class PeerSession:
             status.evaluation = self._history.summary(status.turns)
             for evaluation in new:
                 self.display.evaluated(evaluation)
+                if reporter is not None:
+                    reporter.measured(evaluation)
+        if reporter is not None:
+            reporter.worked(status)
         self.network.loop.call_soon_threadsafe(presence.hear, replace(status))
         return standing
 
@@ -631,6 +652,8 @@ class PeerSession:
 
     def say_leaving(self, part: Part) -> None:
         """Have others know, which is worth one short attempt."""
+        if self._reporter is not None:
+            self._reporter.stopped(part.status, "the run is finished" if self._finished else "it was told to")
         part.announcing.cancel()
         with contextlib.suppress(TimeoutError):
             self.network.run(part.presence.say_leaving(), FAREWELL_SECONDS)

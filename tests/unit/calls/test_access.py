@@ -79,6 +79,7 @@ def test_the_calls_are_those_of_the_protocol() -> None:
         "relay",
         "amend",
         "rounds",
+        "seals",
         "snapshot",
         "file",
         "audit",
