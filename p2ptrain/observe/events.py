@@ -194,6 +194,8 @@ class EventLog:
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
         self.folder, self._clock = folder, clock
         self._lock = threading.Lock()
+        #: hear each event once it is written, one at a time
+        self.listeners: list[Callable[[Event], None]] = []
         self._failed = False
 
     def write(self, event: Event) -> None:
@@ -213,6 +215,8 @@ class EventLog:
                 if not self._failed:
                     _logger.warning("events are not written any more: %s", error)
                 self._failed = True
+            for listener in self.listeners:
+                listener(stamped)
 
     def _rotate(self, path: Path) -> None:
         old = _numbered(self.folder)

@@ -45,6 +45,7 @@ from p2ptrain.models.own import Beginning, check_length
 from p2ptrain.models.task import Task
 from p2ptrain.observe.evaluations import History
 from p2ptrain.observe.events import EventLog
+from p2ptrain.observe.metrics import Metrics, sinks_of
 from p2ptrain.observe.status import Standing, Status
 from p2ptrain.peer import joining
 from p2ptrain.peer.assembly import Link, Make, Run, driver_parts
@@ -144,6 +145,8 @@ class PeerSession:
         self._finished = False
         #: when something of the chain was fetched last, by the network thread's clock
         self._fetched_at = -math.inf
+        #: passes figures on; None: nobody asked for them
+        self._metrics: Metrics | None = None
         #: writes down what happens; None: before this peer takes part
         self._reporter: Reporter | None = None
         #: what is known of measurements of the model; None: the run has none
@@ -182,6 +185,8 @@ class PeerSession:
             yield "ending the node", lambda: network.run(node.close(), STOP_SECONDS)
         if network is not None:
             yield "ending the network thread", network.stop
+        if self._metrics is not None:
+            yield "ending what takes figures", self._metrics.close
         yield "leaving the home", self.home.unlock
 
     @property
@@ -479,7 +484,11 @@ class PeerSession:
         trainer.restore(journal)
         name = self.settings.name or format_peer_id(self.node.peer_id)[-8:]
         shown_device = str(device or task.parameters[0].tensor.device)
-        reporter = Reporter(EventLog(self.home.events), SealLog(self.home.seals), replica.codec.chunks)
+        log = EventLog(self.home.events)
+        if self.settings.metrics:
+            self._metrics = Metrics(sinks_of(self.settings.metrics, time.time))
+            log.listeners.append(self._metrics)
+        reporter = Reporter(log, SealLog(self.home.seals), replica.codec.chunks)
         reporter.started(run.manifest, run.run_id, self.node.peer_id, name, shown_device, replica.chain)
         reporter.begin(replica.chain, journal)
         self._reporter = reporter
