@@ -8,12 +8,14 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 from google.protobuf.wrappers_pb2 import BytesValue
 
 from p2ptrain.calls.handout import Handout
 from p2ptrain.calls.messages import (
     NAMESPACE,
     NOT_LISTED,
+    SEALS_MAX_BYTES,
     TRANSPORT_FAILURES,
     Amend,
     Answer,
@@ -35,6 +37,8 @@ from p2ptrain.calls.messages import (
     Relay,
     RoundsHeader,
     RoundsRequest,
+    SealsHeader,
+    SealsRequest,
     SnapshotOffer,
     SnapshotRequest,
     Tip,
@@ -63,6 +67,7 @@ PRESENT_AGAIN_SECONDS = 1.0, 60.0
 PROOF_SECONDS = 60.0
 """For a proof to get there and to be checked."""
 _SEALED_ROUND_SLACK_BYTES = 512 * 1024
+_seals = msgspec.msgpack.Decoder(tuple[SignedSeal, ...])
 
 _FAILURES = (*TRANSPORT_FAILURES, P2PTrainError)
 """What opening a stream, or a call of one answer, may raise: the node's own refusals too."""
@@ -182,6 +187,25 @@ class Client:
             header = await reader.message(RoundsHeader)
             limit = round_max_bytes + _SEALED_ROUND_SLACK_BYTES
             return header, [await reader.blob(limit) for _ in range(header.count)]
+
+    async def seals(
+        self, peer: bytes, round: int, known: bytes, newest: int
+    ) -> tuple[SealsHeader, tuple[SignedSeal, ...]]:
+        """Seals after a state that we know, or of the newest rounds, unchecked; not more than one answer takes.
+
+        Raises:
+            RefusedError: it keeps none.
+            CallError: no answer, or nonsense.
+        """
+        request = self.traffic.message(SealsRequest(self.run_id, round, known, newest))
+        async with self._stream(peer, "rpc_seals", request) as reader:
+            await reader.accepted()
+            header = await reader.message(SealsHeader)
+            data = await reader.blob(SEALS_MAX_BYTES)
+        try:
+            return header, _seals.decode(data)
+        except msgspec.MsgspecError as error:
+            raise CallError(f"not seals: {error}") from error
 
     async def snapshot(
         self,

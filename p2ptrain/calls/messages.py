@@ -43,6 +43,10 @@ REVOKED = "the run's owner has revoked this peer"
 """The same in the answer to `hello`, where a revocation is the reason."""
 KNOWN_ALREADY = "the chain has this already"
 """The answer to statements that are all on the chain."""
+SEALS_OPENING_MAX_BYTES = 200 * 1024
+"""Of the state of a chain: more than one of a thousand members takes, and less than a frame."""
+SEALS_MAX_BYTES = 1024 * 1024
+"""Of seals in one answer."""
 STATEMENTS_MAX_BYTES = 8 * 1024
 """In one `amend`; more than `AMENDMENTS_MAX` grants take."""
 _FRAME_OVERHEAD_BYTES = 9  # length and marker that hivemind puts before each message
@@ -249,6 +253,27 @@ class PiecesHeld(_Message, frozen=True):
 
     held: Annotated[bytes, Meta(max_length=PIECES_MAX // 8)]
     """Bitmap, least significant bit first; empty: all."""
+
+
+class SealsRequest(_Message, frozen=True):
+    """Asks for seals without their replies: those after a state, or of the newest rounds."""
+
+    run_id: Hash
+    round: Round
+    known: OptionalHash
+    """Id of a state at `round` that the caller stands at; empty: none."""
+    newest: Round
+    """Rounds that are wanted where `known` is none of the donor's; 0: all."""
+
+
+class SealsHeader(_Message, frozen=True):
+    """Answer to `SealsRequest`; a blob follows: the seals, one msgpack array."""
+
+    opening: Annotated[bytes, Meta(max_length=SEALS_OPENING_MAX_BYTES)]
+    """The state that they continue, encoded; empty: the one that the caller named."""
+    chunks: Annotated[int, Meta(ge=1, le=2**40)]
+    """Of the model."""
+    tip: Tip
 
 
 class AuditRequest(_Message, frozen=True):

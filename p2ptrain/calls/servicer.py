@@ -24,6 +24,7 @@ from p2ptrain.calls.messages import (
     HASHES_MAX,
     NOT_LISTED,
     REVOKED,
+    SEALS_OPENING_MAX_BYTES,
     STATEMENTS_MAX_BYTES,
     TOO_MANY_CALLS,
     Amend,
@@ -45,6 +46,8 @@ from p2ptrain.calls.messages import (
     Relay,
     RoundsHeader,
     RoundsRequest,
+    SealsHeader,
+    SealsRequest,
     SnapshotOffer,
     SnapshotRequest,
     Tip,
@@ -71,6 +74,8 @@ OUTSIDERS_AMENDS_PER_SECOND, OUTSIDERS_AMENDS_BURST = 10.0, 100.0
 """Of all outsiders together, who may have any number of identities."""
 DIALS_PER_SECOND, DIALS_BURST = 0.2, 4.0
 """To one address, and to all together, for those who ask whether they can be reached."""
+SEALS_PER_SECOND, SEALS_BURST = 2.0, 64.0
+"""Answers with seals to one peer: each reads up to half a megabyte of a disk."""
 SHOWING_SECONDS = 60.0
 """A stream that shows what was summed, and is not done by then, ends."""
 FRAME_SECONDS = 15.0
@@ -171,6 +176,9 @@ class AnsweringPeer(Protocol):
     def hear_tip(self, peer: bytes, tip: Tip) -> None:
         """Hear where a peer stands."""
 
+    async def offer_seals(self, wanted: SealsRequest) -> tuple[bytes, list[SignedSeal], int] | None:
+        """Return what they continue, encoded, seals, and the chunks of the model; None: no seals are kept."""
+
     def open_file(self, root: bytes) -> PieceFile | None:
         """Return the file of the run that has this root, if it is here."""
 
@@ -183,6 +191,7 @@ class PeerServicer(ServicerBase):
         self._calls: Counter[bytes] = Counter()
         self._dials = Allowance(DIALS_PER_SECOND, DIALS_BURST, loop_time)
         self._amends = Allowance(AMENDS_PER_SECOND, AMENDS_BURST, loop_time)
+        self._readers = Allowance(SEALS_PER_SECOND, SEALS_BURST, loop_time)
         self._outsiders_amends = Allowance(OUTSIDERS_AMENDS_PER_SECOND, OUTSIDERS_AMENDS_BURST, loop_time)
 
     async def rpc_hello(self, request: BytesValue, context: P2PContext) -> BytesValue:
@@ -247,6 +256,11 @@ class PeerServicer(ServicerBase):
     async def rpc_rounds(self, request: BytesValue, context: P2PContext) -> AsyncIterator[BytesValue]:
         """Sealed rounds from the journal."""
         async for frame in self._serve(context, lambda peer: self._rounds(request.value)):
+            yield frame
+
+    async def rpc_seals(self, request: BytesValue, context: P2PContext) -> AsyncIterator[BytesValue]:
+        """Seals without their replies, for observers."""
+        async for frame in self._serve(context, lambda peer: self._seals(request.value, peer)):
             yield frame
 
     async def rpc_snapshot(self, request: BytesValue, context: P2PContext) -> AsyncIterator[BytesValue]:
@@ -350,6 +364,21 @@ class PeerServicer(ServicerBase):
         for encoded in rounds:
             for frame in self._traffic.blob(encoded):
                 yield frame
+
+    async def _seals(self, request: bytes, peer: bytes) -> Frames:
+        wanted = decode_message(request, SealsRequest)
+        refusal = self._answering.wrong_run(wanted.run_id)
+        if refusal is None and not self._readers.take(peer):
+            refusal = TOO_MANY_CALLS
+        answer = None if refusal else await self._answering.offer_seals(wanted)
+        if answer is None or len(answer[0]) > SEALS_OPENING_MAX_BYTES:
+            yield self._traffic.message(Answer(refusal or "no seals are kept here"))
+            return
+        opening, seals, chunks = answer
+        yield self._traffic.message(Answer(""))
+        yield self._traffic.message(SealsHeader(opening, chunks, self._answering.tip))
+        for frame in self._traffic.blob(msgspec.msgpack.encode(seals)):
+            yield frame
 
     async def _snapshot(self, request: bytes, peer: bytes) -> Frames:
         wanted = decode_message(request, SnapshotRequest)

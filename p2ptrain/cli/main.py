@@ -26,6 +26,7 @@ from p2ptrain.cli import (
     invite,
     join,
     logs,
+    replay,
     revoke,
     sample,
     service,
@@ -57,6 +58,7 @@ app.command("finish")(control.finish)
 app.command("leave")(control.leave)
 app.command("logs")(logs.logs)
 app.command("service")(service.service)
+app.command("replay")(replay.replay)
 app.command("sample")(sample.sample)
 app.command("eval")(eval.evaluate)
 app.command("export")(export.export)

@@ -51,6 +51,15 @@ ThreadsOption = Annotated[int | None, typer.Option("--threads", help="CPU thread
 RoundsOption = Annotated[
     int | None, typer.Option("--rounds", min=1, help="Stop after this many rounds in which this peer had a part.")
 ]
+MetricsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--metrics",
+        metavar="WHERE",
+        help="Where figures go: HOST:PORT (Prometheus), PATH.jsonl, tensorboard:FOLDER, wandb:PROJECT, "
+        "trackio:PROJECT; repeatable.",
+    ),
+]
 LogFormatOption = Annotated[
     LogFormat | None, typer.Option("--log-format", help="Form of the log on stderr.", show_default="text")
 ]

@@ -63,6 +63,10 @@ class Home:
         self.control = path / "control"
         #: what the peer that runs here says, the newest lines of it
         self.log = path / "peer.log"
+        #: what happened to this peer, as JSON lines
+        self.events = path / "events"
+        #: seals of all rounds that this peer went through, without their replies
+        self.seals = path / "seals"
         #: corpora and their tokens
         self.data = path / "data"
         #: names, shapes, kinds and first values, where the run trains a model of somebody's own

@@ -37,6 +37,9 @@ class NodeTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Where to compute; auto: cuda, else mps, else cpu."""
     threads: Annotated[int, Meta(ge=0, le=1024)] = 0
     """CPU threads to compute with; 0: one per core."""
+    metrics: tuple[Annotated[str, Meta(min_length=1, max_length=256)], ...] = ()
+    """Where figures of each round go: HOST:PORT for Prometheus, PATH.jsonl, tensorboard:FOLDER, wandb:PROJECT or
+    trackio:PROJECT."""
     log_format: Literal["text", "json"] = "text"
     """Form of the log on stderr."""
 

@@ -57,6 +57,9 @@ class Status:
     #: of the last round
     computing_seconds: float = 0.0
     waiting_seconds: float = 0.0
+    #: of the waiting: until all replies to our contribution were here, and for checkpoint and snapshot
+    exchange_seconds: float = 0.0
+    disk_seconds: float = 0.0
     #: share of the last contribution that the group used
     consumed_share: float = 0.0
     #: computed by this peer in all its lives, and how many of them may be in vain, since the chain changed
@@ -74,6 +77,11 @@ class Status:
     evaluation: Summary | None = None
     #: the run is over, and this peer has all of it
     finished: bool = False
+
+    @property
+    def idle_seconds(self) -> float:
+        """Of the last round, what went into nothing of our own: waiting for others and for the seal."""
+        return max(0.0, self.waiting_seconds - self.exchange_seconds - self.disk_seconds)
 
     def take(self, standing: Standing) -> None:
         """Fill in what the network thread knows."""

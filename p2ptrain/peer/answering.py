@@ -18,11 +18,12 @@ from p2ptrain.calls.messages import (
     ContributionHeader,
     JoinRequest,
     ProofHeader,
+    SealsRequest,
     Tip,
     Welcome,
 )
 from p2ptrain.calls.news import NewsFeed
-from p2ptrain.chain import evidence
+from p2ptrain.chain import SignedSeal, evidence
 from p2ptrain.chain.admission import Revocation
 from p2ptrain.chain.evidence import Bundle
 from p2ptrain.chain.sealed import Key, Reply, reply_digest
@@ -34,6 +35,7 @@ from p2ptrain.peer.auditing import Auditing
 from p2ptrain.peer.parts import DriverParts
 from p2ptrain.rounds import events
 from p2ptrain.state.failpoints import failpoint
+from p2ptrain.state.seals import answer_after
 from p2ptrain.swarm.identity import verify
 
 
@@ -176,6 +178,14 @@ class Answering:
                 )
             )
         return refusal
+
+    async def offer_seals(self, wanted: SealsRequest) -> tuple[bytes, list[SignedSeal], int] | None:
+        """Return what seals continue, encoded, the seals, and the chunks of the model; None: no seals are kept."""
+        log, head = self._p.seals, self._machine.head.round
+        if log is None:
+            return None
+        found = await asyncio.to_thread(answer_after, log, wanted.round, wanted.known, wanted.newest, head)
+        return *found, self._p.codec.chunks
 
     def parted_at(self, locator: tuple[bytes, ...]) -> bytes:
         """Return the first of these ids that our chain went through, as far as we remember, or nothing."""

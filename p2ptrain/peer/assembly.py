@@ -22,6 +22,7 @@ from p2ptrain.history.remembered import past_of, read_company
 from p2ptrain.models.gpt import GPT
 from p2ptrain.peer.driver import RoundDriver
 from p2ptrain.peer.parts import DriverParts
+from p2ptrain.peer.reporting import Reporter
 from p2ptrain.rounds.events import ContributionReady, Doubted
 from p2ptrain.rounds.inbox import Inbox
 from p2ptrain.rounds.machine import RoundMachine
@@ -87,6 +88,7 @@ def driver_parts(
     files: Mapping[bytes, PieceFile] = {},
     sync_progress: Callable[[str, int, int], None] = lambda what, done, of: None,
     traffic: Traffic | None = None,
+    reporter: Reporter | None = None,
 ) -> DriverParts:
     """Return what the driver of a peer works with; its machine begins where `replica` stands.
 
@@ -94,6 +96,7 @@ def driver_parts(
         files: by root, those of the run that are here whole.
         sync_progress: hears (what, bytes done, bytes in all) while a snapshot is fetched.
         traffic: counts what is sent and received.
+        reporter: writes down what happens; None: nobody does.
     """
     snapshots = SnapshotStore(home.checkpoints)
     beginning = run.manifest.beginning(run.run_id)
@@ -130,6 +133,8 @@ def driver_parts(
         sync_progress=sync_progress,
         decisions_log=home.decisions,
         company=home.company,
+        told=(lambda what: None) if reporter is None else reporter.hear,
+        seals=None if reporter is None else reporter.seals,
     )
 
 

@@ -215,6 +215,7 @@ class RoundDriver:
     def dispatch(self, event: events.Event) -> None:
         """Let the machine hear an event, and do what it asks for."""
         if not self.leaving:
+            self._p.told(event)
             self._do(self.machine.handle(event, self._now()))
 
     def _do(self, effects: list[events.Effect]) -> None:
@@ -291,6 +292,7 @@ class RoundDriver:
                 _logger.info(effect.text)
             case _:
                 assert_never(effect)
+        self._p.told(effect)
 
     def _apply(self, effect: events.Apply) -> None:
         self._p.journal.append(effect.sealed)
@@ -462,6 +464,7 @@ class RoundDriver:
             # Half of it may be in the journal: at its next start this peer sees how far that goes.
             self._fail(error)
             return
+        self._p.told(restore)
         self._p.inbox.put(restore)
         self.dispatch(events.Synced(state, marks))
         self.follow_members()

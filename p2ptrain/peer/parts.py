@@ -12,11 +12,13 @@ from p2ptrain.chain import ChainState
 from p2ptrain.chain.admission import Grant
 from p2ptrain.compression.codec import Codec
 from p2ptrain.config.manifest import Manifest
-from p2ptrain.rounds.inbox import Inbox
+from p2ptrain.rounds import events
+from p2ptrain.rounds.inbox import Inbox, Restore
 from p2ptrain.rounds.machine import RoundMachine
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import OwnLog
 from p2ptrain.state.pieces import PieceFile
+from p2ptrain.state.seals import SealLog
 from p2ptrain.state.snapshot import SnapshotStore
 from p2ptrain.swarm.node import SwarmNode
 
@@ -52,3 +54,7 @@ class DriverParts:
     """Keeps with whom this peer was last on one chain."""
     decisions_log: Path
     """Where a failure leaves what the machine heard and decided last."""
+    told: Callable[[events.Event | events.Effect | Restore], None] = lambda what: None
+    """Hears each event before the machine does, and each effect once it is carried out."""
+    seals: SealLog | None = None
+    """The seals that are kept for whoever counts; None: none are."""

@@ -14,7 +14,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from p2ptrain import __version__
 from p2ptrain.config.manifest import PROTOCOL_VERSION
@@ -25,7 +25,7 @@ from p2ptrain.swarm.identity import format_peer_id
 from p2ptrain.swarm.invitations import decode_grant
 from p2ptrain.swarm.limits import Allowance, Backoff
 from p2ptrain.swarm.node import SwarmNode
-from p2ptrain.swarm.records import EvaluationRecord, PeerRecord, RunRecord
+from p2ptrain.swarm.records import EvaluationRecord, PeerRecord, RoundTime, RunRecord
 from p2ptrain.swarm.tasks import cancel_and_wait, failure_logged
 
 PUBLISH_SECONDS = 2.0
@@ -88,6 +88,8 @@ class Presence:
         self._said: dict[tuple[int, bytes], EvaluationRecord] = {}
         #: the same, never changed once made, for the trainer's thread
         self.said: tuple[tuple[bytes, EvaluationRecord], ...] = ()
+        #: hears the records of others at each look, and when that was, in Unix seconds
+        self.told: Callable[[Mapping[bytes, PeerRecord], float], None] = lambda records, now: None
 
     def hear(self, status: Status) -> None:
         """The trainer's thread says how it is, in a copy for this object alone."""
@@ -147,6 +149,7 @@ class Presence:
             bytes_received_per_round=status.bytes_received_per_round,
             loss=status.loss,
             evaluation=status.measured,
+            round_time=_round_time(status),
             device=self._device,
             version=__version__,
             addresses=self._addresses[:8],
@@ -182,6 +185,7 @@ class Presence:
         now, feed = time.time(), driver.feed
         records = await self._node.read_peers(self._run_id, self._secret)
         self._note_evaluations(records)
+        self.told(records, now)
         for peer, record in records.items():
             # Neither of two peers that cannot know each other by their chains would call the other.
             grant = decode_grant(record.grant) if record.grant else None
@@ -244,3 +248,9 @@ class Presence:
                 self._failures.succeeded(tried)
             if self._driver is not None:
                 self._driver.feed.follow(peer)
+
+
+def _round_time(status: Status) -> RoundTime | None:
+    """Return where the last round went."""
+    seconds = (status.computing_seconds, status.exchange_seconds, status.disk_seconds, status.idle_seconds)
+    return RoundTime(*(int(1000 * one) for one in seconds)) if any(seconds) else None

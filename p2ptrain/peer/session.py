@@ -46,6 +46,8 @@ from p2ptrain.models.of_manifest import check_model, task_of
 from p2ptrain.models.own import Beginning, check_length
 from p2ptrain.models.task import Task
 from p2ptrain.observe.evaluations import History
+from p2ptrain.observe.events import EventLog
+from p2ptrain.observe.metrics import Metrics, sinks_of
 from p2ptrain.observe.status import Standing, Status
 from p2ptrain.peer import joining
 from p2ptrain.peer.assembly import Link, Make, Run, driver_parts
@@ -54,6 +56,7 @@ from p2ptrain.peer.file_download import fetch_file
 from p2ptrain.peer.owner import Owner
 from p2ptrain.peer.presence import Presence
 from p2ptrain.peer.progress import Shown
+from p2ptrain.peer.reporting import Reporter
 from p2ptrain.peer.supervisor import keep_notified, notify
 from p2ptrain.peer.waiting import tell_while_waiting, told_while
 from p2ptrain.rounds.inbox import TrainerMessage
@@ -62,6 +65,7 @@ from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import OwnLog
 from p2ptrain.state.pieces import PieceFile
 from p2ptrain.state.run_files import RunFile, whole
+from p2ptrain.state.seals import SealLog
 from p2ptrain.swarm.addresses import parse_addresses
 from p2ptrain.swarm.identity import format_peer_id, verify
 from p2ptrain.swarm.invitations import Invitation, read_grant
@@ -147,6 +151,10 @@ class PeerSession:
         self._uplink: UplinkMeter | None = None
         #: when something of the chain was fetched last, by the network thread's clock
         self._fetched_at = -math.inf
+        #: passes figures on; None: nobody asked for them
+        self._metrics: Metrics | None = None
+        #: writes down what happens; None: before this peer takes part
+        self._reporter: Reporter | None = None
         #: what is known of measurements of the model; None: the run has none
         self._history: History | None = None
         #: by root, the files of the run that are here whole, for others
@@ -185,6 +193,8 @@ class PeerSession:
             yield "ending the node", lambda: network.run(node.close(), STOP_SECONDS)
         if network is not None:
             yield "ending the network thread", network.stop
+        if self._metrics is not None:
+            yield "ending what takes figures", self._metrics.close
         yield "leaving the home", self.home.unlock
 
     @property
@@ -507,6 +517,7 @@ class PeerSession:
         self._driver = self.owner.driver = None
         self.network.loop.call_soon_threadsafe(part.presence.rest)
         self.owner.paused = True
+        self._report_stop(part.status, "its owner has paused it")
         self.display.say(f"paused at round {part.trainer.replica.chain.round:,}; go on: p2ptrain resume")
 
     def _give_memory_back(self) -> None:
@@ -553,7 +564,17 @@ class PeerSession:
             trainer.measuring = Measuring(every, self.node.peer_id, task, method, last_round=last)
             self._history = History(self.home.evaluations, tokenizer_of_run(run.manifest))
         trainer.restore(journal)
-        driver = self._start_driver(run, replica, journal, own_log, uplink)
+        name = self.settings.name or format_peer_id(self.node.peer_id)[-8:]
+        shown_device = str(device or task.parameters[0].tensor.device)
+        log = EventLog(self.home.events)
+        if self.settings.metrics:
+            self._metrics = self._metrics or Metrics(sinks_of(self.settings.metrics, time.time))
+            log.listeners.append(self._metrics)
+        reporter = Reporter(log, SealLog(self.home.seals), replica.codec.chunks)
+        reporter.started(run.manifest, run.run_id, self.node.peer_id, name, shown_device, replica.chain)
+        reporter.begin(replica.chain, journal)
+        self._reporter = reporter
+        driver = self._start_driver(run, replica, journal, own_log, uplink, reporter)
         addresses = self.network.run(self.node.join_addresses(), ASK_SECONDS)
         with contextlib.suppress(OSError):
             atomic_write(self.home.address, "\n".join(addresses[:1]).encode())
@@ -564,12 +585,13 @@ class PeerSession:
             run_id=run.run_id,
             run_name=run.manifest.name,
             signed_manifest=run.signed,
-            name=self.settings.name or format_peer_id(self.node.peer_id)[-8:],
-            device=str(device or task.parameters[0].tensor.device),
+            name=name,
+            device=shown_device,
             addresses=addresses,
             secret=run.manifest.records_key,
             grant=b"" if run.grant is None else msgspec.msgpack.encode(run.grant),
         )
+        presence.told = reporter.records
         announcing = self.network.spawn(presence.run())
         return Part(trainer, driver, presence, status, announcing, addresses)
 
@@ -580,6 +602,7 @@ class PeerSession:
         journal: Journal,
         own_log: OwnLog,
         uplink: UplinkMeter,
+        reporter: Reporter,
     ) -> RoundDriver:
         parts = driver_parts(
             run,
@@ -592,6 +615,7 @@ class PeerSession:
             uplink=uplink,
             files=self.files,
             sync_progress=self._fetching,
+            reporter=reporter,
         )
 
         async def start() -> RoundDriver:
@@ -691,6 +715,9 @@ class PeerSession:
         """Each thread hears, in a value that is its own, what the other knows."""
         standing = driver.standing
         status.finished = self._finished
+        reporter = self._reporter
+        if reporter is not None:
+            status.exchange_seconds = reporter.exchange_seconds
         status.take(standing)
         if self._history is not None:
             own = () if status.measured is None else ((self.node.peer_id, status.measured),)
@@ -698,6 +725,10 @@ class PeerSession:
             status.evaluation = self._history.summary(status.turns)
             for evaluation in new:
                 self.display.evaluated(evaluation)
+                if reporter is not None:
+                    reporter.measured(evaluation)
+        if reporter is not None:
+            reporter.worked(status)
         self.owner.status = replace(status)
         self.network.loop.call_soon_threadsafe(presence.hear, replace(status))
         return standing
@@ -721,7 +752,13 @@ class PeerSession:
 
     def say_leaving(self, part: Part) -> None:
         """Have others know, which is worth one short attempt."""
+        self._report_stop(part.status, "the run is finished" if self._finished else "it was told to")
         self._say_leaving(part.presence, part.announcing)
+
+    def _report_stop(self, status: Status, why: str) -> None:
+        if self._reporter is not None:
+            self._reporter.stopped(status, why)
+            self._reporter = None
 
     def _say_leaving(self, presence: Presence, announcing: Future[None]) -> None:
         announcing.cancel()

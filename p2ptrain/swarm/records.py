@@ -104,6 +104,17 @@ class EvaluationRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What it took."""
 
 
+class RoundTime(msgspec.Struct, frozen=True, array_like=True):
+    """Where a peer's last round went, in milliseconds."""
+
+    computing: Count = 0
+    exchange: Count = 0
+    """From handing its contribution over until all replies were here."""
+    disk: Count = 0
+    waiting: Count = 0
+    """What is left: for others, and for the seal."""
+
+
 class PeerRecord(Record, frozen=True, kw_only=True):
     """What a peer says of itself, every few seconds."""
 
@@ -126,6 +137,8 @@ class PeerRecord(Record, frozen=True, kw_only=True):
     """Nats a token, on what it trained on in the last round; None before the first. No held-out text has part in it."""
     evaluation: EvaluationRecord | None = None
     """What it has measured last; None: nothing since it started."""
+    round_time: RoundTime | None = None
+    """None: before its first round."""
     device: Text = ""
     version: Text = ""
     addresses: Annotated[list[Address], Meta(max_length=16)] = []

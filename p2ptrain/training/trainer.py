@@ -97,6 +97,8 @@ class Participant:
         self.measuring: Measuring | None = None
         #: seconds of measuring since the round applied last
         self._measured_seconds = 0.0
+        #: what checkpoint and snapshot took since the round applied last
+        self._disk_seconds = 0.0
         #: rounds applied in which this peer had a part; those caught up on do not count
         self.rounds_applied = 0
         self._peer_id, self._inbox, self._clock = books.peer_id, inbox, clock
@@ -272,12 +274,15 @@ class Participant:
             self.status.tokens_per_second = self._tokens_sent / max(now - self._contributed_at, 1e-6)
             self._contributed_at = now
         self._applied_at = now
+        self.status.disk_seconds = self._disk_seconds
         if self.measuring is not None:
             self.measuring.reached(self.replica.chain)
         self._show()
         self._snapshot_if_due(sealed, swarm)
         if now - self._saved_at > CHECKPOINT_SECONDS or not self._saved:
             self._save(swarm)
+        # It holds up the round that has begun, and is shown with that.
+        self._disk_seconds = self._clock() - now
 
     def _on_restore(self, message: Restore, swarm: Swarm) -> None:
         self.ledger.undo_after(message.chain.round)

@@ -24,6 +24,7 @@ import p2ptrain
 from p2ptrain import errors
 from p2ptrain.cli.main import app
 from p2ptrain.config.manifest import PROTOCOL_VERSION, GroupConfig
+from p2ptrain.observe import events
 from p2ptrain.optim.directions import DIRECTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +33,7 @@ DOCS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 #: folders of a user's machine; keys in the DHT are no paths either
-NOT_IN_THE_TREE = {"checkpoints/", "journal/", "own/", "data/", "texts/", "demo-output/"}
+NOT_IN_THE_TREE = {"checkpoints/", "journal/", "own/", "data/", "events/", "seals/", "texts/", "demo-output/"}
 #: the first words of commands that are not this project's
 FOREIGN = {"pip", "git", "sudo", "cd", "make", "ruff", "mypy", "pytest", "python -m pytest"}
 SHORT_OR_LONG = re.compile(r"(?<![\w-])-(?:[a-z]\b|-[a-z][a-z-]*)")
@@ -183,6 +184,16 @@ def test_the_protocol_lists_the_calls_that_a_peer_answers() -> None:
     assert set(re.findall(r"`(\w+)`", unary[1])) == {
         name for name, returns in methods.items() if returns == "BytesValue"
     }
+
+
+def test_the_events_that_are_written_are_those_that_are_described() -> None:
+    text = (ROOT / "docs/watching.md").read_text().split("## Events")[1]
+    listed = {
+        kind: set(re.findall(r"`(\w+)`", fields))
+        for kind, fields in re.findall(r"^\| `(\w+)` \|[^|]*\|(.*)\|$", text, re.M)
+    }
+    written = {str(kind.__struct_config__.tag): {*kind.__struct_fields__} - {"t", "v"} for kind in events.KINDS}
+    assert listed == written
 
 
 def test_protocol_manifest_and_code_know_the_same_directions() -> None:

@@ -325,7 +325,7 @@ OF_LIES = {
 BEGIN_AT = {
     forget_through_a_restart_who_was_there: 180,
     ignore_the_fork_rule: 94,
-    judge_forks_by_work_alone: 91,
+    judge_forks_by_work_alone: 159,
 }
 
 

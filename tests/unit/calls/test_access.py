@@ -80,6 +80,7 @@ def test_the_calls_are_those_of_the_protocol() -> None:
         "relay",
         "amend",
         "rounds",
+        "seals",
         "snapshot",
         "file",
         "audit",

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lone import RUN_ID, identity_of
 
-from p2ptrain.cli.inspect import _show
+from p2ptrain.cli.inspect import show_overview
 from p2ptrain.observe.census import LOST_AND_SILENT_SECONDS, LOST_SECONDS, inspect_run
 from p2ptrain.swarm.crawl import Census
 from p2ptrain.swarm.identity import format_peer_id
@@ -60,7 +60,8 @@ def states(seen: dict[str, Any]) -> dict[str, str]:
 
 def test_the_keys_are_those_that_programs_rely_on() -> None:
     seen = look(record("ada"))
-    assert seen.keys() == {"run", "peers", "evaluation", "dht"} and seen["evaluation"] is None
+    assert {"run", "peers", "evaluation", "dht", "health", "overview", "branches", "time"} == seen.keys()
+    assert seen["evaluation"] is None
     assert seen["run"] == {"id": RUN_ID.hex(), "name": "run", "round": 7, "state_id": A.hex()}
     assert seen["dht"] == {"nodes_alive": 1, "nodes_dead": 0}
     (peer,) = seen["peers"]
@@ -73,7 +74,7 @@ def test_the_keys_are_those_that_programs_rely_on() -> None:
     assert set(promised.split()) <= peer.keys()
 
 
-def test_the_branch_that_a_peer_has_refused_is_shown_with_its_age() -> None:
+def test_the_branch_that_a_peer_has_refused_isshow_overviewn_with_its_age() -> None:
     refused = RefusedRecord(round=90, total=400, donor="8Jkwp3Zq", why="0 of 3 members behind it", age_seconds=12)
     peers = {peer["name"]: peer for peer in look(record("ada", age=1.5, refused=refused), record("grace"))["peers"]}
     assert peers["grace"]["refused_branch"] is None
@@ -89,7 +90,7 @@ def test_the_branch_that_a_peer_has_refused_is_shown_with_its_age() -> None:
 def test_the_table_says_it_in_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     refused = RefusedRecord(round=90, total=400, donor="8Jkwp3Zq", why="0 of 3 members behind it", age_seconds=12)
     found = {one.peer_id: one for one in (record("ada", refused=refused), record("grace"))}
-    _show(inspect_run(RUN_ID, "run", found, Census(frozenset(found), frozenset()), NOW), "table", watch=False)
+    show_overview(inspect_run(RUN_ID, "run", found, Census(frozenset(found), frozenset()), NOW), "table", watch=False)
     *_, line = capsys.readouterr().out.splitlines()
     told = "ada refused a branch up to round 90 (total 400) that 8Jkwp3Zq has, 12 s ago: 0 of 3 members behind it"
     assert line.strip() == told
@@ -99,7 +100,7 @@ def says(round: int, bits: float, state_id: bytes = A) -> EvaluationRecord:
     return EvaluationRecord(round=round, state_id=state_id, figures={"bits_per_byte": bits}, tokens=64)
 
 
-def test_what_peers_have_measured_is_shown_as_what_they_say(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_peers_have_measured_isshow_overviewn_as_what_they_say(capsys: pytest.CaptureFixture[str]) -> None:
     records = [
         record("ada", round=40, evaluation=says(10, 1.62)),
         record("grace", round=40, evaluation=says(20, 1.60)),
@@ -116,7 +117,7 @@ def test_what_peers_have_measured_is_shown_as_what_they_say(capsys: pytest.Captu
     assert peers["ada"]["evaluation"]["figures"] == {"bits_per_byte": 1.62} and peers["edsger"]["evaluation"] is None
     found = {one.peer_id: one for one in records}
     seen_by = inspect_run(RUN_ID, "run", found, Census(frozenset(found), frozenset()), NOW, "ab" * 32)
-    _show(seen_by, "table", watch=False)
+    show_overview(seen_by, "table", watch=False)
     out = capsys.readouterr().out
     end = told["by"][-8:]
     assert f"held-out: 0.200 bits/byte on 64 tokens at round 40, says linus ({end})" in out and "train loss" in out
@@ -154,7 +155,7 @@ def test_the_run_stands_where_most_live_peers_are() -> None:
     assert (seen["run"]["round"], seen["run"]["state_id"]) == (5, A.hex())
 
 
-def test_of_chains_with_equal_support_the_furthest_is_shown() -> None:
+def test_of_chains_with_equal_support_the_furthest_isshow_overviewn() -> None:
     assert look(record("a", round=5), record("b", round=6, state_id=B))["run"]["round"] == 6
 
 

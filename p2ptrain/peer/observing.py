@@ -1,0 +1,247 @@
+"""Looks at a swarm from outside: an observer, which trains nothing and is listed nowhere.
+
+It reads the run's records every time, and of seals only those that it has not got. Nodes are counted beside that, so
+that one which does not answer holds up no look. Cost of a look: one read in the DHT and one call to one peer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from p2ptrain.calls.client import Client
+from p2ptrain.calls.messages import CallError, Traffic
+from p2ptrain.chain import SealError
+from p2ptrain.config.manifest import Manifest, open_manifest
+from p2ptrain.data.tokenizer import tokenizer_of_run
+from p2ptrain.errors import UnreachableError
+from p2ptrain.observe.census import LOST_SECONDS, Inspection, inspect_run
+from p2ptrain.observe.credit import Count, count_for
+from p2ptrain.observe.events import Sealed
+from p2ptrain.observe.rounds import sealed_event
+from p2ptrain.peer.joining import find_run
+from p2ptrain.state.seals import Opening, SealedStep, Walk, read_opening
+from p2ptrain.swarm.addresses import parse_addresses
+from p2ptrain.swarm.crawl import Census
+from p2ptrain.swarm.identity import verify
+from p2ptrain.swarm.node import SwarmNode
+from p2ptrain.swarm.records import PeerRecord
+from p2ptrain.swarm.tasks import cancel_and_wait
+
+FIRST_CENSUS_SECONDS = 0.6
+"""How long the first look waits for nodes to answer."""
+CENSUS_SECONDS = 8.0
+SEALS_SECONDS = 3.0
+"""How long a look waits for seals; it goes on without."""
+ROUNDS_KEPT = 512
+NEWEST_ROUNDS = 40
+"""Asked for at first; more may come."""
+
+_logger = logging.getLogger(__name__)
+
+
+class Observer:
+    """Made by `create`, ended by `close`; methods are for the loop that made it.
+
+    Args:
+        node: an observer's.
+        introducers: peers whose addresses a person gave, asked for seals first.
+    """
+
+    def __init__(self, node: SwarmNode, manifest: Manifest, run_id: bytes, introducers: frozenset[bytes]) -> None:
+        self.node, self.manifest, self.run_id = node, manifest, run_id
+        self.traffic = Traffic()
+        self._client = Client(node, self.traffic, run_id)
+        self._introducers = introducers
+        self._census = Census(frozenset(), frozenset())
+        self._counting: asyncio.Task[None] | None = None
+        self._walk: Walk | None = None
+        #: rounds too far back to be undone, and those after them
+        self._settled: deque[Sealed] = deque(maxlen=ROUNDS_KEPT)
+        self._newest: dict[bytes, Sealed] = {}
+        #: peers that keep no seals or did not answer, until when they are left alone
+        self._silent: dict[bytes, float] = {}
+        #: the newest round that a record named, and since when (monotonic); infinity: since before the first look
+        self._furthest = (0, float("-inf"))
+
+    @classmethod
+    async def create(cls, addresses: list[str], choice: str | None = None, own: bytes | None = None) -> Observer:
+        """Meet a swarm at `addresses`, and find the run that `choice` names, or theirs.
+
+        Args:
+            own: signed manifest of the run that the observer's home is in.
+
+        Raises:
+            UnreachableError, AccessError, RunChoiceError, ManifestError, ClockSkewError, DaemonError
+        """
+        try:
+            node = await SwarmNode.create(None, addresses, observer=True)
+        except UnreachableError as error:
+            raise UnreachableError(str(error), hint="is a peer running there? Try the address of another") from error
+        try:
+            manifest, run_id = open_manifest(await find_run(node, addresses, choice, own))
+        except BaseException:
+            await node.close()
+            raise
+        return cls(node, manifest, run_id, frozenset(parse_addresses(addresses, own_peer_id=node.peer_id)))
+
+    async def close(self) -> None:
+        """End it. Idempotent."""
+        if self._counting is not None:
+            await cancel_and_wait([self._counting])
+        await self.node.close()
+
+    async def look(self, *, seals: bool = True, whole_dht: bool = False) -> Inspection:
+        """Return how the run is now.
+
+        Args:
+            seals: whether to ask for those that are new, too.
+            whole_dht: whether to wait for all nodes, some of which may not answer.
+        """
+        records = await self.node.read_peers(self.run_id, self.manifest.records_key)
+        first = self._counting is None
+        if self._counting is None or self._counting.done():
+            self._counting = asyncio.create_task(self._count(CENSUS_SECONDS if not first else 2 * FIRST_CENSUS_SECONDS))
+        waits: list[asyncio.Task[None]] = [asyncio.create_task(self._hear_seals(records))] if seals else []
+        if whole_dht:
+            await self._counting
+        elif first:
+            await asyncio.wait([self._counting, *waits], timeout=FIRST_CENSUS_SECONDS)
+        if waits:
+            await asyncio.wait(waits, timeout=SEALS_SECONDS)
+            await cancel_and_wait(waits)
+        now = time.monotonic()
+        furthest = max((record.round for record in records.values()), default=0)
+        if furthest > self._furthest[0]:
+            self._furthest = furthest, now if self._furthest[0] else float("-inf")
+        since = self._furthest[1]
+        return inspect_run(
+            self.run_id,
+            self.manifest.name,
+            records,
+            self._census,
+            tokenizer_sha256=tokenizer_of_run(self.manifest),
+            rounds=self.rounds,
+            last_round=self.manifest.last_round,
+            since_seal_seconds=now - since if since > 0 else None,
+        )
+
+    @property
+    def rounds(self) -> tuple[Sealed, ...]:
+        """The newest rounds, as far as seals are at hand, oldest first."""
+        return (*self._settled, *self._newest.values())
+
+    async def _count(self, seconds: float) -> None:
+        self._census = await self.node.crawl(timeout_seconds=seconds)
+
+    # ---- seals ------------------------------------------------------------------------------------------------
+
+    def _donors(self, records: Mapping[bytes, PeerRecord]) -> list[bytes]:
+        """Peers to ask for seals, the likeliest first: one who is asked again and again has a connection already."""
+        now = time.time()
+        fresh = [peer for peer, record in records.items() if record.last_seen_seconds(now) < LOST_SECONDS]
+        patient = [peer for peer in fresh if self._silent.get(peer, 0.0) < now]
+        return sorted(
+            patient, key=lambda peer: (peer not in self._introducers, not records[peer].addresses, -records[peer].round)
+        )
+
+    async def _hear_seals(self, records: Mapping[bytes, PeerRecord]) -> None:
+        for donor in self._donors(records)[:3]:
+            if self._walk is not None and records[donor].round <= self._walk.head.round:
+                return
+            try:
+                await self._hear_seals_of(donor)
+                return
+            except (CallError, UnreachableError, SealError) as error:
+                _logger.debug("no seals from a peer: %s", error)
+                self._silent[donor] = time.time() + 60.0
+
+    async def _hear_seals_of(self, donor: bytes) -> None:
+        while True:
+            walk = self._walk
+            known, at = (b"", 0) if walk is None else (walk.head.id, walk.head.round)
+            with contextlib.suppress(UnreachableError):
+                await self.node.connect(donor)
+            header, seals = await self._client.seals(donor, at, known, NEWEST_ROUNDS)
+            if header.opening:
+                opening = read_opening(header.opening)
+                if opening.state.run_id != self.run_id:
+                    raise CallError("seals of another run")
+                walk = self._walk = Walk(opening, verify)
+                self._settled.clear()
+                self._newest.clear()
+            if walk is None:
+                raise CallError("no seals")
+            for signed in seals:
+                for step in walk.take(signed):
+                    self._settled.append(self._newest.get(step.id) or _sealed(step))
+            # Those that were undone are none of the rest any more.
+            self._newest = {step.id: self._newest.get(step.id) or _sealed(step) for step in walk.pending}
+            if not seals or walk.head.round >= header.tip.round:
+                return
+
+    async def credit(self, progress: Callable[[int, int], None] = lambda done, of: None) -> Count:
+        """Count who did how much, from all seals that some peer keeps.
+
+        Args:
+            progress: hears of rounds counted, of how many.
+
+        Raises:
+            CallError: nobody hands out seals.
+        """
+        records = await self.node.read_peers(self.run_id, self.manifest.records_key)
+        failure: Exception = CallError("no peer of this run is there")
+        for donor in self._donors(records)[:4]:
+            try:
+                return await self._credit_of(donor, progress)
+            except (CallError, UnreachableError, SealError) as error:
+                failure = error
+        raise CallError(f"nobody hands out seals: {failure}")
+
+    async def _credit_of(self, donor: bytes, progress: Callable[[int, int], None]) -> Count:
+        count = count_for(self.manifest)
+        walk: Walk | None = None
+        known, at = self.run_id, 0
+        while True:
+            with contextlib.suppress(UnreachableError):
+                await self.node.connect(donor)
+            header, seals = await self._client.seals(donor, at, known, 0)
+            if walk is None and not header.opening and seals:
+                # From the run's beginning on, which follows from the manifest: nobody's word is needed.
+                walk = Walk(Opening(header.chunks, self.manifest.beginning(self.run_id)), verify)
+            elif header.opening:
+                opening = read_opening(header.opening)
+                if walk is None:
+                    walk = Walk(opening, verify)
+                else:
+                    walk.restart(opening)
+            if walk is None:
+                raise CallError("no seals")
+            for signed in seals:
+                count.add_all(walk.take(signed))
+            known, at = walk.head.id, walk.head.round
+            progress(at, header.tip.round)
+            if not seals or at >= header.tip.round:
+                return count.add_all(walk.rest())
+
+
+def _sealed(step: SealedStep) -> Sealed:
+    return sealed_event(step.shape, step.id, step.seal)
+
+
+def names_in(seen: Inspection) -> dict[str, str]:
+    """Return the names of peers by their ids."""
+    return {peer["peer_id"]: peer["name"] for peer in seen.peers}
+
+
+def peer_named(seen: Inspection, wanted: str) -> dict[str, Any] | None:
+    """Return the one peer that a name, an id or an id's end means; None: none, or several."""
+    found = [peer for peer in seen.peers if wanted in (peer["name"], peer["peer_id"])] or [
+        peer for peer in seen.peers if len(wanted) >= 4 and peer["peer_id"].endswith(wanted)
+    ]
+    return found[0] if len(found) == 1 else None
