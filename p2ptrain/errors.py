@@ -96,6 +96,12 @@ class RevokedError(P2PTrainError):
     exit_code = 15
 
 
+class TooLargeError(P2PTrainError):
+    """This machine cannot hold what a peer of the run needs."""
+
+    exit_code = 17
+
+
 class ModelError(P2PTrainError):
     """The model cannot be trained by a swarm, or is another one than the run's."""
 

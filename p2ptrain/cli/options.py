@@ -51,6 +51,9 @@ ThreadsOption = Annotated[int | None, typer.Option("--threads", help="CPU thread
 RoundsOption = Annotated[
     int | None, typer.Option("--rounds", min=1, help="Stop after this many rounds in which this peer had a part.")
 ]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Go on where this machine has not got what a peer of this run needs.")
+]
 LogFormatOption = Annotated[
     LogFormat | None, typer.Option("--log-format", help="Form of the log on stderr.", show_default="text")
 ]

@@ -21,6 +21,7 @@ import msgspec
 
 from p2ptrain.config import strategies
 from p2ptrain.config.manifest import Manifest, Strategy
+from p2ptrain.config.sizes import SIZES, Size
 from p2ptrain.errors import ManifestError, P2PTrainError
 
 Toml = dict[str, object]
@@ -143,11 +144,17 @@ def _look_up(table: Toml, key: str) -> tuple[object, object, str]:
     return value, kind, doc
 
 
-def new_manifest(name: str, strategy: Strategy = "demo", width: int | None = None) -> Manifest:
+def new_manifest(
+    name: str,
+    strategy: Strategy = "demo",
+    width: int | None = None,
+    size: Size | None = None,
+) -> Manifest:
     """A manifest with the strategy's defaults and a fresh nonce.
 
     Args:
         width: of a model other than the built-in one, which learning rates follow.
+        size: of the built-in one; None: that of the demo.
     """
     table: Toml = {
         "name": name,
@@ -155,6 +162,8 @@ def new_manifest(name: str, strategy: Strategy = "demo", width: int | None = Non
         "optimizer": {"strategy": strategy},
         "evaluation": {},
     }
+    if size is not None:
+        table |= SIZES[size].table()
     table = strategies.completed(table if width is None else table | {"model": {"embedding": width}})
     return msgspec.convert(table if width is None else table | {"model": {}}, Manifest)
 

@@ -10,7 +10,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import queue
 import signal
 import sys
@@ -64,6 +63,7 @@ from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.swarm.tasks import failure_logged
 from p2ptrain.swarm.thread import NetworkThread
 from p2ptrain.training.device import choose_device
+from p2ptrain.training.machine import this_machine
 from p2ptrain.training.measuring import HeldOut, Measuring, Method
 from p2ptrain.training.replica import Replica
 from p2ptrain.training.selftest import make_ready
@@ -425,8 +425,7 @@ class PeerSession:
             UnreachableError: before this peer had any round, all who had one were gone.
         """
         device = choose_device(self.settings.device)
-        threads = self.settings.threads or (os.cpu_count() or 1)
-        torch.set_num_threads(threads)
+        torch.set_num_threads(self.settings.threads or this_machine().threads)
         make_ready(device)
         train, status = text.train, Status()
 
