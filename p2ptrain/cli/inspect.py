@@ -180,6 +180,8 @@ def _show(seen: Inspection, format: str, watch: bool) -> None:
         for line in evaluation_lines(seen.evaluation, {peer["peer_id"]: peer["name"] for peer in shown["peers"]}):
             console.print(Text(printable(line)))
     for peer in shown["peers"]:
+        if peer["diverged"] is not None:
+            console.print(Text(printable(f"{peer['name']} says that the run has diverged: {peer['diverged']}")))
         refused = peer["refused_branch"]
         if refused is not None:
             branch = f"a branch up to round {refused['round']} (total {refused['total']}) that {refused['donor']} has"

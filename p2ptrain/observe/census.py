@@ -41,7 +41,14 @@ class Inspection:
         settled = [peer for peer in live if peer["state"] not in ("joining", "syncing")] or live or list(self.peers)
         round_number, state_id = _majority(settled)
         return {
-            "run": {"id": self.run_id.hex(), "name": self.name, "round": round_number, "state_id": state_id},
+            "run": {
+                "id": self.run_id.hex(),
+                "name": self.name,
+                "round": round_number,
+                "state_id": state_id,
+                # One member's word is not enough: its text may be another than theirs.
+                "diverged": 2 * sum(peer["diverged"] is not None for peer in live) > len(live),
+            },
             "peers": list(self.peers),
             "evaluation": None if self.evaluation is None else self.evaluation.as_json(),
             "dht": {"nodes_alive": self.nodes_alive, "nodes_dead": self.nodes_dead},
@@ -96,6 +103,7 @@ def _row(record: PeerRecord, census: Census, now: float) -> dict[str, Any]:
         "loss": record.loss,
         "train_loss": record.loss,
         "evaluation": None if record.evaluation is None else _said(record.evaluation),
+        "diverged": record.diverged or None,
         "device": record.device,
         "version": record.version,
         "last_seen_seconds": round(age, 1),

@@ -132,6 +132,7 @@ class Presence:
             bytes_received_per_round=status.bytes_received_per_round,
             loss=status.loss,
             evaluation=status.measured,
+            diverged=status.diverged,
             device=self._device,
             version=__version__,
             addresses=self._addresses[:8],

@@ -126,6 +126,8 @@ class PeerRecord(Record, frozen=True, kw_only=True):
     """Nats a token, on what it trained on in the last round; None before the first. No held-out text has part in it."""
     evaluation: EvaluationRecord | None = None
     """What it has measured last; None: nothing since it started."""
+    diverged: Reason = ""
+    """Why the run has diverged, by its train loss; empty: it has not."""
     device: Text = ""
     version: Text = ""
     addresses: Annotated[list[Address], Meta(max_length=16)] = []

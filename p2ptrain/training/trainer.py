@@ -29,6 +29,7 @@ from p2ptrain.data.assignment import sequence_offsets
 from p2ptrain.data.text import Part
 from p2ptrain.errors import DataError
 from p2ptrain.models.gpt import GPT
+from p2ptrain.observe.diverging import LossWatch
 from p2ptrain.observe.status import Status
 from p2ptrain.optim.local import Gathers, HandedGradients, Local
 from p2ptrain.rounds import events
@@ -126,6 +127,8 @@ class Participant:
         self._stood_in = False
         #: contributions until it is not careful any more
         self._careful_rounds = 0
+        #: by the losses of this process, whether the run has diverged
+        self._watch = LossWatch()
         #: what the last micro-batch took
         self._micro_batch_seconds = 0.0
         self._tokens_sent = 0
@@ -358,6 +361,19 @@ class Participant:
         self._sequences += sequences
         self._micro_batches += 1
         self._loss_sum += nats
+        self._watch.micro_batch(True)
+
+    def _left_out(self, what: str) -> None:
+        """Say that what was computed has no finite loss or gradient and does not count: once for several in a row."""
+        if self._watch.micro_batch(False):
+            _logger.warning("%s that is not finite: the micro-batch is left out", what)
+        self._say_if_diverged()
+
+    def _say_if_diverged(self) -> None:
+        self.status.diverged = self._watch.diverged
+        news = self._watch.news()
+        if news:
+            _logger.warning("the run has diverged: %s; its owner may begin anew, with a smaller learning rate", news)
 
     def _contribute(self, start: events.StartRound, swarm: Swarm) -> None:
         """Gradients into the momentum, the largest of it out as a contribution."""
@@ -388,6 +404,9 @@ class Participant:
         if self._micro_batches:
             loss = self._loss_sum / self._micro_batches
             self.status.loss = loss if math.isfinite(loss) else None
+            if math.isfinite(loss):
+                self._watch.contribution(loss)
+                self._say_if_diverged()
             if self._bytes_per_token is not None:
                 self.status.bits_per_byte = loss / math.log(2) / self._bytes_per_token
         self._tokens_sent = row.weight * self._tokens_per_sequence
@@ -491,7 +510,7 @@ class Trainer(Participant):
         nats = self._local.compute(lambda: self._model.loss(tokens, counted), count, self._rate)
         if not math.isfinite(nats):
             # One such gradient would be sent as the largest value there is.
-            _logger.warning("a loss that is not finite: the micro-batch is left out")
+            self._left_out("a loss")
             return
         self._computed(count, nats)
 
@@ -523,7 +542,7 @@ class OwnLoop(Participant):
         if self._handed.take(samples):
             self._computed(samples, nats)
         else:
-            _logger.warning("a gradient that is not finite: the batch is left out")
+            self._left_out("a gradient")
 
 
 def ranges_of(shape: RoundShape) -> tuple[tuple[int, int], ...]:

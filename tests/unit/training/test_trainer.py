@@ -23,6 +23,7 @@ from p2ptrain.chain.sealed import SealedRound
 from p2ptrain.data.assignment import sequence_offsets
 from p2ptrain.data.text import Part
 from p2ptrain.errors import DataError
+from p2ptrain.observe.diverging import NOT_FINITE
 from p2ptrain.observe.status import Status
 from p2ptrain.rounds.events import Apply, ContributionReady, Doubted, Rollback, StartRound, StoodIn
 from p2ptrain.rounds.inbox import Restore, TrainerMessage
@@ -428,3 +429,14 @@ def test_a_restored_replica_may_be_where_the_run_ends(home: Home) -> None:
 
 def test_the_parts_of_a_round_name_all_chunks(home: Home) -> None:
     assert ranges_of(home.start().shape) == ((0, home.lone.chunks),)
+
+
+def test_parameters_that_are_past_help_are_told_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    home = Home(tmp_path, Lone())
+    with torch.no_grad():
+        home.trainer.replica.task.parameters[0].tensor.fill_(math.nan)
+    for _ in range(3 * NOT_FINITE):
+        home.trainer.compute()
+    assert len([r for r in caplog.records if "left out" in r.message]) == 1
+    assert len([r for r in caplog.records if "the run has diverged" in r.message]) == 1
+    assert home.trainer.status.diverged
