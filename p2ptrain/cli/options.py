@@ -51,6 +51,20 @@ ThreadsOption = Annotated[int | None, typer.Option("--threads", help="CPU thread
 RoundsOption = Annotated[
     int | None, typer.Option("--rounds", min=1, help="Stop after this many rounds in which this peer had a part.")
 ]
+MicroBatchOption = Annotated[
+    str | None,
+    typer.Option(
+        "--micro-batch", metavar="N|auto", help="Sequences to compute at once.", show_default="as the run says"
+    ),
+]
+PrecisionOption = Annotated[
+    Literal["auto", "float32", "bfloat16"] | None,
+    typer.Option("--precision", help="What to compute gradients in.", show_default="auto: bfloat16 where it is faster"),
+]
+RecomputeOption = Annotated[
+    bool | None,
+    typer.Option("--recompute", help="Keep less in memory and compute it again.", show_default=False),
+]
 ForceOption = Annotated[
     bool, typer.Option("--force", help="Go on where this machine has not got what a peer of this run needs.")
 ]

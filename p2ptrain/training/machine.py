@@ -31,6 +31,8 @@ class Machine:
     """Of processors' time; a quota may leave a part of one."""
     memory_limit: str = "this machine"
     """What limits the memory, for people."""
+    bfloat16: bool = False
+    """Whether the processor has instructions for products in it."""
 
     @property
     def threads(self) -> int:
@@ -62,7 +64,8 @@ def this_machine(root: Path = Path("/")) -> Machine:
     for group in _groups(root, "cpu"):
         quota = _quota_of(group)
         cores = cores if quota is None else min(cores, quota)
-    return Machine(total, free, cores, limited_by)
+    flags = next((line for line in _text(root / "proc" / "cpuinfo").splitlines() if line.startswith("flags")), "")
+    return Machine(total, free, cores, limited_by, not {"amx_bf16", "avx512_bf16"}.isdisjoint(flags.split()))
 
 
 def free_disk_bytes(path: Path) -> int:

@@ -69,6 +69,7 @@ class Needs:
     """Of all peers together."""
     tokens_at_once: int
     """Of a micro-batch: no round of a peer is shorter."""
+    sequences_at_once: int
     total_rounds: int
     step_seconds: float
     """Of a round's optimizer on this machine."""
@@ -85,6 +86,12 @@ class Needs:
     def steady_bytes(self) -> int:
         """Memory between two peaks."""
         return self.peak_bytes - self.memory_bytes.get(self.writing, 0)
+
+    @property
+    def least_bytes(self) -> int:
+        """Memory at its peak where sequences are computed one by one, as a peer does that has not got more."""
+        activations = self.memory_bytes["activations"]
+        return self.peak_bytes - activations + activations // self.sequences_at_once
 
     def round_seconds(self, flops: float) -> float:
         """Return how long a round of a peer alone is, at so many operations a second."""
@@ -123,12 +130,17 @@ class Needs:
             f"receives as much, {8 * self.round_bytes / LINE_BITS:.2g} s at 10 Mbit/s"
         )
         if flops is not None:
-            seconds = self.round_seconds(flops)
-            whole = self.flops_a_token * self.tokens_a_round / flops
-            alone = f"a round takes this machine about {duration(seconds)} alone"
-            if whole > self.max_round_seconds:
-                alone += f", in which it computes a {whole / (seconds - self.step_seconds):.0f}th of the batch"
-            yield f"{alone}; {self.total_rounds:,} of them {duration(seconds * self.total_rounds)}"
+            yield self.pace(flops)
+
+    def pace(self, flops: float) -> str:
+        """Return how long rounds are here, at so many operations a second, for people."""
+        seconds = self.round_seconds(flops)
+        whole = self.flops_a_token * self.tokens_a_round / flops
+        alone = f"a round takes this machine about {duration(seconds)} alone"
+        computing = seconds - self.step_seconds
+        if whole > 1.05 * computing:
+            alone += f", in which it computes {computing / whole:.2g} of the batch"
+        return f"{alone}; {self.total_rounds:,} of them take {duration(seconds * self.total_rounds)}"
 
     def check(self, machine: Machine, home: Path, *, force: str) -> None:
         """Refuse what this machine cannot hold.
@@ -139,9 +151,9 @@ class Needs:
         Raises:
             TooLargeError: with what is needed and what there is.
         """
-        if self.peak_bytes > machine.memory_bytes:
+        if self.least_bytes > machine.memory_bytes:
             raise TooLargeError(
-                f"a peer of this run needs {size(self.peak_bytes)} of memory, and {machine.memory_limit} allows "
+                f"a peer of this run needs {size(self.least_bytes)} of memory, and {machine.memory_limit} allows "
                 f"{size(machine.memory_bytes)}: {self.parameters:,} parameters are too many for it",
                 hint=f"a smaller model, as p2ptrain init --size {self.largest_size(machine)}; or {force} all the same",
             )
@@ -157,7 +169,7 @@ class Needs:
         from p2ptrain.config.loading import new_manifest
         from p2ptrain.config.sizes import SIZES
 
-        peaks = {one: needs_of(new_manifest("any", size=one)).peak_bytes for one in SIZES}
+        peaks = {one: needs_of(new_manifest("any", size=one)).least_bytes for one in SIZES}
         return max((one for one in SIZES if peaks[one] <= machine.memory_bytes), key=peaks.__getitem__, default="1M")
 
 
@@ -209,6 +221,7 @@ def needs_of(manifest: Manifest, chunks: int | None = None, machine: Machine | N
         join_bytes=int(snapshot + rules.root_interval * replies / 2) + text + values,
         round_bytes=int(sent + replies),
         tokens_a_round=manifest.context * _sequences(manifest),
+        sequences_at_once=rules.micro_batch,
         tokens_at_once=manifest.context * min(rules.micro_batch, _sequences(manifest)),
         total_rounds=optimizer.total_rounds,
         step_seconds=STEP_SECONDS * entries / threads,

@@ -440,3 +440,23 @@ def test_parameters_that_are_past_help_are_told_of_once(tmp_path: Path, caplog: 
     assert len([r for r in caplog.records if "left out" in r.message]) == 1
     assert len([r for r in caplog.records if "the run has diverged" in r.message]) == 1
     assert home.trainer.status.diverged
+
+
+def test_out_of_memory_it_goes_on_with_half_as_many_sequences_at_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    home = Home(tmp_path, Lone())
+    plain = home.trainer._model.loss
+
+    def loss(tokens: torch.Tensor, counted: Any = None) -> torch.Tensor:
+        if len(tokens) > 1:
+            torch.empty(2**60)
+        return plain(tokens, counted)
+
+    home.trainer._model.loss = loss  # type: ignore[method-assign]
+    home.hand(home.start())
+    (ready,) = home.swarm.handed
+    assert home.trainer.passes.sequences == 1
+    assert ready.row.weight == 1, "what came of the passes that were broken off does not count"
+    assert "out of memory: from now on 1 sequences at once" in caplog.messages
+    assert home.momentum.isfinite().all() and home.momentum.any()
