@@ -106,3 +106,9 @@ class NotRunningError(P2PTrainError):
     """No peer runs in the home that a command is for."""
 
     exit_code = 17
+
+
+class TooLargeError(P2PTrainError):
+    """This machine cannot hold what a peer of the run needs."""
+
+    exit_code = 18

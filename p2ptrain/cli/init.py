@@ -7,11 +7,12 @@ files themselves may change or move after this.
 
 from __future__ import annotations
 
+import json
 import logging
 import secrets
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
 
 import msgspec
 import typer
@@ -37,8 +38,11 @@ from p2ptrain.config.manifest import (
     RunName,
     Strategy,
 )
+from p2ptrain.config.sizes import SIZES, Size
 from p2ptrain.errors import DataError, UsageError
 from p2ptrain.state.files import atomic_write
+from p2ptrain.training.machine import Machine, free_disk_bytes, this_machine
+from p2ptrain.training.needs import Needs, measured_flops, needs_of
 
 if TYPE_CHECKING:
     from p2ptrain.data.preparing import Given
@@ -116,10 +120,22 @@ def init(
     strategy: Annotated[
         str, typer.Option("--strategy", metavar="NAME", help=f"What peers exchange: {', '.join(get_args(Strategy))}.")
     ] = "demo",
+    size: Annotated[
+        str | None,
+        typer.Option(
+            "--size",
+            metavar="PARAMETERS",
+            help=f"A model of about so many, with the batch and the rate that suit it: {', '.join(SIZES)}.",
+            show_default="the demo's, 1.4M",
+        ),
+    ] = None,
     name: Annotated[
         str | None, typer.Option("--name", help="Name of the run.", show_default="that of its text")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace RUN.TOML if it exists.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace RUN.TOML if it exists, and write what this machine cannot hold.")
+    ] = False,
+    format: Annotated[Literal["text", "json"], typer.Option("--format", help="Form of the output.")] = "text",
     home: HomeOption = None,
     verbose: VerboseOption = 0,
     quiet: QuietOption = False,
@@ -138,12 +154,23 @@ def init(
         _check_name(name)
     if strategy not in get_args(Strategy):
         raise UsageError(f"no strategy {strategy!r}", hint=f"use one of {', '.join(get_args(Strategy))}")
+    if size is not None and size not in SIZES:
+        raise UsageError(f"no size {size!r}", hint=f"use one of {', '.join(SIZES)}")
+    if size is not None and (model is not None or start_from is not None):
+        raise UsageError("--size is of the built-in GPT", hint="leave out --size: the model says how large it is")
+    chosen = cast(Size | None, size)
     start = _start(model, start_from, context)
     asked = _asked(matrices, start)
     here = Home(home or default_home())
 
     def begin(name_of_text: str) -> Manifest:
-        return new_manifest(name or name_of_text, cast(Strategy, strategy), None if start is None else start.width)
+        width = None if start is None else start.width
+        return new_manifest(name or name_of_text, cast(Strategy, strategy), width, chosen)
+
+    machine, path_of_home = this_machine(), here.path
+    if start is None:
+        # Before a text of one's own becomes tokens, which takes long.
+        _check_fits(begin("any"), machine, path_of_home, force)
 
     tokens = begin("any").context if start is None else start.context(context)
     if given is not None:
@@ -152,27 +179,45 @@ def init(
         described, vocabulary = _of_own_text(given, stated, here, tokens, own, private=private, quiet=quiet)
     else:
         described, vocabulary = _of_shipped_text(start, here, private=private)
-    made, cost = begin(described.name), list[str]()
+    made, chunks = begin(described.name), None
     if start is None:
         of_gpt = msgspec.structs.replace(made.model, vocabulary=max(vocabulary, VOCABULARY_MIN))
         made = msgspec.structs.replace(made, model=of_gpt, data=described)
     else:
-        made, cost = _with_start(made, described, start, here, tokens, vocabulary, asked, quiet=quiet)
+        made, chunks = _with_start(made, described, start, here, tokens, vocabulary, asked, quiet=quiet)
+    needs = _check_fits(made, machine, path_of_home, force, chunks)
     text = render(made)
     parse_manifest(text, manifest)
     atomic_write(manifest, text.encode(), mode=0o644)
-    size = "" if made.data.private else f"{made.data.bytes:,} bytes of text, "
+    next_command = (
+        f"p2ptrain bootstrap {shlex.quote(str(manifest))}{_home_flag(home)}"
+        f"{' --data PATH' if private and given is None else ''}"
+    )
+    flops = measured_flops()
+    if format == "json":
+        shown = {"manifest": str(manifest), "needs": needs.as_json(machine, flops), "next": next_command}
+        print(json.dumps(shown, indent=2))
+        return
+    of_text = "" if made.data.private else f"{made.data.bytes:,} bytes of text, "
     count = made.parameters if made.task_config is None else made.task_config.values_parameters
     print(
         f"Wrote {manifest}: a {'GPT' if start is None else start.what} of {count:,} parameters, to be trained on "
-        f"{made.data.name} ({size}{made.data.license})."
+        f"{made.data.name} ({of_text}{made.data.license})."
     )
-    for line in cost:
-        print(line)
-    print(
-        f"Start it with:  p2ptrain bootstrap {shlex.quote(str(manifest))}{_home_flag(home)}"
-        f"{' --data PATH' if private and given is None else ''}"
-    )
+    if needs.fixed_parameters:
+        print(f"{needs.parameters:,} parameters are trained, beside a model that is held fixed.")
+    print("A peer needs, about:")
+    for line in needs.lines(machine, free_disk_bytes(here.path), flops):
+        print(f"  {line}")
+    print(f"Start it with:  {next_command}")
+
+
+def _check_fits(made: Manifest, machine: Machine, home: Path, force: bool, chunks: int | None = None) -> Needs:
+    """Return what a peer of the run needs. Raises TooLargeError: this machine has not got it, and nobody insists."""
+    needs = needs_of(made, chunks, machine)
+    if not force:
+        needs.check(machine, home, force="--force to write it")
+    return needs
 
 
 def _start(model: str | None, path: Path | None, context: int | None) -> Start | None:
@@ -248,8 +293,8 @@ def _with_start(
     asked: Asked | None,
     *,
     quiet: bool,
-) -> tuple[Manifest, list[str]]:
-    """The manifest of a run that begins with `start`, whose first values are in the home then, and what it costs."""
+) -> tuple[Manifest, int]:
+    """The manifest of a run that begins with `start`, whose first values are in the home then, and its chunks."""
     from p2ptrain.peer.progress import Display
 
     if vocabulary > start.vocabulary:

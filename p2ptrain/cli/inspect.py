@@ -317,6 +317,9 @@ def show_overview(seen: Inspection, format: str, watch: bool) -> None:
         for text in evaluation_lines(seen.evaluation, {peer["peer_id"]: peer["name"] for peer in value["peers"]}):
             tables.line(console, text)
     for peer in value["peers"]:
+        if peer["diverged"] is not None:
+            told = f"{peer['name']} says that the run has diverged: {peer['diverged']}"
+            tables.line(console, told, "yellow")
         refused = peer["refused_branch"]
         if refused is not None:
             branch = f"a branch up to round {refused['round']} (total {refused['total']}) that {refused['donor']} has"

@@ -60,6 +60,23 @@ MetricsOption = Annotated[
         "trackio:PROJECT; repeatable.",
     ),
 ]
+MicroBatchOption = Annotated[
+    str | None,
+    typer.Option(
+        "--micro-batch", metavar="N|auto", help="Sequences to compute at once.", show_default="as the run says"
+    ),
+]
+PrecisionOption = Annotated[
+    Literal["auto", "float32", "bfloat16"] | None,
+    typer.Option("--precision", help="What to compute gradients in.", show_default="auto: bfloat16 where it is faster"),
+]
+RecomputeOption = Annotated[
+    bool | None,
+    typer.Option("--recompute", help="Keep less in memory and compute it again.", show_default=False),
+]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Go on where this machine has not got what a peer of this run needs.")
+]
 LogFormatOption = Annotated[
     LogFormat | None, typer.Option("--log-format", help="Form of the log on stderr.", show_default="text")
 ]

@@ -9,9 +9,10 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from p2ptrain.cli.output import log_kept, outlive_readers, set_up_logging
-from p2ptrain.config.node import resolve_settings
+from p2ptrain.config.node import NodeSettings, resolve_settings
 
 if TYPE_CHECKING:
+    from p2ptrain.config.manifest import Manifest
     from p2ptrain.data.preparing import Given
     from p2ptrain.peer.assembly import Make, Run
     from p2ptrain.peer.session import PeerSession
@@ -20,6 +21,22 @@ if TYPE_CHECKING:
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Until training has handlers of its own: end, and clean up on the way."""
     raise KeyboardInterrupt
+
+
+def _check_fits(manifest: Manifest, settings: NodeSettings, force: bool) -> list[str]:
+    """Return what a peer of the run needs, for people.
+
+    Raises:
+        TooLargeError: this machine has not got it, and nobody insists.
+    """
+    from p2ptrain.training.machine import free_disk_bytes, this_machine
+    from p2ptrain.training.needs import needs_of
+
+    machine = this_machine()
+    needs = needs_of(manifest, machine=machine)
+    if not force:
+        needs.check(machine, settings.home, force="--force to go on")
+    return list(needs.lines(machine, free_disk_bytes(settings.home)))
 
 
 def run_peer(
@@ -31,6 +48,8 @@ def run_peer(
     quiet: bool,
     addresses: list[str],
     find_run: Callable[[PeerSession], Run],
+    manifest: Manifest | None = None,
+    force: bool = False,
     given: Given | None = None,
     share: float | None = None,
     model: Path | None = None,
@@ -41,6 +60,8 @@ def run_peer(
     Args:
         flags: of the node's settings, by name.
         addresses: to meet at.
+        manifest: of the run, where it is known before anybody is asked.
+        force: go on where this machine has not got what a peer needs.
         given: the run's text, or this peer's own.
         share: of the run's text that this peer is to hold; None: all.
         model: a copy of the weights that the run starts from.
@@ -53,6 +74,9 @@ def run_peer(
     outlive_readers()
     settings = resolve_settings(home, flags)
     set_up_logging(verbose, quiet, settings.log_format)
+    if manifest is not None:
+        # Before anything slow is imported, or made in the home.
+        _check_fits(manifest, settings, force)
     if addresses:
         # Before anything slow is imported: a mistyped address is answered at once.
         from p2ptrain.swarm.addresses import parse_addresses
@@ -69,8 +93,11 @@ def run_peer(
         stop_where_unfit(of_machine(settings, None))
         session.connect(addresses)
         run = find_run(session)
+        needs = _check_fits(run.manifest, settings, force)
         session.enter_run(run)
         warn(stop_where_unfit(of_machine(settings, run.manifest.parameters)))
         display.say(describe(run.manifest, run.run_id))
+        for line in needs:
+            display.say(f"needs about {line}")
         text = session.obtain_text(run, given, share)
         session.train(run, text, session.obtain_values(run, model))

@@ -21,6 +21,7 @@ import msgspec
 
 from p2ptrain.config import strategies
 from p2ptrain.config.manifest import Manifest, Strategy
+from p2ptrain.config.sizes import SIZES, Size
 from p2ptrain.errors import ManifestError, P2PTrainError
 
 Toml = dict[str, object]
@@ -143,11 +144,17 @@ def _look_up(table: Toml, key: str) -> tuple[object, object, str]:
     return value, kind, doc
 
 
-def new_manifest(name: str, strategy: Strategy = "demo", width: int | None = None) -> Manifest:
+def new_manifest(
+    name: str,
+    strategy: Strategy = "demo",
+    width: int | None = None,
+    size: Size | None = None,
+) -> Manifest:
     """A manifest with the strategy's defaults and a fresh nonce.
 
     Args:
         width: of a model other than the built-in one, which learning rates follow.
+        size: of the built-in one; None: that of the demo.
     """
     table: Toml = {
         "name": name,
@@ -155,13 +162,15 @@ def new_manifest(name: str, strategy: Strategy = "demo", width: int | None = Non
         "optimizer": {"strategy": strategy},
         "evaluation": {},
     }
-    table = strategies.completed(table if width is None else table | {"model": {"embedding": width}})
+    if size is not None:
+        table |= SIZES[size].table()
+    table = strategies.completed(table if width is None else table | {"model": {"embedding": width, "heads": 1}})
     return msgspec.convert(table if width is None else table | {"model": {}}, Manifest)
 
 
 def render(manifest: Manifest) -> str:
-    """The commented run.toml of a manifest: every key with its meaning, those that are not set as a comment;
-    `load_manifest` gives the manifest back.
+    """The commented run.toml of a manifest: every key with its meaning, those that are not set, or follow from others,
+    as a comment; `load_manifest` gives the manifest back.
 
     Owner and founder are left out: `bootstrap` fills them in, with the keys of the home that signs. So is `model` where
     another one is trained.
@@ -170,10 +179,11 @@ def render(manifest: Manifest) -> str:
         "# What all peers of this run agree on. Its hash is the run's id: once bootstrapped,\n"
         "# a change makes a new run. Start it with: p2ptrain bootstrap run.toml\n\n"
     )
-    return head + "\n".join(_render(manifest, "")).strip() + "\n"
+    follows = frozenset(f"optimizer.{name}" for name in strategies.followed(manifest))
+    return head + "\n".join(_render(manifest, "", follows)).strip() + "\n"
 
 
-def _render(table: msgspec.Struct, prefix: str) -> Iterator[str]:
+def _render(table: msgspec.Struct, prefix: str, follows: frozenset[str] = frozenset()) -> Iterator[str]:
     docs = field_docs(type(table))
     inner: list[tuple[str, msgspec.Struct]] = []
     lists: list[tuple[str, tuple[msgspec.Struct, ...]]] = []
@@ -189,13 +199,13 @@ def _render(table: msgspec.Struct, prefix: str) -> Iterator[str]:
         elif name not in ("owner", "founder") and (value is not msgspec.UNSET or name not in _ONLY_WRITTEN):
             yield from _comment(docs[name])
             choice = f"{name} = {toml_value(_means(table, name) if value is msgspec.UNSET else value)}"
-            yield f"# {choice}" if value is msgspec.UNSET else choice
+            yield f"# {choice}" if value is msgspec.UNSET or f"{prefix}{name}" in follows else choice
     # In TOML, what follows a table's header belongs to it: keys first.
     for name, value in inner:
         yield ""
         yield from _comment(docs.get(name) or inspect.getdoc(type(value)) or "")
         yield f"[{prefix}{name}]"
-        yield from _render(value, f"{prefix}{name}.")
+        yield from _render(value, f"{prefix}{name}.", follows)
     for name, values in lists:
         yield ""
         yield from _comment(docs[name])

@@ -261,7 +261,8 @@ class OptimizerConfig(_Table, frozen=True, kw_only=True):
     `sparse_diloco`: how far inner steps of AdamW went on a peer's own. In a run.toml it also decides what the keys left
     out are: see docs/learning.md."""
     learning_rate: Annotated[float, Meta(gt=0, le=10)] = 1e-3
-    """Peak learning rate: the size of a step, before a kind's own scale, or that of inner steps."""
+    """Peak learning rate: the size of a step, before a kind's own scale, or that of inner steps. Left out, it follows
+    from the model's width and the batch."""
     inner_batch: Count = 16
     """Sequences of one inner step, where there are any."""
     look_ahead: Annotated[float, Meta(ge=0, le=10)] = 0.0
@@ -274,7 +275,7 @@ class OptimizerConfig(_Table, frozen=True, kw_only=True):
     weight_decay: Annotated[float, Meta(ge=0, le=10)] = 0.0
     """Share of a parameter taken off each round, times the learning rate."""
     warmup_rounds: Annotated[int, Meta(ge=1, le=1_000_000)] = 10
-    """Rounds of linear warm-up."""
+    """Rounds of linear warm-up. Left out, as many tokens as suit the model's size."""
     total_rounds: Annotated[int, Meta(ge=1, le=100_000_000)] = 2000
     """Round at which the cosine reaches its end."""
     final_fraction: Share = 0.1

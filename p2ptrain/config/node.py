@@ -40,6 +40,15 @@ class NodeTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     metrics: tuple[Annotated[str, Meta(min_length=1, max_length=256)], ...] = ()
     """Where figures of each round go: HOST:PORT for Prometheus, PATH.jsonl, tensorboard:FOLDER, wandb:PROJECT or
     trackio:PROJECT."""
+    micro_batch: Annotated[int, Meta(ge=1, le=2**20)] | Annotated[str, Meta(pattern=r"^(run|auto|[1-9]\d{0,5})\Z")] = (
+        "run"
+    )
+    """Sequences that are computed at once: as many as the run says, halved until they fit; auto: also more, where that
+    is faster; or a number."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of products in a peer's own gradients; auto: bfloat16 where that is faster."""
+    recompute: bool = False
+    """Keep little of a forward pass and compute the rest again in the backward pass: less memory, a third more time."""
     log_format: Literal["text", "json"] = "text"
     """Form of the log on stderr."""
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from p2ptrain.compression.layout import Kind, ParameterSpec
 from p2ptrain.config.manifest import ModelConfig
@@ -71,6 +72,8 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        #: keep what goes into each block alone, and compute the rest again in the backward pass (arXiv 1604.06174)
+        self.recompute = False
         self.embedding = nn.Embedding(config.vocabulary, config.embedding)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.final_norm = Norm(config.embedding)
@@ -86,7 +89,8 @@ class GPT(nn.Module):
         positions = tokens.shape[1]
         x = self.embedding(tokens)
         for block in self.blocks:
-            x = block(x, self.cos[:positions], self.sin[:positions])  # type: ignore[index]
+            given = x, self.cos[:positions], self.sin[:positions]  # type: ignore[index]
+            x = checkpoint(block, *given, use_reentrant=False) if self.recompute and x.requires_grad else block(*given)
         return self.final_norm(x)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from torch import nn
+
 from p2ptrain.config.manifest import Manifest, ModelConfig, TaskConfig
 from p2ptrain.errors import ModelError
 from p2ptrain.models import hf, lora
@@ -35,6 +37,16 @@ def check_model(task: TaskConfig) -> None:
     positions = hf.positions_of(task.architecture)
     if positions is not None and task.context > positions:  # type: ignore[operator]
         raise ModelError(f"sequences of {task.context} tokens are longer than the model's {positions:,} positions")
+
+
+def recompute_activations(model: nn.Module) -> None:
+    """Have a model of a run keep little of a forward pass, and compute the rest again in the backward pass."""
+    if isinstance(model, hf.LanguageModel):
+        model.inner.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        # Without it the library's checkpoints do nothing; none of our models has layers that behave otherwise.
+        model.inner.train()
+    elif isinstance(model, GPT):
+        model.recompute = True
 
 
 def task_of(manifest: Manifest, values: Path | None, gpt: Callable[[ModelConfig], GPT] = GPT) -> Task:

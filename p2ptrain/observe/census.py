@@ -54,7 +54,14 @@ class Inspection:
         """The fixed keys of `inspect --format json`."""
         round_number, state_id = _majority(self._settled)
         return {
-            "run": {"id": self.run_id.hex(), "name": self.name, "round": round_number, "state_id": state_id},
+            "run": {
+                "id": self.run_id.hex(),
+                "name": self.name,
+                "round": round_number,
+                "state_id": state_id,
+                # One member's word is not enough: its text may be another than theirs.
+                "diverged": 2 * sum(peer["diverged"] is not None for peer in self._live) > len(self._live),
+            },
             "time": round(self.at, 3),
             "health": self.health.as_json(),
             "overview": self._overview(round_number),
@@ -65,9 +72,13 @@ class Inspection:
         }
 
     @property
+    def _live(self) -> list[dict[str, Any]]:
+        return [peer for peer in self.peers if peer["state"] not in GONE]
+
+    @property
     def _settled(self) -> list[dict[str, Any]]:
         """The peers that say where the run is: a learner that is still catching up does not."""
-        live = [peer for peer in self.peers if peer["state"] not in GONE]
+        live = self._live
         return [peer for peer in live if peer["state"] not in _SETTLED_NOT] or live or list(self.peers)
 
     @property
@@ -104,7 +115,7 @@ class Inspection:
         )
 
     def _overview(self, round_number: int) -> dict[str, Any]:
-        live = [peer for peer in self.peers if peer["state"] not in GONE]
+        live = self._live
         losses = [peer["train_loss"] for peer in live if peer["train_loss"] is not None]
         spent = self.round_seconds
         length = sum(spent.values()) if spent else None
@@ -211,6 +222,7 @@ def _row(record: PeerRecord, census: Census, now: float) -> dict[str, Any]:
         "evaluation": None if record.evaluation is None else _said(record.evaluation),
         "round_seconds": None if record.round_time is None else _seconds(record.round_time),
         "path": path_of(record.addresses),
+        "diverged": record.diverged or None,
         "device": record.device,
         "version": record.version,
         "last_seen_seconds": round(age, 1),

@@ -50,6 +50,8 @@ class Status:
     loss: float | None = None
     #: the same in bits a byte of text
     bits_per_byte: float | None = None
+    #: why the run has diverged, by this peer's losses; empty: it has not
+    diverged: str = ""
     tokens_per_second: float = 0.0
     #: in the last round, framing included, to itself excluded
     bytes_sent_per_round: int = 0

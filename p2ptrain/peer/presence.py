@@ -150,6 +150,7 @@ class Presence:
             loss=status.loss,
             evaluation=status.measured,
             round_time=_round_time(status),
+            diverged=status.diverged,
             device=self._device,
             version=__version__,
             addresses=self._addresses[:8],

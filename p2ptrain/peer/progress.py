@@ -159,6 +159,7 @@ class Display:
                     "state_id": status.state_id.hex(),
                     "state": status.state,
                     "train_loss": status.loss,
+                    "diverged": status.diverged or None,
                     "train_bits_per_byte": status.bits_per_byte,
                     "tokens_per_second": round(status.tokens_per_second, 1),
                     "members": status.members,
@@ -210,8 +211,9 @@ def lines_of(status: Status) -> tuple[str, ...]:
     bits = "" if status.bits_per_byte is None else f" ({status.bits_per_byte:.3f} bits/byte)"
     members = f"{status.members} member{'' if status.members == 1 else 's'}"
     sent, received = status.bytes_sent_per_round / 1000, status.bytes_received_per_round / 1000
+    state = "diverged" if status.diverged else status.state
     lines = (
-        f"round {status.round}  {status.state}  train loss {loss}{bits}  {status.tokens_per_second:,.0f} tokens/s",
+        f"round {status.round}  {state}  train loss {loss}{bits}  {status.tokens_per_second:,.0f} tokens/s",
         f"{members}  sent {sent:,.1f} kB  received {received:,.1f} kB  "
         f"computed {status.computing_seconds:.1f} s  waited {status.waiting_seconds:.1f} s",
     )

@@ -73,7 +73,9 @@ from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.swarm.tasks import failure_logged
 from p2ptrain.swarm.thread import NetworkThread
 from p2ptrain.training.device import choose_device
+from p2ptrain.training.machine import this_machine
 from p2ptrain.training.measuring import HeldOut, Measuring, Method
+from p2ptrain.training.needs import flops_a_token, needs_of
 from p2ptrain.training.replica import Replica
 from p2ptrain.training.selftest import make_ready
 from p2ptrain.training.standing import Books
@@ -449,8 +451,7 @@ class PeerSession:
             UnreachableError: before this peer had any round, all who had one were gone.
         """
         device = choose_device(self.settings.device)
-        threads = self.settings.threads or (os.cpu_count() or 1)
-        torch.set_num_threads(threads)
+        torch.set_num_threads(self.settings.threads or this_machine().threads)
         with self._doing("loading and checking compiled loops, or compiling them"):
             make_ready(device)
         self.owner.may_pause = True
@@ -488,7 +489,12 @@ class PeerSession:
 
         def make(books: Books) -> Participant:
             masks = {} if train.mask is None else {"mask": train.mask}
-            return self._make.trainer(books, train.tokens, train.bytes_per_token, inbox, status, **masks)
+            trainer = self._make.trainer(books, train.tokens, train.bytes_per_token, inbox, status, **masks)
+            if self._make == Make():
+                # Benchmarks time what they compute themselves.
+                trainer.try_out(self.settings, this_machine())
+                self._say_pace(run.manifest, trainer.passes.seconds_a_sequence)
+            return trainer
 
         task = task_of(run.manifest, values, self._make.model)
         with self._doing("taking up what this home holds"):
@@ -785,6 +791,10 @@ class PeerSession:
             trainer.replica.chain.id.hex(),
             trainer.replica.parameters_sha256(),
         )
+
+    def _say_pace(self, manifest: Manifest, seconds_a_sequence: float) -> None:
+        flops = flops_a_token(manifest) * manifest.context / max(seconds_a_sequence, 1e-9)
+        self.display.say(needs_of(manifest, machine=this_machine()).pace(flops))
 
     def _print_join_line(self, addresses: list[str]) -> None:
         """The one line that others need; what scripts read is all of it."""

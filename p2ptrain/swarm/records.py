@@ -139,6 +139,8 @@ class PeerRecord(Record, frozen=True, kw_only=True):
     """What it has measured last; None: nothing since it started."""
     round_time: RoundTime | None = None
     """None: before its first round."""
+    diverged: Reason = ""
+    """Why the run has diverged, by its train loss; empty: it has not."""
     device: Text = ""
     version: Text = ""
     addresses: Annotated[list[Address], Meta(max_length=16)] = []

@@ -42,9 +42,6 @@ MICRO_BATCH_MAX = 4
 GENTLER = 0.3
 """Factor on the learning rate of a model that has been trained before, where all of it is trained: at the whole rate
 the first rounds bring it less far."""
-_BYTES_A_PARAMETER, _BYTES_AN_ENTRY, _LOGITS_COPIES, _PROCESS_BYTES = 12, 29, 3, 600 * 10**6
-"""Of a peer that trains, about: a parameter, its gradient and what it was before the step; an entry of a chunk in
-momentum, directions and what a step makes of them; logits with their gradient; and libraries."""
 _CONTEXT_MIN, _CONTEXT_MAX = 8, 65_536
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -108,8 +105,9 @@ class Start:
 
     def described(
         self, begun: Manifest, data: DataConfig, home: Home, told: Told, context: int, matrices: lora.Asked | None
-    ) -> tuple[Manifest, list[str]]:
-        """Return the manifest of a run that begins so, whose first values are in the home then, and what it costs.
+    ) -> tuple[Manifest, int]:
+        """Return the manifest of a run that begins so, whose first values are in the home then, and how many chunks
+        its trained parameters take.
 
         Args:
             begun: says all else.
@@ -146,7 +144,7 @@ class Start:
                 task = msgspec.structs.replace(task, parameters=count, lora=of_matrices)
             model = ModelConfig()
         made = msgspec.structs.replace(begun, model=model, task=task, data=data, optimizer=optimizer, round=rounds)
-        return made, cost_of(made, sum(_chunks_of(tuple(parameter.tensor.shape)) for parameter in trained))
+        return made, sum(_chunks_of(tuple(parameter.tensor.shape)) for parameter in trained)
 
     def _check_fixed(self, beginning: Beginning) -> None:
         """Make sure that a peer has what no gradient changes from the config alone. Raises ModelError."""
@@ -191,34 +189,6 @@ def _chunks_of(shape: tuple[int, ...]) -> int:
     if len(shape) < 2:
         return math.ceil(math.prod(shape) / CHUNK_SIZE)
     return math.ceil(shape[0] / SIDE) * math.ceil(math.prod(shape[1:]) / SIDE)
-
-
-def cost_of(manifest: Manifest, chunks: int) -> list[str]:
-    """Return what a run's model will cost each peer, for people.
-
-    Args:
-        chunks: that its trained parameters take.
-    """
-    task, trained = manifest.task_config, manifest.parameters
-    assert task is not None
-    entries = chunks * CHUNK_SIZE
-    logits = _LOGITS_COPIES * 4 * manifest.round.micro_batch * manifest.context * manifest.vocabulary
-    fixed = task.values_parameters if task.lora_config is not None else 0
-    memory = _PROCESS_BYTES + _BYTES_A_PARAMETER * trained + _BYTES_AN_ENTRY * entries + 4 * fixed + logits
-    lines = []
-    if fixed:
-        lines.append(f"Of {fixed + trained:,} parameters {trained:,} are trained, beside a model that is held fixed.")
-    return [
-        *lines,
-        f"Each peer holds about {_megabytes(memory)} in memory, for sequences of {manifest.context:,} tokens, "
-        f"{manifest.round.micro_batch} at once.",
-        f"Whoever joins fetches {_megabytes(task.values.bytes)} of first values and a snapshot of about "
-        f"{_megabytes(4 * (trained + entries))}.",
-    ]
-
-
-def _megabytes(count: float) -> str:
-    return f"{max(count / 1e6, 1):,.0f} MB"
 
 
 # ---- where it comes from --------------------------------------------------------------------------------------------

@@ -21,14 +21,18 @@ from typing import Any, Protocol, assert_never, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from p2ptrain.chain import SEQUENCES_PER_KILOSECOND_MAX, RoundShape, Row
 from p2ptrain.chain.sealed import Key, SealedRound
 from p2ptrain.compression import decoded
+from p2ptrain.config.node import NodeSettings
 from p2ptrain.data.assignment import sequence_offsets
 from p2ptrain.data.text import Part
-from p2ptrain.errors import DataError
+from p2ptrain.errors import DataError, HomeError
 from p2ptrain.models.gpt import GPT
+from p2ptrain.models.of_manifest import recompute_activations
+from p2ptrain.observe.diverging import LossWatch
 from p2ptrain.observe.status import Status
 from p2ptrain.optim.local import Gathers, HandedGradients, Local
 from p2ptrain.rounds import events
@@ -36,7 +40,10 @@ from p2ptrain.rounds.inbox import Dropped, Restore, TrainerMessage
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import OwnEntry
 from p2ptrain.training.ledger import WINDOW
+from p2ptrain.training.machine import Machine
 from p2ptrain.training.measuring import Measuring
+from p2ptrain.training.needs import needs_of
+from p2ptrain.training.passes import Passes, choose, let_go, out_of_memory
 from p2ptrain.training.replica import build_local
 from p2ptrain.training.standing import Books
 
@@ -128,6 +135,8 @@ class Participant:
         self._stood_in = False
         #: contributions until it is not careful any more
         self._careful_rounds = 0
+        #: by the losses of this process, whether the run has diverged
+        self._watch = LossWatch()
         #: what the last micro-batch took
         self._micro_batch_seconds = 0.0
         self._tokens_sent = 0
@@ -363,6 +372,19 @@ class Participant:
         self._sequences += sequences
         self._micro_batches += 1
         self._loss_sum += nats
+        self._watch.micro_batch(True)
+
+    def _left_out(self, what: str) -> None:
+        """Say that what was computed has no finite loss or gradient and does not count: once for several in a row."""
+        if self._watch.micro_batch(False):
+            _logger.warning("%s that is not finite: the micro-batch is left out", what)
+        self._say_if_diverged()
+
+    def _say_if_diverged(self) -> None:
+        self.status.diverged = self._watch.diverged
+        news = self._watch.news()
+        if news:
+            _logger.warning("the run has diverged: %s; its owner may begin anew, with a smaller learning rate", news)
 
     def _contribute(self, start: events.StartRound, swarm: Swarm) -> None:
         """Gradients into the momentum, the largest of it out as a contribution."""
@@ -393,6 +415,9 @@ class Participant:
         if self._micro_batches:
             loss = self._loss_sum / self._micro_batches
             self.status.loss = loss if math.isfinite(loss) else None
+            if math.isfinite(loss):
+                self._watch.contribution(loss)
+                self._say_if_diverged()
             if self._bytes_per_token is not None:
                 self.status.bits_per_byte = loss / math.log(2) / self._bytes_per_token
         self._tokens_sent = row.weight * self._tokens_per_sequence
@@ -455,6 +480,8 @@ class Trainer(Participant):
         self._text, self._nonce = Part(tokens, mask=mask), bytes.fromhex(replica.manifest.nonce)
         self._device = next(replica.model.parameters()).device
         self._vocabulary = replica.manifest.vocabulary
+        #: how a micro-batch is computed
+        self.passes = Passes(replica.manifest.round.micro_batch)
 
     def run(self, swarm: Swarm, after_round: Callable[[], bool]) -> None:
         """Train until `after_round`, called when rounds were applied, is false, or None is in the queue."""
@@ -475,7 +502,7 @@ class Trainer(Participant):
         self._timed(self._clock() - began)
 
     def _micro_batch(self) -> None:
-        count, text = self._rules.micro_batch, self._text
+        count, text = self.passes.sequences, self._text
         offsets = sequence_offsets(
             self._nonce, self._peer_id, self.books.sequences_read, count, len(text.tokens), self._context
         )
@@ -493,12 +520,63 @@ class Trainer(Participant):
         if counted is not None and not counted[:, 1:].any():
             # Prompts alone: there is nothing to learn here.
             return
-        nats = self._local.compute(lambda: self._model.loss(tokens, counted), count, self._rate)
+        try:
+            nats = self._local.compute(lambda: self._loss(tokens, counted), count, self._rate)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            self._halve(error)
+            return
         if not math.isfinite(nats):
             # One such gradient would be sent as the largest value there is.
-            _logger.warning("a loss that is not finite: the micro-batch is left out")
+            self._left_out("a loss")
             return
         self._computed(count, nats)
+
+    def _loss(self, tokens: Tensor, counted: NDArray[np.bool_] | None = None) -> Tensor:
+        with self.passes.precision(self._device):
+            return self._model.loss(tokens, counted)
+
+    def _halve(self, error: BaseException) -> None:
+        """Go on with half as many sequences at once; what was gathered since the last contribution is computed anew.
+
+        Raises:
+            HomeError: it is one sequence already.
+        """
+        try:
+            self.passes = self.passes.halved()
+        except MemoryError:
+            raise HomeError(
+                f"this machine has no memory for a single sequence of {self._context} tokens: {error}",
+                hint="again with --recompute, or --device cpu",
+            ) from error
+        # Micro-batches of one mean are of one size.
+        self._local.gather()
+        let_go(self._model, self._device)
+        self._micro_batches = self._sequences = 0
+        self._loss_sum = 0.0
+        _logger.warning("out of memory: from now on %d sequences at once", self.passes.sequences)
+
+    def try_out(self, settings: NodeSettings, machine: Machine) -> None:
+        """Settle how micro-batches are computed here, before the first one."""
+        rules, said = self._rules, str(settings.micro_batch)
+        if settings.recompute:
+            recompute_activations(self._model)
+        needs = needs_of(self.replica.manifest)
+        # Zeros take no memory before something is written there, so momentum and directions are yet to come.
+        held = ("libraries", "parameters", "activations", "text")
+        tokens = torch.zeros(1, self._context + 1, dtype=torch.int64, device=self._device)
+        self.passes = choose(
+            self._model,
+            lambda count: self._model.loss(tokens.expand(count, -1)),
+            self._device,
+            wanted=int(said) if said.isdigit() else rules.micro_batch,
+            most=rules.sequences_per_peer if rules.pace == "fixed" else max(rules.target_batch, rules.micro_batch),
+            grow=said == "auto",
+            precision=settings.precision,
+            machine=machine,
+            reserved_bytes=sum(count for name, count in needs.memory_bytes.items() if name not in held),
+        )
 
 
 class OwnLoop(Participant):
@@ -528,7 +606,7 @@ class OwnLoop(Participant):
         if self._handed.take(samples):
             self._computed(samples, nats)
         else:
-            _logger.warning("a gradient that is not finite: the batch is left out")
+            self._left_out("a gradient")
 
 
 def ranges_of(shape: RoundShape) -> tuple[tuple[int, int], ...]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import resource
+import subprocess
+import sys
 from importlib import resources
 from pathlib import Path
 
@@ -175,3 +179,32 @@ def test_a_place_that_cannot_hold_a_manifest_is_refused(tmp_path: Path, capsys: 
     assert init(tmp_path) == 2
     assert init(tmp_path / "nowhere" / "run.toml") == 2
     assert f"mkdir -p {tmp_path / 'nowhere'}" in capsys.readouterr().err
+
+
+def test_a_size_picks_what_suits_it_and_the_numbers_are_there_for_programs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.toml"
+    assert init(path, "--size", "10M", "--format", "json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    model = load_manifest(path).model
+    assert shown["needs"]["parameters"] == model.parameters == 9_966_848
+    assert (model.layers, model.heads, model.embedding, model.context) == (10, 4, 256, 256)
+    assert shown["next"] == f"p2ptrain bootstrap {path}"
+    assert init(path, "--force", "--size", "12M") == 2
+    assert "use one of 1M, 10M" in capsys.readouterr().err
+
+
+def test_what_this_process_may_not_hold_is_refused_unless_forced(tmp_path: Path) -> None:
+    path, limit = tmp_path / "run.toml", 6 * 10**9
+
+    def under_a_limit(*more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "p2ptrain", "init", str(path), "--size", "1B", *more]
+        limited = functools.partial(resource.setrlimit, resource.RLIMIT_AS, (limit, limit))
+        return subprocess.run(command, capture_output=True, text=True, preexec_fn=limited)
+
+    refused = under_a_limit()
+    assert refused.returncode == 18 and "ulimit -v allows 6 GB" in refused.stderr
+    assert not path.exists()
+    assert under_a_limit("--force").returncode == 0
+    assert load_manifest(path).model.embedding == 2048

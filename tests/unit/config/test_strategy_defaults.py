@@ -9,7 +9,8 @@ import msgspec
 import pytest
 
 from p2ptrain.config.loading import new_manifest, parse_manifest, render
-from p2ptrain.config.manifest import Manifest, Strategy
+from p2ptrain.config.manifest import Manifest, OptimizerConfig, Strategy
+from p2ptrain.config.sizes import Size
 from p2ptrain.errors import ManifestError
 
 HERE = Path("run.toml")
@@ -48,14 +49,38 @@ def test_one_key_of_a_kind_leaves_the_others_as_they_are_by_default() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["demo", "local_demo"])
-def test_steps_of_signs_are_smaller_in_a_wider_model_unless_the_run_says_how_large(strategy: str) -> None:
-    def rate(width: int, said: str = "") -> float:
+def test_steps_of_signs_are_smaller_in_a_wider_model_and_with_a_small_batch_unless_the_run_says_how_large(
+    strategy: str,
+) -> None:
+    def rate(width: int, said: str = "", batch: int = 16) -> float:
         text = f'[model]\nembedding = {width}\n[optimizer]\nstrategy = "{strategy}"\n{said}'
-        return parse_manifest(HEAD + text, HERE).optimizer.learning_rate
+        return parse_manifest(f"{HEAD}{text}[round]\ntarget_batch = {batch}\n", HERE).optimizer.learning_rate
 
     assert rate(128) == new_manifest("a", strategy).optimizer.learning_rate  # type: ignore[arg-type]
     assert rate(64) == 2 * rate(128) == 4 * rate(256)
+    assert rate(128, batch=4) == rate(128) / 2 and rate(128, batch=64) == rate(128)
     assert rate(64, "learning_rate = 0.5\n") == 0.5
+
+
+def test_the_warm_up_is_as_many_tokens_as_suit_the_model() -> None:
+    def warm_tokens(size: Size) -> float:
+        made = new_manifest("a", size=size)
+        return made.optimizer.warmup_rounds * made.round.target_batch * made.context / made.model.parameters
+
+    assert warm_tokens("25M") == pytest.approx(warm_tokens("100M"), rel=0.05)
+    assert new_manifest("a").optimizer.warmup_rounds == OptimizerConfig().warmup_rounds
+    tiny = parse_manifest(f"{HEAD}[model]\nembedding = 1024\n[optimizer]\ntotal_rounds = 300\n", HERE)
+    assert tiny.optimizer.warmup_rounds == 30, "a tenth of a short run"
+
+
+def test_a_template_whose_model_is_changed_by_hand_follows_it() -> None:
+    template = render(new_manifest("a"))
+    assert "# learning_rate = 0.001" in template.splitlines() and "# warmup_rounds = 10" in template.splitlines()
+    edited = template.replace("embedding = 128\n", "embedding = 768\n").replace("layers = 2\n", "layers = 12\n")
+    optimizer = parse_manifest(edited, HERE).optimizer
+    assert optimizer.learning_rate == 0.00017 and optimizer.warmup_rounds == 200
+    said = msgspec.structs.replace(new_manifest("a"), optimizer=OptimizerConfig(learning_rate=0.5))
+    assert "learning_rate = 0.5" in render(said).splitlines()
 
 
 @pytest.mark.parametrize("table", ["model = 3", "[model]\nembedding = 0", '[model]\nembedding = "wide"'])

@@ -31,6 +31,7 @@ def record(
     state_id: bytes = A,
     refused: RefusedRecord | None = None,
     evaluation: EvaluationRecord | None = None,
+    diverged: str = "",
 ) -> PeerRecord:
     return PeerRecord(
         peer_id=identity_of(name).peer_id,
@@ -44,6 +45,7 @@ def record(
         total=20,
         refused=refused,
         evaluation=evaluation,
+        diverged=diverged,
     )
 
 
@@ -62,7 +64,8 @@ def test_the_keys_are_those_that_programs_rely_on() -> None:
     seen = look(record("ada"))
     assert {"run", "peers", "evaluation", "dht", "health", "overview", "branches", "time"} == seen.keys()
     assert seen["evaluation"] is None
-    assert seen["run"] == {"id": RUN_ID.hex(), "name": "run", "round": 7, "state_id": A.hex()}
+    run = {"id": RUN_ID.hex(), "name": "run", "round": 7, "state_id": A.hex(), "diverged": False}
+    assert seen["run"] == run
     assert seen["dht"] == {"nodes_alive": 1, "nodes_dead": 0}
     (peer,) = seen["peers"]
     assert peer["peer_id"] == format_peer_id(identity_of("ada").peer_id)
@@ -161,4 +164,15 @@ def test_of_chains_with_equal_support_the_furthest_isshow_overviewn() -> None:
 
 def test_a_run_whose_peers_are_all_gone_still_has_a_round() -> None:
     assert look(record("a", age=20, round=5))["run"]["round"] == 5
-    assert look()["run"] == {"id": RUN_ID.hex(), "name": "run", "round": 0, "state_id": ""}
+    assert look()["run"] == {"id": RUN_ID.hex(), "name": "run", "round": 0, "state_id": "", "diverged": False}
+
+
+def test_who_says_that_the_run_has_diverged_is_shown_and_the_run_has_where_most_say_so(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    why = "the train loss has been far above its best for 64 rounds"
+    one, two = record("ada", diverged=why), record("bob")
+    assert not look(one, two)["run"]["diverged"]
+    assert look(one, two, record("eve", diverged=why))["run"]["diverged"]
+    show_overview(inspect_run(RUN_ID, "run", {one.peer_id: one}, Census(frozenset(), frozenset()), NOW), "table", False)
+    assert f"ada says that the run has diverged: {why}" in capsys.readouterr().out

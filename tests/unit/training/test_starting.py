@@ -88,7 +88,7 @@ def test_a_folder_of_several_bfloat16_files_becomes_what_the_library_reads(
 ) -> None:
     assert init(tmp_path, "--from", llama, "--context", "32") == 0
     heard = capsys.readouterr()
-    assert "bfloat16: converted to float32" in heard.err and "MB of first values" in heard.out
+    assert "bfloat16: converted to float32" in heard.err and "a newcomer fetches" in heard.out
     manifest, task, home = made(tmp_path)
     check_model(task)
     assert (task.kind, manifest.context, manifest.vocabulary) == ("hf", 32, 4096)

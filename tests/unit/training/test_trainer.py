@@ -23,6 +23,7 @@ from p2ptrain.chain.sealed import SealedRound
 from p2ptrain.data.assignment import sequence_offsets
 from p2ptrain.data.text import Part
 from p2ptrain.errors import DataError
+from p2ptrain.observe.diverging import NOT_FINITE
 from p2ptrain.observe.status import Status
 from p2ptrain.rounds.events import Apply, ContributionReady, Doubted, Rollback, StartRound, StoodIn
 from p2ptrain.rounds.inbox import Restore, TrainerMessage
@@ -428,3 +429,34 @@ def test_a_restored_replica_may_be_where_the_run_ends(home: Home) -> None:
 
 def test_the_parts_of_a_round_name_all_chunks(home: Home) -> None:
     assert ranges_of(home.start().shape) == ((0, home.lone.chunks),)
+
+
+def test_parameters_that_are_past_help_are_told_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    home = Home(tmp_path, Lone())
+    with torch.no_grad():
+        home.trainer.replica.task.parameters[0].tensor.fill_(math.nan)
+    for _ in range(3 * NOT_FINITE):
+        home.trainer.compute()
+    assert len([r for r in caplog.records if "left out" in r.message]) == 1
+    assert len([r for r in caplog.records if "the run has diverged" in r.message]) == 1
+    assert home.trainer.status.diverged
+
+
+def test_out_of_memory_it_goes_on_with_half_as_many_sequences_at_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    home = Home(tmp_path, Lone())
+    plain = home.trainer._model.loss
+
+    def loss(tokens: torch.Tensor, counted: Any = None) -> torch.Tensor:
+        if len(tokens) > 1:
+            torch.empty(2**60)
+        return plain(tokens, counted)
+
+    home.trainer._model.loss = loss  # type: ignore[method-assign]
+    home.hand(home.start())
+    (ready,) = home.swarm.handed
+    assert home.trainer.passes.sequences == 1
+    assert ready.row.weight == 1, "what came of the passes that were broken off does not count"
+    assert "out of memory: from now on 1 sequences at once" in caplog.messages
+    assert home.momentum.isfinite().all() and home.momentum.any()
