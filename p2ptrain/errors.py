@@ -99,7 +99,7 @@ class RevokedError(P2PTrainError):
 class TooLargeError(P2PTrainError):
     """This machine cannot hold what a peer of the run needs."""
 
-    exit_code = 17
+    exit_code = 18
 
 
 class ModelError(P2PTrainError):

@@ -204,7 +204,7 @@ def test_what_this_process_may_not_hold_is_refused_unless_forced(tmp_path: Path)
         return subprocess.run(command, capture_output=True, text=True, preexec_fn=limited)
 
     refused = under_a_limit()
-    assert refused.returncode == 17 and "ulimit -v allows 6 GB" in refused.stderr
+    assert refused.returncode == 18 and "ulimit -v allows 6 GB" in refused.stderr
     assert not path.exists()
     assert under_a_limit("--force").returncode == 0
     assert load_manifest(path).model.embedding == 2048
