@@ -28,7 +28,7 @@ from p2ptrain.config.manifest import Manifest, ModelConfig
 from p2ptrain.errors import TooLargeError
 from p2ptrain.training.machine import Machine, free_disk_bytes
 
-LIBRARIES_BYTES = 500 * 10**6
+LIBRARIES_BYTES = 700 * 10**6
 AT_WORK_BYTES = 14
 """An entry of a chunk."""
 WRITING_COPIES = 1.0
