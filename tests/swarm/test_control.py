@@ -2,20 +2,95 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import stat
 import sys
 import time
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from peers import Peer, Swarm, eventually, run
+
+from p2ptrain.config.home import Home
+from p2ptrain.config.manifest import TOKENIZER_VOCABULARY, Manifest, ModelConfig, RoundConfig
+from p2ptrain.config.node import NodeSettings
+from p2ptrain.data import text as tokens
+from p2ptrain.data.text import Text
+from p2ptrain.data.tokenizer import shipped_tokenizer
+from p2ptrain.peer import control
+from p2ptrain.peer.progress import Display
+from p2ptrain.peer.session import Part, PeerSession
+from p2ptrain.state.journal import Journal
+from p2ptrain.swarm.identity import verify
+from p2ptrain.training.replica import Replica
+
+MANIFEST = Manifest(
+    name="test",
+    nonce="0" * 32,
+    model=ModelConfig(layers=1, heads=1, embedding=16, context=16),
+    round=RoundConfig(pace="fixed", sequences_per_peer=4, micro_batch=4, root_interval=4),
+)
+
+
+def test_a_peer_lets_go_of_its_model_in_a_pause_and_goes_on_where_it_stood(tmp_path: Path, sockets_in: Path) -> None:
+    """One process; its owner is another thread."""
+    settings = NodeSettings(home=tmp_path / "ada", origins={}, host="127.0.0.1", threads=1, name="ada")
+    address, models = Home(settings.home).control, weakref.WeakSet[Replica]()
+    told: list[control.Answer] = []
+
+    def ask(request: control.Request) -> control.Answer:
+        return control.ask(address, request, 60.0)
+
+    def reached(round: int) -> bool:
+        answer = ask(control.Ask(why=True))
+        return bool(answer["state"] == "solo" and answer["round"] >= round)
+
+    def command() -> None:
+        eventually(lambda: address.exists() and reached(3), 120, "three rounds")
+        told.append(ask(control.Pause()))
+        gc.collect()
+        told.append({"models": len(models)})
+        told.append(ask(control.Pause(3600.0)))
+        told.append(ask(control.Resume()))
+        eventually(lambda: reached(told[0]["round"] + 2), 60, "two rounds more")
+        told.append(ask(control.Pause(0.5)))
+        eventually(lambda: reached(told[-1]["round"] + 2), 60, "two rounds more, by itself")
+        told.append(ask(control.Finish()))
+
+    class Counted(PeerSession):
+        def _begin(self, *arguments: Any) -> Part:
+            part = super()._begin(*arguments)
+            models.add(part.trainer.replica)
+            return part
+
+    with ThreadPoolExecutor(1) as pool, Counted(settings, Display(quiet=True), None) as session:
+        session.connect([])
+        run = session.found_run(MANIFEST)
+        session.enter_run(run)
+        train = tokens.Part(np.random.default_rng(1).integers(0, 4096, 30_000, np.uint16), 100_000)
+        text = Text(train, tokens.Part(train.tokens[:0], 0), shipped_tokenizer, TOKENIZER_VOCABULARY)
+        owner = pool.submit(command)
+        session.train(run, text, None)
+    owner.result(60)
+    paused, held, still, resumed, again, finished = told
+    assert paused["state"] == "paused" and paused["paused_until"] is None and held == {"models": 0}
+    assert (
+        still["state"] == "paused" and still["paused_until"] > time.time() + 3000 and still["round"] == paused["round"]
+    )
+    assert resumed["state"] != "paused" and resumed["round"] >= paused["round"]
+    assert again["state"] == "paused" and finished == {}, "a process that ends says no more"
+    journal = Journal(Home(settings.home).journal, run.run_id, verify)
+    assert journal.last >= again["round"] + 2
 
 
 @pytest.fixture

@@ -179,9 +179,11 @@ def test_neither_thread_touches_what_is_the_others(
 
         monkeypatch.setattr(kind, "__getattribute__", look_up, raising=False)
 
-    messages = frozenset({"contribute", "root_computed", "prune_own_log", "doubt", "others_reach", "stop", "standing"})
+    messages = frozenset(
+        {"contribute", "root_computed", "prune_own_log", "doubt", "others_reach", "stop", "retire", "standing"}
+    )
     belongs(RoundDriver, NETWORKS.__contains__, messages)
-    belongs(Presence, NETWORKS.__contains__, frozenset({"hear", "say_leaving", "said"}))
+    belongs(Presence, NETWORKS.__contains__, frozenset({"hear", "say_leaving", "said", "rest"}))
     for kind in (Answering, Auditing, Sending, RoundMachine, NewsFeed, CatchingUp, Journal, UplinkMeter, Traffic):
         belongs(kind, NETWORKS.__contains__)
     fixed = frozenset({"peer_id", "identity", "port", "observer", "dialable", "close", "on_restart"})
