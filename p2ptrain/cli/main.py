@@ -15,6 +15,7 @@ import typer
 from p2ptrain import __version__
 from p2ptrain.cli import (
     bootstrap,
+    dashboard,
     data,
     eval,
     export,
@@ -27,6 +28,7 @@ from p2ptrain.cli import (
     revoke,
     sample,
     simulate,
+    top,
 )
 from p2ptrain.cli.output import errors_reported
 
@@ -45,6 +47,8 @@ app.command("id")(id.print_id)
 app.command("invite")(invite.invite)
 app.command("revoke")(revoke.revoke)
 app.command("inspect")(inspect.inspect)
+app.command("dashboard")(dashboard.dashboard)
+app.command("top")(top.top)
 app.command("replay")(replay.replay)
 app.command("sample")(sample.sample)
 app.command("eval")(eval.evaluate)
