@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import secrets
 from typing import Annotated
 
@@ -102,7 +103,8 @@ async def _serve(addresses: list[str], choice: str | None, own: bytes | None, ho
                 timeout_graceful_shutdown=1,
             )
             server = uvicorn.Server(config)
-            # Ctrl-C is this command's, which closes the observer, too.
+            # Ctrl-C is this command's, which closes the observer, too; it is no error, as uvicorn would say.
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
             print(
                 f"Dashboard of {observer.manifest.name}:  "
                 f"http://{shown}:{listening.getsockname()[1]}/{f'#token={token}' if token else ''}",

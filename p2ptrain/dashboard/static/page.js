@@ -136,7 +136,7 @@ const charts = {};
 function chart(id, data, series, time) {
   const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const width = Math.max(200, $(id).clientWidth);
-  const theme = color("--text") + series.length;
+  const theme = color("--text") + series.length + time;
   if (charts[id] && charts[id].theme === theme) {
     if (charts[id].width !== width) charts[id].plot.setSize({ width, height: 190 });
     charts[id].width = width;
