@@ -16,6 +16,7 @@ from p2ptrain import __version__
 from p2ptrain.cli import (
     bootstrap,
     control,
+    dashboard,
     data,
     doctor,
     eval,
@@ -32,6 +33,7 @@ from p2ptrain.cli import (
     service,
     simulate,
     status,
+    top,
 )
 from p2ptrain.cli.output import errors_reported
 
@@ -58,6 +60,8 @@ app.command("finish")(control.finish)
 app.command("leave")(control.leave)
 app.command("logs")(logs.logs)
 app.command("service")(service.service)
+app.command("dashboard")(dashboard.dashboard)
+app.command("top")(top.top)
 app.command("replay")(replay.replay)
 app.command("sample")(sample.sample)
 app.command("eval")(eval.evaluate)
