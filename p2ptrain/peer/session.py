@@ -54,6 +54,7 @@ from p2ptrain.peer.file_download import fetch_file
 from p2ptrain.peer.owner import Owner
 from p2ptrain.peer.presence import Presence
 from p2ptrain.peer.progress import Shown
+from p2ptrain.peer.reachability import Reachability, where_it_works
 from p2ptrain.peer.waiting import tell_while_waiting, told_while
 from p2ptrain.rounds.inbox import TrainerMessage
 from p2ptrain.state.files import atomic_write
@@ -65,7 +66,7 @@ from p2ptrain.swarm.addresses import parse_addresses
 from p2ptrain.swarm.identity import format_peer_id, verify
 from p2ptrain.swarm.invitations import Invitation, read_grant
 from p2ptrain.swarm.node import SwarmNode
-from p2ptrain.swarm.tasks import failure_logged
+from p2ptrain.swarm.tasks import cancel_and_wait, failure_logged
 from p2ptrain.swarm.thread import NetworkThread
 from p2ptrain.training.device import choose_device
 from p2ptrain.training.measuring import HeldOut, Measuring, Method
@@ -91,6 +92,8 @@ START_SECONDS = 60.0
 """To take up the journal and begin to answer calls: some thousand rounds may have to be read."""
 ASK_SECONDS = 10.0
 """For what the network thread knows without asking anybody: more than it is ever late."""
+REACH_SECONDS = 25.0
+"""For others to try whether they can dial this peer: two attempts, each of some seconds at a port that is closed."""
 FAREWELL_SECONDS = 3.0
 """To publish that this peer leaves: worth one short attempt."""
 STOP_SECONDS = 10.0
@@ -120,7 +123,12 @@ class Part:
     presence: Presence
     status: Status
     announcing: Future[None]
-    addresses: list[str]
+    reach: Reachability
+
+    @property
+    def addresses(self) -> list[str]:
+        """Full multiaddrs by which others can join, the best first; empty: nobody can dial this peer."""
+        return self.reach.addresses
 
 
 class PeerSession:
@@ -144,6 +152,9 @@ class PeerSession:
         self.owner = Owner(self.home, lambda: self.inbox.put(None))
         #: of this peer's line, also after a pause
         self._uplink: UplinkMeter | None = None
+        #: whether others can dial this peer, and the first attempt at finding out
+        self._reach: Reachability | None = None
+        self._reaching: Future[None] | None = None
         #: when something of the chain was fetched last, by the network thread's clock
         self._fetched_at = -math.inf
         #: what is known of measurements of the model; None: the run has none
@@ -283,6 +294,15 @@ class PeerSession:
             atomic_write(self.home.manifest, run.signed, durable=True)
         if run.grant is not None and not listed:
             atomic_write(self.home.grant, msgspec.msgpack.encode(run.grant), durable=True)
+        self._reach = Reachability(
+            self.node,
+            run.run_id,
+            run.manifest.records_key,
+            announced=bool(self.settings.announce),
+            say=self.display.say,
+        )
+        # Beside what else comes before the first round.
+        self._reaching = self.network.spawn(self._reach.check())
 
     def found_run(self, manifest: Manifest) -> Run:
         """Sign a manifest with this home's owner key; if such a run lives in the DHT already, this peer joins it."""
@@ -532,13 +552,18 @@ class PeerSession:
         Raises:
             HomeError: the checkpoint cannot be used.
         """
+        reach, reaching = self._reach, self._reaching
+        assert reach is not None and reaching is not None
+        with contextlib.suppress(TimeoutError):
+            reaching.result(REACH_SECONDS)
         self.owner.known = {
             "run": run.manifest.name,
             "run_id": run.run_id.hex(),
             "last_round": run.manifest.last_round or None,
             "peer_id": format_peer_id(self.node.peer_id),
+            "dialable": reach.tried.dialable,
         }
-        uplink = self._uplink = self._uplink or UplinkMeter(dialable=self.node.dialable)
+        uplink = self._uplink = self._uplink or UplinkMeter(dialable=reach.tried.dialable is not False)
         own_log = OwnLog(self.home.own)
         journal = Journal(self.home.journal, run.run_id, verify)
         replica = Replica(run.manifest, run.run_id, device, task)
@@ -551,9 +576,6 @@ class PeerSession:
             self._history = History(self.home.evaluations, tokenizer_of_run(run.manifest))
         trainer.restore(journal)
         driver = self._start_driver(run, replica, journal, own_log, uplink)
-        addresses = self.network.run(self.node.join_addresses(), ASK_SECONDS)
-        with contextlib.suppress(OSError):
-            atomic_write(self.home.address, "\n".join(addresses[:1]).encode())
         presence = Presence(
             self.node,
             driver,
@@ -563,12 +585,38 @@ class PeerSession:
             signed_manifest=run.signed,
             name=self.settings.name or format_peer_id(self.node.peer_id)[-8:],
             device=str(device or task.parameters[0].tensor.device),
-            addresses=addresses,
+            addresses=reach.addresses,
             secret=run.manifest.records_key,
             grant=b"" if run.grant is None else msgspec.msgpack.encode(run.grant),
         )
-        announcing = self.network.spawn(presence.run())
-        return Part(trainer, driver, presence, status, announcing, addresses)
+        announcing = self.network.spawn(self._announce(presence, reach, uplink))
+        return Part(trainer, driver, presence, status, announcing, reach)
+
+    async def _announce(self, presence: Presence, reach: Reachability, uplink: UplinkMeter) -> None:
+        """Keep records, and what is known of how others can dial this peer, up to date until cancelled."""
+
+        def changed(before: list[str]) -> None:
+            presence.addresses = reach.addresses
+            self.owner.known = {**self.owner.known, "dialable": reach.tried.dialable}
+            if reach.addresses[:1] != before[:1]:
+                self._write_address(reach.addresses)
+                for address in reach.addresses[:1]:
+                    self.display.say(f"others can join at a new address: p2ptrain join {address}")
+
+        reach.uplink, reach.on_change = uplink, changed
+        uplink.dialable = reach.tried.dialable is not False
+        presence.addresses = reach.addresses
+        self._write_address(reach.addresses)
+        beside = asyncio.create_task(reach.run())
+        beside.add_done_callback(failure_logged(_logger, "finding out whether others can dial this peer has failed"))
+        try:
+            await presence.run()
+        finally:
+            await cancel_and_wait([beside])
+
+    def _write_address(self, addresses: list[str]) -> None:
+        with contextlib.suppress(OSError):
+            atomic_write(self.home.address, "\n".join(addresses[:1]).encode())
 
     def _start_driver(
         self,
@@ -750,6 +798,9 @@ class PeerSession:
         """The one line that others need; what scripts read is all of it."""
         if addresses:
             print(f"Join with:  p2ptrain join {addresses[0]}", flush=True)
+            where = where_it_works(addresses[0])
+            if where:
+                self.display.say(where)
         else:
             print("No other peer can dial this one: it takes part, and others join at other peers.", flush=True)
 
