@@ -73,6 +73,7 @@ def doctor(
 def _look(diagnosis: Any, settings: Any, addresses: list[str]) -> Iterable[Finding]:
     from p2ptrain.cli.inspect import addresses_of
     from p2ptrain.config.manifest import open_manifest
+    from p2ptrain.native import kept
     from p2ptrain.peer.control import Ask, ask
 
     home = Home(settings.home)
@@ -85,8 +86,8 @@ def _look(diagnosis: Any, settings: Any, addresses: list[str]) -> Iterable[Findi
         yield from diagnosis.of_home(settings)
     own = home.manifest.read_bytes() if home.manifest.exists() else None
     manifest = None if own is None else open_manifest(own)[0]
-    yield from diagnosis.of_machine(settings, manifest)
-    yield diagnosis.of_loops()
+    yield from diagnosis.of_machine(settings, None if manifest is None else manifest.parameters)
+    yield diagnosis.of_loops(kept.folder())
     yield from diagnosis.of_device(settings, manifest)
     port = None
     if running is None:

@@ -28,6 +28,7 @@ from p2ptrain.cli import (
     logs,
     revoke,
     sample,
+    service,
     simulate,
     status,
 )
@@ -55,6 +56,7 @@ app.command("resume")(control.resume)
 app.command("finish")(control.finish)
 app.command("leave")(control.leave)
 app.command("logs")(logs.logs)
+app.command("service")(service.service)
 app.command("sample")(sample.sample)
 app.command("eval")(eval.evaluate)
 app.command("export")(export.export)

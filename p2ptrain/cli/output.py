@@ -150,8 +150,11 @@ class _Lasting:
 
 def outlive_readers() -> None:
     """Have this process go on when whoever reads its output has gone, as a peer in the background does."""
-    if not isinstance(sys.stdout, _Lasting):
-        sys.stdout, sys.stderr = _Lasting(sys.stdout), _Lasting(sys.stderr)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        # There is none where a shell has closed it: `>&-`.
+        if stream is not None and not isinstance(stream, _Lasting):
+            setattr(sys, name, _Lasting(stream))
 
 
 @contextmanager

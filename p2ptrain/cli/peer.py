@@ -66,11 +66,11 @@ def run_peer(
     display = Display(log_format=settings.log_format, quiet=quiet)
     with PeerSession(settings, display, rounds, make) as session, log_kept(session.home.log):
         # What would fail later, and may after a long download, is said now.
-        warn(stop_where_unfit(of_machine(settings, None)))
+        stop_where_unfit(of_machine(settings, None))
         session.connect(addresses)
         run = find_run(session)
         session.enter_run(run)
-        warn(stop_where_unfit(of_machine(settings, run.manifest)))
+        warn(stop_where_unfit(of_machine(settings, run.manifest.parameters)))
         display.say(describe(run.manifest, run.run_id))
         text = session.obtain_text(run, given, share)
         session.train(run, text, session.obtain_values(run, model))

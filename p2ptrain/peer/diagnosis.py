@@ -95,32 +95,30 @@ def warn(findings: list[Finding]) -> None:
 # ---- this machine -----------------------------------------------------------------------------------------------
 
 
-def of_machine(settings: NodeSettings, manifest: Manifest | None) -> Iterator[Finding]:
-    """Look at this machine, for a run where one is known. Takes no network and no torch."""
-    yield _disk(settings.home, manifest)
-    yield _memory(manifest)
+def of_machine(settings: NodeSettings, parameters: int | None) -> Iterator[Finding]:
+    """Look at this machine, for a model of so many parameters; None: of no run yet. Takes no network and no torch."""
+    yield _disk(settings.home, parameters)
+    yield _memory(parameters)
     yield _cores(settings)
     yield _open_files()
     yield _temporary_folder()
 
 
-def _disk(home: Path, manifest: Manifest | None) -> Finding:
+def _disk(home: Path, parameters: int | None) -> Finding:
     place = next(path for path in (home, *home.resolve().parents) if path.exists())
     free = shutil.disk_usage(place).free
-    need = DISK_BYTES_BESIDE
-    if manifest is not None:
-        need += DISK_BYTES_PER_PARAMETER * manifest.parameters
-    text = f"{_size(free)} free in {place}, and a peer{' of this run' if manifest else ''} takes up to {_size(need)}"
+    need = DISK_BYTES_BESIDE + DISK_BYTES_PER_PARAMETER * (parameters or 0)
+    text = f"{_size(free)} free in {place}, and a peer{' of this run' if parameters else ''} takes up to {_size(need)}"
     if free < need:
         return Finding("disk", "fail", text, "make room, or choose a home on another disk: --home DIR")
     return Finding("disk", "ok", text)
 
 
-def _memory(manifest: Manifest | None) -> Finding:
+def _memory(parameters: int | None) -> Finding:
     whole, available = memory_bytes()
-    if manifest is None:
+    if parameters is None:
         return Finding("memory", "ok", f"{_size(available)} of {_size(whole)} available")
-    need = MEMORY_BYTES_BESIDE + MEMORY_BYTES_PER_PARAMETER * manifest.parameters
+    need = MEMORY_BYTES_BESIDE + MEMORY_BYTES_PER_PARAMETER * parameters
     text = f"{_size(available)} of {_size(whole)} available, and this run takes about {_size(need)}"
     if need > whole:
         return Finding("memory", "fail", text, "train it on a machine with more memory, or a smaller model: run.toml")
@@ -196,6 +194,10 @@ def _temporary_folder() -> Finding:
 def of_home(settings: NodeSettings) -> Iterator[Finding]:
     """Say whether the home can be used, and what runs in it; for a caller that holds no lock on it."""
     home = Home(settings.home)
+    if not home.path.exists():
+        # A look leaves nothing behind.
+        yield _new_home(home.path)
+        return
     try:
         home.lock()
     except HomeError as error:
@@ -203,6 +205,13 @@ def of_home(settings: NodeSettings) -> Iterator[Finding]:
         return
     home.unlock()
     yield Finding("home", "ok", str(home.path))
+
+
+def _new_home(path: Path) -> Finding:
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if above.is_dir() and os.access(above, os.W_OK | os.X_OK):
+        return Finding("home", "ok", f"{path} will be made by the first start")
+    return Finding("home", "fail", f"{path} cannot be made: {above} may not be written", "another one: --home DIR")
 
 
 def of_port(settings: NodeSettings) -> Finding:
@@ -218,11 +227,8 @@ def of_port(settings: NodeSettings) -> Finding:
     return Finding("port", "ok", f"{port} is free")
 
 
-def of_loops() -> Finding:
-    """Say whether compiled loops are kept, and whole. Loads numba."""
-    from p2ptrain.native import kept
-
-    place = kept.folder()
+def of_loops(place: Path | None) -> Finding:
+    """Say whether compiled loops are kept, and whole, where `native.kept.folder` says."""
     if place is None:
         text = "there is nowhere to keep compiled loops, so each start compiles them for half a minute and more"
         return Finding("compiled loops", "warn", text, "NUMBA_CACHE_DIR=DIR with one that you alone may write")

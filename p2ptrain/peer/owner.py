@@ -169,6 +169,12 @@ class Owner:
         while not condition() and not self.stopping:
             await asyncio.sleep(LOOK_SECONDS)
 
+    def line(self) -> str:
+        """Say in one line how this peer is; the network thread."""
+        answer = self._answer()
+        round = f", round {answer['round']:,}" if answer["run"] else ""
+        return f"{answer['state']}{round}" + (f": {answer['doing']}" if answer["doing"] else "")
+
     def _answer(self, why: bool = False) -> control.Answer:
         """Say how this peer is; with `why`, also what it heard and decided last."""
         driver, now, until = self.driver, replace(self.status), self.pause_until

@@ -55,6 +55,7 @@ from p2ptrain.peer.owner import Owner
 from p2ptrain.peer.presence import Presence
 from p2ptrain.peer.progress import Shown
 from p2ptrain.peer.reachability import Reachability, where_it_works
+from p2ptrain.peer.supervisor import keep_notified, notify
 from p2ptrain.peer.waiting import tell_while_waiting, told_while
 from p2ptrain.rounds.inbox import TrainerMessage
 from p2ptrain.state.files import atomic_write
@@ -222,6 +223,8 @@ class PeerSession:
         settings = self.settings
         self._network = NetworkThread()
         self._network.run(self.owner.listen(), ASK_SECONDS)
+        if "NOTIFY_SOCKET" in os.environ:
+            self._network.spawn(keep_notified(self.owner.line))
         remembered = self._remembered_peers()
 
         def create(peers: list[str]) -> SwarmNode:
@@ -464,6 +467,7 @@ class PeerSession:
         part: Part | None = self._begin(run, text, values, device)
         assert part is not None
         self._print_join_line(part.addresses)
+        notify("READY=1")
         with self._signals():
             self._train(part)
             # What ends training without a failure, and is neither of these, is a pause, however short.
@@ -518,7 +522,6 @@ class PeerSession:
         part.trainer.save()
         self._tell(part.driver, part.presence, part.status)
         self.display.round(part.status, last=True)
-        part.driver.leave()
         with contextlib.suppress(TimeoutError):
             self.network.run(part.driver.retire(), STOP_SECONDS)
         self._driver = self.owner.driver = None

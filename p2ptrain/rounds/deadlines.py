@@ -164,6 +164,8 @@ class Deadlines:
         self._new: frozenset[bytes] = frozenset()
         #: how many others there are now
         self._members = 0
+        #: the others did not wait for our reply, since this group began to be learned with
+        self._hurries = False
 
     def observe_round(self, seconds: float) -> None:
         """Half of the others were heard this long after the round began."""
@@ -171,6 +173,10 @@ class Deadlines:
         self._rounds = min(self._rounds + 1, ROUNDS_LEARNING)
         gain = 1.0 if self._rounds == 1 else _ROUND_GAIN
         self._round_seconds += (seconds - self._round_seconds) * gain
+
+    def observe_own_part(self, *, sealed: bool) -> None:
+        """A seal has our reply, or was made without it."""
+        self._hurries = self._hurries or not sealed
 
     def observe_silence(self) -> None:
         """Half of the others were not heard by `half_seconds`."""
@@ -185,6 +191,7 @@ class Deadlines:
             self._new = frozenset(members) - self._group
             self._group = frozenset(members)
             self._rounds = 0
+            self._hurries = False
         self._members = len(members)
         self.contributions.keep_only(members)
         self.replies.keep_only(members)
@@ -198,10 +205,13 @@ class Deadlines:
         """How long a reducer waits for these members of whom something is known, once half of the others were heard.
 
         Where a group is learned anew, all the others may be later than they were, and have the manifest's time; those
-        who made it new have as long as one member is worth, or peers that come and die would cost it each time.
+        who made it new have as long as one member is worth, or peers that come and die would cost it each time. The
+        same once a seal was made without our reply: others, who have learned, do not wait as long for us as we would
+        for a member whose messages never come, or are of no use, and would take our turns to reduce.
         """
         grace = self.grace_seconds
-        if self._learns and self._round_seconds and self._rounds < ROUNDS_LEARNING and self._new.issuperset(missing):
+        learning = self._learns and self._round_seconds and self._rounds < ROUNDS_LEARNING
+        if learning and (self._hurries or self._new.issuperset(missing)):
             return min(grace, self._worth_seconds)
         return grace
 

@@ -721,7 +721,9 @@ class RoundMachine:
         members = exchange.shape.members
         given_up = 2 * self._deadlines.reply_seconds
         for number, part in enumerate(exchange.shape.parts):
-            if not seal.parts[number] and number not in exchange.replies and part.reducer != exchange.index:
+            if part.reducer == exchange.index:
+                self._deadlines.observe_own_part(sealed=bool(seal.parts[number]))
+            elif not seal.parts[number] and number not in exchange.replies:
                 # Given up by the sealer, and by us: it may have been a moment late, or dead.
                 self._deadlines.replies.observe(members[part.reducer].peer_id, given_up)
         included = chain.bits(seal.included, len(members))

@@ -4,7 +4,8 @@
 
 Resumable: a piece of `PIECE` seeds is added to --out when it is done, and a later call goes on from there. Seeds are
 played as `tests/simulation/histories.py` plays them. The file holds, for each piece, a hash over the histories of its
-seeds, what happened in them, and every violation with its seed. Exits with 1 when there is any.
+seeds, what happened in them, every violation with its seed, and the version of the protocol: pieces of other versions
+are played again. Exits with 1 when there is any violation.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "simulation"))
 from histories import play_all
 from lab.report import note, read, write
 
+from p2ptrain.config.manifest import PROTOCOL_VERSION
+
 PIECE = 250
 
 
@@ -35,6 +38,7 @@ def main() -> int:
     options = parser.parse_args()
     began = time.monotonic()
     pieces: list[dict[str, Any]] = (read(options.out) or {"pieces": []})["pieces"]
+    pieces = [piece for piece in pieces if piece.get("protocol_version") == PROTOCOL_VERSION]
     while len(pieces) * PIECE < options.seeds and time.monotonic() - began < options.seconds:
         first = len(pieces) * PIECE
         pieces.append(play_piece(first, min(first + PIECE, options.seeds)))
@@ -54,6 +58,7 @@ def play_piece(first: int, end: int) -> dict[str, Any]:
     return {
         "first": first,
         "end": end,
+        "protocol_version": PROTOCOL_VERSION,
         "histories_sha256": hashlib.sha256("".join(report.digest for report in reports).encode()).hexdigest(),
         "slowest_convergence_seconds": max(report.convergence_seconds or 0.0 for report in reports),
         "rounds": sum(report.rounds for report in reports),

@@ -143,7 +143,7 @@ def test_the_only_peer_is_gone_before_a_newcomer_has_its_rounds(
             ada.ended(30)
         else:
             ada.kill()
-        session.train(run, text)
+        session.train(run, text, session.obtain_values(run))
     assert "p2ptrain join ADDR" in caught.value.hint
     assert "waiting for the run's rounds: no answer for" in shown.getvalue()
 

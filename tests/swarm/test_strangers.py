@@ -368,7 +368,7 @@ def test_records_of_made_up_peers_cause_few_dials_and_honest_peers_are_met_all_t
         port = server.sockets[0].getsockname()[1]
         client = Client(victim, Traffic(), RUN)
         feed = NewsFeed(client, lambda: Tip(0, RUN, 0), lambda event: None, lambda *_: ())
-        driver, status = SimpleNamespace(feed=feed), SimpleNamespace()
+        driver, status = SimpleNamespace(feed=feed), SimpleNamespace(turns=())
         names = {"run_id": RUN, "run_name": "a", "signed_manifest": b"", "name": "a", "device": "", "addresses": []}
         presence = Presence(victim, driver, status, **names)  # type: ignore[arg-type]
         for outsider in outsiders:

@@ -122,7 +122,7 @@ def train(home: Path, observer: Observer, rounds: int) -> list[Any]:
         run = session.found_run(MANIFEST)
         session.enter_run(run)
         text = embedded_text(session.home.data)
-        session.train(run, text.with_train(Part(text.train.tokens[:30_000], 100_000)))
+        session.train(run, text.with_train(Part(text.train.tokens[:30_000], 100_000)), None)
         path, run_id = session.home.journal, run.run_id
     journal = Journal(path, run_id, verify)
     return [journal.read(number) for number in range(journal.first, journal.last + 1)]

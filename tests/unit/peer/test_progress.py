@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 import sys
 import threading
 
@@ -52,15 +53,16 @@ def test_what_was_measured_is_a_line_of_its_own_in_the_log() -> None:
     Display(stream=text).evaluated(EVALUATION)
     Display(log_format="json", stream=json_lines).evaluated(EVALUATION)
     said = "fvPq24Hg says of round 12300: held-out 1.430 bits/byte, perplexity 45.1 on 16,384 tokens"
-    assert text.getvalue() == f"{said}\n"
+    assert re.fullmatch(rf"\d\d:\d\d:\d\d {re.escape(said)}\n", text.getvalue())
     entry = json.loads(json_lines.getvalue())
     assert entry["message"] == said and entry["evaluation"] == EVALUATION.as_json() and "round" not in entry
 
 
-def test_off_a_terminal_a_round_is_one_plain_line() -> None:
+def test_off_a_terminal_a_round_is_one_plain_line_with_the_time() -> None:
     out = io.StringIO()
     Display(stream=out).round(STATUS)
-    assert out.getvalue() == "  ".join(lines_of(STATUS)) + "\n"
+    time, _, line = out.getvalue().partition(" ")
+    assert re.fullmatch(r"\d\d:\d\d:\d\d", time) and line == "  ".join(lines_of(STATUS)) + "\n"
     assert "train loss 5.123 (1.700 bits/byte)" in out.getvalue()
 
 

@@ -104,6 +104,24 @@ def test_a_group_a_quarter_of_which_is_new_is_learned_anew() -> None:
         assert deadlines.grace_seconds == (2.0 if again else FLOOR_SECONDS), "who leaves makes nobody late"
 
 
+def test_who_learns_and_is_not_waited_for_hurries_until_it_has_learned() -> None:
+    """A reducer among others who have learned longer: its first wait is the manifest's, its second is a share."""
+    deadlines, members = Deadlines(2.0, 2.0), [bytes([n]) for n in range(3)]
+    deadlines.keep_only(members)
+    deadlines.keep_only(members)  # none of them is new any more
+    waits = []
+    for _ in range(ROUNDS_LEARNING + 1):
+        waits.append(deadlines.wait_seconds(members[:1]))
+        deadlines.observe_round(1.0)
+        for member in members[1:]:
+            deadlines.contributions.observe(member, 0.0)
+        deadlines.observe_own_part(sealed=len(waits) > 1)
+    share = FLOOR_SECONDS + 1.0 / 8
+    assert waits == [2.0, *[pytest.approx(share)] * ROUNDS_LEARNING], "the last is what it learned"
+    deadlines.keep_only([*members, bytes([9])])
+    assert deadlines.wait_seconds(members[:1]) == 2.0, "another group, which learns as we do"
+
+
 def test_members_of_whom_nothing_is_known_are_waited_for_as_the_slowest_are() -> None:
     """They may have been here before, and forgotten since."""
     deadlines = Deadlines(2.0, 2.0)
