@@ -26,6 +26,7 @@ from p2ptrain.cli import (
     invite,
     join,
     logs,
+    meet,
     revoke,
     sample,
     service,
@@ -44,6 +45,7 @@ app = typer.Typer(
 app.command("init")(init.init)
 app.command("bootstrap")(bootstrap.bootstrap)
 app.command("join")(join.join)
+app.command("meet")(meet.meet)
 app.command("data")(data.data)
 app.command("id")(id.print_id)
 app.command("invite")(invite.invite)

@@ -27,6 +27,7 @@ from p2ptrain.errors import P2PTrainError
 from p2ptrain.peer.presence import FRESH_SECONDS
 from p2ptrain.swarm.addresses import order_for_dialling
 from p2ptrain.swarm.identity import format_peer_id
+from p2ptrain.swarm.limits import Backoff
 from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.swarm.reach import host_and_port
 
@@ -38,6 +39,11 @@ SURE_SECONDS = 3.0
 """Before the second look that a change of verdict needs."""
 ASKED_AT_ONCE, ASKED_MAX, ANSWERS_WANTED = 3, 9, 2
 CONNECT_SECONDS = 3.0
+PLACES = 2
+"""Relays at which a peer that nobody can dial holds a place."""
+PLACE_SECONDS = 600.0
+RELAY_AGAIN_SECONDS = 10.0, 300.0
+"""The first and the longest pause after a peer that does not relay was asked to."""
 PORTS_MAX = 2
 """Tried by each who is asked: a router may show another port than the one that is listened on."""
 
@@ -116,8 +122,11 @@ class Reachability:
         self._announced, self._say = announced, say
         self._visible: list[str] = []
         self._restarts = 0
-        self._due = 0.0
+        self._due, self._unknown_pause = 0.0, UNKNOWN_AGAIN_SECONDS
         self._said: bool | None = None
+        #: relay -> until when its reservation is good without asking again, and the addresses that it makes
+        self._places: dict[bytes, tuple[float, list[str]]] = {}
+        self._relays = Backoff(*RELAY_AGAIN_SECONDS)
         self.tried = Tried(None if node.dialable else False)
         #: what to say of our line depends on it
         self.uplink: UplinkMeter | None = None
@@ -140,7 +149,11 @@ class Reachability:
                     tried = Tried(self.tried.dialable, again.routes or tried.routes, tried.seen_at, tried.why)
             if tried.dialable is not None:
                 self.tried = tried
-        pause = {None: UNKNOWN_AGAIN_SECONDS, False: CLOSED_AGAIN_SECONDS, True: OPEN_AGAIN_SECONDS}
+            if self.tried.dialable is False:
+                await self._keep_places()
+        pause = {None: self._unknown_pause, False: CLOSED_AGAIN_SECONDS, True: OPEN_AGAIN_SECONDS}
+        # Alone, or among peers that do not try.
+        self._unknown_pause = min(1.5 * self._unknown_pause, CLOSED_AGAIN_SECONDS)
         self._due = time.monotonic() + pause[self.tried.dialable] * random.uniform(0.9, 1.1)
         self._conclude()
 
@@ -148,6 +161,8 @@ class Reachability:
         """Until cancelled."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
+            if self.tried.dialable is False and await self._keep_places():
+                self._conclude()
             visible = await self._node.join_addresses()
             changed = set(visible) != set(self._visible) or self._node.restarts != self._restarts
             self._restarts = self._node.restarts
@@ -157,7 +172,7 @@ class Reachability:
     def _conclude(self) -> None:
         before = self.addresses
         if self.tried.dialable is False:
-            self.addresses = []
+            self.addresses = [address for _, place in self._places.values() for address in place]
         else:
             routes = [address.rpartition("/p2p/")[0] for address in self._visible]
             own = [] if self._announced else self.tried.routes
@@ -172,6 +187,31 @@ class Reachability:
                 self._say("others can dial this peer now: from the next rounds on it reduces and seals")
             self._said = self.tried.dialable
         self.on_change(before)
+
+    async def _keep_places(self) -> bool:
+        """Hold places at some relays, which lose them with the connection; say whether that has changed."""
+        if not self._node.dialable:
+            return False
+        before = {relay: place for relay, (_, place) in self._places.items()}
+        connected, now = await self._node.connected(), time.monotonic()
+        self._places = {
+            relay: (due, place) for relay, (due, place) in self._places.items() if relay in connected and now < due
+        }
+        # Those that were places before come first: others know them.
+        candidates = dict.fromkeys([*before, *connected])
+        for relay in [relay for relay in candidates if relay not in self._places and self._relays.ready(relay)][:8]:
+            if len(self._places) >= PLACES:
+                break
+            try:
+                place = await self._node.reserve(relay)
+            except P2PTrainError as error:
+                _logger.debug("no place at %s: %s", format_peer_id(relay)[-8:], error)
+                self._relays.failed(relay)
+                continue
+            self._relays.succeeded(relay)
+            if place:
+                self._places[relay] = now + PLACE_SECONDS, place
+        return before != {relay: place for relay, (_, place) in self._places.items()}
 
     @property
     def _port(self) -> int:
@@ -197,8 +237,12 @@ class Reachability:
         random.shuffle(fresh)
         # Who can be dialled is asked first: it need not be connected already.
         fresh.sort(key=lambda peer: not records[peer].addresses)
-        known = [peer for peer in reversed(self._node.known_peers) if peer not in records]
-        asked, ports = [*fresh, *known][:ASKED_MAX], self._ports()
+        # Places to meet are in no run, and relays may be known by the addresses of others alone.
+        others = dict.fromkeys([*reversed(self._node.known_peers), *await self._node.connected()])
+        known = [peer for peer in others if peer not in records and peer != me]
+        # A seat for one of them: in a run that meets there, all others may see us through a relay.
+        asked, ports = [*fresh[: ASKED_AT_ONCE - 1], *known[:1], *fresh[ASKED_AT_ONCE - 1 :], *known[1:]], self._ports()
+        asked = asked[:ASKED_MAX]
         answers: list[list[tuple[int, Dialled]]] = []
         while asked and (conclude(answers).dialable is None or len(answers) < ANSWERS_WANTED):
             at_once, asked = asked[:ASKED_AT_ONCE], asked[ASKED_AT_ONCE:]

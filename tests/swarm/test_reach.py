@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from peers import Peer, Swarm, eventually
+from peers import Peer, Swarm, eventually, start
 
 from p2ptrain import chain
 from p2ptrain.config.home import Home
@@ -52,7 +54,7 @@ class Networks:
         ip("-n", namespace, "link", "set", "lo", "up")
         return namespace
 
-    def host(self, number: int, *, closed: bool = False) -> dict[str, object]:
+    def host(self, number: int, *, closed: bool = False) -> dict[str, Any]:
         """Return where a peer is to run, as `Peer` takes it."""
         namespace, there = self._add(str(number)), f"v{number}"
         ip("-n", self._wire, "link", "add", there, "type", "veth", "peer", "name", "e0", "netns", namespace)
@@ -102,11 +104,20 @@ def swarm(tmp_path: Path) -> Iterator[Swarm]:
     made.close()
 
 
+def journal_of(peer: Peer) -> Journal:
+    home = Home(peer.home)
+    return Journal(home.journal, open_manifest(home.manifest.read_bytes())[1], verify)
+
+
+def rows(peer: Peer) -> tuple[chain.Row, ...]:
+    """What the members of its newest round say of themselves."""
+    journal = journal_of(peer)
+    return journal.read(journal.last).seal.rows
+
+
 def closed_members_in(peer: Peer, after: int) -> list[tuple[int, bool]]:
     """By round since `after`: how many members say that they cannot be dialled, and whether their work all counts."""
-    home = Home(peer.home)
-    journal = Journal(home.journal, open_manifest(home.manifest.read_bytes())[1], verify)
-    found = []
+    journal, found = journal_of(peer), []
     for number in range(max(journal.first, after), journal.last + 1):
         seal = journal.read(number).seal
         closed = {index for index, row in enumerate(seal.rows) if not row.uplink_kbit}
@@ -133,7 +144,7 @@ def test_a_peer_that_nobody_can_dial_says_so_counts_in_full_and_notices_when_its
     assert f"10.77.0.3, TCP port {PORT}" in advice and "firewall" in advice, "its own address: no router forwards it"
     linus.reaches(grace.round + 2)
     begins = ada.round + 2
-    ada.reaches(begins + 20)
+    ada.reaches(begins + 12)
     found = closed_members_in(ada, begins)
     assert len(found) >= 10 and all(closed == 1 for closed, _ in found), found
     assert sum(counts for _, counts in found) >= 0.95 * len(found), found
@@ -142,3 +153,33 @@ def test_a_peer_that_nobody_can_dial_says_so_counts_in_full_and_notices_when_its
     (line,) = said(linus, "others can join at a new address")
     assert line.endswith(f"p2ptrain join /ip4/10.77.0.3/tcp/{PORT}/p2p/{(line.rpartition('/')[2])}")
     assert not said(grace, "others cannot dial") and not said(ada, "others cannot dial")
+
+
+def test_two_peers_that_nobody_can_dial_train_through_a_place_to_meet(networks: Networks, swarm: Swarm) -> None:
+    swarm.write_manifest()
+    where = networks.host(1)
+    there = {**os.environ, **where["environment"]}
+    with (swarm.folder / "meet.log").open("w") as errors:
+        flags = ("--home", str(swarm.folder / "meet"), "--host", "10.77.0.1")
+        meeting = start("meet", *flags, stderr=errors, env=there, fresh=False)
+    try:
+        assert meeting.stdout is not None
+        address = meeting.stdout.readline().removeprefix("Meet at:  ").strip()
+        assert address.startswith("/ip4/10.77.0.1/tcp/")
+        ada = swarm.bootstrap("ada", "--initial-peers", address, "--port", str(PORT), **networks.host(2, closed=True))
+        through = ada.address()
+        assert through.startswith(address + "/p2p-circuit/p2p/"), through
+        grace = swarm.join("grace", through, "--port", str(PORT), **networks.host(3, closed=True))
+        assert grace.address().startswith(address + "/p2p-circuit/p2p/")
+        eventually(lambda: len(rows(ada)) == 2, 90, ada.tail() + grace.tail())
+        begins = ada.round + 2
+        ada.reaches(begins + 12)
+        grace.reaches(begins + 10)
+        found = closed_members_in(ada, begins)
+        assert len(found) >= 10 and all(closed == 2 for closed, _ in found), found
+        assert sum(counts for _, counts in found) >= 0.9 * len(found), found
+    finally:
+        meeting.send_signal(signal.SIGINT)
+        assert meeting.wait(60) == 0, (swarm.folder / "meet.log").read_text()
+        if meeting.stdout is not None:
+            meeting.stdout.close()
