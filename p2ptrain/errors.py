@@ -60,6 +60,10 @@ class RunChoiceError(P2PTrainError):
     exit_code = 8
 
 
+class NoRunError(RunChoiceError):
+    """No run where one was expected; there may be one later."""
+
+
 class DataError(P2PTrainError):
     """The run's data is missing or is not what the manifest names."""
 

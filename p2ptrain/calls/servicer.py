@@ -19,6 +19,7 @@ import msgspec
 from google.protobuf.wrappers_pb2 import BytesValue
 from hivemind.p2p import P2PContext, ServicerBase
 
+from p2ptrain.calls.dialling import DialBack
 from p2ptrain.calls.handout import Handout
 from p2ptrain.calls.messages import (
     HASHES_MAX,
@@ -34,7 +35,6 @@ from p2ptrain.calls.messages import (
     CallError,
     ContributionHeader,
     Dial,
-    Dialled,
     FileRequest,
     Follow,
     FrameReader,
@@ -63,7 +63,6 @@ from p2ptrain.state.failpoints import failpoint
 from p2ptrain.state.pieces import PieceFile
 from p2ptrain.swarm.identity import format_peer_id
 from p2ptrain.swarm.limits import Allowance, loop_time
-from p2ptrain.swarm.reach import dial_back
 
 CALLS_PER_PEER = 32
 PIECES_A_CALL = 16
@@ -72,8 +71,6 @@ AMENDS_PER_SECOND, AMENDS_BURST = 4.0, 64.0
 """Of one peer, with statements whose signatures are to be checked."""
 OUTSIDERS_AMENDS_PER_SECOND, OUTSIDERS_AMENDS_BURST = 10.0, 100.0
 """Of all outsiders together, who may have any number of identities."""
-DIALS_PER_SECOND, DIALS_BURST = 0.2, 4.0
-"""To one address, and to all together, for those who ask whether they can be reached."""
 SEALS_PER_SECOND, SEALS_BURST = 2.0, 64.0
 """Answers with seals to one peer: each reads up to half a megabyte of a disk."""
 SHOWING_SECONDS = 60.0
@@ -189,7 +186,7 @@ class PeerServicer(ServicerBase):
     def __init__(self, answering: AnsweringPeer, traffic: Traffic) -> None:
         self._answering, self._traffic = answering, traffic
         self._calls: Counter[bytes] = Counter()
-        self._dials = Allowance(DIALS_PER_SECOND, DIALS_BURST, loop_time)
+        self._dial_back = DialBack(lambda peer: answering.seen_at(peer))
         self._amends = Allowance(AMENDS_PER_SECOND, AMENDS_BURST, loop_time)
         self._readers = Allowance(SEALS_PER_SECOND, SEALS_BURST, loop_time)
         self._outsiders_amends = Allowance(OUTSIDERS_AMENDS_PER_SECOND, OUTSIDERS_AMENDS_BURST, loop_time)
@@ -210,13 +207,7 @@ class PeerServicer(ServicerBase):
         if not self._admits(context):
             return self._traffic.message(Answer(NOT_LISTED))
         wanted, peer = decode_message(request.value, Dial), context.remote_id.to_bytes()
-        host = await self._answering.seen_at(peer)
-        if not host:
-            return self._traffic.message(Dialled("", "this peer is seen through a relay"))
-        # Many peers may be behind one address, whose ports are not ours to look through.
-        if not (self._dials.take(host) and self._dials.take()):
-            return self._traffic.message(Dialled(host, TOO_MANY_CALLS))
-        return self._traffic.message(Dialled(host, await dial_back(host, wanted.port)))
+        return self._traffic.message(await self._dial_back.answer(peer, wanted))
 
     async def rpc_join(self, request: BytesValue, context: P2PContext) -> BytesValue:
         """Ask to be admitted by the next seal."""

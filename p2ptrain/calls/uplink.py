@@ -43,7 +43,8 @@ class UplinkMeter:
     """
 
     def __init__(self, *, dialable: bool) -> None:
-        self._dialable = dialable
+        #: whether others can dial us, as far as is known now
+        self.dialable = dialable
         #: kbit/s in each round remembered
         self._rates: deque[float] = deque(maxlen=ROUNDS_REMEMBERED)
         #: the shortest way there and back
@@ -52,7 +53,7 @@ class UplinkMeter:
     @property
     def declared_kbit(self) -> int:
         """What to say of it, for parts in proportion [kbit/s]."""
-        if not self._dialable:
+        if not self.dialable:
             return 0
         return self.line_kbit if self._measured else CAREFUL_KBIT
 

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from p2ptrain.peer.session import PeerSession
 
 
+WAIT_SECONDS = 120.0
+
+
 def join(
     addresses: Annotated[
         list[str] | None,
@@ -61,6 +64,10 @@ def join(
     ] = None,
     model: ModelOption = None,
     home: HomeOption = None,
+    wait: Annotated[
+        float,
+        typer.Option("--wait", metavar="SECONDS", min=0.0, help="Wait so long for a peer that is not there yet."),
+    ] = WAIT_SECONDS,
     name: NameOption = None,
     port: PortOption = None,
     host: HostOption = None,
@@ -117,4 +124,5 @@ def join(
         given=given,
         model=model,
         share=part,
+        wait_seconds=wait if addresses else 0.0,
     )

@@ -27,6 +27,7 @@ from p2ptrain.cli import (
     invite,
     join,
     logs,
+    meet,
     replay,
     revoke,
     sample,
@@ -47,6 +48,7 @@ app = typer.Typer(
 app.command("init")(init.init)
 app.command("bootstrap")(bootstrap.bootstrap)
 app.command("join")(join.join)
+app.command("meet")(meet.meet)
 app.command("data")(data.data)
 app.command("id")(id.print_id)
 app.command("invite")(invite.invite)

@@ -54,6 +54,7 @@ def run_peer(
     share: float | None = None,
     model: Path | None = None,
     make: Make | None = None,
+    wait_seconds: float = 0.0,
 ) -> None:
     """Connect, find the run, fetch what is missing, train, leave.
 
@@ -66,6 +67,7 @@ def run_peer(
         share: of the run's text that this peer is to hold; None: all.
         model: a copy of the weights that the run starts from.
         make: what trains, and what is trained, where that is not what the manifest says.
+        wait_seconds: for the peers at `addresses`, where they are not there yet.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # Also where a shell started us with SIGINT ignored, as background jobs are; but nohup is to be heeded.
@@ -88,7 +90,7 @@ def run_peer(
     from p2ptrain.peer.session import PeerSession
 
     display = Display(log_format=settings.log_format, quiet=quiet)
-    with PeerSession(settings, display, rounds, make) as session, log_kept(session.home.log):
+    with PeerSession(settings, display, rounds, make, wait_seconds) as session, log_kept(session.home.log):
         # What would fail later, and may after a long download, is said now.
         stop_where_unfit(of_machine(settings, None))
         session.connect(addresses)

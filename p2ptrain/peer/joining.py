@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from p2ptrain.calls import client
 from p2ptrain.calls.messages import KNOWN_ALREADY, CallError, RefusedError, Welcome
@@ -14,7 +16,9 @@ from p2ptrain.chain.admission import Grant, Revocation
 from p2ptrain.config.manifest import Manifest, open_manifest
 from p2ptrain.errors import (
     AccessError,
+    HomeError,
     ManifestError,
+    NoRunError,
     RevokedError,
     RunChoiceError,
     UnreachableError,
@@ -34,6 +38,8 @@ SAY_AFTER_SECONDS = 10.0
 SAY_EVERY_SECONDS = 30.0
 """How often it says what it waits for."""
 LOOK_SECONDS = 0.5
+SELF_LOOKS, SELF_LOOK_SECONDS, SELF_FRESH_SECONDS = 6, 1.0, 12.0
+"""At this peer's own record, for somebody else who renews it; records are renewed every two seconds."""
 LISTED_RUNS = 20
 """Runs that a message lists."""
 
@@ -220,7 +226,7 @@ def revoked(run_id: bytes) -> RevokedError:
 
 def _choose(names: dict[bytes, str], choice: str | None) -> bytes:
     if not names:
-        raise RunChoiceError(
+        raise NoRunError(
             "there is no run in this network", hint="start one: p2ptrain init run.toml; p2ptrain bootstrap run.toml"
         )
     # Anyone can publish any number of runs.
@@ -245,6 +251,51 @@ def _named(names: dict[bytes, str], choice: str) -> dict[bytes, str]:
         for run_id, name in names.items()
         if name == choice or (len(wanted) >= 4 and run_id.hex().startswith(wanted))
     }
+
+
+async def same_run_elsewhere(node: SwarmNode, manifest: Manifest, run_id: bytes) -> tuple[bytes, str] | None:
+    """Look for a run of the same run.toml, by name and nonce, that somebody else has bootstrapped.
+
+    Returns: its id, and an address of one of its peers ("" where none can be dialled); None: there is none to be seen.
+    """
+    for other, listed in (await node.read_runs()).items():
+        if other == run_id or all(record.name != manifest.name for record in listed):
+            continue
+        signed = await node.get_manifest(other)
+        if signed is None or open_manifest(signed, other)[0].nonce != manifest.nonce:
+            continue
+        peers = await node.read_peers(other)
+        return other, next((address for record in peers.values() for address in record.addresses), "")
+    return None
+
+
+async def refuse_second_self(node: SwarmNode, run_id: bytes, secret: bytes, identity: Path) -> None:
+    """Look whether another process is this peer in the run: a home that was copied.
+
+    A record that this peer left behind a moment ago looks the same, but nobody renews it.
+
+    Raises:
+        HomeError: there is one.
+    """
+    before: float | None = None
+    for attempt in range(SELF_LOOKS):
+        if attempt:
+            await asyncio.sleep(SELF_LOOK_SECONDS)
+        record = (await node.read_peers(run_id, secret)).get(node.peer_id)
+        if record is None or record.state == "leaving" or record.last_seen_seconds(time.time()) > SELF_FRESH_SECONDS:
+            return
+        if before is not None and record.time > before:
+            raise identity_in_use(node.peer_id, record.addresses[:1], identity)
+        before = record.time
+
+
+def identity_in_use(peer_id: bytes, addresses: Sequence[str], identity: Path) -> HomeError:
+    """Make the error for a home whose identity another process has."""
+    where = f", at {addresses[0]}" if addresses else ""
+    return HomeError(
+        f"another process takes part as this peer already, {format_peer_id(peer_id)}{where}: was this home copied?",
+        hint=f"stop the other one, or make this home another peer: rm {identity}",
+    )
 
 
 async def await_chain(

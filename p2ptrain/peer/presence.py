@@ -77,7 +77,9 @@ class Presence:
         #: None: this peer takes no part for a while
         self._driver: RoundDriver | None = driver
         self._run_id, self._run_name, self._signed_manifest = run_id, run_name, signed_manifest
-        self._name, self._device, self._addresses, self._secret = name, device, addresses, secret
+        self._name, self._device, self._secret = name, device, secret
+        #: for others to dial; replaced whole when they change
+        self.addresses = addresses
         self._grant = grant
         #: of peers, and of addresses
         self._failures = Backoff(*DIAL_AGAIN_SECONDS)
@@ -153,7 +155,7 @@ class Presence:
             diverged=status.diverged,
             device=self._device,
             version=__version__,
-            addresses=self._addresses[:8],
+            addresses=self.addresses[:8],
             grant=self._grant,
             refused=None if driver is None else driver.standing.refused,
         )

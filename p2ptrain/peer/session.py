@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import queue
+import random
 import signal
 import sys
 import time
@@ -23,7 +24,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import cast
+from typing import TypeVar, cast
 
 import msgspec
 import torch
@@ -40,7 +41,15 @@ from p2ptrain.data.obtaining import Share, obtain_text
 from p2ptrain.data.preparing import Given
 from p2ptrain.data.text import Text
 from p2ptrain.data.tokenizer import tokenizer_of_run
-from p2ptrain.errors import HomeError, ModelError, UnreachableError, UsageError
+from p2ptrain.errors import (
+    AddressError,
+    HomeError,
+    ModelError,
+    NoRunError,
+    RunChoiceError,
+    UnreachableError,
+    UsageError,
+)
 from p2ptrain.models.gpt import GPT
 from p2ptrain.models.of_manifest import check_model, task_of
 from p2ptrain.models.own import Beginning, check_length
@@ -56,6 +65,7 @@ from p2ptrain.peer.file_download import fetch_file
 from p2ptrain.peer.owner import Owner
 from p2ptrain.peer.presence import Presence
 from p2ptrain.peer.progress import Shown
+from p2ptrain.peer.reachability import Reachability, where_it_works
 from p2ptrain.peer.reporting import Reporter
 from p2ptrain.peer.supervisor import keep_notified, notify
 from p2ptrain.peer.waiting import tell_while_waiting, told_while
@@ -67,10 +77,12 @@ from p2ptrain.state.pieces import PieceFile
 from p2ptrain.state.run_files import RunFile, whole
 from p2ptrain.state.seals import SealLog
 from p2ptrain.swarm.addresses import parse_addresses
-from p2ptrain.swarm.identity import format_peer_id, verify
+from p2ptrain.swarm.identity import format_peer_id, load_or_create_identity, verify
 from p2ptrain.swarm.invitations import Invitation, read_grant
+from p2ptrain.swarm.meeting import CALLED_ELSEWHERE, IN_VAIN
 from p2ptrain.swarm.node import SwarmNode
-from p2ptrain.swarm.tasks import failure_logged
+from p2ptrain.swarm.records import PeerRecord
+from p2ptrain.swarm.tasks import cancel_and_wait, failure_logged
 from p2ptrain.swarm.thread import NetworkThread
 from p2ptrain.training.device import choose_device
 from p2ptrain.training.machine import this_machine
@@ -86,6 +98,8 @@ FINISH_SECONDS = 15.0
 """After the run's last round a peer stays this long for those who lack it."""
 PEERS_SECONDS = 20.0
 """Between two times that the peers once seen are written down: who is killed forgets no more than this."""
+WAIT_PAUSE_SECONDS = 1.0, 10.0
+"""The first and the longest pause between two attempts to meet peers that are not there yet."""
 CONNECT_SECONDS = 60.0
 """To start the daemon and meet the DHT: some attempts of seconds each, on a machine that may be busy."""
 FIND_RUN_SECONDS = 60.0
@@ -98,6 +112,8 @@ START_SECONDS = 60.0
 """To take up the journal and begin to answer calls: some thousand rounds may have to be read."""
 ASK_SECONDS = 10.0
 """For what the network thread knows without asking anybody: more than it is ever late."""
+REACH_SECONDS = 25.0
+"""For others to try whether they can dial this peer: two attempts, each of some seconds at a port that is closed."""
 FAREWELL_SECONDS = 3.0
 """To publish that this peer leaves: worth one short attempt."""
 STOP_SECONDS = 10.0
@@ -106,6 +122,8 @@ STOPPING_LOOK_SECONDS = 0.1
 """Between two looks at whether Ctrl-C ends the wait for others."""
 
 _logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def _held_out(manifest: Manifest, task: Task, text: Text) -> Method | None:
@@ -127,7 +145,12 @@ class Part:
     presence: Presence
     status: Status
     announcing: Future[None]
-    addresses: list[str]
+    reach: Reachability
+
+    @property
+    def addresses(self) -> list[str]:
+        """Full multiaddrs by which others can join, the best first; empty: nobody can dial this peer."""
+        return self.reach.addresses
 
 
 class PeerSession:
@@ -137,9 +160,19 @@ class PeerSession:
         display: hears of rounds and transfers.
         rounds: stop after having had a part in this many rounds; None: no limit.
         make: what trains, and what is trained; default: what the manifest says.
+        wait_seconds: for peers that are not there yet, from now on.
     """
 
-    def __init__(self, settings: NodeSettings, display: Shown, rounds: int | None, make: Make | None = None) -> None:
+    def __init__(
+        self,
+        settings: NodeSettings,
+        display: Shown,
+        rounds: int | None,
+        make: Make | None = None,
+        wait_seconds: float = 0.0,
+    ) -> None:
+        #: until when its first peer is waited for, by the monotonic clock
+        self._wait_until = time.monotonic() + wait_seconds
         self.settings, self.display = settings, display
         self.home = Home(settings.home)
         self._rounds, self._make = rounds, make or Make()
@@ -151,6 +184,9 @@ class PeerSession:
         self.owner = Owner(self.home, lambda: self.inbox.put(None))
         #: of this peer's line, also after a pause
         self._uplink: UplinkMeter | None = None
+        #: whether others can dial this peer, and the first attempt at finding out
+        self._reach: Reachability | None = None
+        self._reaching: Future[None] | None = None
         #: when something of the chain was fetched last, by the network thread's clock
         self._fetched_at = -math.inf
         #: passes figures on; None: nobody asked for them
@@ -241,13 +277,64 @@ class PeerSession:
 
         with self._doing("meeting the swarm"):
             try:
-                self._node = create([*addresses, *remembered])
-            except UnreachableError:
+                self._node = self.patiently(lambda: create([*addresses, *remembered]))
+            except UnreachableError as error:
                 if addresses:
+                    self._find_second_self(error, [*addresses, *remembered])
                     raise
                 _logger.info("none of the %d peers once seen answers", len(remembered))
                 self._node = create([])
+                self._network.run(self._keep_trying(self._node, remembered), ASK_SECONDS)
         self.home.remember_port(self._node.port)
+
+    async def _keep_trying(self, node: SwarmNode, remembered: list[str]) -> None:
+        """Have the node's upkeep dial peers that do not answer now."""
+        with contextlib.suppress(AddressError):
+            for peer, routes in parse_addresses(remembered, own_peer_id=node.peer_id).items():
+                node.remember(peer, routes)
+
+    def patiently(self, attempt: Callable[[], T]) -> T:
+        """Return what `attempt` returns, which is tried again, at growing pauses, while its peers are not there yet.
+
+        Raises: what the last attempt has raised.
+        """
+        pauses, told = WAIT_PAUSE_SECONDS[0], False
+        while True:
+            try:
+                return attempt()
+            except (UnreachableError, NoRunError) as error:
+                left = self._wait_until - time.monotonic()
+                if left <= 0 or any(text in str(error) for text in IN_VAIN):
+                    raise
+                if not told:
+                    self.display.say(f"{error}; trying again for {left:.0f} s, as --wait says")
+                    told = True
+                time.sleep(min(pauses * random.uniform(0.8, 1.2), left))
+                pauses = min(1.5 * pauses, WAIT_PAUSE_SECONDS[1])
+
+    def _find_second_self(self, error: UnreachableError, addresses: list[str]) -> None:
+        """Where nobody could be met, look whether that is because another process is this peer; raises HomeError.
+
+        A peer that knows the other one under this id calls that one back.
+        """
+        own = self.home.manifest.read_bytes() if self.home.manifest.exists() else None
+        if own is None or CALLED_ELSEWHERE not in str(error):
+            return
+        manifest, run_id = open_manifest(own)
+        me = load_or_create_identity(self.home.identity).peer_id
+
+        async def look() -> PeerRecord | None:
+            node = await SwarmNode.create(None, addresses, observer=True)
+            try:
+                return (await node.read_peers(run_id, manifest.records_key)).get(me)
+            finally:
+                await node.close()
+
+        with contextlib.suppress(UnreachableError):
+            record = self.network.run(look(), CONNECT_SECONDS)
+            fresh = record is not None and record.last_seen_seconds(time.time()) < joining.SELF_FRESH_SECONDS
+            if record is not None and fresh and record.state != "leaving":
+                raise joining.identity_in_use(me, record.addresses[:1], self.home.identity)
 
     def own_run(self) -> Run | None:
         """The run that this home is in."""
@@ -298,6 +385,20 @@ class PeerSession:
             atomic_write(self.home.manifest, run.signed, durable=True)
         if run.grant is not None and not listed:
             atomic_write(self.home.grant, msgspec.msgpack.encode(run.grant), durable=True)
+        self._reach = Reachability(
+            self.node,
+            run.run_id,
+            run.manifest.records_key,
+            announced=bool(self.settings.announce),
+            say=self.display.say,
+        )
+        # Beside what else comes before the first round.
+        self._reaching = self.network.spawn(self._look_around(run, self._reach))
+
+    async def _look_around(self, run: Run, reach: Reachability) -> None:
+        secret = run.manifest.records_key
+        looking = joining.refuse_second_self(self.node, run.run_id, secret, self.home.identity)
+        await asyncio.gather(looking, reach.check())
 
     def found_run(self, manifest: Manifest) -> Run:
         """Sign a manifest with this home's owner key; if such a run lives in the DHT already, this peer joins it."""
@@ -306,6 +407,15 @@ class PeerSession:
         opened, run_id = open_manifest(signed)
         records = self.network.run(self.node.read_peers(run_id, opened.records_key), READ_RUNS_SECONDS)
         lives = bool(records.keys() - {self.node.peer_id})
+        if not lives and self.node.known_peers and not self.home.manifest.exists():
+            looking = joining.same_run_elsewhere(self.node, opened, run_id)
+            elsewhere = self.network.run(looking, 2 * READ_RUNS_SECONDS)
+            if elsewhere is not None:
+                other, address = elsewhere
+                raise RunChoiceError(
+                    f"this run.toml was bootstrapped by another owner already, and lives here as {other.hex()[:16]}",
+                    hint=f"take part in it: p2ptrain join {address or 'ADDR --run ' + other.hex()[:16]}",
+                )
         if lives:
             _logger.info("this run lives already: joining it")
         return Run(opened, run_id, signed, founder=not lives)
@@ -324,9 +434,13 @@ class PeerSession:
         grant = None if own is None else own.grant
         if invitation is not None:
             grant = invitation.grant(self.node.peer_id)
-        finding = joining.find_run(self.node, addresses, choice, None if own is None else own.signed, grant)
+
+        def find() -> bytes:
+            finding = joining.find_run(self.node, addresses, choice, None if own is None else own.signed, grant)
+            return self.network.run(finding, FIND_RUN_SECONDS)
+
         with self._doing("asking which run there is"):
-            signed = self.network.run(finding, FIND_RUN_SECONDS)
+            signed = self.patiently(find)
         manifest, run_id = open_manifest(signed)
         introducers = frozenset(parse_addresses(addresses, own_peer_id=self.node.peer_id))
         if grant is not None and grant.issued.run_id != run_id:
@@ -552,13 +666,18 @@ class PeerSession:
         Raises:
             HomeError: the checkpoint cannot be used.
         """
+        reach, reaching = self._reach, self._reaching
+        assert reach is not None and reaching is not None
+        with contextlib.suppress(TimeoutError):
+            reaching.result(REACH_SECONDS)
         self.owner.known = {
             "run": run.manifest.name,
             "run_id": run.run_id.hex(),
             "last_round": run.manifest.last_round or None,
             "peer_id": format_peer_id(self.node.peer_id),
+            "dialable": reach.tried.dialable,
         }
-        uplink = self._uplink = self._uplink or UplinkMeter(dialable=self.node.dialable)
+        uplink = self._uplink = self._uplink or UplinkMeter(dialable=reach.tried.dialable is not False)
         own_log = OwnLog(self.home.own)
         journal = Journal(self.home.journal, run.run_id, verify)
         replica = Replica(run.manifest, run.run_id, device, task)
@@ -581,9 +700,6 @@ class PeerSession:
         reporter.begin(replica.chain, journal)
         self._reporter = reporter
         driver = self._start_driver(run, replica, journal, own_log, uplink, reporter)
-        addresses = self.network.run(self.node.join_addresses(), ASK_SECONDS)
-        with contextlib.suppress(OSError):
-            atomic_write(self.home.address, "\n".join(addresses[:1]).encode())
         presence = Presence(
             self.node,
             driver,
@@ -593,13 +709,39 @@ class PeerSession:
             signed_manifest=run.signed,
             name=name,
             device=shown_device,
-            addresses=addresses,
+            addresses=reach.addresses,
             secret=run.manifest.records_key,
             grant=b"" if run.grant is None else msgspec.msgpack.encode(run.grant),
         )
         presence.told = reporter.records
-        announcing = self.network.spawn(presence.run())
-        return Part(trainer, driver, presence, status, announcing, addresses)
+        announcing = self.network.spawn(self._announce(presence, reach, uplink))
+        return Part(trainer, driver, presence, status, announcing, reach)
+
+    async def _announce(self, presence: Presence, reach: Reachability, uplink: UplinkMeter) -> None:
+        """Keep records, and what is known of how others can dial this peer, up to date until cancelled."""
+
+        def changed(before: list[str]) -> None:
+            presence.addresses = reach.addresses
+            self.owner.known = {**self.owner.known, "dialable": reach.tried.dialable}
+            if reach.addresses[:1] != before[:1]:
+                self._write_address(reach.addresses)
+                for address in reach.addresses[:1]:
+                    self.display.say(f"others can join at a new address: p2ptrain join {address}")
+
+        reach.uplink, reach.on_change = uplink, changed
+        uplink.dialable = reach.tried.dialable is not False
+        presence.addresses = reach.addresses
+        self._write_address(reach.addresses)
+        beside = asyncio.create_task(reach.run())
+        beside.add_done_callback(failure_logged(_logger, "finding out whether others can dial this peer has failed"))
+        try:
+            await presence.run()
+        finally:
+            await cancel_and_wait([beside])
+
+    def _write_address(self, addresses: list[str]) -> None:
+        with contextlib.suppress(OSError):
+            atomic_write(self.home.address, "\n".join(addresses[:1]).encode())
 
     def _start_driver(
         self,
@@ -800,6 +942,9 @@ class PeerSession:
         """The one line that others need; what scripts read is all of it."""
         if addresses:
             print(f"Join with:  p2ptrain join {addresses[0]}", flush=True)
+            where = where_it_works(addresses[0])
+            if where:
+                self.display.say(where)
         else:
             print("No other peer can dial this one: it takes part, and others join at other peers.", flush=True)
 

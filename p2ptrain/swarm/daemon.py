@@ -15,12 +15,14 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hivemind.p2p import P2P
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 
 from p2ptrain.errors import DaemonError
 from p2ptrain.swarm.addresses import listening_address
+from p2ptrain.swarm.circuits import RelayCaps
 from p2ptrain.swarm.guards import MAX_UNARY_BYTES
 from p2ptrain.swarm.streams import BoundedP2P
 
@@ -73,6 +75,8 @@ class DaemonSettings:
     """Whether to open ports by UPnP, find out about reachability, and use relays."""
     relays: Sequence[str]
     """Full multiaddrs of peers that may relay to this one when it cannot be dialled."""
+    relaying: RelayCaps | None = None
+    """What this peer carries for others; None: what libp2p chooses, once it finds this peer to be reachable."""
 
 
 class Daemon:
@@ -88,6 +92,11 @@ class Daemon:
         class PrivateP2P(BoundedP2P):
             _UNIX_SOCKET_PREFIX = f"/unix{settings.sockets}/"
 
+            @staticmethod
+            def _make_process_args(*arguments: Any, **flags: Any) -> list[str]:
+                caps = {} if settings.relaying is None else settings.relaying.flags()
+                return list(P2P._make_process_args(*arguments, **flags, **caps))
+
         # Without relays of its own the daemon would turn to those of the public IPFS network.
         relays = list(settings.relays) if settings.nat and settings.listen else []
         creation = asyncio.ensure_future(
@@ -101,7 +110,9 @@ class Daemon:
                 dht_mode="server" if settings.listen else "client",
                 nat_port_map=settings.nat and settings.listen,
                 auto_nat=settings.nat,
-                use_relay=settings.nat,
+                use_relay=settings.nat or settings.relaying is not None,
+                # Who does not take itself for public relays nothing.
+                force_reachability=None if settings.relaying is None else "public",
                 use_auto_relay=bool(relays),
                 trusted_relays=relays or None,
                 persistent_conn_max_msg_size=MAX_UNARY_BYTES,

@@ -21,6 +21,9 @@ from p2ptrain.errors import ClockSkewError, UnreachableError
 from p2ptrain.swarm.addresses import PeerAddress
 
 STRAGGLER_SECONDS = 0.5
+CALLED_ELSEWHERE = "cannot call this peer back"
+IN_VAIN = ("another peer answers there: the address is of an old identity", CALLED_ELSEWHERE)
+"""Reasons why nobody was met that waiting does not cure."""
 _DIAL_FAILURE = re.compile(r"\* \[(?P<route>[^\]]+)\] (?P<reason>[^\n]+)")
 _CLOCKS = re.compile(r"local: (?P<local>[\d.]+), peer: (?P<peer>[\d.]+)")
 
@@ -88,7 +91,7 @@ async def _meet_one(node: DHTNode, peer_id: bytes, routes: Sequence[str], timeou
         clocks = _CLOCKS.search(str(error))
         if clocks is None:
             raise UnreachableError(
-                f"{PeerID(peer_id)} answers, but cannot call this peer back",
+                f"{PeerID(peer_id)} answers, but {CALLED_ELSEWHERE}",
                 hint="check --host and --announce, and the firewall",
             ) from error
         ahead = float(clocks["local"]) - float(clocks["peer"])
@@ -114,6 +117,6 @@ def _why(message: str) -> str:
     for found in _DIAL_FAILURE.finditer(message):
         reason = found["reason"]
         if "peer id mismatch" in reason:
-            reason = "another peer answers there: the address is of an old identity"
+            reason = IN_VAIN[0]
         reasons.append(reason.rsplit(": ", 1)[-1] if "connect: " in reason else reason)
     return "; ".join(dict.fromkeys(reasons)) or message.removeprefix("Connect failed. msg=")

@@ -32,6 +32,7 @@ from p2ptrain.swarm.addresses import (
     parse_addresses,
     parse_announced,
 )
+from p2ptrain.swarm.circuits import RelayCaps, reserve
 from p2ptrain.swarm.daemon import Daemon, DaemonSettings, SocketDirectory
 from p2ptrain.swarm.guards import install_guards
 from p2ptrain.swarm.identity import Identity, format_peer_id, load_or_create_identity
@@ -108,13 +109,15 @@ class SwarmNode:
         announce: Sequence[str] = (),
         observer: bool = False,
         nat: bool | None = None,
+        relaying: RelayCaps | None = None,
         timeout_seconds: float = 5.0,
     ) -> SwarmNode:
         """Starts a node and, given `initial_peers` (full multiaddrs, any one of which suffices), joins their DHT.
 
         `identity_path` None is an identity for this process only. `host` is the IP address to listen on and `port` the
         TCP port (0: a free one). `announce` replaces the addresses found. An observer listens nowhere and is listed by
-        nobody. `nat` (default: unless `host` is loopback) opens ports by UPnP and uses relays.
+        nobody. `nat` (default: unless `host` is loopback) opens ports by UPnP and uses relays. With
+        `relaying` it is such a relay for others.
 
         Raises AddressError, PortInUseError, UnreachableError (within about twice `timeout_seconds`), ClockSkewError,
         HomeError, DaemonError; nothing is left running then.
@@ -135,6 +138,7 @@ class SwarmNode:
                 listen=not observer,
                 nat=not is_loopback_host(host) if nat is None else nat,
                 relays=[f"{route}/p2p/{PeerID(peer_id)}" for peer_id, routes in peers.items() for route in routes],
+                relaying=relaying,
             )
             daemon = await Daemon.start(settings)
             self = cls(identity, settings, sockets, daemon)
@@ -203,6 +207,24 @@ class SwarmNode:
         routes = list(dict.fromkeys([*given, *self.known_peers.get(peer_id, [])]))
         await meeting.dial(self._daemon.p2p, peer_id, routes, timeout_seconds)
         self.remember(peer_id, routes)
+
+    async def reserve(self, relay: bytes) -> list[str]:
+        """Reserves a place at a relay, and returns the full multiaddrs by which others then reach this peer through it.
+
+        Raises UnreachableError.
+        """
+        await self.connect(relay)
+        await reserve(self._daemon.p2p, relay)
+        through = format_peer_id(relay), format_peer_id(self.peer_id)
+        # Who cannot be dialled has dialled the relay itself, so these lead there.
+        routes = order_for_dialling((await self.connected()).get(relay, []))
+        return [f"{route}/p2p/{through[0]}/p2p-circuit/p2p/{through[1]}" for route in routes if "/p2p-" not in route]
+
+    async def connected(self) -> dict[bytes, list[str]]:
+        """{peer id: the routes of its connections} of all that this peer is connected to."""
+        with contextlib.suppress(P2PDaemonError, OSError, EOFError, ValueError):
+            return {p.peer_id.to_bytes(): [str(a) for a in p.addrs] for p in await self._daemon.p2p.list_peers()}
+        return {}
 
     async def seen_at(self, peer_id: bytes) -> str:
         """The IP address that `peer_id` is connected from; "" when it is not, or through a relay."""

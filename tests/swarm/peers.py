@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -194,15 +194,29 @@ def eventually(condition: Callable[[], Any], seconds: float, what: str) -> Any:
 class Peer:
     """One running peer."""
 
-    def __init__(self, swarm: Swarm, name: str, *command: str, failpoint: str = "") -> None:
+    def __init__(
+        self,
+        swarm: Swarm,
+        name: str,
+        *command: str,
+        failpoint: str = "",
+        host: str = "127.0.0.1",
+        environment: Mapping[str, str] = {},
+    ) -> None:
         self.name, self.home = name, swarm.folder / name
         self.log = swarm.folder / f"{name}-{len(swarm.peers)}.log"
         self._err: IO[str] = self.log.open("w")
         self._trigger = swarm.folder / f"{name}-dies"
-        environment = {**os.environ, "P2PTRAIN_FAILPOINT": f"{failpoint}@{self._trigger}", "OMP_NUM_THREADS": "1"}
-        flags = ["--home", str(self.home), "--name", name, "--host", "127.0.0.1", "--threads", "1", "-v"]
+        own = {"P2PTRAIN_FAILPOINT": f"{failpoint}@{self._trigger}", "OMP_NUM_THREADS": "1"}
+        flags = ["--home", str(self.home), "--name", name, "--host", host, "--threads", "1", "-v"]
         self.process = start(
-            *command, *flags, "--log-format", "json", stderr=self._err, env=environment, fresh=swarm.fresh
+            *command,
+            *flags,
+            "--log-format",
+            "json",
+            stderr=self._err,
+            env={**os.environ, **own, **environment},
+            fresh=swarm.fresh,
         )
         self._swarm = swarm
 
@@ -353,13 +367,13 @@ class Swarm:
         assert done.returncode == 0, done.stderr
         return made.read_text().split("[data]\n")[1].split("\n# What peers compute")[0]
 
-    def bootstrap(self, name: str, *flags: str, failpoint: str = "") -> Peer:
-        """Start the run."""
-        return self._add(Peer(self, name, "bootstrap", str(self.manifest), *flags, failpoint=failpoint))
+    def bootstrap(self, name: str, *flags: str, **more: Any) -> Peer:
+        """Start the run; `more` as `Peer` takes it."""
+        return self._add(Peer(self, name, "bootstrap", str(self.manifest), *flags, **more))
 
-    def join(self, name: str, *addresses: str, failpoint: str = "") -> Peer:
-        """Join it with an address."""
-        return self._add(Peer(self, name, "join", *addresses, failpoint=failpoint))
+    def join(self, name: str, *addresses: str, **more: Any) -> Peer:
+        """Join it with an address; `more` as `Peer` takes it."""
+        return self._add(Peer(self, name, "join", *addresses, **more))
 
     def _add(self, peer: Peer) -> Peer:
         self.peers.append(peer)

@@ -7,6 +7,7 @@ of the socket.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import runpy
@@ -15,6 +16,13 @@ import socket
 import sys
 import tempfile
 import time
+
+
+def enter(namespace: str) -> None:
+    """Have this process, and all that it starts, in a network namespace that `ip netns` has made."""
+    with open(f"/run/netns/{namespace}") as file:
+        if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), 0x40000000):  # CLONE_NEWNET
+            raise OSError(ctypes.get_errno(), "setns", namespace)
 
 
 def serve(requests: socket.socket) -> list[str] | None:
@@ -43,6 +51,9 @@ def serve(requests: socket.socket) -> list[str] | None:
             requests.close()
             os.environ.clear()
             os.environ.update(asked["environment"])
+            namespace = os.environ.get("TEST_NETWORK")
+            if namespace:
+                enter(namespace)
             tempfile.tempdir = None  # as the environment has it
             arguments: list[str] = asked["arguments"]
             return arguments

@@ -52,7 +52,7 @@ def test_an_address_where_nobody_listens(tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
     address = f"/ip4/127.0.0.1/tcp/{port}/p2p/{NOBODY}"
-    flags = ("--home", str(tmp_path / "home"), "--host", "127.0.0.1")
+    flags = ("--home", str(tmp_path / "home"), "--host", "127.0.0.1", "--wait", "0")
     assert "connection refused" in refused(5, "join", address, *flags)
     assert "connection refused" in refused(5, "inspect", address)
 
@@ -97,7 +97,7 @@ def test_a_clock_that_is_wrong(peer_process: Callable[..., PeerProcess], tmp_pat
 
 def test_a_network_without_a_run(peer_process: Callable[..., PeerProcess], tmp_path: Path) -> None:
     peer = peer_process()
-    flags = ("--home", str(tmp_path / "home"), "--host", "127.0.0.1")
+    flags = ("--home", str(tmp_path / "home"), "--host", "127.0.0.1", "--wait", "0")
     assert "no run" in refused(8, "join", peer.report["addresses"][0], *flags)
 
 
