@@ -9,6 +9,7 @@ import typer
 
 from p2ptrain.cli.options import (
     AnnounceOption,
+    CheckpointEveryOption,
     DataOption,
     DeviceOption,
     FieldOption,
@@ -22,6 +23,7 @@ from p2ptrain.cli.options import (
     RoundsOption,
     ThreadsOption,
     TokenizerOption,
+    UploadOption,
     VerboseOption,
     given_text,
 )
@@ -50,6 +52,8 @@ def bootstrap(
     announce: AnnounceOption = None,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
+    checkpoint_every: CheckpointEveryOption = None,
+    upload_kbit: UploadOption = None,
     rounds: RoundsOption = None,
     log_format: LogFormatOption = None,
     verbose: VerboseOption = 0,
@@ -69,6 +73,8 @@ def bootstrap(
             "announce": announce,
             "device": device,
             "threads": threads,
+            "checkpoint_every": checkpoint_every,
+            "upload_kbit": upload_kbit,
             "log_format": log_format,
         },
         home=home,

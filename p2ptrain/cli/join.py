@@ -8,6 +8,7 @@ import typer
 
 from p2ptrain.cli.options import (
     AnnounceOption,
+    CheckpointEveryOption,
     DataOption,
     DeviceOption,
     FieldOption,
@@ -21,6 +22,7 @@ from p2ptrain.cli.options import (
     RoundsOption,
     ThreadsOption,
     TokenizerOption,
+    UploadOption,
     VerboseOption,
     given_text,
 )
@@ -62,6 +64,8 @@ def join(
     announce: AnnounceOption = None,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
+    checkpoint_every: CheckpointEveryOption = None,
+    upload_kbit: UploadOption = None,
     rounds: RoundsOption = None,
     log_format: LogFormatOption = None,
     verbose: VerboseOption = 0,
@@ -91,6 +95,8 @@ def join(
             "announce": announce,
             "device": device,
             "threads": threads,
+            "checkpoint_every": checkpoint_every,
+            "upload_kbit": upload_kbit,
             "log_format": log_format,
         },
         home=home,

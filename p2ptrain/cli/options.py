@@ -51,6 +51,14 @@ ThreadsOption = Annotated[int | None, typer.Option("--threads", help="CPU thread
 RoundsOption = Annotated[
     int | None, typer.Option("--rounds", min=1, help="Stop after this many rounds in which this peer had a part.")
 ]
+CheckpointEveryOption = Annotated[
+    int | None,
+    typer.Option("--checkpoint-every", metavar="SECONDS", help="Between two checkpoints; 0: as they cost, under 1 %."),
+]
+UploadOption = Annotated[
+    int | None,
+    typer.Option("--upload-kbit", metavar="KBIT", help="Most kbit/s for who fetches the model; 0: what is left over."),
+]
 LogFormatOption = Annotated[
     LogFormat | None, typer.Option("--log-format", help="Form of the log on stderr.", show_default="text")
 ]

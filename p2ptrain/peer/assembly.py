@@ -87,6 +87,7 @@ def driver_parts(
     files: Mapping[bytes, PieceFile] = {},
     sync_progress: Callable[[str, int, int], None] = lambda what, done, of: None,
     traffic: Traffic | None = None,
+    upload_kbit: int = 0,
 ) -> DriverParts:
     """Return what the driver of a peer works with; its machine begins where `replica` stands.
 
@@ -94,6 +95,7 @@ def driver_parts(
         files: by root, those of the run that are here whole.
         sync_progress: hears (what, bytes done, bytes in all) while a snapshot is fetched.
         traffic: counts what is sent and received.
+        upload_kbit: most to give to those who fetch snapshots and files; 0: what the line leaves over.
     """
     snapshots = SnapshotStore(home.checkpoints)
     beginning = run.manifest.beginning(run.run_id)
@@ -130,6 +132,7 @@ def driver_parts(
         sync_progress=sync_progress,
         decisions_log=home.decisions,
         company=home.company,
+        upload_kbit=upload_kbit,
     )
 
 

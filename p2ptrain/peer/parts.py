@@ -52,3 +52,5 @@ class DriverParts:
     """Keeps with whom this peer was last on one chain."""
     decisions_log: Path
     """Where a failure leaves what the machine heard and decided last."""
+    upload_kbit: int = 0
+    """Most to give to those who fetch snapshots and files; 0: what the line leaves over."""

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -52,6 +52,7 @@ from p2ptrain.peer.file_download import fetch_file
 from p2ptrain.peer.presence import Presence
 from p2ptrain.peer.progress import Shown
 from p2ptrain.rounds.inbox import TrainerMessage
+from p2ptrain.state.checkpoint import Kept
 from p2ptrain.state.files import atomic_write
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import OwnLog
@@ -146,6 +147,8 @@ class PeerSession:
         #: by root, the files of the run that are here whole, for others
         self.files: dict[bytes, PieceFile] = {}
         self.inbox: queue.SimpleQueue[TrainerMessage | None] = queue.SimpleQueue()
+        #: writes a checkpoint and a snapshot while training goes on
+        self._disk = ThreadPoolExecutor(2, thread_name_prefix="p2ptrain-disk")
 
     def __enter__(self) -> PeerSession:
         self.home.lock()
@@ -177,6 +180,7 @@ class PeerSession:
             yield "ending the node", lambda: network.run(node.close(), STOP_SECONDS)
         if network is not None:
             yield "ending the network thread", network.stop
+        yield "ending what is being written", self._disk.shutdown
         yield "leaving the home", self.home.unlock
 
     @property
@@ -464,7 +468,10 @@ class PeerSession:
         own_log = OwnLog(self.home.own)
         journal = Journal(self.home.journal, run.run_id, verify)
         replica = Replica(run.manifest, run.run_id, device, task)
-        trainer = make(Books(replica, self.node.peer_id, self.home.checkpoints, own_log))
+        kept = Kept(self.settings.checkpoints_kept, self.settings.checkpoint_kept_every)
+        books = Books(replica, self.node.peer_id, self.home.checkpoints, own_log, self._disk.submit, kept)
+        trainer = make(books)
+        trainer.checkpoint_every = self.settings.checkpoint_every or None
         status = trainer.status
         evaluated = run.manifest.evaluated
         if evaluated is not None:
@@ -511,6 +518,7 @@ class PeerSession:
             uplink=uplink,
             files=self.files,
             sync_progress=self._fetching,
+            upload_kbit=self.settings.upload_kbit,
         )
 
         async def start() -> RoundDriver:

@@ -37,10 +37,12 @@ from p2ptrain.config.loading import load_manifest
 PEER = (sys.executable, str(Path(__file__).parent / "lab" / "phased_peer.py"))
 SIZES = {"1M": (2, 4, 128), "25M": (8, 8, 480), "91M": (12, 12, 768), "350M": (24, 16, 1056)}
 """Layers, heads and width; the first is what `init` writes and the demo trains."""
-INTERVAL = 4
+INTERVAL = 16
 """Rounds between snapshots."""
-ROUNDS = 12
-"""Of the first peer before another joins, and of both together: some snapshots each."""
+ROUNDS = 34
+"""Of the first peer before another joins, so many that it takes a snapshot, and of the joiner: two snapshots."""
+SEQUENCES = {"1M": 64, "25M": 4}
+"""A peer and round, so that a round takes a second at least; elsewhere one."""
 LIMIT_SECONDS = 1800.0
 MANIFEST = """\
 name = "size"
@@ -52,7 +54,7 @@ embedding = {embedding}
 context = 64
 [round]
 pace = "fixed"
-sequences_per_peer = 1
+sequences_per_peer = {sequences}
 micro_batch = 1
 root_interval = {interval}
 """
@@ -153,7 +155,12 @@ def measure(name: str, folder: Path, threads: int) -> Figures:
     layers, heads, embedding = SIZES[name]
     run = folder / "run.toml"
     text = MANIFEST.format(
-        nonce=os.urandom(16).hex(), layers=layers, heads=heads, embedding=embedding, interval=INTERVAL
+        nonce=os.urandom(16).hex(),
+        layers=layers,
+        heads=heads,
+        embedding=embedding,
+        interval=INTERVAL,
+        sequences=SEQUENCES.get(name, 1),
     )
     run.write_text(text)
     parameters = load_manifest(run).parameters
