@@ -65,6 +65,7 @@ from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.swarm.tasks import failure_logged
 from p2ptrain.swarm.thread import NetworkThread
 from p2ptrain.training.device import choose_device
+from p2ptrain.training.heap import give_back
 from p2ptrain.training.measuring import HeldOut, Measuring, Method
 from p2ptrain.training.replica import Replica
 from p2ptrain.training.selftest import make_ready
@@ -432,6 +433,7 @@ class PeerSession:
         threads = self.settings.threads or (os.cpu_count() or 1)
         torch.set_num_threads(threads)
         make_ready(device)
+        give_back()
         train, status = text.train, Status()
 
         def make(books: Books) -> Participant:
@@ -479,6 +481,7 @@ class PeerSession:
             trainer.measuring = Measuring(every, self.node.peer_id, task, method, last_round=last)
             self._history = History(self.home.evaluations, tokenizer_of_run(run.manifest))
         trainer.restore(journal)
+        give_back()
         driver = self._start_driver(run, replica, journal, own_log, uplink)
         addresses = self.network.run(self.node.join_addresses(), ASK_SECONDS)
         with contextlib.suppress(OSError):

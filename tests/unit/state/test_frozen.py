@@ -22,7 +22,7 @@ def test_an_array_that_changes_after_a_word_is_written_as_it_was(written: int) -
     expected = b"".join(array.tobytes() for array in live.values())
     frozen = Frozen(live)
     parts = frozen.parts()
-    found = [bytes(part) for part, _ in zip(parts, range(written), strict=False)]
+    found = [bytes(part) for _, part in zip(range(written), parts, strict=False)]
     left = frozen.keep(("p.b",)) + frozen.keep(("momentum",))
     for name in ("p.b", "momentum"):
         live[name].fill(0)
