@@ -8,8 +8,7 @@ another thread is as it was when it was frozen, whatever steps are taken meanwhi
 from __future__ import annotations
 
 import hashlib
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -216,13 +215,11 @@ class Replica:
         """The replica and its place on the chain; the same bytes on every peer."""
         return pack_tensors(msgspec.msgpack.encode(self.chain), self.arrays())
 
-    def freeze_snapshot(self) -> Iterable[bytes | memoryview]:
-        """Return the bytes of `snapshot` as they are now, in parts, for a thread that writes them."""
+    def freeze_snapshot(self) -> tuple[bytes, Frozen | None]:
+        """Return the bytes of `snapshot` as they are now, for a thread that writes them: some, and then the rest."""
         if packed_bytes(self._shapes, 0) < AT_ONCE_BYTES:
-            return (self.snapshot(),)
-        return itertools.chain(
-            (pack_head(msgspec.msgpack.encode(self.chain), self._shapes),), self.freeze(momentum=False).parts()
-        )
+            return self.snapshot(), None
+        return pack_head(msgspec.msgpack.encode(self.chain), self._shapes), self.freeze(momentum=False)
 
     @property
     def snapshot_max_bytes(self) -> int:

@@ -6,6 +6,7 @@ go the sends and outcomes of the own log, in their order, and then the rounds th
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -284,8 +285,16 @@ class Books:
 
     def save_snapshot(self, round: int, id: bytes) -> Future[SnapshotFile]:
         """Begin to write a snapshot of the replica, which is at this round and state; the result may be an OSError."""
-        parts = self.replica.freeze_snapshot()
-        return self._write(lambda: self._snapshots.save(round, id, parts))
+        head, rest = self.replica.freeze_snapshot()
+
+        def write() -> SnapshotFile:
+            try:
+                return self._snapshots.save(round, id, itertools.chain((head,), () if rest is None else rest.parts()))
+            finally:
+                if rest is not None:
+                    rest.let_go()
+
+        return self._write(write)
 
 
 def _worst(products: dict[int, float], shape: RoundShape) -> list[int]:
