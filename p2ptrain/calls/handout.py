@@ -1,18 +1,24 @@
-"""How much of its line and its time a peer gives to those who fetch snapshots and files of the run.
+"""How much of its line and its time a peer gives to those who fetch snapshots and files of the run: what is left over.
 
-A few streams at once, in the order in which their frames are ready, at `SHARE` of the uplink as it was measured and at
-most `RATE_MAX_BYTES` a second. A contribution or a reply that is being sent goes first: frames of pieces wait for
-it, `URGENT_SECONDS` each at most, so that a peer that reads slowly does not stop them.
+A few streams at once, in the order in which their frames are ready. A contribution or a reply that is being sent goes
+first: frames of pieces wait for it, `URGENT_SECONDS` each at most, so that a peer that reads slowly does not stop them.
+What has been let through waits in buffers that nothing can overtake, so the pace stays `SHARE` of the line as it was
+measured; where no message of a round needs the line, as in a group of one, the line itself says how much goes through.
 
-What it costs training: the line's other half is what a round has to itself, and the cap on the rate is one on the time
-of this machine's cores (docs/log.md).
+Handing out takes processor time too, some 0.02 cores for 1 MB/s. So while a trainer computes here, `BUSY_BYTES_A_CORE`
+is the most, which is under a twentieth of each core; while none does there is no such bound. The peer's owner may set
+another.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+import os
 from collections.abc import Callable, Iterator
+
+from p2ptrain.calls.uplink import MOST_KBIT
 
 STREAMS_MAX = 4
 """Streams of pieces at once; more are told to come later."""
@@ -20,22 +26,40 @@ STREAMS_PER_PEER = 2
 """Of these for one peer: one, and one that it has given up and that has not ended here yet."""
 STREAM_SECONDS = 60.0
 """A stream not done by then ends, and its place is free: a peer that does not read must not keep it."""
-SHARE = 0.5
+SHARE = 0.9
 RATE_MIN_BYTES = 64 * 1024
-RATE_MAX_BYTES = 1024 * 1024
+BUSY_BYTES_A_CORE = 2 * 1024 * 1024
 BURST_SECONDS = 0.25
 URGENT_SECONDS = 0.5
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Handout:
     """See the module docstring. For the network thread.
 
     Args:
-        uplink_kbit: the uplink as far as it is known now [kbit/s].
+        uplink_kbit: the uplink as far as it is known now [kbit/s]; from `MOST_KBIT` on it bounds nothing.
+        shared: whether messages of rounds need the line, too.
+        busy: whether a trainer computes here.
+        most_kbit: what the owner allows [kbit/s]; 0: all.
+        cores: that this process may use.
     """
 
-    def __init__(self, uplink_kbit: Callable[[], int] = lambda: 0) -> None:
-        self._uplink_kbit = uplink_kbit
+    def __init__(
+        self,
+        uplink_kbit: Callable[[], int] = lambda: 0,
+        *,
+        shared: Callable[[], bool] = lambda: True,
+        busy: Callable[[], bool] = lambda: False,
+        most_kbit: int = 0,
+        cores: int = 1,
+    ) -> None:
+        self._uplink_kbit, self._shared, self._busy = uplink_kbit, shared, busy
+        self._most_kbit, self._cores = most_kbit, cores
         #: streams -> whose, and until when
         self._streams: dict[object, tuple[bytes, float]] = {}
         self._urgent = 0
@@ -47,8 +71,15 @@ class Handout:
 
     @property
     def rate(self) -> float:
-        """Bytes a second."""
-        return min(max(SHARE * self._uplink_kbit() * 125, RATE_MIN_BYTES), RATE_MAX_BYTES)
+        """Bytes a second, as of now; infinite: as fast as they are taken."""
+        most = math.inf
+        if self._shared() and (line_kbit := self._uplink_kbit()) < MOST_KBIT:
+            most = SHARE * line_kbit * 125
+        if self._busy():
+            most = min(most, self._cores * BUSY_BYTES_A_CORE)
+        if self._most_kbit:
+            most = min(most, self._most_kbit * 125)
+        return max(most, RATE_MIN_BYTES)
 
     @contextlib.contextmanager
     def urgent(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ import typer
 
 from p2ptrain.cli.options import (
     AnnounceOption,
+    CheckpointEveryOption,
     DataOption,
     DeviceOption,
     FieldOption,
@@ -27,6 +28,7 @@ from p2ptrain.cli.options import (
     RoundsOption,
     ThreadsOption,
     TokenizerOption,
+    UploadOption,
     VerboseOption,
     given_text,
 )
@@ -58,6 +60,8 @@ def bootstrap(
     micro_batch: MicroBatchOption = None,
     precision: PrecisionOption = None,
     recompute: RecomputeOption = None,
+    checkpoint_every: CheckpointEveryOption = None,
+    upload_kbit: UploadOption = None,
     rounds: RoundsOption = None,
     metrics: MetricsOption = None,
     force: ForceOption = False,
@@ -83,6 +87,8 @@ def bootstrap(
             "micro_batch": micro_batch,
             "precision": precision,
             "recompute": recompute,
+            "checkpoint_every": checkpoint_every,
+            "upload_kbit": upload_kbit,
             "log_format": log_format,
         },
         home=home,

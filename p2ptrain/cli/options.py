@@ -77,6 +77,14 @@ RecomputeOption = Annotated[
 ForceOption = Annotated[
     bool, typer.Option("--force", help="Go on where this machine has not got what a peer of this run needs.")
 ]
+CheckpointEveryOption = Annotated[
+    int | None,
+    typer.Option("--checkpoint-every", metavar="SECONDS", help="Between two checkpoints; 0: as they cost, under 1 %."),
+]
+UploadOption = Annotated[
+    int | None,
+    typer.Option("--upload-kbit", metavar="KBIT", help="Most kbit/s for who fetches the model; 0: what is left over."),
+]
 LogFormatOption = Annotated[
     LogFormat | None, typer.Option("--log-format", help="Form of the log on stderr.", show_default="text")
 ]

@@ -24,6 +24,7 @@ from p2ptrain.config.manifest import Manifest
 from p2ptrain.errors import DataError
 from p2ptrain.state.files import atomic_write
 
+_PIECES_AT_ONCE = 2
 _PIECE_CHARACTERS = 100_000  # tokenised at a time; cuts are at paragraphs where there are any
 
 
@@ -74,8 +75,12 @@ def tokenise(text: bytes) -> NDArray[np.uint16]:
         end = end + 2 if end > start else min(start + _PIECE_CHARACTERS, len(whole))
         pieces.append(whole[start:end])
         start = end
-    encoded = load_tokenizer().encode_batch_fast(pieces, add_special_tokens=False)
-    return np.concatenate([np.zeros(0, np.uint16), *(np.asarray(one.ids, np.uint16) for one in encoded)])
+    tokens, tokenizer = [np.zeros(0, np.uint16)], load_tokenizer()
+    for first in range(0, len(pieces), _PIECES_AT_ONCE):
+        # What the library returns of a piece takes a hundred times the memory of its tokens.
+        encoded = tokenizer.encode_batch_fast(pieces[first : first + _PIECES_AT_ONCE], add_special_tokens=False)
+        tokens += [np.asarray(one.ids, np.uint16) for one in encoded]
+    return np.concatenate(tokens)
 
 
 def cached_tokens(text: bytes, folder: Path) -> NDArray[np.uint16]:

@@ -2,7 +2,7 @@
 
 A model of somebody's own is read without its code: names and shapes are in the run's beginning, which every home keeps.
 One that the manifest describes is built, so that it can be measured and written as the libraries do it.
-Cost: what a peer holds of the model, and the file that is read, whole.
+Cost: what a peer holds of the model, and the array that is read.
 """
 
 from __future__ import annotations
@@ -88,10 +88,8 @@ def load_held(home: Home, round: int | None = None, device: str = "cpu") -> Held
             f"home {home.path} does not hold round {wanted:,}; it holds {held}",
             hint=f"--round {max(rounds)}, or the home of another peer: --home DIR",
         )
-    meta, arrays = checkpoint.meta, dict(checkpoint.arrays)
-    del arrays["momentum"]
-    replica.load_arrays(arrays, meta.chain)
-    del checkpoint, arrays
+    meta = checkpoint.meta
+    replica.load_arrays(checkpoint.arrays, meta.chain)
     return Held(manifest, run_id, replica, _root_at(replica), meta.sequences_read, fixed)
 
 

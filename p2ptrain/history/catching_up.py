@@ -39,7 +39,7 @@ from p2ptrain.rounds.inbox import Restore
 from p2ptrain.state.journal import Journal, JournalFile
 from p2ptrain.state.pieces import Partials, PieceFile
 from p2ptrain.state.snapshot import SnapshotFile, SnapshotStore
-from p2ptrain.state.tensors import TensorFileError
+from p2ptrain.state.tensors import TensorFileError, mapped
 from p2ptrain.swarm.identity import verify
 
 ROUNDS_ANSWER_BYTES = 64 * 1024 * 1024
@@ -346,7 +346,7 @@ def _check_access(state: ChainState, beginning: ChainState) -> None:
 
 def _chain_at(path: Path, snapshot_chain: Callable[[bytes], ChainState]) -> ChainState:
     """Where on the chain the snapshot in a file stands. Raises TensorFileError."""
-    return snapshot_chain(path.read_bytes())
+    return snapshot_chain(mapped(path))
 
 
 def _read_offer(

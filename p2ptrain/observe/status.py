@@ -25,6 +25,8 @@ class Standing:
     #: others are further, or their state is being fetched
     syncing: bool = False
     leaving: bool = False
+    #: the disk is full, and nothing is done until there is room
+    paused: bool = False
     #: in the last round, framing included, to itself excluded
     bytes_sent_per_round: int = 0
     bytes_received_per_round: int = 0
@@ -95,6 +97,8 @@ class Status:
         self.bytes_received_per_round = standing.bytes_received_per_round
         if standing.leaving:
             self.state = "leaving"
+        elif standing.paused:
+            self.state = "paused"
         elif self.finished:
             self.state = "finished"
         elif standing.member:

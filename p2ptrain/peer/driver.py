@@ -17,7 +17,7 @@ from typing import assert_never
 
 from p2ptrain import chain
 from p2ptrain.calls.client import Client, hello
-from p2ptrain.calls.handout import Handout
+from p2ptrain.calls.handout import Handout, usable_cores
 from p2ptrain.calls.messages import NAMESPACE, CallError, RefusedError, Tip
 from p2ptrain.calls.news import NewsFeed
 from p2ptrain.calls.servicer import PeerServicer
@@ -36,6 +36,7 @@ from p2ptrain.peer.sending import Sending
 from p2ptrain.rounds import events
 from p2ptrain.rounds.decisions import LISTED
 from p2ptrain.rounds.inbox import Restore
+from p2ptrain.state import files
 from p2ptrain.state.files import atomic_write
 from p2ptrain.state.own_log import OwnEntry
 from p2ptrain.state.pieces import Partials
@@ -48,6 +49,8 @@ LOOK_SECONDS = 0.1
 """Between two looks at what others say, while the run's end is waited for."""
 DECISIONS_MAX_CHARACTERS = 2**20
 _GOODBYE_SECONDS = 3.0
+FULL_DISK_SECONDS = 1.0
+"""Between two attempts to write to a disk that is full."""
 
 _logger = logging.getLogger(__name__)
 
@@ -58,7 +61,13 @@ class RoundDriver:
     def __init__(self, parts: DriverParts) -> None:
         self._p = parts
         self.machine = parts.machine
-        handout = Handout(lambda: parts.uplink.line_kbit)
+        handout = Handout(
+            lambda: parts.uplink.line_kbit,
+            shared=lambda: self.standing.members > 1,
+            busy=lambda: self.standing.member,
+            most_kbit=parts.upload_kbit,
+            cores=usable_cores(),
+        )
         self._client = Client(parts.node, parts.traffic, parts.run_id, handout, parts.grant)
         self.admission = Admission(lambda: self.machine.head, parts.introducers, clock=self._now)
         self.feed = NewsFeed(
@@ -101,6 +110,11 @@ class RoundDriver:
         self._performing = False
         #: why this peer cannot go on
         self.failure: OSError | None = None
+        #: nothing is heard or done until there is room on the disk, which is full since then
+        self._paused = False
+        self._full_since: float | None = None
+        #: what the trainer handed over meanwhile
+        self._handed: list[tuple[events.ContributionReady, OwnEntry]] = []
         #: the run's owner has shut this peer out
         self.revoked = False
         #: somebody refuses us and is being asked why
@@ -163,6 +177,7 @@ class RoundDriver:
             bytes_received_per_round=received,
             revoked=self.revoked,
             refused=self._refused_branch(),
+            paused=self._paused,
             failure=None if self.failure is None else self.failure.strerror or str(self.failure),
         )
 
@@ -187,10 +202,16 @@ class RoundDriver:
 
     def contribute(self, ready: events.ContributionReady, entry: OwnEntry) -> None:
         """Take the trainer's contribution to the round under way; it is dropped where it comes too late for it."""
+        if self._paused:
+            self._handed.append((ready, entry))
+            return
         try:
             self.sending.contribute(ready, entry)
         except OSError as error:
-            self._fail(error)
+            if self._pause(error):
+                self._handed.append((ready, entry))
+            else:
+                self._fail(error)
 
     def root_computed(self, round: int, id: bytes, root: bytes) -> None:
         """The trainer has written the snapshot of this round, at state `id`; of a branch that was left, none."""
@@ -214,7 +235,7 @@ class RoundDriver:
 
     def dispatch(self, event: events.Event) -> None:
         """Let the machine hear an event, and do what it asks for."""
-        if not self.leaving:
+        if not self.leaving and not self._paused:
             self._p.told(event)
             self._do(self.machine.handle(event, self._now()))
 
@@ -228,17 +249,54 @@ class RoundDriver:
         self._performing = True
         try:
             while self._effects:
-                self._perform(self._effects.popleft())
+                try:
+                    self._perform(self._effects[0])
+                except OSError as error:
+                    if self._pause(error):
+                        return
+                    raise
+                self._effects.popleft()
             if self.machine.forks.company is not self._company:
+                write_company(self._p.company, self.machine.forks.company)
                 self._company = self.machine.forks.company
-                write_company(self._p.company, self._company)
         except OSError as error:
+            if self._pause(error):
+                return
             self._fail(error)
         finally:
             self._performing = False
         if self.admission.revocation(self._me) is not None and not self.admission.admits(self._me):
             self._end_as_revoked()
         self._set_timer()
+
+    def _pause(self, error: OSError) -> bool:
+        """Do nothing until there is room on the disk, as if this process were stopped; False: that is not the reason.
+
+        Others go on without this peer, which catches up afterwards. What it could not write is done first then.
+        """
+        if self.leaving or not files.is_full(error):
+            return False
+        if self._full_since is None:
+            self._full_since = self._now()
+            _logger.warning("the disk of %s is full: this peer pauses until there is room", self._p.snapshots.folder)
+        self._paused = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(FULL_DISK_SECONDS, self._try_again)
+        self.publish_standing()
+        return True
+
+    def _try_again(self) -> None:
+        """Go on where the disk was full, if there is room."""
+        self._timer, self._paused = None, False
+        self._do([])
+        while self._handed and not self._paused:
+            self.contribute(*self._handed.pop(0))
+        if self._paused or self._full_since is None:
+            return
+        _logger.info("there is room on the disk again: going on after %.0f s", self._now() - self._full_since)
+        self._full_since = None
+        self.dispatch(events.Tick(late=True))
 
     def _fail(self, error: OSError) -> None:
         """Without its journal a peer must not go on: what it says would not outlive it."""

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
-import gc
 import json
 import logging
 import math
@@ -20,7 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -70,6 +68,7 @@ from p2ptrain.peer.reporting import Reporter
 from p2ptrain.peer.supervisor import keep_notified, notify
 from p2ptrain.peer.waiting import tell_while_waiting, told_while
 from p2ptrain.rounds.inbox import TrainerMessage
+from p2ptrain.state.checkpoint import Kept
 from p2ptrain.state.files import atomic_write
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import OwnLog
@@ -85,6 +84,7 @@ from p2ptrain.swarm.records import PeerRecord
 from p2ptrain.swarm.tasks import cancel_and_wait, failure_logged
 from p2ptrain.swarm.thread import NetworkThread
 from p2ptrain.training.device import choose_device
+from p2ptrain.training.heap import give_back
 from p2ptrain.training.machine import this_machine
 from p2ptrain.training.measuring import HeldOut, Measuring, Method
 from p2ptrain.training.needs import flops_a_token, needs_of
@@ -198,6 +198,8 @@ class PeerSession:
         #: by root, the files of the run that are here whole, for others
         self.files: dict[bytes, PieceFile] = {}
         self.inbox: queue.SimpleQueue[TrainerMessage | None] = queue.SimpleQueue()
+        #: writes a checkpoint and a snapshot while training goes on
+        self._disk = ThreadPoolExecutor(2, thread_name_prefix="p2ptrain-disk")
 
     def __enter__(self) -> PeerSession:
         self.home.lock()
@@ -231,6 +233,7 @@ class PeerSession:
             yield "ending the node", lambda: network.run(node.close(), STOP_SECONDS)
         if network is not None:
             yield "ending the network thread", network.stop
+        yield "ending what is being written", self._disk.shutdown
         if self._metrics is not None:
             yield "ending what takes figures", self._metrics.close
         yield "leaving the home", self.home.unlock
@@ -568,6 +571,7 @@ class PeerSession:
         torch.set_num_threads(self.settings.threads or this_machine().threads)
         with self._doing("loading and checking compiled loops, or compiling them"):
             make_ready(device)
+        give_back()
         self.owner.may_pause = True
         part: Part | None = self._begin(run, text, values, device)
         assert part is not None
@@ -641,12 +645,9 @@ class PeerSession:
         self.display.say(f"paused at round {part.trainer.replica.chain.round:,}; go on: p2ptrain resume")
 
     def _give_memory_back(self) -> None:
-        gc.collect()
+        give_back()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-        with contextlib.suppress(OSError, AttributeError):
-            # What was freed stays with the process otherwise.
-            ctypes.CDLL(None).malloc_trim(0)
 
     def take_part(
         self,
@@ -681,7 +682,10 @@ class PeerSession:
         own_log = OwnLog(self.home.own)
         journal = Journal(self.home.journal, run.run_id, verify)
         replica = Replica(run.manifest, run.run_id, device, task)
-        trainer = make(Books(replica, self.node.peer_id, self.home.checkpoints, own_log))
+        kept = Kept(self.settings.checkpoints_kept, self.settings.checkpoint_kept_every)
+        books = Books(replica, self.node.peer_id, self.home.checkpoints, own_log, self._disk.submit, kept)
+        trainer = make(books)
+        trainer.checkpoint_every = self.settings.checkpoint_every or None
         status = trainer.status
         evaluated = run.manifest.evaluated
         if evaluated is not None:
@@ -689,6 +693,7 @@ class PeerSession:
             trainer.measuring = Measuring(every, self.node.peer_id, task, method, last_round=last)
             self._history = History(self.home.evaluations, tokenizer_of_run(run.manifest))
         trainer.restore(journal)
+        give_back()
         name = self.settings.name or format_peer_id(self.node.peer_id)[-8:]
         shown_device = str(device or task.parameters[0].tensor.device)
         log = EventLog(self.home.events)
@@ -764,6 +769,7 @@ class PeerSession:
             files=self.files,
             sync_progress=self._fetching,
             reporter=reporter,
+            upload_kbit=self.settings.upload_kbit,
         )
 
         async def start() -> RoundDriver:

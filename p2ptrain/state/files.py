@@ -7,6 +7,8 @@ content and of the directory: `durable` asks for them; what can be made again go
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import os
 import tempfile
 from collections.abc import Iterator
@@ -36,22 +38,49 @@ def atomic_writer(path: Path, *, mode: int = 0o600, durable: bool = False) -> It
         OSError: the file system does not take it; `path` is then as it was, as after any error inside.
     """
     failpoint("before_write")
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=UNFINISHED_PREFIX)
+    with unfinished(path.parent, mode=mode, durable=durable) as file:
+        yield file
+        file.place(path)
+    failpoint("after_write")
+
+
+class Unfinished(io.BufferedWriter):
+    """A file that has no name yet that anybody looks for; see `unfinished`."""
+
+    def __init__(self, raw: io.RawIOBase, path: Path, durable: bool) -> None:
+        super().__init__(raw)
+        self._at, self._durable = path, durable
+
+    def place(self, path: Path) -> None:
+        """Take the place of `path`, in the same folder, in one step: all is written. Raises OSError."""
+        self.flush()
+        if self._durable:
+            os.fsync(self.fileno())
+        os.replace(self._at, path)
+        if self._durable:
+            sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def unfinished(folder: Path, *, mode: int = 0o600, durable: bool = False) -> Iterator[Unfinished]:
+    """Write what is named by what is in it: `place` says where it is to be; what has no place by then is removed.
+
+    Raises:
+        OSError: the file system does not take it.
+    """
+    handle, name = tempfile.mkstemp(dir=folder, prefix=UNFINISHED_PREFIX)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with Unfinished(io.FileIO(handle, "wb"), Path(name), durable) as file:
             os.fchmod(handle, mode)
             yield file
-            if durable:
-                file.flush()
-                os.fsync(handle)
-        os.replace(name, path)
-    except BaseException:
+    finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
-        raise
-    if durable:
-        sync_folder(path.parent)
-    failpoint("after_write")
+
+
+def is_full(error: OSError) -> bool:
+    """Say whether a file was not written for want of room, which may come back."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def sync_folder(folder: Path) -> None:

@@ -11,7 +11,6 @@ noticed here; whoever fetches such a piece refuses it.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from p2ptrain.state.files import atomic_writer, sync_folder
 from p2ptrain.state.pieces import PieceFile, keep_hashes, kept_hashes
-from p2ptrain.state.snapshot import PIECE_BYTES, root_of
+from p2ptrain.state.snapshot import PIECE_BYTES, PieceHasher, root_of
 
 Buffer = bytes | memoryview
 Looked = Callable[[int, int], None]
@@ -33,38 +32,18 @@ class RunFile:
     root: bytes
 
 
-class _Hasher:
-    """Hashes pieces of what comes in parts of any length."""
-
-    def __init__(self) -> None:
-        self._hashes: list[bytes] = []
-        self._piece, self._room, self._length = hashlib.sha256(), PIECE_BYTES, 0
-
-    def update(self, data: Buffer) -> None:
-        view = memoryview(data).cast("B")
-        self._length += len(view)
-        while len(view):
-            part, view = view[: self._room], view[self._room :]
-            self._piece.update(part)
-            self._room -= len(part)
-            if not self._room:
-                self._hashes.append(self._piece.digest())
-                self._piece, self._room = hashlib.sha256(), PIECE_BYTES
-
-    def ended(self) -> tuple[RunFile, list[bytes]]:
-        """Return what the manifest says of it, and the hashes of all pieces."""
-        if self._room < PIECE_BYTES:
-            self._hashes.append(self._piece.digest())
-            self._piece, self._room = hashlib.sha256(), PIECE_BYTES
-        return RunFile(self._length, root_of(self._length, self._hashes)), self._hashes
+def _ended(hasher: PieceHasher) -> tuple[RunFile, list[bytes]]:
+    """Return what the manifest says of what was hashed, and the hashes of all pieces."""
+    hashes = hasher.ended()
+    return RunFile(hasher.length, root_of(hasher.length, hashes)), hashes
 
 
 def named(parts: Iterable[Buffer]) -> RunFile:
     """Return what the manifest says of a file of these bytes."""
-    hasher = _Hasher()
+    hasher = PieceHasher()
     for part in parts:
         hasher.update(part)
-    return hasher.ended()[0]
+    return _ended(hasher)[0]
 
 
 def read_parts(path: Path, looked: Looked = lambda done, of: None) -> Iterator[bytes]:
@@ -79,21 +58,21 @@ def read_parts(path: Path, looked: Looked = lambda done, of: None) -> Iterator[b
 
 def hashed(path: Path, looked: Looked = lambda done, of: None) -> tuple[RunFile, PieceFile]:
     """Return what the manifest says of a file that is to become one of the run, for `take` to move. Raises OSError."""
-    hasher = _Hasher()
+    hasher = PieceHasher()
     for part in read_parts(path, looked):
         hasher.update(part)
-    found, hashes = hasher.ended()
+    found, hashes = _ended(hasher)
     return found, PieceFile(path, found.length, hashes)
 
 
 def make(path: Path, parts: Iterable[Buffer]) -> tuple[RunFile, PieceFile]:
     """Write a file of these bytes, in one step, and return what the manifest says of it. Raises OSError."""
-    hasher = _Hasher()
+    hasher = PieceHasher()
     with atomic_writer(path, durable=True) as file:
         for part in parts:
             hasher.update(part)
             file.write(part)
-    made, hashes = hasher.ended()
+    made, hashes = _ended(hasher)
     keep_hashes(path, hashes)
     return made, PieceFile(path, made.length, hashes)
 
@@ -111,10 +90,10 @@ def whole(path: Path, wanted: RunFile, looked: Looked = lambda done, of: None) -
     if hashes is None:
         if not path.exists() or path.stat().st_size != wanted.length:
             return None
-        hasher = _Hasher()
+        hasher = PieceHasher()
         for part in read_parts(path, looked):
             hasher.update(part)
-        found, hashes = hasher.ended()
+        found, hashes = _ended(hasher)
         if found != wanted:
             return None
         keep_hashes(path, hashes)

@@ -12,10 +12,14 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from p2ptrain.state.files import atomic_write
+from p2ptrain.state.failpoints import failpoint
+from p2ptrain.state.files import unfinished
+from p2ptrain.state.tensors import mapped
 
 KEPT = 3
 PIECE_BYTES = 512 * 1024
@@ -32,9 +36,9 @@ class SnapshotFile:
     root: bytes
     path: Path
 
-    def read(self) -> bytes:
-        """Raises OSError when it is gone."""
-        return self.path.read_bytes()
+    def read(self) -> Any:
+        """Return its bytes as a view of the file, which stays as it is when its name goes. Raises OSError."""
+        return mapped(self.path)
 
 
 def piece_hashes(data: bytes) -> list[bytes]:
@@ -45,6 +49,36 @@ def piece_hashes(data: bytes) -> list[bytes]:
 def root_of(size: int, hashes: list[bytes]) -> bytes:
     """The root over a snapshot of `size` bytes [32 bytes]."""
     return hashlib.sha256(b"p2ptrain root 1\0" + size.to_bytes(8, "little") + b"".join(hashes)).digest()
+
+
+class PieceHasher:
+    """Hashes pieces of what comes in parts of any length."""
+
+    def __init__(self) -> None:
+        self._hashes: list[bytes] = []
+        self._piece, self._room = hashlib.sha256(), PIECE_BYTES
+        self.length = 0
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Take the next bytes."""
+        view = memoryview(data).cast("B")
+        self.length += len(view)
+        while len(view):
+            part, view = view[: self._room], view[self._room :]
+            self._piece.update(part)
+            self._room -= len(part)
+            if not self._room:
+                self._end_piece()
+
+    def ended(self) -> list[bytes]:
+        """Return the hashes of all pieces, once all has come."""
+        if self._room < PIECE_BYTES:
+            self._end_piece()
+        return self._hashes
+
+    def _end_piece(self) -> None:
+        self._hashes.append(self._piece.digest())
+        self._piece, self._room = hashlib.sha256(), PIECE_BYTES
 
 
 class SnapshotStore:
@@ -66,11 +100,22 @@ class SnapshotStore:
         """The snapshot that stands at this state id."""
         return next((snapshot for snapshot in self.all() if snapshot.id == identifier), None)
 
-    def save(self, round: int, identifier: bytes, data: bytes) -> SnapshotFile:
-        """Keep a snapshot, and of the older ones those that belong to the newest."""
-        root = root_of(len(data), piece_hashes(data))
-        path = self._path(round, identifier, root)
-        atomic_write(path, data)
+    def save(self, round: int, identifier: bytes, data: bytes | Iterable[bytes | memoryview]) -> SnapshotFile:
+        """Keep a snapshot, whole or as it comes in parts, and of the older ones those that belong to the newest.
+
+        Raises:
+            OSError: the disk does not take it.
+        """
+        hasher = PieceHasher()
+        failpoint("before_write")
+        with unfinished(self.folder) as file:
+            for part in (data,) if isinstance(data, bytes) else data:
+                hasher.update(part)
+                file.write(part)
+            root = root_of(hasher.length, hasher.ended())
+            path = self._path(round, identifier, root)
+            file.place(path)
+        failpoint("after_write")
         return self._kept(SnapshotFile(round, identifier, root, path))
 
     def take(self, path: Path, round: int, identifier: bytes, root: bytes) -> SnapshotFile:

@@ -101,9 +101,7 @@ def _to_checkpoint(home: Home, replica: Replica) -> bool:
     checkpoint = load_checkpoint(home.checkpoints, checkpoint_shapes(replica))
     if checkpoint is None:
         return False
-    arrays = dict(checkpoint.arrays)
-    del arrays["momentum"]
-    replica.load_arrays(arrays, checkpoint.meta.chain)
+    replica.load_arrays(checkpoint.arrays, checkpoint.meta.chain)
     return True
 
 

@@ -1,7 +1,8 @@
 """The replica: what is trained and its optimizer, as the manifest describes them, and where on the chain they stand.
 
 Everything here is the same bits on every peer at the same state id, except for the optimizer's momentum, which is this
-peer's own. A step can be undone once: parameters from before the last seal are kept, one copy.
+peer's own. A step can be undone once: parameters from before the last seal are kept, one copy. What is written of it by
+another thread is as it was when it was frozen, whatever steps are taken meanwhile.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from functools import partial
 import msgspec
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from p2ptrain.chain import ChainState, RoundShape
@@ -29,9 +31,13 @@ from p2ptrain.optim.demo import DeMo
 from p2ptrain.optim.local import InnerSteps, Local, LookAhead, MeanGradient
 from p2ptrain.optim.schedule import learning_rate
 from p2ptrain.optim.settling import PartReply
-from p2ptrain.state.tensors import Arrays, TensorFileError, pack_tensors, packed_bytes, unpack_tensors
+from p2ptrain.state.checkpoint import MOMENTUM
+from p2ptrain.state.frozen import Frozen
+from p2ptrain.state.tensors import Arrays, TensorFileError, pack_head, pack_tensors, packed_bytes, unpack_tensors
 
 _KINDS: tuple[Kind, ...] = ("matrix", "embedding", "head", "vector")
+AT_ONCE_BYTES = 1024 * 1024
+"""A snapshot shorter than this is made whole; of longer ones nothing as long is ever one piece of memory."""
 _CHAIN_STATE_MAX_BYTES = 1024 * 1024
 _chain_decoder = msgspec.msgpack.Decoder(ChainState)
 
@@ -67,6 +73,10 @@ class Replica:
         #: where the parameters stand
         self.chain: ChainState = self.beginning
         self._before: _Before | None = None
+        #: where parameters from before a step lie; made at the first one
+        self._room: list[Tensor] = []
+        #: what is being written of this replica -> steps taken since it was frozen
+        self._frozen: dict[Frozen, int] = {}
         self._shapes = {name: tuple(tensor.shape) for name, tensor in self._replicated().items()}
 
     @property
@@ -91,6 +101,7 @@ class Replica:
 
     def reset(self) -> None:
         """Back to the run's beginning; the momentum stays."""
+        self._all_changes()
         self.task.begin()
         fresh = optimizer_of(self.task.parameters, self.manifest)
         self.optimizer.load_replicated_state(fresh.replicated_state())
@@ -106,15 +117,59 @@ class Replica:
             if data is not None:
                 content = decoded.reply(body_of(data), self.codec, part.start, part.end, len(shape.members))
             replies.append((part.start, part.end, content))
-        parameters = [parameter.tensor.detach().clone() for parameter in self.task.parameters]
-        # Directions replace their state and never change it in place, so references are copies enough.
-        self._before = _Before(self.chain, parameters, self.optimizer.replicated_state())
+        self._keep_before()
         gathers_way = self.manifest.optimizer.gathers_way
         rate = self.manifest.optimizer.outer_learning_rate if gathers_way else self.rate_at(sealed.seal.round)
         if sealed.seal.included.strip(b"\0"):
             self.optimizer.apply(replies, rate)
         self.chain = state
         return replies
+
+    def _keep_before(self) -> None:
+        """Keep what it takes to undo the step that comes, in the place of what the last one left."""
+        self._frozen = {frozen: steps for frozen, steps in self._frozen.items() if not frozen.done}
+        for frozen, steps in self._frozen.items():
+            if steps:  # what is not written of it lies where the step before last left it
+                frozen.keep(self._shapes)
+        if not self._room:
+            self._room = [torch.empty_like(parameter.tensor) for parameter in self.task.parameters]
+        with torch.no_grad():
+            for room, parameter in zip(self._room, self.task.parameters, strict=True):
+                room.copy_(parameter.tensor)
+        for frozen, steps in self._frozen.items():
+            if not steps and self._on_cpu_only:
+                frozen.moved({f"p.{p.name}": _on_cpu(r) for p, r in zip(self.task.parameters, self._room, strict=True)})
+            self._frozen[frozen] = steps + 1
+        # Directions replace their state, and change what they had before only at the step after.
+        self._before = _Before(self.chain, self._room, self.optimizer.replicated_state())
+
+    # ---- what is written meanwhile ----------------------------------------------------------------------------
+
+    def freeze(self, *, momentum: bool) -> Frozen:
+        """Return `arrays` as they are now, for a thread that writes them while training goes on.
+
+        Args:
+            momentum: whether this peer's own comes before them, as `MOMENTUM`.
+        """
+        own = {MOMENTUM: _on_cpu(self.optimizer.momentum)} if momentum else {}
+        frozen = Frozen(own | self.arrays(), changing=self._on_cpu_only)
+        self._frozen[frozen] = 0
+        return frozen
+
+    def momentum_changes(self) -> None:
+        """Say that the momentum is about to change: what is frozen of it and not written yet is copied."""
+        for frozen in self._frozen:
+            frozen.keep((MOMENTUM,))
+
+    def _all_changes(self) -> None:
+        """All that all replicas hold alike is about to change otherwise than by a step."""
+        for frozen in self._frozen:
+            frozen.keep(self._shapes)
+
+    @property
+    def _on_cpu_only(self) -> bool:
+        """Whether arrays are views of the tensors."""
+        return self.optimizer.momentum.device.type == "cpu"
 
     def rate_at(self, round: int) -> float:
         """The learning rate that the manifest sets for a round."""
@@ -135,6 +190,7 @@ class Replica:
         """
         if self._before is None:
             raise ValueError("no step to undo")
+        self._all_changes()
         with torch.no_grad():
             for parameter, before in zip(self.task.parameters, self._before.parameters, strict=True):
                 parameter.tensor.copy_(before)
@@ -145,21 +201,25 @@ class Replica:
 
     def arrays(self) -> Arrays:
         """What all replicas hold alike, as float32 arrays; on the CPU they are views of the live tensors."""
-        return {name: tensor.detach().cpu().numpy() for name, tensor in self._replicated().items()}
+        return {name: _on_cpu(tensor) for name, tensor in self._replicated().items()}
 
     def load_arrays(self, arrays: Arrays, chain: ChainState) -> None:
         """Inverse of `arrays`, for a replica at `chain`."""
-        tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
-        with torch.no_grad():
-            for parameter in self.task.parameters:
-                parameter.tensor.copy_(tensors[f"p.{parameter.name}"])
-        state = {name.removeprefix("r."): tensor for name, tensor in tensors.items() if name.startswith("r.")}
-        self.optimizer.load_replicated_state(state)
+        self._all_changes()
+        # Nothing is there to undo afterwards, so the directions' state may change where it lies.
+        for name, tensor in self._replicated().items():
+            fill(tensor, arrays[name])
         self.chain, self._before = chain, None
 
     def snapshot(self) -> bytes:
         """The replica and its place on the chain; the same bytes on every peer."""
         return pack_tensors(msgspec.msgpack.encode(self.chain), self.arrays())
+
+    def freeze_snapshot(self) -> tuple[bytes, Frozen | None]:
+        """Return the bytes of `snapshot` as they are now, for a thread that writes them: some, and then the rest."""
+        if packed_bytes(self._shapes, 0) < AT_ONCE_BYTES:
+            return self.snapshot(), None
+        return pack_head(msgspec.msgpack.encode(self.chain), self._shapes), self.freeze(momentum=False)
 
     @property
     def snapshot_max_bytes(self) -> int:
@@ -190,6 +250,20 @@ class Replica:
     def _replicated(self) -> dict[str, Tensor]:
         named = {f"p.{parameter.name}": parameter.tensor.data for parameter in self.task.parameters}
         return named | {f"r.{name}": tensor for name, tensor in self.optimizer.replicated_state().items()}
+
+
+def _on_cpu(tensor: Tensor) -> NDArray[np.float32]:
+    """Return a tensor's values: a view, where it is on the CPU."""
+    return tensor.detach().cpu().numpy()
+
+
+def fill(tensor: Tensor, array: NDArray[np.float32]) -> None:
+    """Write an array's values where a tensor has its own, without a copy on the CPU."""
+    if tensor.device.type == "cpu":
+        np.copyto(tensor.detach().numpy(), array)
+    else:
+        with torch.no_grad():
+            tensor.copy_(torch.from_numpy(np.array(array)))
 
 
 def _chain_of_snapshot(shapes: dict[str, tuple[int, ...]], run_id: bytes, data: bytes) -> ChainState:

@@ -6,11 +6,14 @@ go the sends and outcomes of the own log, in their order, and then the rounds th
 
 from __future__ import annotations
 
+import itertools
 import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
-
-import numpy as np
-import torch
+from typing import NamedTuple, Protocol, TypeVar
 
 from p2ptrain import chain
 from p2ptrain.chain import RoundShape, Row
@@ -19,14 +22,49 @@ from p2ptrain.compression import wire
 from p2ptrain.compression.layout import CHUNK_SIZE
 from p2ptrain.optim.demo import Pending
 from p2ptrain.optim.settling import products
-from p2ptrain.state.checkpoint import Checkpoint, CheckpointMeta, SentUnsettled, load_checkpoint, save_checkpoint
+from p2ptrain.state.checkpoint import (
+    MOMENTUM,
+    CheckpointMeta,
+    Kept,
+    SentUnsettled,
+    load_checkpoint,
+    write_checkpoint,
+)
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import Outcome, OwnEntry, OwnLog
 from p2ptrain.state.snapshot import SnapshotFile, SnapshotStore
 from p2ptrain.training.ledger import Ledger
-from p2ptrain.training.replica import Replica
+from p2ptrain.training.replica import Replica, fill
 
 _logger = logging.getLogger(__name__)
+
+
+T = TypeVar("T")
+
+
+class Written(NamedTuple):
+    """A checkpoint that is on disk."""
+
+    round: int
+    bytes: int
+    seconds: float
+    """That another thread has computed for it."""
+
+
+class Write(Protocol):
+    """Does what writes to the disk: on this thread, or on another while this one goes on."""
+
+    def __call__(self, work: Callable[[], T], /) -> Future[T]: ...
+
+
+def at_once(work: Callable[[], T]) -> Future[T]:
+    """Do it now, on this thread."""
+    done: Future[T] = Future()
+    try:
+        done.set_result(work())
+    except OSError as error:
+        done.set_exception(error)
+    return done
 
 
 class Books:
@@ -37,9 +75,20 @@ class Books:
         peer_id: ours.
         checkpoints: folder of the checkpoint and the snapshots.
         own_log: to read; the network thread writes it.
+        write: does what writes a checkpoint or a snapshot; default: at once, on this thread.
+        kept: which checkpoints stay.
     """
 
-    def __init__(self, replica: Replica, peer_id: bytes, checkpoints: Path, own_log: OwnLog) -> None:
+    def __init__(
+        self,
+        replica: Replica,
+        peer_id: bytes,
+        checkpoints: Path,
+        own_log: OwnLog,
+        write: Write = at_once,
+        kept: Kept = Kept(),
+    ) -> None:
+        self._write, self._kept = write, kept
         self.replica, self.peer_id, self.own_log = replica, peer_id, own_log
         self.ledger = Ledger(replica.optimizer)
         #: by this home, in all
@@ -65,10 +114,8 @@ class Books:
         unsettled: tuple[SentUnsettled, ...] = ()
         if checkpoint is not None:
             meta = checkpoint.meta
-            arrays = dict(checkpoint.arrays)
-            momentum = arrays.pop("momentum")
-            self.replica.load_arrays(arrays, meta.chain)
-            self.replica.optimizer.momentum.copy_(torch.from_numpy(np.array(momentum)))
+            self.replica.load_arrays(checkpoint.arrays, meta.chain)
+            fill(self.replica.optimizer.momentum, checkpoint.arrays[MOMENTUM])
             self.replica.optimizer.decays = meta.decays
             self.sequences_read = meta.sequences_read
             outcomes, unsettled = meta.outcomes, meta.pending
@@ -141,6 +188,7 @@ class Books:
 
     def apply(self, sealed: SealedRound) -> None:
         """Take the step of one sealed round and settle what we sent for it."""
+        self.replica.momentum_changes()
         chunks = self.replica.layout.chunks
         shape = chain.shape_of(self.replica.chain, chunks)
         state = chain.extend(self.replica.chain, sealed.id, sealed.seal, chunks)
@@ -178,6 +226,7 @@ class Books:
 
     def take_back(self, key: Key, decays: int) -> None:
         """Return a contribution that never left to the momentum, and its outcomes to those not logged."""
+        self.replica.momentum_changes()
         self.ledger.give_back(key, decays)
         if self._carried is not None and self._carried[:2] == (key, decays):
             self.ledger.outcomes = [*self._carried[2], *self.ledger.outcomes]
@@ -186,7 +235,11 @@ class Books:
     # ---- to disk ----------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write the checkpoint now."""
+        """Write the checkpoint now, and return when it is on disk. Raises OSError."""
+        self.begin_save().result()
+
+    def begin_save(self) -> Future[Written]:
+        """Begin to write the checkpoint, as all is now; the result may be an OSError."""
         optimizer = self.replica.optimizer
         codec = self.replica.codec
         pending = tuple(
@@ -206,8 +259,20 @@ class Books:
             pending,
             self._outcomes_not_logged(),
         )
-        momentum = optimizer.momentum.cpu().numpy()
-        save_checkpoint(self._checkpoints, Checkpoint(meta, self.replica.arrays() | {"momentum": momentum}))
+        frozen = self.replica.freeze(momentum=True)
+        shapes, beginner = checkpoint_shapes(self.replica), threading.get_ident()
+
+        def write() -> Written:
+            began = time.thread_time()
+            try:
+                length = write_checkpoint(self._checkpoints, meta, shapes, frozen, self._kept)
+            finally:
+                frozen.let_go()
+            # On the thread that waits for it, the time is that one's to count.
+            there = threading.get_ident() == beginner
+            return Written(meta.chain.round, length, 0.0 if there else time.thread_time() - began)
+
+        return self._write(write)
 
     def _outcomes_not_logged(self) -> tuple[Outcome, ...]:
         """Return the outcomes since the last entry of the own log, as far as it is known to be there."""
@@ -218,9 +283,18 @@ class Books:
         entry = self.own_log.find(key)
         return later if entry is not None and entry.decays == decays else outcomes + later
 
-    def save_snapshot(self, round: int, id: bytes) -> SnapshotFile:
-        """Write a snapshot of the replica, which is at this round and state id."""
-        return self._snapshots.save(round, id, self.replica.snapshot())
+    def save_snapshot(self, round: int, id: bytes) -> Future[SnapshotFile]:
+        """Begin to write a snapshot of the replica, which is at this round and state; the result may be an OSError."""
+        head, rest = self.replica.freeze_snapshot()
+
+        def write() -> SnapshotFile:
+            try:
+                return self._snapshots.save(round, id, itertools.chain((head,), () if rest is None else rest.parts()))
+            finally:
+                if rest is not None:
+                    rest.let_go()
+
+        return self._write(write)
 
 
 def _worst(products: dict[int, float], shape: RoundShape) -> list[int]:
@@ -239,4 +313,4 @@ def _overlap(known: tuple[Outcome, ...], logged: tuple[Outcome, ...]) -> int:
 
 def checkpoint_shapes(replica: Replica) -> dict[str, tuple[int, ...]]:
     """Return names and shapes of what a checkpoint of this replica holds."""
-    return replica.shapes | {"momentum": (replica.layout.chunks, CHUNK_SIZE)}
+    return {MOMENTUM: (replica.layout.chunks, CHUNK_SIZE)} | replica.shapes

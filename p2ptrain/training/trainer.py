@@ -11,12 +11,15 @@ data. `Trainer` computes them from the run's text; `OwnLoop` takes them from a l
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import logging
 import math
 import queue
 import time
 from collections.abc import Callable
-from typing import Any, Protocol, assert_never, cast
+from concurrent.futures import Future
+from typing import Any, Protocol, TypeVar, assert_never, cast
 
 import numpy as np
 import torch
@@ -37,23 +40,32 @@ from p2ptrain.observe.status import Status
 from p2ptrain.optim.local import Gathers, HandedGradients, Local
 from p2ptrain.rounds import events
 from p2ptrain.rounds.inbox import Dropped, Restore, TrainerMessage
+from p2ptrain.state import files
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import OwnEntry
+from p2ptrain.state.snapshot import SnapshotFile
 from p2ptrain.training.ledger import WINDOW
 from p2ptrain.training.machine import Machine
 from p2ptrain.training.measuring import Measuring
 from p2ptrain.training.needs import needs_of
 from p2ptrain.training.passes import Passes, choose, let_go, out_of_memory
 from p2ptrain.training.replica import build_local
-from p2ptrain.training.standing import Books
+from p2ptrain.training.standing import Books, Written
 
 CHECKPOINT_SECONDS = 60.0
+"""No sooner after another, unless this peer's owner says so."""
+CHECKPOINT_SHARE = 0.01
+"""Of the time, for checkpoints at most."""
+CHECKPOINT_BYTES_A_DAY = 20e9
+"""And written for them: a cheap SSD of 100 TB stands that for years."""
+DAY_SECONDS = 86_400.0
 CAREFUL_ROUNDS = 16
 """After it was too late for a round, a trainer begins no micro-batch that may end too late, for this many."""
 LET_GO_SEQUENCES = 1024
 """So often memory of text that was read is given back: some 64 KiB a sequence."""
 _WEIGHT_MAX = 1_000_000
 
+T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 
 
@@ -143,6 +155,15 @@ class Participant:
         self._applied_at = self._contributed_at = self._saved_at = clock()
         #: there is a checkpoint, so `sample` and `eval` have one to read
         self._saved = False
+        #: seconds between two checkpoints, where this peer's owner says so; None: by what they cost
+        self.checkpoint_every: float | None = None
+        self._checkpoint_seconds = CHECKPOINT_SECONDS
+        #: the checkpoint that is being written, and what training has waited for it
+        self._saving: tuple[Future[Written], float] | None = None
+        #: snapshots that are being written
+        self._snapshots: list[Future[SnapshotFile]] = []
+        #: the disk has taken no checkpoint, or no snapshot, since
+        self._disk_full = False
 
     # ---- where this home stands -------------------------------------------------------------------------------
 
@@ -156,13 +177,65 @@ class Participant:
         self.status.consumed_share = self.books.consumed_share
 
     def save(self) -> None:
-        """Write the checkpoint now."""
+        """Write the checkpoint now, and return when it is on disk. Raises OSError."""
+        if self._saving is not None:
+            with contextlib.suppress(OSError):
+                self._saving[0].result()
+            self._saving = None
         self.books.save()
         self._saved_at, self._saved = self._clock(), True
 
-    def _save(self, swarm: Swarm) -> None:
-        self.save()
-        swarm.prune_own_log(self.replica.chain.round - WINDOW)
+    def _begin_save(self) -> None:
+        """Begin to write the checkpoint; rounds go on meanwhile."""
+        began = self._clock()
+        writing = self.books.begin_save()
+        self._saving = writing, self._clock() - began
+
+    def _look_at_disk(self, swarm: Swarm) -> None:
+        """Take note of what was written, and of what could not be.
+
+        Raises:
+            OSError: for another reason than that the disk is full; then it is tried again, and said once.
+        """
+        if self._saving is not None and self._saving[0].done():
+            (writing, waited), self._saving = self._saving, None
+            self._saved_at = self._clock()
+            written = self._taken(writing)
+            if written is not None:
+                self._saved = True
+                swarm.prune_own_log(written.round - WINDOW)
+                self._checkpoint_seconds = max(
+                    CHECKPOINT_SECONDS,
+                    (waited + written.seconds) / CHECKPOINT_SHARE,
+                    written.bytes / CHECKPOINT_BYTES_A_DAY * DAY_SECONDS,
+                )
+        for snapshot in [snapshot for snapshot in self._snapshots if snapshot.done()]:
+            self._snapshots.remove(snapshot)
+            self._taken(snapshot)
+
+    def _taken(self, writing: Future[T]) -> T | None:
+        """Return what was written; None: the disk is full."""
+        try:
+            found = writing.result()
+        except OSError as error:
+            if not files.is_full(error):
+                raise
+            if not self._disk_full:
+                _logger.warning("the disk is full: no checkpoint is written until there is room; training goes on")
+            self._disk_full = True
+            self._checkpoint_seconds = CHECKPOINT_SECONDS
+            return None
+        if self._disk_full:
+            _logger.info("there is room on the disk again: checkpoints are written")
+        self._disk_full = False
+        return found
+
+    def _save_if_due(self, swarm: Swarm) -> None:
+        every = self._checkpoint_seconds if self.checkpoint_every is None else self.checkpoint_every
+        self._look_at_disk(swarm)
+        if self._saving is None and (self._clock() - self._saved_at > every or not self._saved):
+            self._begin_save()
+            self._look_at_disk(swarm)
 
     # ---- the loop ---------------------------------------------------------------------------------------------
 
@@ -234,6 +307,7 @@ class Participant:
             case events.Apply():
                 self._on_apply(message, swarm)
             case events.Rollback():
+                self.replica.momentum_changes()
                 self.ledger.undo_after(message.state.round)
                 self.replica.undo()
                 if self.measuring is not None:
@@ -288,12 +362,13 @@ class Participant:
             self.measuring.reached(self.replica.chain)
         self._show()
         self._snapshot_if_due(sealed, swarm)
-        if now - self._saved_at > CHECKPOINT_SECONDS or not self._saved:
-            self._save(swarm)
+        now = self._clock()
+        self._save_if_due(swarm)
         # It holds up the round that has begun, and is shown with that.
         self._disk_seconds = self._clock() - now
 
     def _on_restore(self, message: Restore, swarm: Swarm) -> None:
+        self.replica.momentum_changes()
         self.ledger.undo_after(message.chain.round)
         if not message.common:
             self.status.snapshots_fetched += 1
@@ -313,8 +388,11 @@ class Participant:
             if self.measuring is not None:
                 self.measuring.reached(self.replica.chain, measures=False)
             self._snapshot_if_due(sealed, swarm)
+            # Steps follow each other faster than the disk takes snapshots, and nobody waits for a round here.
+            concurrent.futures.wait(self._snapshots)
         # What this has undone must be known after a crash, when the journal may no longer reach back to the fork.
-        self._save(swarm)
+        self.save()
+        swarm.prune_own_log(self.replica.chain.round - WINDOW)
         self._show()
 
     def _apply(self, sealed: SealedRound) -> None:
@@ -323,8 +401,15 @@ class Participant:
 
     def _snapshot_if_due(self, sealed: SealedRound, swarm: Swarm) -> None:
         if sealed.seal.round % self._rules.root_interval == 0:
-            snapshot = self.books.save_snapshot(sealed.seal.round, sealed.id)
-            swarm.root_computed(snapshot.round, snapshot.id, snapshot.root)
+            writing = self.books.save_snapshot(sealed.seal.round, sealed.id)
+
+            def told(written: Future[SnapshotFile]) -> None:
+                if written.exception() is None:
+                    snapshot = written.result()
+                    swarm.root_computed(snapshot.round, snapshot.id, snapshot.root)
+
+            writing.add_done_callback(told)
+            self._snapshots.append(writing)
 
     @property
     def has_work(self) -> bool:
@@ -391,8 +476,10 @@ class Participant:
         began = self._clock()
         optimizer = self.replica.optimizer
         self._local.gather()
+        self.replica.momentum_changes()
         pending = optimizer.accumulate_and_select()
-        optimizer.zero_grad(set_to_none=True)
+        for parameter in self.replica.task.parameters:
+            parameter.tensor.grad = None
         ranges = ranges_of(start.shape)
         payloads = optimizer.payloads(pending, ranges)
         for part, payload in zip(start.shape.parts, payloads, strict=True):

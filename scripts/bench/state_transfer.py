@@ -4,10 +4,10 @@
 
 Real peers on loopback. Donors of the first part pace what they hand out as behind a line of --kbit, so figures are
 those of such lines as long as this machine's cores suffice. The donor that trains is one `p2ptrain bootstrap` process
-for each of --rates, which is what it hands out at most: the line that it takes itself to have before it has measured
-one, `uplink.USUAL_KBIT`, and the cap, `handout.RATE_MAX_BYTES`, are set in it accordingly. Alone in its swarm it
-measures no line, so that the rate stays. Its rounds are of a fixed size, so that rounds a minute are its speed, with
-and without two learners that download without end, by turns. `handed_out_bytes_per_second` is what the learners got.
+for each of --rates, which is what it hands out at most, by --upload-kbit; its own bound while it trains,
+`handout.BUSY_BYTES_A_CORE`, is lifted. Alone in its swarm its line is not shared with rounds. Its rounds are of a fixed
+size, so that rounds a minute are its speed, with and without two learners that download without end, by turns.
+`handed_out_bytes_per_second` is what the learners got.
 Takes 16 minutes on two cores that have other work too, less on a quiet machine.
 """
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import math
 import os
 import re
 import signal
@@ -32,10 +31,9 @@ import torch
 from lab.report import Figures, Watch, finish, machine, merged, note, read, write
 
 from p2ptrain.calls.client import Client
-from p2ptrain.calls.handout import RATE_MAX_BYTES, SHARE, Handout
+from p2ptrain.calls.handout import BUSY_BYTES_A_CORE, Handout
 from p2ptrain.calls.messages import NAMESPACE, SnapshotOffer, Traffic
 from p2ptrain.calls.servicer import PeerServicer
-from p2ptrain.calls.uplink import USUAL_KBIT
 from p2ptrain.chain import genesis
 from p2ptrain.config.manifest import Manifest, ModelConfig, open_manifest
 from p2ptrain.history.catching_up import CatchingUp
@@ -55,8 +53,8 @@ LINE_KBIT = 16_000
 CROWD = 4
 TURNS = 3
 TURN_SECONDS = 7.0
-RATES_BYTES = (round(SHARE * USUAL_KBIT * 125), RATE_MAX_BYTES, 2 * RATE_MAX_BYTES, 8 * RATE_MAX_BYTES)
-"""Of the donor that trains: what a peer has that has not measured its line, the most that any has, and more."""
+RATES_BYTES = tuple(factor * BUSY_BYTES_A_CORE for factor in (1, 2, 4, 8))
+"""Of the donor that trains: the most of one on as many cores."""
 MANIFEST = """\
 name = "bench"
 nonce = "{nonce}"
@@ -176,12 +174,12 @@ class TrainingDonor:
         manifest = folder / "run.toml"
         manifest.write_text(MANIFEST.format(nonce=os.urandom(16).hex()))
         self.home = folder / "home"
-        code = "from p2ptrain.calls import handout, uplink; "
+        code = "from p2ptrain.calls import handout; "
         # Looked for by name, since to set what a module does not read would vary nothing.
-        code += "assert {'USUAL_KBIT'} <= vars(uplink).keys() and {'RATE_MAX_BYTES'} <= vars(handout).keys(); "
-        code += f"uplink.USUAL_KBIT, handout.RATE_MAX_BYTES = {math.ceil(rate / SHARE / 125)}, {rate}; "
+        code += "assert 'BUSY_BYTES_A_CORE' in vars(handout); handout.BUSY_BYTES_A_CORE = 2**40; "
         code += "from p2ptrain.cli.main import run; run()"
         flags = ["--home", str(self.home), "--host", "127.0.0.1", "--threads", "1"]
+        flags += ["--upload-kbit", str(rate * 8 // 1000)]
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, "bootstrap", str(manifest), *flags],
             stdout=subprocess.PIPE,

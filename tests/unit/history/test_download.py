@@ -20,7 +20,7 @@ from virtual import FAST_KBIT, Network, Peer, VirtualLoop, name_of, run
 
 from p2ptrain import chain
 from p2ptrain.calls.client import Client
-from p2ptrain.calls.handout import STREAM_SECONDS, STREAMS_MAX, STREAMS_PER_PEER
+from p2ptrain.calls.handout import SHARE, STREAM_SECONDS, STREAMS_MAX, STREAMS_PER_PEER
 from p2ptrain.calls.messages import TOO_MANY_CALLS, CallError, RefusedError, SnapshotOffer, Tip
 from p2ptrain.chain.sealed import SealedRound
 from p2ptrain.history.catching_up import CatchingUp
@@ -101,7 +101,7 @@ def world(tmp_path: Path, lone: Lone) -> World:
 
 def donor_rate(kbit: int) -> float:
     """Bytes a second that a donor with this uplink hands out."""
-    return kbit * 125 / 2
+    return SHARE * kbit * 125
 
 
 def frames_touched(
@@ -368,7 +368,7 @@ def test_who_does_not_read_does_not_keep_a_stream(world: World) -> None:
     run(scenario())
 
 
-def test_what_is_handed_out_takes_half_the_declared_uplink_and_waits_for_what_a_round_needs(world: World) -> None:
+def test_what_is_handed_out_leaves_a_tenth_of_the_uplink_and_waits_for_what_a_round_needs(world: World) -> None:
     donor, learner = world.donor(1, kbit=FOUR_MBIT), world.peer(0)
 
     async def scenario() -> tuple[float, float]:

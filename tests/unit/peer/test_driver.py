@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import errno
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +18,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lone import MANIFEST, RUN_ID, Lone, identity_of, seal
+from lone import MANIFEST, ROW, RUN_ID, Lone, identity_of, seal
 from virtual import FakeNode, Network, run
 
 from p2ptrain import chain
@@ -30,7 +34,7 @@ from p2ptrain.peer.driver import RoundDriver
 from p2ptrain.rounds import events
 from p2ptrain.rounds.inbox import Restore
 from p2ptrain.state.journal import Journal
-from p2ptrain.state.own_log import OwnLog
+from p2ptrain.state.own_log import OwnEntry, OwnLog
 from p2ptrain.swarm.identity import format_peer_id, verify
 
 BOB, ZOE = identity_of("bob"), identity_of("zoe")
@@ -219,3 +223,58 @@ def test_a_driver_follows_nobody_off_the_list_and_takes_no_seal_that_names_one(h
         await driver.feed.close()
 
     run(scenario())
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Home]:
+    """A home on a disk of 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("may not mount a small disk")
+    try:
+        for name in ("journal", "own", "checkpoints"):
+            (folder / name).mkdir()
+        yield Home(folder)
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_pauses_a_peer_and_it_goes_on_when_there_is_room(
+    small_disk: Home, caplog: pytest.LogCaptureFixture
+) -> None:
+    ada = Lone()
+    ada.train(1)
+    key, shape = ada.key, chain.shape_of(ada.states[-1], ada.chunks)
+    ranges = tuple((part.start, part.end) for part in shape.parts)
+    optimizer = ada.replica.optimizer
+    payloads = optimizer.payloads(optimizer.select(), ranges)
+    entry = OwnEntry(key.round, key.base, ROW, ranges, payloads, optimizer.decays, 4)
+
+    def said() -> list[str]:
+        return [record.message for record in caplog.records if "disk" in record.message]
+
+    async def scenario() -> None:
+        driver, _, inbox = driver_of(small_disk, ada)
+        filler = small_disk.path / "filler"
+        driver._do(driver.machine.start(driver._now()))
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while file.write(bytes(1024)):
+                pass
+        heard = len(inbox)
+        driver.contribute(events.ContributionReady(key, ROW, payloads), entry)
+        await asyncio.sleep(5)
+        assert driver.standing.paused and not driver.leaving and driver.failure is None
+        assert driver._p.own_log.find(key) is None and len(inbox) == heard
+        assert len(said()) == 1 and "pauses until there is room" in said()[0]
+        filler.unlink()
+        await asyncio.sleep(2)
+        assert not driver.standing.paused
+        found = driver._p.own_log.find(key)
+        assert found is not None and found.payloads == payloads
+        assert len(said()) == 2 and "going on" in said()[1]
+        await driver.stop()
+
+    with caplog.at_level("INFO"):
+        run(scenario())

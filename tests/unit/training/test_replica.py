@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lone import MANIFEST, Lone, replica
+from lone import MANIFEST, Lone, gradient, replica
 
 from p2ptrain import chain
 from p2ptrain.chain.sealed import SealedRound
@@ -90,3 +90,23 @@ def test_snapshots_of_another_run_or_model_are_refused(lone: Lone) -> None:
     larger = msgspec.structs.replace(MANIFEST, model=msgspec.structs.replace(MANIFEST.model, layers=2))
     with pytest.raises(TensorFileError, match="another model"):
         replica(larger).load_snapshot(data)
+
+
+@pytest.mark.parametrize("undone", [False, True])
+@pytest.mark.parametrize("steps", [0, 1, 2, 3])
+def test_what_is_written_while_steps_are_taken_is_what_was_there_at_first(lone: Lone, steps: int, undone: bool) -> None:
+    """With a disk that takes nothing until they are."""
+    made = replica()
+    follow(made, lone.rounds[:2])
+    gradient(made, 1)
+    expected = made.optimizer.momentum.numpy().tobytes() + b"".join(a.tobytes() for a in made.arrays().values())
+    frozen = made.freeze(momentum=True)
+    for number in range(2, 2 + steps):
+        made.momentum_changes()
+        gradient(made, number)
+        follow(made, lone.rounds[number : number + 1])
+    if undone and steps:
+        made.undo()
+        follow(made, lone.rounds[1 + steps : 2 + steps])
+    assert b"".join(map(bytes, frozen.parts())) == expected
+    assert frozen.done
