@@ -29,8 +29,9 @@ import torch
 from p2ptrain.calls.client import Client
 from p2ptrain.calls.handout import RATE_MIN_BYTES
 from p2ptrain.calls.messages import Traffic
-from p2ptrain.calls.uplink import UplinkMeter
+from p2ptrain.calls.uplink import MOST_KBIT, UplinkMeter
 from p2ptrain.chain.admission import Grant
+from p2ptrain.config.amounts import format_amount, parse_amount, parse_rate
 from p2ptrain.config.home import Home
 from p2ptrain.config.manifest import FileConfig, Manifest, open_manifest, sign_manifest
 from p2ptrain.config.node import NodeSettings
@@ -38,7 +39,7 @@ from p2ptrain.data.obtaining import Share, obtain_text
 from p2ptrain.data.preparing import Given
 from p2ptrain.data.text import Text
 from p2ptrain.data.tokenizer import tokenizer_of_run
-from p2ptrain.errors import HomeError, ModelError, UnreachableError, UsageError
+from p2ptrain.errors import HomeError, ModelError, TransferSpentError, UnreachableError, UsageError
 from p2ptrain.models.gpt import GPT
 from p2ptrain.models.of_manifest import check_model, task_of
 from p2ptrain.models.own import Beginning, check_length
@@ -57,9 +58,11 @@ from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import OwnLog
 from p2ptrain.state.pieces import PieceFile
 from p2ptrain.state.run_files import RunFile, whole
+from p2ptrain.state.transfer import MonthlyTransfer
 from p2ptrain.swarm.addresses import parse_addresses
 from p2ptrain.swarm.identity import format_peer_id, verify
 from p2ptrain.swarm.invitations import Invitation, read_grant
+from p2ptrain.swarm.line import Allowed, Line, next_month
 from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.swarm.tasks import failure_logged
 from p2ptrain.swarm.thread import NetworkThread
@@ -139,6 +142,8 @@ class PeerSession:
         self._driver: RoundDriver | None = None
         self._stopping = False
         self._finished = False
+        #: what the owner's limits let go; None: all
+        self._line: Line | None = None
         #: when something of the chain was fetched last, by the network thread's clock
         self._fetched_at = -math.inf
         #: what is known of measurements of the model; None: the run has none
@@ -200,8 +205,11 @@ class PeerSession:
 
         Raises:
             AddressError, PortInUseError, UnreachableError, ClockSkewError, HomeError, DaemonError
+            TransferSpentError: too little is left of this month's transfer.
         """
         settings = self.settings
+        self._line = self._make_line()
+        self._check_transfer()
         self._network = NetworkThread()
         remembered = self._remembered_peers()
 
@@ -213,6 +221,7 @@ class PeerSession:
                 host=settings.host,
                 port=settings.port,
                 announce=list(settings.announce),
+                line=self._line,
             )
             return self._network.run(making, CONNECT_SECONDS)
 
@@ -224,6 +233,31 @@ class PeerSession:
             _logger.info("none of the %d peers once seen answers", len(remembered))
             self._node = create([])
         self.home.remember_port(self._node.port)
+
+    def _make_line(self) -> Line | None:
+        """Return what holds this peer to its owner's limits; None: there are none. Raises HomeError."""
+        settings = self.settings
+        rates = parse_rate(settings.upload_limit), parse_rate(settings.download_limit)
+        allowed = Allowed(*rates, parse_amount(settings.monthly_transfer))
+        if not allowed.limited:
+            return None
+        return Line(allowed, MonthlyTransfer(self.home.transfer, time.time()), self._on_transfer_spent)
+
+    def _on_transfer_spent(self) -> None:
+        """End the round under way and leave, as after Ctrl-C; on the network thread."""
+        _logger.warning("this month's transfer is used up: leaving after this round")
+        self._stopping = True
+        driver = self._driver
+        in_round = driver is not None and driver.standing.member
+        self.network.loop.call_later(LEAVE_SECONDS if in_round else 0.0, self.inbox.put, None)
+
+    def _check_transfer(self) -> None:
+        if self._line is not None and self._line.spent:
+            amount, day = format_amount(self._line.allowed.monthly_bytes), next_month(time.time())
+            raise TransferSpentError(
+                f"of this month's {amount} too little is left to take part: {self._line.describe()}",
+                hint=f"start again on {day} (UTC), or allow more with --monthly-transfer",
+            )
 
     def own_run(self) -> Run | None:
         """The run that this home is in."""
@@ -398,7 +432,7 @@ class PeerSession:
         self, run: Run, config: FileConfig, path: Path, what: str, pieces: Collection[int] | None = None
     ) -> PieceFile:
         wanted = RunFile(config.bytes, bytes.fromhex(config.root))
-        client = Client(self.node, Traffic(), run.run_id, grant=run.grant)
+        client = Client(self.node, Traffic(line=self._line), run.run_id, grant=run.grant)
         progress, key = self.display.transfer, run.manifest.records_key
         fetching = fetch_file(client, wanted, path, run.introducers, key, progress, what, pieces)
         return self.network.run(fetching, CORPUS_SECONDS + config.bytes / RATE_MIN_BYTES)
@@ -423,6 +457,7 @@ class PeerSession:
             DivergenceError: this device does not compute the run's bits.
             HomeError: the checkpoint cannot be used.
             UnreachableError: before this peer had any round, all who had one were gone.
+            TransferSpentError: this month's transfer is used up, and this peer has left.
         """
         device = choose_device(self.settings.device)
         threads = self.settings.threads or (os.cpu_count() or 1)
@@ -441,6 +476,8 @@ class PeerSession:
             self._train(part)
             self.finish(part)
         self.say_leaving(part)
+        if not self._finished:
+            self._check_transfer()
 
     def take_part(
         self,
@@ -460,7 +497,9 @@ class PeerSession:
         Raises:
             HomeError: the checkpoint cannot be used.
         """
-        uplink = UplinkMeter(dialable=self.node.dialable)
+        line = self._line
+        ceiling = (lambda: MOST_KBIT) if line is None else (lambda: line.ceiling_kbit)
+        uplink = UplinkMeter(dialable=self.node.dialable, ceiling_kbit=ceiling)
         own_log = OwnLog(self.home.own)
         journal = Journal(self.home.journal, run.run_id, verify)
         replica = Replica(run.manifest, run.run_id, device, task)
@@ -511,6 +550,7 @@ class PeerSession:
             uplink=uplink,
             files=self.files,
             sync_progress=self._fetching,
+            traffic=Traffic(line=self._line),
         )
 
         async def start() -> RoundDriver:

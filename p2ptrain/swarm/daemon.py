@@ -22,6 +22,7 @@ from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 from p2ptrain.errors import DaemonError
 from p2ptrain.swarm.addresses import listening_address
 from p2ptrain.swarm.guards import MAX_UNARY_BYTES
+from p2ptrain.swarm.line import Line
 from p2ptrain.swarm.streams import BoundedP2P
 
 START_SECONDS = 15.0
@@ -73,6 +74,8 @@ class DaemonSettings:
     """Whether to open ports by UPnP, find out about reachability, and use relays."""
     relays: Sequence[str]
     """Full multiaddrs of peers that may relay to this one when it cannot be dialled."""
+    line: Line | None = None
+    """Holds streams' frames back by the owner's limits."""
 
 
 class Daemon:
@@ -87,6 +90,7 @@ class Daemon:
 
         class PrivateP2P(BoundedP2P):
             _UNIX_SOCKET_PREFIX = f"/unix{settings.sockets}/"
+            line = settings.line
 
         # Without relays of its own the daemon would turn to those of the public IPFS network.
         relays = list(settings.relays) if settings.nat and settings.listen else []
