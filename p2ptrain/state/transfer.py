@@ -44,8 +44,7 @@ class MonthlyTransfer:
         self.sent_bytes = self.received_bytes = 0
         #: when it was written last, by an earlier process too
         self.written_at = 0.0
-        if kept is not None and kept.month >= self.month:
-            # A clock that was set back is no reason to forget.
+        if kept is not None and kept.month >= self.month:  # the same but for a clock that was set back
             self.sent_bytes, self.received_bytes = kept.sent_bytes, kept.received_bytes
             self.written_at = kept.written_at
 

@@ -3,7 +3,7 @@
 What counts is what is seen on the wire. A message is charged when it is let go, as credit that the wire's bytes use up
 when they appear; what appears beyond it is overhead (encryption, multiplexing, TCP and IP, the DHT, what others send
 unasked) and is charged then. A message that never reaches the wire, because its stream was reset, gives its credit back
-after `CREDIT_SECONDS`.
+after `CREDIT_SECONDS`. Given up: what the daemon sends on its own while all messages are held up uses up their credit.
 
 Two rules hold at once. A bucket keeps the flow even: it holds `BURST_SECONDS` of the rate, and a message leaves when
 the bucket is not in debt. A window keeps the promise: in any `WINDOW_SECONDS` the wire carries what the rate allows,
