@@ -38,6 +38,8 @@ DELAYS_SECONDS = {"rpc_follow": 2.0, "rpc_rounds": 4.0, "rpc_snapshot": 8.0, "rp
 FRAME_SECONDS = 0.1
 """A frame is no longer than the line takes for it in this time, so that many streams share it evenly."""
 FRAME_MIN_BYTES, FRAME_MAX_BYTES = 1024, 256 * 1024
+NEXT_SECONDS = 0.005
+"""For a stream whose frame was let go to have the next one ready."""
 READ_SECONDS = 4.0
 """The longest that a frame of others is left unread; they give up after twice as long."""
 HEADROOM = 0.97
@@ -285,6 +287,8 @@ class Line:
                 heapq.heappop(self._waiting)
                 self._spend(budgets, size)
                 turn.set_result(None)
+                # Its stream may have the next frame at once, which goes before what else waits.
+                await asyncio.sleep(NEXT_SECONDS)
 
 
 def next_month(now: float) -> str:

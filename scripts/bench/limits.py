@@ -11,8 +11,7 @@ the limit, beside rounds a minute and how many of the sealed rounds have the lim
 - calm: no limits;
 - upload: `--upload-limit`, while a newcomer downloads the run's state, from that peer too;
 - download: a newcomer with `--download-limit` comes, fetches the state and trains;
-- month: `--monthly-transfer` such that what is left of the month allows --month-rate, both ways together;
-- spent: a month's transfer that is nearly used up: the peer says goodbye and ends, and others train on.
+- month: `--monthly-transfer` such that what is left of the month allows --month-rate, both ways together.
 
 Prints one JSON object last. Exit code 1: a limit did not hold, or a peer trained no more.
 """
@@ -41,7 +40,7 @@ from lab.report import Figures, finish, machine, note
 from p2ptrain.config.amounts import parse_rate
 from p2ptrain.state.transfer import month_ends_at
 
-PARTS = ("calm", "upload", "download", "month", "spent")
+PARTS = ("calm", "upload", "download", "month")
 LINE_MBIT = 100.0
 WINDOW_SECONDS = 10.0
 MARGIN = 1.05
