@@ -100,6 +100,12 @@ class RevokedError(P2PTrainError):
     exit_code = 15
 
 
+class TransferSpentError(P2PTrainError):
+    """The owner's monthly transfer is used up; the peer may start again when the next month begins."""
+
+    exit_code = 20
+
+
 class ModelError(P2PTrainError):
     """The model cannot be trained by a swarm, or is another one than the run's."""
 

@@ -15,6 +15,7 @@ from p2ptrain.calls.handout import Handout
 from p2ptrain.calls.messages import (
     NAMESPACE,
     NOT_LISTED,
+    PIECE_BYTES,
     SEALS_MAX_BYTES,
     TRANSPORT_FAILURES,
     Amend,
@@ -182,6 +183,7 @@ class Client:
     ) -> tuple[RoundsHeader, list[bytes]]:
         """Sealed rounds, still encoded, after the newest id of `locator` that `peer` keeps. Raises CallError."""
         request = self.traffic.message(RoundsRequest(self.run_id, locator))
+        await self.traffic.admit(PIECE_BYTES)  # how much will come is not known before
         async with self._stream(peer, "rpc_rounds", request) as reader:
             await reader.accepted()
             header = await reader.message(RoundsHeader)
@@ -247,6 +249,7 @@ class Client:
     async def _pieces(
         self, peer: bytes, name: str, request: BytesValue, lengths: list[int], hashes: bool, timeout_seconds: float
     ) -> PiecesAnswer:
+        await self.traffic.admit(32 * len(lengths) if hashes else sum(lengths))
         async with self._stream(peer, name, request) as reader, asyncio.timeout(timeout_seconds):
             await reader.accepted()
             held = (await reader.message(PiecesHeld)).held

@@ -23,6 +23,7 @@ from msgspec import Meta
 from p2ptrain.chain import ChainState, Hash, OptionalHash, Row, SignedSeal
 from p2ptrain.chain.admission import AMENDMENTS_MAX, Revocation, Statement
 from p2ptrain.chain.evidence import Signature
+from p2ptrain.swarm.line import Line
 
 NAMESPACE = "p2ptrain"
 PIECE_BYTES = 256 * 1024
@@ -300,6 +301,13 @@ class Traffic:
 
     sent: int = 0
     received: int = 0
+    line: Line | None = None
+    """Limits the length of frames, and when much may be asked for; None: nothing does."""
+
+    async def admit(self, size_bytes: int) -> None:
+        """Wait until so many bytes may be asked for."""
+        if self.line is not None:
+            await self.line.admit(size_bytes)
 
     def frame(self, data: bytes) -> BytesValue:
         """A frame to be sent, counted."""
@@ -314,7 +322,8 @@ class Traffic:
     def blob(self, data: bytes, *, pieces: int = 1) -> Iterator[BytesValue]:
         """A blob as frames to be sent: its header, then at least `pieces` pieces if it is long enough."""
         yield self.message(BlobHeader(len(data), hashlib.sha256(data).digest()))
-        size = max(1, min(PIECE_BYTES, -(-len(data) // pieces)))
+        most = PIECE_BYTES if self.line is None else self.line.frame_bytes
+        size = max(1, min(most, -(-len(data) // pieces)))
         for start in range(0, len(data), size):
             yield self.frame(data[start : start + size])
 

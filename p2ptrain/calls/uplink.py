@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict, deque
+from collections.abc import Callable
 
 LEAST_KBIT, MOST_KBIT = 100, 100_000
 USUAL_KBIT = 10_000
@@ -40,11 +41,13 @@ class UplinkMeter:
 
     Args:
         dialable: whether others can dial us; who cannot be dialled reduces nothing, and says 0.
+        ceiling_kbit: the most that the owner allows now [kbit/s]; a line is said to be no faster, and used no faster.
     """
 
-    def __init__(self, *, dialable: bool) -> None:
+    def __init__(self, *, dialable: bool, ceiling_kbit: Callable[[], int] = lambda: MOST_KBIT) -> None:
         #: whether others can dial us, as far as is known now
         self.dialable = dialable
+        self._ceiling_kbit = ceiling_kbit
         #: kbit/s in each round remembered
         self._rates: deque[float] = deque(maxlen=ROUNDS_REMEMBERED)
         #: the shortest way there and back
@@ -55,14 +58,15 @@ class UplinkMeter:
         """What to say of it, for parts in proportion [kbit/s]."""
         if not self.dialable:
             return 0
-        return self.line_kbit if self._measured else CAREFUL_KBIT
+        return self.line_kbit if self._measured else min(CAREFUL_KBIT, max(self._ceiling_kbit(), LEAST_KBIT))
 
     @property
     def line_kbit(self) -> int:
         """What it is, as far as we know [kbit/s]."""
+        most = min(MOST_KBIT, max(self._ceiling_kbit(), LEAST_KBIT))
         if not self._measured:
-            return USUAL_KBIT
-        return int(min(max(statistics.quantiles(self._rates, n=4, method="inclusive")[2], LEAST_KBIT), MOST_KBIT))
+            return min(USUAL_KBIT, most)
+        return int(min(max(statistics.quantiles(self._rates, n=4, method="inclusive")[2], LEAST_KBIT), most))
 
     @property
     def _measured(self) -> bool:

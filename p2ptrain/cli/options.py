@@ -48,6 +48,21 @@ AnnounceOption = Annotated[
 ]
 DeviceOption = Annotated[Device | None, typer.Option("--device", help="Where to compute.", show_default="auto")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", help="CPU threads to compute with; 0: one a core.")]
+UploadLimitOption = Annotated[
+    str | None,
+    typer.Option(
+        "--upload-limit", metavar="RATE", help="Most to send, as 1Mbit or 2MB (bytes a second).", show_default="none"
+    ),
+]
+DownloadLimitOption = Annotated[
+    str | None, typer.Option("--download-limit", metavar="RATE", help="Most to let come.", show_default="none")
+]
+MonthlyTransferOption = Annotated[
+    str | None,
+    typer.Option(
+        "--monthly-transfer", metavar="AMOUNT", help="Most a month, both ways, as 200GB.", show_default="none"
+    ),
+]
 RoundsOption = Annotated[
     int | None, typer.Option("--rounds", min=1, help="Stop after this many rounds in which this peer had a part.")
 ]

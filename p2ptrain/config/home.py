@@ -44,6 +44,8 @@ class Home:
         self.grant = path / "grant"
         #: the line by which others could join at this peer last
         self.address = path / "address"
+        #: what this month has carried so far
+        self.transfer = path / "transfer.json"
         #: the port listened on last
         self.port = path / "port"
         #: addresses of peers once seen

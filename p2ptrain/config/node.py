@@ -15,11 +15,15 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from p2ptrain.config.amounts import parse_amount, parse_rate
 from p2ptrain.config.home import Home, default_home
 from p2ptrain.config.loading import expectation, field_docs, reject_unknown_keys, toml_value
 from p2ptrain.errors import UsageError
 
 ENVIRONMENT_PREFIX = "P2PTRAIN_"
+
+_Amount = Annotated[str, Meta(max_length=32)]
+_AMOUNTS = {"upload_limit": parse_rate, "download_limit": parse_rate, "monthly_transfer": parse_amount}
 
 
 class NodeTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -57,6 +61,12 @@ class NodeTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Rounds of each stretch of which one checkpoint more stays; 0: none."""
     upload_kbit: Annotated[int, Meta(ge=0, le=10_000_000)] = 0
     """Most to give to those who fetch snapshots and files of the run, in kbit/s; 0: what the line leaves over."""
+    upload_limit: _Amount = ""
+    """Most that this peer sends, as 1Mbit or 500kbit, or 2MB for bytes a second; empty: no limit."""
+    download_limit: _Amount = ""
+    """Most that this peer lets come, in the units of upload_limit; empty: no limit."""
+    monthly_transfer: _Amount = ""
+    """Most that this peer carries in a month of UTC, both ways together, as 200GB; empty: no limit."""
     log_format: Literal["text", "json"] = "text"
     """Form of the log on stderr."""
 
@@ -137,10 +147,14 @@ def _from_text(text: str, kind: object) -> object:
 
 def _checked(key: str, value: object, kind: Any, origin: str) -> object:
     try:
-        return msgspec.convert(value, kind, strict=not origin.startswith(ENVIRONMENT_PREFIX))
-    except msgspec.ValidationError as error:
+        checked = msgspec.convert(value, kind, strict=not origin.startswith(ENVIRONMENT_PREFIX))
+        if key in _AMOUNTS:
+            _AMOUNTS[key](checked)
+        return checked
+    except ValueError as error:  # as msgspec's are
         place = f"{origin}: {key}" if "/" in origin else origin
+        expected = expectation(error, kind) if isinstance(error, msgspec.ValidationError) else str(error)
         raise UsageError(
-            f"{place} = {toml_value(value)}: {expectation(error, kind)}",
+            f"{place} = {toml_value(value)}: {expected}",
             hint=f"correct {origin} ({key}: {field_docs(NodeTable)[key]})",
         ) from error

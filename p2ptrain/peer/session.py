@@ -30,8 +30,9 @@ import torch
 from p2ptrain.calls.client import Client
 from p2ptrain.calls.handout import RATE_MIN_BYTES
 from p2ptrain.calls.messages import Traffic
-from p2ptrain.calls.uplink import UplinkMeter
+from p2ptrain.calls.uplink import MOST_KBIT, UplinkMeter
 from p2ptrain.chain.admission import Grant
+from p2ptrain.config.amounts import format_amount, parse_amount, parse_rate
 from p2ptrain.config.home import Home
 from p2ptrain.config.manifest import FileConfig, Manifest, open_manifest, sign_manifest
 from p2ptrain.config.node import NodeSettings
@@ -45,6 +46,7 @@ from p2ptrain.errors import (
     ModelError,
     NoRunError,
     RunChoiceError,
+    TransferSpentError,
     UnreachableError,
     UsageError,
 )
@@ -75,9 +77,11 @@ from p2ptrain.state.own_log import OwnLog
 from p2ptrain.state.pieces import PieceFile
 from p2ptrain.state.run_files import RunFile, whole
 from p2ptrain.state.seals import SealLog
+from p2ptrain.state.transfer import MonthlyTransfer
 from p2ptrain.swarm.addresses import parse_addresses
 from p2ptrain.swarm.identity import format_peer_id, load_or_create_identity, verify
 from p2ptrain.swarm.invitations import Invitation, read_grant
+from p2ptrain.swarm.line import Allowed, Line, next_month
 from p2ptrain.swarm.meeting import CALLED_ELSEWHERE, IN_VAIN
 from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.swarm.records import PeerRecord
@@ -187,6 +191,8 @@ class PeerSession:
         #: whether others can dial this peer, and the first attempt at finding out
         self._reach: Reachability | None = None
         self._reaching: Future[None] | None = None
+        #: what the owner's limits let go; None: all
+        self._line: Line | None = None
         #: when something of the chain was fetched last, by the network thread's clock
         self._fetched_at = -math.inf
         #: passes figures on; None: nobody asked for them
@@ -259,8 +265,11 @@ class PeerSession:
 
         Raises:
             AddressError, PortInUseError, UnreachableError, ClockSkewError, HomeError, DaemonError
+            TransferSpentError: too little is left of this month's transfer.
         """
         settings = self.settings
+        self._line = self._make_line()
+        self._check_transfer()
         self._network = NetworkThread()
         self._network.run(self.owner.listen(), ASK_SECONDS)
         if "NOTIFY_SOCKET" in os.environ:
@@ -275,6 +284,7 @@ class PeerSession:
                 host=settings.host,
                 port=settings.port,
                 announce=list(settings.announce),
+                line=self._line,
             )
             return self._network.run(making, CONNECT_SECONDS)
 
@@ -338,6 +348,28 @@ class PeerSession:
             fresh = record is not None and record.last_seen_seconds(time.time()) < joining.SELF_FRESH_SECONDS
             if record is not None and fresh and record.state != "leaving":
                 raise joining.identity_in_use(me, record.addresses[:1], self.home.identity)
+
+    def _make_line(self) -> Line | None:
+        """Return what holds this peer to its owner's limits; None: there are none. Raises HomeError."""
+        settings = self.settings
+        rates = parse_rate(settings.upload_limit), parse_rate(settings.download_limit)
+        allowed = Allowed(*rates, parse_amount(settings.monthly_transfer))
+        if not allowed.limited:
+            return None
+        return Line(allowed, MonthlyTransfer(self.home.transfer, time.time()), self._on_transfer_spent)
+
+    def _on_transfer_spent(self) -> None:
+        """End the round under way and leave, as after Ctrl-C; on the network thread."""
+        _logger.warning("this month's transfer is used up: leaving after this round")
+        self.owner.leave()
+
+    def _check_transfer(self) -> None:
+        if self._line is not None and self._line.spent:
+            amount, day = format_amount(self._line.allowed.monthly_bytes), next_month(time.time())
+            raise TransferSpentError(
+                f"of this month's {amount} too little is left to take part: {self._line.describe()}",
+                hint=f"start again on {day} (UTC), or allow more with --monthly-transfer",
+            )
 
     def own_run(self) -> Run | None:
         """The run that this home is in."""
@@ -540,7 +572,7 @@ class PeerSession:
         self, run: Run, config: FileConfig, path: Path, what: str, pieces: Collection[int] | None = None
     ) -> PieceFile:
         wanted = RunFile(config.bytes, bytes.fromhex(config.root))
-        client = Client(self.node, Traffic(), run.run_id, grant=run.grant)
+        client = Client(self.node, Traffic(line=self._line), run.run_id, grant=run.grant)
         progress, key = self.display.transfer, run.manifest.records_key
         fetching = fetch_file(client, wanted, path, run.introducers, key, progress, what, pieces)
         with self._doing(f"fetching the run's {what}"):
@@ -566,6 +598,7 @@ class PeerSession:
             DivergenceError: this device does not compute the run's bits.
             HomeError: the checkpoint cannot be used.
             UnreachableError: before this peer had any round, all who had one were gone.
+            TransferSpentError: this month's transfer is used up, and this peer has left.
         """
         device = choose_device(self.settings.device)
         torch.set_num_threads(self.settings.threads or this_machine().threads)
@@ -589,6 +622,7 @@ class PeerSession:
                 self.owner.await_resume(self.inbox)
                 if self.owner.stopping:
                     self._say_leaving(presence, announcing)
+                    self._check_transfer()
                     return
                 announcing.cancel()
                 self.owner.paused, self.owner.doing = False, "resuming"
@@ -598,6 +632,8 @@ class PeerSession:
                     self._train(part)
             self.finish(part)
         self.say_leaving(part)
+        if not self._finished:
+            self._check_transfer()
 
     def _begin(self, run: Run, text: Text, values: Path | None, device: torch.device) -> Part:
         """Build this home's replica and begin to take part, at the start or after a pause."""
@@ -678,7 +714,11 @@ class PeerSession:
             "peer_id": format_peer_id(self.node.peer_id),
             "dialable": reach.tried.dialable,
         }
-        uplink = self._uplink = self._uplink or UplinkMeter(dialable=reach.tried.dialable is not False)
+        line = self._line
+        ceiling = (lambda: MOST_KBIT) if line is None else (lambda: line.ceiling_kbit)
+        uplink = self._uplink = self._uplink or UplinkMeter(
+            dialable=reach.tried.dialable is not False, ceiling_kbit=ceiling
+        )
         own_log = OwnLog(self.home.own)
         journal = Journal(self.home.journal, run.run_id, verify)
         replica = Replica(run.manifest, run.run_id, device, task)
@@ -770,6 +810,7 @@ class PeerSession:
             sync_progress=self._fetching,
             reporter=reporter,
             upload_kbit=self.settings.upload_kbit,
+            traffic=Traffic(line=self._line),
         )
 
         async def start() -> RoundDriver:

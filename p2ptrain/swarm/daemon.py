@@ -24,6 +24,7 @@ from p2ptrain.errors import DaemonError
 from p2ptrain.swarm.addresses import listening_address
 from p2ptrain.swarm.circuits import RelayCaps
 from p2ptrain.swarm.guards import MAX_UNARY_BYTES
+from p2ptrain.swarm.line import Line
 from p2ptrain.swarm.streams import BoundedP2P
 
 START_SECONDS = 15.0
@@ -77,6 +78,8 @@ class DaemonSettings:
     """Full multiaddrs of peers that may relay to this one when it cannot be dialled."""
     relaying: RelayCaps | None = None
     """What this peer carries for others; None: what libp2p chooses, once it finds this peer to be reachable."""
+    line: Line | None = None
+    """Holds streams' frames back by the owner's limits."""
 
 
 class Daemon:
@@ -91,6 +94,7 @@ class Daemon:
 
         class PrivateP2P(BoundedP2P):
             _UNIX_SOCKET_PREFIX = f"/unix{settings.sockets}/"
+            line = settings.line
 
             @staticmethod
             def _make_process_args(*arguments: Any, **flags: Any) -> list[str]:

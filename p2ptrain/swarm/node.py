@@ -36,6 +36,7 @@ from p2ptrain.swarm.circuits import RelayCaps, reserve
 from p2ptrain.swarm.daemon import Daemon, DaemonSettings, SocketDirectory
 from p2ptrain.swarm.guards import install_guards
 from p2ptrain.swarm.identity import Identity, format_peer_id, load_or_create_identity
+from p2ptrain.swarm.line import Line
 from p2ptrain.swarm.reach import ip_of
 from p2ptrain.swarm.records import (
     MANIFEST_SECONDS,
@@ -90,6 +91,8 @@ class SwarmNode:
         self.known_peers: dict[bytes, list[str]] = {}
         #: {peer id: full multiaddrs} as records say, which may be made up, the most recent last.
         self._told: dict[bytes, Sequence[str]] = {}
+        #: What the owner's limits let go; None: all.
+        self.line = settings.line
         #: Times the daemon has been restarted.
         self.restarts = 0
         self._settings = settings
@@ -110,6 +113,7 @@ class SwarmNode:
         observer: bool = False,
         nat: bool | None = None,
         relaying: RelayCaps | None = None,
+        line: Line | None = None,
         timeout_seconds: float = 5.0,
     ) -> SwarmNode:
         """Starts a node and, given `initial_peers` (full multiaddrs, any one of which suffices), joins their DHT.
@@ -117,7 +121,7 @@ class SwarmNode:
         `identity_path` None is an identity for this process only. `host` is the IP address to listen on and `port` the
         TCP port (0: a free one). `announce` replaces the addresses found. An observer listens nowhere and is listed by
         nobody. `nat` (default: unless `host` is loopback) opens ports by UPnP and uses relays. With
-        `relaying` it is such a relay for others.
+        `relaying` it is such a relay for others. `line` holds back what the owner's limits do not let go.
 
         Raises AddressError, PortInUseError, UnreachableError (within about twice `timeout_seconds`), ClockSkewError,
         HomeError, DaemonError; nothing is left running then.
@@ -139,9 +143,13 @@ class SwarmNode:
                 nat=not is_loopback_host(host) if nat is None else nat,
                 relays=[f"{route}/p2p/{PeerID(peer_id)}" for peer_id, routes in peers.items() for route in routes],
                 relaying=relaying,
+                line=line,
             )
             daemon = await Daemon.start(settings)
             self = cls(identity, settings, sockets, daemon)
+            if line is not None:
+                # What it takes to meet the others counts, too.
+                self._tasks.append(asyncio.create_task(line.run(lambda: self.daemon_pid)))
             self.dht = await DHTNode.create(
                 p2p=daemon.p2p,
                 client_mode=observer,
@@ -159,9 +167,10 @@ class SwarmNode:
         except BaseException:
             if daemon is not None:
                 await daemon.stop()
+                await cancel_and_wait(self._tasks)
             sockets.remove()
             raise
-        self._tasks = [asyncio.create_task(self._watch_daemon()), asyncio.create_task(self._keep_up())]
+        self._tasks += [asyncio.create_task(self._watch_daemon()), asyncio.create_task(self._keep_up())]
         for task in self._tasks:
             task.add_done_callback(failure_logged(_logger, "the node's upkeep has failed"))
         return self
@@ -170,6 +179,8 @@ class SwarmNode:
         """Ends the daemon and removes its sockets. Idempotent."""
         await cancel_and_wait(self._tasks)
         self._tasks = []
+        if self.line is not None:
+            self.line.close()
         self.dht.is_alive = False
         await self._daemon.stop()
         self._sockets.remove()

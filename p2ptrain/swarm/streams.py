@@ -24,6 +24,7 @@ from hivemind.utils.asyncio import asingle
 
 from p2ptrain.swarm.guards import receive_message
 from p2ptrain.swarm.limits import Allowance, caller
+from p2ptrain.swarm.line import Line
 
 REQUEST_MAX_BYTES = 4 * 1024
 """The first frame of a stream; the longest, a request for rounds, has 0.6 KiB."""
@@ -96,7 +97,9 @@ class Streams:
 
 
 class BoundedP2P(P2P):  # type: ignore[misc, unused-ignore]
-    """hivemind's P2P, with the limits of this module on what others call."""
+    """hivemind's P2P, with the limits of this module on what others call, and those of the owner on all streams."""
+
+    line: Line | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,13 +134,53 @@ class BoundedP2P(P2P):  # type: ignore[misc, unused-ignore]
             with contextlib.closing(writer), self._streams.place(peer) as place:
                 if place is not None and self._calls.take(peer):
                     heard = functools.partial(self._streams.heard, place)
-                    stream = _Stream(reader, writer, input_protobuf_type, heard, single=not stream_input)
+                    paced = _Paced(self.line, name)
+                    stream = _Stream(reader, writer, input_protobuf_type, heard, paced, single=not stream_input)
                     await stream.serve(lambda requests: handler(requests, context(info.peer_id)), place)
 
         if stream_output:
             await self.add_binary_stream_handler(name, serve, balanced=balanced)
         else:
             await self._client.add_unary_handler(name, answer, balanced=balanced)
+
+    async def _iterate_protobuf_stream_handler(
+        self, peer_id: PeerID, name: str, requests: AsyncIterator[Message], output_protobuf_type: type[Message]
+    ) -> AsyncIterator[Message]:
+        """As in hivemind; frames wait until the owner's limits let them go."""
+        if self.line is None:
+            return await super()._iterate_protobuf_stream_handler(peer_id, name, requests, output_protobuf_type)  # type: ignore[no-any-return, unused-ignore]
+        paced = _Paced(self.line, name)
+        answers = await super()._iterate_protobuf_stream_handler(
+            peer_id, name, paced.sent(requests), output_protobuf_type
+        )
+        return paced.received(answers)
+
+
+class _Paced:
+    """The owner's limits for the frames of one stream."""
+
+    def __init__(self, line: Line | None, name: str) -> None:
+        self._line, self._call = line, name.rpartition(".")[2]
+
+    async def leave(self, frame: Message) -> None:
+        if self._line is not None:
+            await self._line.leave(self._call, frame.ByteSize())
+
+    async def read(self, frame: Message | None) -> None:
+        if self._line is not None and frame is not None:
+            await self._line.read(frame.ByteSize())
+
+    async def sent(self, frames: AsyncIterator[Message]) -> AsyncIterator[Message]:
+        async for frame in frames:
+            await self.leave(frame)
+            yield frame
+
+    async def received(self, frames: AsyncGenerator[Message]) -> AsyncIterator[Message]:
+        async with contextlib.aclosing(frames):
+            async for frame in frames:
+                if self._line is not None:
+                    self._line.heard(frame.ByteSize())
+                yield frame
 
 
 class _Stream:
@@ -146,6 +189,7 @@ class _Stream:
     Args:
         kind: of the frames that come.
         heard: is told when the first frame is there.
+        paced: holds frames back.
         single: whether the call has one request only, which the handler gets once it is there whole.
     """
 
@@ -155,10 +199,12 @@ class _Stream:
         writer: asyncio.StreamWriter,
         kind: type[Message],
         heard: Callable[[], None],
+        paced: _Paced,
         *,
         single: bool,
     ) -> None:
         self._reader, self._writer, self._kind, self._heard, self._single = reader, writer, kind, heard, single
+        self._paced = paced
         self._frames: asyncio.Queue[Message | None] = asyncio.Queue(1)
 
     async def serve(self, handler: Callable[[Any], AsyncGenerator[Message]], ended: asyncio.Future[None]) -> None:
@@ -182,6 +228,7 @@ class _Stream:
                 self._heard()
                 limit = REQUEST_MAX_BYTES if self._single else None
                 await self._frames.put(frame)
+                await self._paced.read(frame)
 
     async def _requests(self) -> AsyncIterator[Message]:
         while (frame := await self._frames.get()) is not None:
@@ -195,6 +242,7 @@ class _Stream:
                     requests = await asingle(requests)
             async with contextlib.aclosing(handler(requests)) as answers:
                 async for answer in answers:
+                    await self._paced.leave(answer)
                     await self._send(answer)
         except Exception as error:
             with contextlib.suppress(OSError, TimeoutError):
