@@ -161,6 +161,7 @@ class Projection:
             "last_seen_seconds": 0.0,
             "addresses": [],
             "refused_branch": None,
+            "diverged": None,
         }
 
 
@@ -186,6 +187,7 @@ def _row(heard: Heard, now: float) -> dict[str, Any]:
         "last_seen_seconds": round(max(0.0, now - heard.t), 1),
         "addresses": [],
         "refused_branch": None,
+        "diverged": None,
     }
 
 

@@ -27,7 +27,6 @@ momentum, and from the reply to the parameters; threads take whole batches (`thr
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, overload
 
@@ -172,9 +171,7 @@ class DeMo(torch.optim.Optimizer):
                 "contributions under way and saved states count on these numbers. Make a new DeMo of all groups, or "
                 "hold the parameters from the beginning and freeze them (requires_grad=False) until their time."
             )
-        # What torch has around it only says that torch.compile must not look inside, and loads the compiler for that:
-        # 70 MB in every peer.
-        inspect.unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
+        super().add_param_group(param_group)
         groups.check_group(len(self.param_groups) - 1, self.param_groups[-1], self.defaults)
 
     # ---- a round, in order ------------------------------------------------------------------------------------

@@ -43,8 +43,9 @@ def test_an_error_is_its_message_and_what_to_try_and_nothing_else(capsys: pytest
 
 def test_every_kind_of_error_has_its_own_exit_code() -> None:
     kinds = [k for k in vars(errors).values() if isinstance(k, type) and issubclass(k, P2PTrainError)]
-    codes = [kind.exit_code for kind in kinds]
-    assert len(set(codes)) == len(codes) == 16
+    # A kind of another kind may share its code.
+    codes = [kind.exit_code for kind in kinds if "exit_code" in vars(kind)]
+    assert len(set(codes)) == len(codes) == 18
     assert all(exit_of(kind("it broke")) == kind.exit_code for kind in kinds)
 
 
