@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import os
 from collections.abc import Callable, Iterator
 
 from p2ptrain.calls.uplink import MOST_KBIT
@@ -31,11 +30,6 @@ RATE_MIN_BYTES = 64 * 1024
 BUSY_BYTES_A_CORE = 2 * 1024 * 1024
 BURST_SECONDS = 0.25
 URGENT_SECONDS = 0.5
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Handout:

@@ -86,7 +86,7 @@ def _look(diagnosis: Any, settings: Any, addresses: list[str]) -> Iterable[Findi
         yield from diagnosis.of_home(settings)
     own = home.manifest.read_bytes() if home.manifest.exists() else None
     manifest = None if own is None else open_manifest(own)[0]
-    yield from diagnosis.of_machine(settings, None if manifest is None else manifest.parameters)
+    yield from diagnosis.of_machine(settings, manifest)
     yield diagnosis.of_loops(kept.folder())
     yield from diagnosis.of_device(settings, manifest)
     port = None

@@ -11,9 +11,7 @@ import contextlib
 import hashlib
 import logging
 import os
-import re
 import resource
-import shutil
 import socket
 import tempfile
 import time
@@ -26,17 +24,13 @@ from p2ptrain.config.home import Home
 from p2ptrain.config.manifest import PROTOCOL_VERSION, Manifest
 from p2ptrain.config.node import NodeSettings
 from p2ptrain.errors import HomeError, P2PTrainError
+from p2ptrain.training.machine import Machine, free_disk_bytes, this_machine
+from p2ptrain.training.needs import Needs, needs_of, size
 
 Verdict = Literal["ok", "warn", "fail"]
 
-DISK_BYTES_PER_PARAMETER = 2 * 12 + 4 * 8
-"""The checkpoint and the next one beside it, three snapshots and the next one; more than what optimizers differ by."""
 DISK_BYTES_BESIDE = 300_000_000
-"""The journal, the own log and the log."""
-MEMORY_BYTES_PER_PARAMETER = 41
-"""Of a peer in training on a CPU; a checkpoint takes more for a moment."""
-MEMORY_BYTES_BESIDE = 700_000_000
-"""Of a process with torch, hivemind and the compiled loops."""
+"""The own log, events, seals and the log."""
 OPEN_FILES = 256
 """Sockets to the daemon, files of the journal and of the text, and what Python holds open."""
 FRESH_SECONDS = 8.0
@@ -95,73 +89,40 @@ def warn(findings: list[Finding]) -> None:
 # ---- this machine -----------------------------------------------------------------------------------------------
 
 
-def of_machine(settings: NodeSettings, parameters: int | None) -> Iterator[Finding]:
-    """Look at this machine, for a model of so many parameters; None: of no run yet. Takes no network and no torch."""
-    yield _disk(settings.home, parameters)
-    yield _memory(parameters)
-    yield _cores(settings)
+def of_machine(settings: NodeSettings, manifest: Manifest | None) -> Iterator[Finding]:
+    """Look at this machine, for a peer of a run; None: of no run yet. Takes no network and no torch."""
+    machine = this_machine()
+    needs = None if manifest is None else needs_of(manifest, machine=machine)
+    yield _disk(settings.home, needs)
+    yield _memory(machine, needs)
+    yield _cores(settings, machine)
     yield _open_files()
     yield _temporary_folder()
 
 
-def _disk(home: Path, parameters: int | None) -> Finding:
-    place = next(path for path in (home, *home.resolve().parents) if path.exists())
-    free = shutil.disk_usage(place).free
-    need = DISK_BYTES_BESIDE + DISK_BYTES_PER_PARAMETER * (parameters or 0)
-    text = f"{_size(free)} free in {place}, and a peer{' of this run' if parameters else ''} takes up to {_size(need)}"
+def _disk(home: Path, needs: Needs | None) -> Finding:
+    free = free_disk_bytes(home.resolve())
+    need = DISK_BYTES_BESIDE + (0 if needs is None else needs.disk_bytes)
+    text = f"{size(free)} free for {home}, and a peer{' of this run' if needs else ''} takes up to {size(need)}"
     if free < need:
         return Finding("disk", "fail", text, "make room, or choose a home on another disk: --home DIR")
     return Finding("disk", "ok", text)
 
 
-def _memory(parameters: int | None) -> Finding:
-    whole, available = memory_bytes()
-    if parameters is None:
-        return Finding("memory", "ok", f"{_size(available)} of {_size(whole)} available")
-    need = MEMORY_BYTES_BESIDE + MEMORY_BYTES_PER_PARAMETER * parameters
-    text = f"{_size(available)} of {_size(whole)} available, and this run takes about {_size(need)}"
-    if need > whole:
+def _memory(machine: Machine, needs: Needs | None) -> Finding:
+    text = f"{size(machine.free_bytes)} of {size(machine.memory_bytes)} available"
+    if needs is None:
+        return Finding("memory", "ok", text)
+    text += f", and this run takes about {size(needs.peak_bytes)}"
+    if needs.least_bytes > machine.memory_bytes:
         return Finding("memory", "fail", text, "train it on a machine with more memory, or a smaller model: run.toml")
-    if need > available:
+    if needs.peak_bytes > machine.free_bytes:
         return Finding("memory", "warn", text, "end other programs, or the kernel may end this one")
     return Finding("memory", "ok", text)
 
 
-def memory_bytes() -> tuple[int, int]:
-    """Return the memory of this machine, or of this process's control group where that is less: (whole, available)."""
-    found = dict(re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.M))
-    whole, available = int(found["MemTotal"]) * 1024, int(found["MemAvailable"]) * 1024
-    for folder in _control_groups():
-        with contextlib.suppress(OSError, ValueError):
-            limit = int((folder / "memory.max").read_text())
-            used = int((folder / "memory.current").read_text())
-            whole, available = min(whole, limit), min(available, max(0, limit - used))
-    return whole, available
-
-
-def _control_groups() -> Iterator[Path]:
-    """Yield this process's group and those that it is in, as version 2 has them."""
-    with contextlib.suppress(OSError):
-        line = next((line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::")), "")
-        below = Path("/sys/fs/cgroup") / line.removeprefix("0::").lstrip("/")
-        for folder in (below, *below.parents):
-            if not folder.is_relative_to("/sys/fs/cgroup"):
-                return
-            yield folder
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may use: of its affinity and its control groups' quotas the least."""
-    cores = len(os.sched_getaffinity(0))
-    for folder in _control_groups():
-        with contextlib.suppress(OSError, ValueError):
-            quota, period = (folder / "cpu.max").read_text().split()
-            cores = min(cores, max(1, int(quota) // int(period)))
-    return cores
-
-
-def _cores(settings: NodeSettings) -> Finding:
-    cores = usable_cores()
+def _cores(settings: NodeSettings, machine: Machine) -> Finding:
+    cores = machine.threads
     if settings.threads > cores:
         text = f"{settings.threads} threads on {cores} core{'' if cores == 1 else 's'} are slower than {cores}"
         return Finding("cores", "warn", text, f"--threads {cores}, or 0 for as many as there are cores")
@@ -262,7 +223,7 @@ def of_device(settings: NodeSettings, manifest: Manifest | None) -> Iterator[Fin
         yield Finding("device", "ok", name)
     if manifest is None or manifest.task_config is not None:
         return
-    torch.set_num_threads(settings.threads or usable_cores())
+    torch.set_num_threads(settings.threads or this_machine().threads)
     seconds = _micro_batch_seconds(manifest, device)
     tokens = manifest.round.micro_batch * manifest.context
     longest = manifest.round.max_seconds
@@ -290,10 +251,6 @@ def _micro_batch_seconds(manifest: Manifest, device: Any) -> float:
             torch.cuda.synchronize()
         times.append(time.monotonic() - began)
     return min(times)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
 
 
 # ---- the swarm --------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import assert_never
 
 from p2ptrain import chain
 from p2ptrain.calls.client import Client, hello
-from p2ptrain.calls.handout import Handout, usable_cores
+from p2ptrain.calls.handout import Handout
 from p2ptrain.calls.messages import NAMESPACE, CallError, RefusedError, Tip
 from p2ptrain.calls.news import NewsFeed
 from p2ptrain.calls.servicer import PeerServicer
@@ -44,6 +44,7 @@ from p2ptrain.state.tensors import TensorFileError
 from p2ptrain.swarm.identity import format_peer_id
 from p2ptrain.swarm.records import ID_END, REASON_MAX, RefusedRecord
 from p2ptrain.swarm.tasks import cancel_and_wait, failure_logged
+from p2ptrain.training.machine import this_machine
 
 LOOK_SECONDS = 0.1
 """Between two looks at what others say, while the run's end is waited for."""
@@ -66,7 +67,7 @@ class RoundDriver:
             shared=lambda: self.standing.members > 1,
             busy=lambda: self.standing.member,
             most_kbit=parts.upload_kbit,
-            cores=usable_cores(),
+            cores=this_machine().threads,
         )
         self._client = Client(parts.node, parts.traffic, parts.run_id, handout, parts.grant)
         self.admission = Admission(lambda: self.machine.head, parts.introducers, clock=self._now)

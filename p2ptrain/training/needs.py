@@ -34,6 +34,9 @@ AT_WORK_BYTES = 14
 WRITING_COPIES = 1.0
 """Of what a checkpoint holds."""
 CHECKPOINTS_A_DAY = 86_400 / 60
+"""At most."""
+CHECKPOINT_BYTES_A_DAY = 20e9
+"""Written for checkpoints at most: a cheap SSD of 100 TB stands that for years."""
 SNAPSHOTS_KEPT = 3
 ACTIVATIONS_A_LAYER = 21
 """Float32 values a token, for each entry of the width, that a block keeps for its backward pass; MLP ratio 4."""
@@ -217,7 +220,7 @@ def needs_of(manifest: Manifest, chunks: int | None = None, machine: Machine | N
         writing=writing,
         # A file is replaced by one that is whole, so each is there twice for a while.
         disk_bytes=2 * checkpoint + (SNAPSHOTS_KEPT + 1) * snapshot + journal + text + values,
-        written_bytes_a_day=int(CHECKPOINTS_A_DAY * checkpoint),
+        written_bytes_a_day=int(min(CHECKPOINTS_A_DAY * checkpoint, CHECKPOINT_BYTES_A_DAY)),
         join_bytes=int(snapshot + rules.root_interval * replies / 2) + text + values,
         round_bytes=int(sent + replies),
         tokens_a_round=manifest.context * _sequences(manifest),

@@ -47,7 +47,7 @@ from p2ptrain.state.snapshot import SnapshotFile
 from p2ptrain.training.ledger import WINDOW
 from p2ptrain.training.machine import Machine
 from p2ptrain.training.measuring import Measuring
-from p2ptrain.training.needs import needs_of
+from p2ptrain.training.needs import CHECKPOINT_BYTES_A_DAY, needs_of
 from p2ptrain.training.passes import Passes, choose, let_go, out_of_memory
 from p2ptrain.training.replica import build_local
 from p2ptrain.training.standing import Books, Written
@@ -56,8 +56,6 @@ CHECKPOINT_SECONDS = 60.0
 """No sooner after another, unless this peer's owner says so."""
 CHECKPOINT_SHARE = 0.01
 """Of the time, for checkpoints at most."""
-CHECKPOINT_BYTES_A_DAY = 20e9
-"""And written for them: a cheap SSD of 100 TB stands that for years."""
 DAY_SECONDS = 86_400.0
 CAREFUL_ROUNDS = 16
 """After it was too late for a round, a trainer begins no micro-batch that may end too late, for this many."""
