@@ -29,6 +29,7 @@ from p2ptrain.calls.messages import (
     CallError,
     ContributionHeader,
     Dial,
+    Dialled,
     FileRequest,
     Follow,
     Hello,
@@ -278,6 +279,8 @@ def test_an_outsider_gets_nothing_by_any_call_or_key_and_the_two_go_on(two: RunO
                     assert len(found) > 1, name
                 if name == "rpc_contribute":
                     assert found == [], "it waits for the payload"
+                elif name == "rpc_dial":
+                    decode_message(found[0], Dialled)
                 elif name != "rpc_hello":
                     assert decode_message(found[0], Answer).refusal != NOT_LISTED, name
         finally:

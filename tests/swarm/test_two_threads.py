@@ -191,9 +191,10 @@ def test_neither_thread_touches_what_is_the_others(
     # Worker threads read files through them, and the trainer reads what the network thread has written.
     belongs(OwnLog, NETWORKS.__contains__, frozenset({"find", "all", "_folder", "_path", "_read"}))
 
-    for kind in (Trainer, Books, Ledger):
+    for kind in (Trainer, Ledger, Replica):
         belongs(kind, "MainThread".__eq__)
-    belongs(Replica, "MainThread".__eq__)
+    # What never changes: where the thread that writes files puts them.
+    belongs(Books, "MainThread".__eq__, frozenset({"_checkpoints", "_kept", "_snapshots"}))
 
     run, say_end = Trainer.run, Watched._say_end
 
