@@ -173,6 +173,7 @@ class ForkChoice:
             # With a gap, but what is before it is what others who know that chain may yet remember, too.
             self.past.cut(parted_at.id)
         else:
+            self._forget_shared_since(self.known.get(donor))
             self.past = Past(marks[:1])
         for mark in marks:
             self.past.append(mark)
@@ -182,6 +183,17 @@ class ForkChoice:
             peer for peer, voice in self.voices.items() if any(identifier in self.past for identifier in voice.ids)
         }
         self.tried |= (there | {donor}) & self.introducers
+
+    def _forget_shared_since(self, parted_at: Mark | None) -> None:
+        """Take the states of the chain that is left, after this one, for shared with nobody.
+
+        Members of such a state stand on that chain, so the chain would win by their word whatever it is held against,
+        and this peer would go to and fro between two chains.
+        """
+        if parted_at is not None:
+            self.known = {
+                peer: parted_at if mark.round > parted_at.round else mark for peer, mark in self.known.items()
+            }
 
     def _know_members_of(self, marks: Sequence[Mark]) -> None:
         """Know those who were there at states that we came by otherwise than with them."""

@@ -873,3 +873,17 @@ def test_that_the_peer_it_was_sent_to_is_ahead_makes_a_newcomer_trust_no_other_d
         machine.handle(far(name), 0.5)
     assert not of(Resync, machine.handle(RoundsFetched(identity_of("x").peer_id, None, ()), 0.6))
     assert of(Resync, machine.handle(RoundsFetched(identity_of("i").peer_id, None, ()), 0.7))
+
+
+def test_a_peer_that_has_changed_chains_judges_the_one_it_left_by_who_was_there_before_they_parted() -> None:
+    """Not by the members of the chain left: these stand on it, so the peer would go back, and to and fro for ever."""
+    shared = ChainState(RUN_ID, 5, b"5" * 32, b"4" * 32, 5, (member("b"), member("c")), (member("b"), member("c")))
+    left = ChainState(RUN_ID, 9, b"9" * 32, b"8" * 32, 9, (member("a"), member("d")), (member("a"), member("d")))
+    gone_to = ChainState(RUN_ID, 8, b"7" * 32, b"6" * 32, 8, (member("b"),), (member("b"),))
+    forks = machine_with("a", left, past=[Mark.of(shared), Mark.of(left)]).forks
+    forks.known[identity_of("b").peer_id] = Mark.of(shared)
+    forks.go_over_to([Mark.of(gone_to)], identity_of("b").peer_id)
+    forks.note_tip(TipHeard(identity_of("b").peer_id, 8, gone_to.id, 8), 0.0)
+    forks.note_tip(TipHeard(identity_of("d").peer_id, 9, left.id, 9), 0.0)
+    judged = forks.follows_from_afar(Mark.of(left), None, identity_of("d").peer_id, 0.1, is_member=True)
+    assert not judged.follow, judged.why
