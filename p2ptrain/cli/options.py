@@ -113,10 +113,6 @@ CheckpointEveryOption = Annotated[
         show_default="0",
     ),
 ]
-UploadOption = Annotated[
-    int | None,
-    typer.Option("--upload-kbit", metavar="KBIT", help="Most kbit/s for who fetches the model; 0: what is left over."),
-]
 LogFormatOption = Annotated[
     LogFormat | None, typer.Option("--log-format", help="Form of the log on stderr.", show_default="text")
 ]

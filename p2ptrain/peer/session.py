@@ -809,7 +809,6 @@ class PeerSession:
             files=self.files,
             sync_progress=self._fetching,
             reporter=reporter,
-            upload_kbit=self.settings.upload_kbit,
             traffic=Traffic(line=self._line),
         )
 

@@ -21,6 +21,7 @@ import asyncio
 import heapq
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -120,6 +121,11 @@ class Line:
         if self._up is None:
             return FRAME_MAX_BYTES
         return int(min(max(FRAME_SECONDS * self._up.rate, FRAME_MIN_BYTES), FRAME_MAX_BYTES))
+
+    @property
+    def upload_rate(self) -> float:
+        """What may leave in a second [bytes]; infinite: no limit."""
+        return math.inf if self._up is None else self._up.rate
 
     @property
     def ceiling_kbit(self) -> int:
