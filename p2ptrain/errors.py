@@ -1,6 +1,6 @@
 """Errors that a user can act on: what failed, the likely cause, the next command, and an exit code.
 
-Exit codes are part of the interface and listed in docs/quickstart.md.
+Exit codes are part of the interface; docs/cli.md lists them with causes and cures.
 """
 
 from __future__ import annotations

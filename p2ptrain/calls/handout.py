@@ -6,8 +6,8 @@ What has been let through waits in buffers that nothing can overtake, so the pac
 measured; where no message of a round needs the line, as in a group of one, the line itself says how much goes through.
 
 Handing out takes processor time too, some 0.02 cores for 1 MB/s. So while a trainer computes here, `BUSY_BYTES_A_CORE`
-is the most, which is under a twentieth of each core; while none does there is no such bound. The peer's owner may set
-another.
+is the most, which is under a twentieth of each core; while none does there is no such bound. A limit of the owner's on
+all that this peer sends is never exceeded.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Handout:
         uplink_kbit: the uplink as far as it is known now [kbit/s]; from `MOST_KBIT` on it bounds nothing.
         shared: whether messages of rounds need the line, too.
         busy: whether a trainer computes here.
-        most_kbit: what the owner allows [kbit/s]; 0: all.
+        most_bytes: what the owner lets this peer send, as of now [bytes/s]; infinite: no limit.
         cores: that this process may use.
     """
 
@@ -49,11 +49,11 @@ class Handout:
         *,
         shared: Callable[[], bool] = lambda: True,
         busy: Callable[[], bool] = lambda: False,
-        most_kbit: int = 0,
+        most_bytes: Callable[[], float] = lambda: math.inf,
         cores: int = 1,
     ) -> None:
         self._uplink_kbit, self._shared, self._busy = uplink_kbit, shared, busy
-        self._most_kbit, self._cores = most_kbit, cores
+        self._most_bytes, self._cores = most_bytes, cores
         #: streams -> whose, and until when
         self._streams: dict[object, tuple[bytes, float]] = {}
         self._urgent = 0
@@ -71,9 +71,7 @@ class Handout:
             most = SHARE * line_kbit * 125
         if self._busy():
             most = min(most, self._cores * BUSY_BYTES_A_CORE)
-        if self._most_kbit:
-            most = min(most, self._most_kbit * 125)
-        return max(most, RATE_MIN_BYTES)
+        return min(max(most, RATE_MIN_BYTES), self._most_bytes())
 
     @contextlib.contextmanager
     def urgent(self) -> Iterator[None]:

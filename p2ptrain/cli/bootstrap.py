@@ -31,7 +31,6 @@ from p2ptrain.cli.options import (
     ThreadsOption,
     TokenizerOption,
     UploadLimitOption,
-    UploadOption,
     VerboseOption,
     given_text,
 )
@@ -64,7 +63,6 @@ def bootstrap(
     precision: PrecisionOption = None,
     recompute: RecomputeOption = None,
     checkpoint_every: CheckpointEveryOption = None,
-    upload_kbit: UploadOption = None,
     upload_limit: UploadLimitOption = None,
     download_limit: DownloadLimitOption = None,
     monthly_transfer: MonthlyTransferOption = None,
@@ -94,7 +92,6 @@ def bootstrap(
             "precision": precision,
             "recompute": recompute,
             "checkpoint_every": checkpoint_every,
-            "upload_kbit": upload_kbit,
             "upload_limit": upload_limit,
             "download_limit": download_limit,
             "monthly_transfer": monthly_transfer,

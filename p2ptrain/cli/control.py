@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
 from p2ptrain.cli.options import HomeOption
 from p2ptrain.cli.output import printable
-from p2ptrain.cli.status import lines_of
+from p2ptrain.cli.status import ANSWER_SECONDS, lines_of
+from p2ptrain.config.amounts import format_amount, format_rate
 from p2ptrain.config.home import Home, default_home
 from p2ptrain.errors import UsageError
 
@@ -68,3 +70,48 @@ def leave(home: HomeOption = None) -> None:
 
     ask(Home(home or default_home()).control, Leave(), END_SECONDS)
     print("it has left")
+
+
+def limits(
+    key: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="KEY", help="upload-limit, download-limit or monthly-transfer; none: show all.", show_default="none"
+        ),
+    ] = None,
+    value: Annotated[
+        str | None, typer.Argument(metavar="VALUE", help="As the flag of that name takes it; 0: no limit.")
+    ] = None,
+    format: Annotated[Literal["text", "json"], typer.Option("--format", help="Form of the output.")] = "text",
+    home: HomeOption = None,
+) -> None:
+    """Show what the line of this home's peer may carry, or change it while the peer runs."""
+    from p2ptrain.peer.control import Limit, ask
+
+    if key is not None and value is None:
+        raise UsageError(f"{key} needs a value", hint=f"p2ptrain limits {key} VALUE; 0: no limit")
+    answer = ask(Home(home or default_home()).control, Limit(key or "", value or ""), ANSWER_SECONDS)
+    if format == "json":
+        print(json.dumps(answer, indent=2))
+        return
+    print(printable("\n".join(limits_of(answer))))
+    if key is not None:
+        setting = f'{key.replace("-", "_")} = "{value}"'
+        print(printable(f"until this peer ends; from its next start on, too: {setting} in {answer['home']}/node.toml"))
+
+
+def limits_of(answer: dict[str, Any]) -> list[str]:
+    """Return the limits that a peer tells of, for people."""
+    up, down = answer["upload_limit_bytes_per_second"], answer["download_limit_bytes_per_second"]
+    whole, used = answer["monthly_transfer_bytes"], answer["month_sent_bytes"] + answer["month_received_bytes"]
+    month = "none"
+    if whole:
+        rate = format_rate(answer["month_rate_bytes_per_second"])
+        month = (
+            f"{format_amount(whole)}, of which {format_amount(used)} are used; {rate} are left for both ways together"
+        )
+    return [
+        f"upload-limit      {format_rate(up) if up else 'none'}",
+        f"download-limit    {format_rate(down) if down else 'none'}",
+        f"monthly-transfer  {month}",
+    ]

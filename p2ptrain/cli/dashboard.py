@@ -13,7 +13,9 @@ import typer
 from p2ptrain.cli.options import HomeOption, QuietOption, VerboseOption
 from p2ptrain.cli.output import set_up_logging
 from p2ptrain.config.home import Home, default_home
-from p2ptrain.errors import UsageError
+from p2ptrain.errors import UnreachableError, UsageError
+
+_logger = logging.getLogger(__name__)
 
 
 def dashboard(
@@ -54,7 +56,8 @@ def dashboard(
     parse_addresses(given)
     own = here.manifest.read_bytes() if here.manifest.exists() else None
     with asyncio.Runner(loop_factory=new_network_loop) as runner:
-        if not runner.run(until_interrupted(_serve(given, run, own, here, host, port))):
+        past = here if not addresses and own is not None and any(here.events.glob("*")) else None
+        if not runner.run(until_interrupted(_serve(given, run, own, here, host, port, past))):
             raise typer.Abort
 
 
@@ -73,13 +76,16 @@ def is_this_machine(host: str) -> bool:
         return host == "localhost"
 
 
-async def _serve(addresses: list[str], choice: str | None, own: bytes | None, home: Home, host: str, port: int) -> None:
+async def _serve(
+    addresses: list[str], choice: str | None, own: bytes | None, home: Home, host: str, port: int, past: Home | None
+) -> None:
+    """Show the swarm at `addresses` until cancelled; where nobody is there, what the peer of `past` has seen of it."""
     import socket
 
     import uvicorn
 
     from p2ptrain.dashboard.app import make_app
-    from p2ptrain.dashboard.source import SwarmSource
+    from p2ptrain.dashboard.source import HomeSource, SwarmSource
     from p2ptrain.peer.observing import Observer
 
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -93,9 +99,17 @@ async def _serve(addresses: list[str], choice: str | None, own: bytes | None, ho
         shown = f"[{host}]" if ":" in host else host
         token = "" if is_this_machine(host) else secrets.token_urlsafe(18)
         hosts = frozenset({"127.0.0.1", "localhost", "[::1]", shown}) if not token else frozenset()
-        observer = await Observer.create(addresses, choice, own)
+        observer: Observer | None = None
         try:
-            source = SwarmSource(observer, home)
+            observer = await Observer.create(addresses, choice, own)
+        except UnreachableError as error:
+            if past is None:
+                raise
+            _logger.debug("%s", error)
+            _logger.warning("nobody of this swarm answers: the page shows it as the peer of this home saw it last")
+        try:
+            source = HomeSource(home) if observer is None else SwarmSource(observer, home)
+            name = (await source.manifest())["run"]["name"]
             config = uvicorn.Config(
                 make_app(source, token=token, hosts=hosts),
                 log_config=None,
@@ -106,10 +120,11 @@ async def _serve(addresses: list[str], choice: str | None, own: bytes | None, ho
             # Ctrl-C is this command's, which closes the observer, too; it is no error, as uvicorn would say.
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
             print(
-                f"Dashboard of {observer.manifest.name}:  "
+                f"Dashboard of {name}:  "
                 f"http://{shown}:{listening.getsockname()[1]}/{f'#token={token}' if token else ''}",
                 flush=True,
             )
             await server._serve(sockets=[listening])
         finally:
-            await observer.close()
+            if observer is not None:
+                await observer.close()

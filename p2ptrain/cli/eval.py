@@ -27,7 +27,7 @@ def evaluate(
             "--max-tokens",
             min=0,
             help="Score about this many tokens; 0: the whole held-out text.",
-            show_default="0; with --round as many as the member that measured it",
+            show_default="0, but with --round as many as the member that measured it",
         ),
     ] = None,
     round: Annotated[

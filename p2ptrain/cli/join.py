@@ -30,7 +30,6 @@ from p2ptrain.cli.options import (
     ThreadsOption,
     TokenizerOption,
     UploadLimitOption,
-    UploadOption,
     VerboseOption,
     given_text,
 )
@@ -83,7 +82,6 @@ def join(
     precision: PrecisionOption = None,
     recompute: RecomputeOption = None,
     checkpoint_every: CheckpointEveryOption = None,
-    upload_kbit: UploadOption = None,
     upload_limit: UploadLimitOption = None,
     download_limit: DownloadLimitOption = None,
     monthly_transfer: MonthlyTransferOption = None,
@@ -123,7 +121,6 @@ def join(
             "precision": precision,
             "recompute": recompute,
             "checkpoint_every": checkpoint_every,
-            "upload_kbit": upload_kbit,
             "upload_limit": upload_limit,
             "download_limit": download_limit,
             "monthly_transfer": monthly_transfer,

@@ -39,15 +39,27 @@ HomeOption = Annotated[
         show_default="$P2PTRAIN_HOME, else the platform's",
     ),
 ]
-NameOption = Annotated[str | None, typer.Option("--name", help="Name that other peers show.")]
-PortOption = Annotated[int | None, typer.Option("--port", help="TCP port; 0: a free one, remembered in the home.")]
+NameOption = Annotated[
+    str | None, typer.Option("--name", help="Name that other peers show.", show_default="the end of the peer id")
+]
+PortOption = Annotated[
+    int | None,
+    typer.Option("--port", help="TCP port; 0: a free one, remembered in the home.", show_default="that of last time"),
+]
 HostOption = Annotated[str | None, typer.Option("--host", help="IP address to listen on.", show_default="0.0.0.0")]
 AnnounceOption = Annotated[
     list[str] | None,
-    typer.Option("--announce", metavar="ADDR", help="Address to hand out instead of those found; repeatable."),
+    typer.Option(
+        "--announce",
+        metavar="ADDR",
+        help="Address to hand out instead of those found; repeatable.",
+        show_default="those found",
+    ),
 ]
 DeviceOption = Annotated[Device | None, typer.Option("--device", help="Where to compute.", show_default="auto")]
-ThreadsOption = Annotated[int | None, typer.Option("--threads", help="CPU threads to compute with; 0: one a core.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", help="CPU threads to compute with; 0: one a core.", show_default="0")
+]
 UploadLimitOption = Annotated[
     str | None,
     typer.Option(
@@ -94,11 +106,12 @@ ForceOption = Annotated[
 ]
 CheckpointEveryOption = Annotated[
     int | None,
-    typer.Option("--checkpoint-every", metavar="SECONDS", help="Between two checkpoints; 0: as they cost, under 1 %."),
-]
-UploadOption = Annotated[
-    int | None,
-    typer.Option("--upload-kbit", metavar="KBIT", help="Most kbit/s for who fetches the model; 0: what is left over."),
+    typer.Option(
+        "--checkpoint-every",
+        metavar="SECONDS",
+        help="Between two checkpoints; 0: as they cost, under 1 %.",
+        show_default="0",
+    ),
 ]
 LogFormatOption = Annotated[
     LogFormat | None, typer.Option("--log-format", help="Form of the log on stderr.", show_default="text")

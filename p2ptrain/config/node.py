@@ -59,8 +59,6 @@ class NodeTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Checkpoints that stay, the newest among them."""
     checkpoint_kept_every: Annotated[int, Meta(ge=0, le=1_000_000_000)] = 0
     """Rounds of each stretch of which one checkpoint more stays; 0: none."""
-    upload_kbit: Annotated[int, Meta(ge=0, le=10_000_000)] = 0
-    """Most to give to those who fetch snapshots and files of the run, in kbit/s; 0: what the line leaves over."""
     upload_limit: _Amount = ""
     """Most that this peer sends, as 1Mbit or 500kbit, or 2MB for bytes a second; empty: no limit."""
     download_limit: _Amount = ""

@@ -6,43 +6,50 @@ import asyncio
 from typing import Any
 
 from p2ptrain.config.home import Home
+from p2ptrain.config.manifest import open_manifest
 from p2ptrain.observe.census import Inspection
+from p2ptrain.observe.credit import count_for
 from p2ptrain.observe.events import Event, Measured, Sealed, Worked, read_events
 from p2ptrain.observe.projection import moment_at
 from p2ptrain.observe.views import manifest_view
 from p2ptrain.peer.observing import Observer, names_in
+from p2ptrain.state.seals import SealLog, steps
+from p2ptrain.swarm.identity import verify
 
 POINTS = 400
 """Of a curve."""
 
 
-class SwarmSource:
-    """A source for `dashboard.app.make_app`.
+class HomeSource:
+    """A source for `dashboard.app.make_app` of a swarm of which nobody is there any more: all from one peer's home.
 
     Args:
-        observer: looks at the swarm.
-        home: whose events tell the past; one without any has none.
+        home: of a peer that has trained.
     """
 
-    def __init__(self, observer: Observer, home: Home) -> None:
-        self._observer, self._home = observer, home
-        self._seen: Inspection | None = None
-        self._counting = asyncio.Lock()
+    def __init__(self, home: Home) -> None:
+        self._home = home
+        self._last: Inspection | None = None
 
     async def look(self) -> Inspection:
-        """Return how the swarm is now."""
-        self._seen = await self._observer.look()
-        return self._seen
+        """Return how the swarm was when the peer wrote down its last event."""
+        if self._last is None:
+            self._last = await asyncio.to_thread(lambda: moment_at(self._events()).moment())
+        return self._last
 
     async def credit(self) -> dict[str, Any]:
-        """Return who did how much. Raises CallError: nobody hands out seals."""
-        async with self._counting:
-            count = await self._observer.credit()
-        return count.as_json({} if self._seen is None else names_in(self._seen))
+        """Return who did how much, by the seals in the home."""
+
+        def count() -> dict[str, Any]:
+            manifest, _ = open_manifest(self._home.manifest.read_bytes())
+            done = count_for(manifest).add_all(steps(SealLog(self._home.seals).since(0), verify))
+            return done.as_json(names_in(moment_at(self._events()).moment()))
+
+        return await asyncio.to_thread(count)
 
     async def manifest(self) -> dict[str, Any]:
         """Return what all agreed on."""
-        return manifest_view(self._observer.manifest, self._observer.run_id)
+        return manifest_view(*open_manifest(self._home.manifest.read_bytes()))
 
     async def history(self) -> dict[str, list[Any]]:
         """Return the curves that the home's events tell: of some rounds, the last of equal steps, `POINTS` at most."""
@@ -72,3 +79,33 @@ class SwarmSource:
 
     def _events(self) -> list[Event]:
         return list(read_events(self._home.events))
+
+
+class SwarmSource(HomeSource):
+    """A source for `dashboard.app.make_app` of a swarm that is there.
+
+    Args:
+        observer: looks at the swarm.
+        home: whose events tell the past; one without any has none.
+    """
+
+    def __init__(self, observer: Observer, home: Home) -> None:
+        super().__init__(home)
+        self._observer = observer
+        self._seen: Inspection | None = None
+        self._counting = asyncio.Lock()
+
+    async def look(self) -> Inspection:
+        """Return how the swarm is now."""
+        self._seen = await self._observer.look()
+        return self._seen
+
+    async def credit(self) -> dict[str, Any]:
+        """Return who did how much. Raises CallError: nobody hands out seals."""
+        async with self._counting:
+            count = await self._observer.credit()
+        return count.as_json({} if self._seen is None else names_in(self._seen))
+
+    async def manifest(self) -> dict[str, Any]:
+        """Return what all agreed on."""
+        return manifest_view(self._observer.manifest, self._observer.run_id)

@@ -89,7 +89,6 @@ def driver_parts(
     sync_progress: Callable[[str, int, int], None] = lambda what, done, of: None,
     traffic: Traffic | None = None,
     reporter: Reporter | None = None,
-    upload_kbit: int = 0,
 ) -> DriverParts:
     """Return what the driver of a peer works with; its machine begins where `replica` stands.
 
@@ -98,7 +97,6 @@ def driver_parts(
         sync_progress: hears (what, bytes done, bytes in all) while a snapshot is fetched.
         traffic: counts what is sent and received.
         reporter: writes down what happens; None: nobody does.
-        upload_kbit: most to give to those who fetch snapshots and files; 0: what the line leaves over.
     """
     snapshots = SnapshotStore(home.checkpoints)
     beginning = run.manifest.beginning(run.run_id)
@@ -137,7 +135,6 @@ def driver_parts(
         company=home.company,
         told=(lambda what: None) if reporter is None else reporter.hear,
         seals=None if reporter is None else reporter.seals,
-        upload_kbit=upload_kbit,
     )
 
 

@@ -56,7 +56,16 @@ class Leave(msgspec.Struct, frozen=True, tag="leave", tag_field="command", forbi
     """Leave now."""
 
 
-Request = Ask | Pause | Resume | Finish | Leave
+class Limit(msgspec.Struct, frozen=True, tag="limits", tag_field="command", forbid_unknown_fields=True):
+    """What may this peer's line carry, or: let it carry this from now on."""
+
+    key: str = ""
+    """Of the limit to change, as its flag is called; empty: none."""
+    value: str = ""
+    """As its flag takes it; empty, or 0: no limit."""
+
+
+Request = Ask | Pause | Resume | Finish | Leave | Limit
 Answer = dict[str, Any]
 
 _requests: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import deque
 from collections.abc import Coroutine
 from typing import assert_never
@@ -62,11 +63,12 @@ class RoundDriver:
     def __init__(self, parts: DriverParts) -> None:
         self._p = parts
         self.machine = parts.machine
+        line = parts.traffic.line
         handout = Handout(
             lambda: parts.uplink.line_kbit,
             shared=lambda: self.standing.members > 1,
             busy=lambda: self.standing.member,
-            most_kbit=parts.upload_kbit,
+            most_bytes=lambda: math.inf if line is None else line.upload_rate,
             cores=this_machine().threads,
         )
         self._client = Client(parts.node, parts.traffic, parts.run_id, handout, parts.grant)

@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from p2ptrain import __version__
+from p2ptrain.config.amounts import format_amount, parse_amount, parse_rate
 from p2ptrain.config.home import Home
 from p2ptrain.errors import NotRunningError, UsageError
 from p2ptrain.observe.status import Status
@@ -28,6 +29,7 @@ from p2ptrain.peer import control
 from p2ptrain.peer.driver import RoundDriver
 from p2ptrain.peer.waiting import awaited
 from p2ptrain.swarm.identity import format_peer_id
+from p2ptrain.swarm.line import Allowed, Line
 from p2ptrain.swarm.records import ID_END
 
 LEAVE_SECONDS = 15.0
@@ -37,6 +39,8 @@ LOOK_SECONDS = 0.1
 """Between two looks at whether a command was carried out."""
 CLOCK_LOOK_SECONDS = 60.0
 """Between two looks at the clock in a pause: it may be set meanwhile."""
+LIMITS = ("upload-limit", "download-limit", "monthly-transfer")
+"""Those that can be changed while a peer runs."""
 DECISIONS_SHOWN = 40
 """Of the last ones, to an owner who asks why."""
 
@@ -69,6 +73,8 @@ class Owner:
         self.status = Status()
         #: what is known of the run and of this peer, by the names that an answer has
         self.known: dict[str, Any] = {}
+        #: holds this peer to its owner's limits; None: not connected yet
+        self.limited: Line | None = None
         self._control: control.Control | None = None
         self._began_at = time.time()
 
@@ -133,6 +139,8 @@ class Owner:
                 return await self._pause(seconds)
             case control.Resume():
                 return await self._resume()
+            case control.Limit(key=key, value=value):
+                return self._limit(key, value)
             case control.Finish() | control.Leave():
                 if self.driver is not None or self.paused:
                     self.leave(at_once=isinstance(request, control.Leave))
@@ -164,6 +172,37 @@ class Owner:
         self._wake()
         await self._until(lambda: self.driver is not None)
         return self._answer()
+
+    def _limit(self, key: str, value: str) -> control.Answer:
+        """Change a limit until this peer ends, and say what holds."""
+        line = self.limited
+        if line is None:
+            raise NotRunningError(f"this peer has no line yet: it is {self.doing}", hint="again in some seconds")
+        if key:
+            line.limit(self._allowed(line, key, value))
+        return {**line.summary(), "home": str(self._home.path)}
+
+    def _allowed(self, line: Line, key: str, value: str) -> Allowed:
+        """Return the limits with one changed. Raises UsageError."""
+        try:
+            match key.replace("_", "-"):
+                case "upload-limit":
+                    return replace(line.allowed, upload_rate=parse_rate(value))
+                case "download-limit":
+                    return replace(line.allowed, download_rate=parse_rate(value))
+                case "monthly-transfer":
+                    allowed = replace(line.allowed, monthly_bytes=parse_amount(value))
+                case _:
+                    raise UsageError(f"there is no limit {key!r}", hint=f"p2ptrain limits {'|'.join(LIMITS)} VALUE")
+        except ValueError as error:
+            raise UsageError(f"{key} {value}: {error}", hint=f"p2ptrain limits {key} VALUE") from error
+        if line.spends(allowed):
+            used = format_amount(line.transfer.used_bytes)
+            raise UsageError(
+                f"{used} were carried this month, so that {value} leave too little to take part",
+                hint="allow more, or: p2ptrain leave",
+            )
+        return allowed
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition() and not self.stopping:

@@ -58,5 +58,3 @@ class DriverParts:
     """Hears each event before the machine does, and each effect once it is carried out."""
     seals: SealLog | None = None
     """The seals that are kept for whoever counts; None: none are."""
-    upload_kbit: int = 0
-    """Most to give to those who fetch snapshots and files; 0: what the line leaves over."""

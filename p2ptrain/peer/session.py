@@ -191,7 +191,7 @@ class PeerSession:
         #: whether others can dial this peer, and the first attempt at finding out
         self._reach: Reachability | None = None
         self._reaching: Future[None] | None = None
-        #: what the owner's limits let go; None: all
+        #: what the owner's limits let go; None: not connected yet
         self._line: Line | None = None
         #: when something of the chain was fetched last, by the network thread's clock
         self._fetched_at = -math.inf
@@ -270,6 +270,7 @@ class PeerSession:
         settings = self.settings
         self._line = self._make_line()
         self._check_transfer()
+        self.owner.limited = self._line
         self._network = NetworkThread()
         self._network.run(self.owner.listen(), ASK_SECONDS)
         if "NOTIFY_SOCKET" in os.environ:
@@ -349,13 +350,11 @@ class PeerSession:
             if record is not None and fresh and record.state != "leaving":
                 raise joining.identity_in_use(me, record.addresses[:1], self.home.identity)
 
-    def _make_line(self) -> Line | None:
-        """Return what holds this peer to its owner's limits; None: there are none. Raises HomeError."""
+    def _make_line(self) -> Line:
+        """Return what holds this peer to its owner's limits, which may change while it runs. Raises HomeError."""
         settings = self.settings
         rates = parse_rate(settings.upload_limit), parse_rate(settings.download_limit)
         allowed = Allowed(*rates, parse_amount(settings.monthly_transfer))
-        if not allowed.limited:
-            return None
         return Line(allowed, MonthlyTransfer(self.home.transfer, time.time()), self._on_transfer_spent)
 
     def _on_transfer_spent(self) -> None:
@@ -809,7 +808,6 @@ class PeerSession:
             files=self.files,
             sync_progress=self._fetching,
             reporter=reporter,
-            upload_kbit=self.settings.upload_kbit,
             traffic=Traffic(line=self._line),
         )
 

@@ -98,8 +98,10 @@ class Daemon:
 
             @staticmethod
             def _make_process_args(*arguments: Any, **flags: Any) -> list[str]:
-                caps = {} if settings.relaying is None else settings.relaying.flags()
-                return list(P2P._make_process_args(*arguments, **flags, **caps))
+                if settings.relaying is None:
+                    return list(P2P._make_process_args(*arguments, **flags))
+                environment = [f"{name}={value}" for name, value in settings.relaying.environment().items()]
+                return ["env", *environment, *P2P._make_process_args(*arguments, **flags, **settings.relaying.flags())]
 
         # Without relays of its own the daemon would turn to those of the public IPFS network.
         relays = list(settings.relays) if settings.nat and settings.listen else []

@@ -21,6 +21,7 @@ import asyncio
 import heapq
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -90,19 +91,15 @@ class Line:
         on_spent: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.allowed, self.transfer = allowed, transfer
+        self.allowed, self.transfer = Allowed(), transfer
         self._on_spent, self._clock = on_spent, clock
-        now, today = time.monotonic(), clock()
-        up, down = allowed.upload_rate, allowed.download_rate
-        self._up = Budget(HEADROOM * up, now) if up else None
-        # What is asked for comes in pieces, which may be longer than a window.
-        self._down = Budget(HEADROOM * down, now, burst_bytes=WINDOW_SECONDS * HEADROOM * down) if down else None
+        self._up: Budget | None = None
+        self._down: Budget | None = None
         self._month: Budget | None = None
-        if allowed.monthly_bytes:
-            rate = self._month_rate(today)
-            saved = min(1.0, max(0.0, today - transfer.written_at) / MONTH_BURST_SECONDS)
-            burst = MONTH_BURST_SECONDS * rate
-            self._month = Budget(rate, now, burst_bytes=burst, filled=saved, windowed=False)
+        #: is set while there is any limit
+        self._limited = asyncio.Event()
+        #: there was a limit, so that something was counted
+        self._counted = False
         self._waiting: list[tuple[float, int, float, asyncio.Future[None]]] = []
         self._numbers = itertools.count()
         self._pump: asyncio.Task[None] | None = None
@@ -111,6 +108,34 @@ class Line:
         self._spent_told = self._seen = False
         #: of frames, where the wire is not seen
         self._estimated_sent = self._estimated_received = 0.0
+        saved = min(1.0, max(0.0, clock() - transfer.written_at) / MONTH_BURST_SECONDS)
+        self._set(allowed, filled=1.0, month_filled=saved)
+
+    def limit(self, allowed: Allowed) -> None:
+        """Have other limits from now on. Nothing is saved up under them yet; what is on its way already is charged."""
+        self._set(allowed, filled=0.0, month_filled=0.0)
+        _logger.info("limits: %s", self.describe() or "none")
+
+    def _set(self, allowed: Allowed, *, filled: float, month_filled: float) -> None:
+        before, self.allowed = self.allowed, allowed
+        now, up, down = time.monotonic(), allowed.upload_rate, allowed.download_rate
+        if up != before.upload_rate:
+            self._up = Budget(HEADROOM * up, now, filled=filled) if up else None
+        if down != before.download_rate:
+            # What is asked for comes in pieces, which may be longer than a window.
+            burst = WINDOW_SECONDS * HEADROOM * down
+            self._down = Budget(HEADROOM * down, now, burst_bytes=burst, filled=filled) if down else None
+        if allowed.monthly_bytes != before.monthly_bytes:
+            self._month, self._spent_told = None, False
+            if allowed.monthly_bytes:
+                rate = self._month_rate(self._clock())
+                burst = MONTH_BURST_SECONDS * rate
+                self._month = Budget(rate, now, burst_bytes=burst, filled=month_filled, windowed=False)
+        if allowed.limited:
+            self._counted = True
+            self._limited.set()
+        else:
+            self._limited.clear()
 
     # ---- what is asked of it ----------------------------------------------------------------------------------
 
@@ -120,6 +145,11 @@ class Line:
         if self._up is None:
             return FRAME_MAX_BYTES
         return int(min(max(FRAME_SECONDS * self._up.rate, FRAME_MIN_BYTES), FRAME_MAX_BYTES))
+
+    @property
+    def upload_rate(self) -> float:
+        """What may leave in a second [bytes]; infinite: no limit."""
+        return math.inf if self._up is None else self._up.rate
 
     @property
     def ceiling_kbit(self) -> int:
@@ -132,7 +162,11 @@ class Line:
     @property
     def spent(self) -> bool:
         """Whether too little is left of this month to take part."""
-        return bool(self.allowed.monthly_bytes) and self._month_rate(self._clock()) < MONTH_RATE_MIN_BYTES
+        return self.spends(self.allowed)
+
+    def spends(self, allowed: Allowed) -> bool:
+        """Say whether too little of this month would be left under these limits."""
+        return bool(allowed.monthly_bytes) and self._month_rate(self._clock(), allowed) < MONTH_RATE_MIN_BYTES
 
     def summary(self) -> dict[str, Any]:
         """Return limits and what was carried, by names with units, for those who show them."""
@@ -199,30 +233,38 @@ class Line:
         if self._down is None:
             return
         until = loop_time() + READ_SECONDS
-        while (wait := self._down.wait_seconds(0, time.monotonic())) and loop_time() < until:
+        while (wait := self._wait_seconds((self._down,), 0)) and loop_time() < until:
             await asyncio.sleep(min(wait, LOOK_SECONDS))
 
     # ---- upkeep -----------------------------------------------------------------------------------------------
 
     async def run(self, daemon_pid: Callable[[], int]) -> None:
-        """Watch the wire until cancelled."""
-        wire, told_at = Wire(daemon_pid), loop_time()
+        """Watch the wire while there are limits, until cancelled."""
         sent = received = 0
         if self.allowed.limited:
             _logger.info("limits: %s", self.describe())
         while True:
-            await asyncio.sleep(LOOK_SECONDS)
-            new_sent, new_received = self._look(wire)
-            self._observe(new_sent - sent, new_received - received)
-            sent, received = new_sent, new_received
-            if self.allowed.monthly_bytes and loop_time() - told_at > TOLD_AGAIN_SECONDS:
-                told_at = loop_time()
-                _logger.info("limits: %s", self.describe())
+            late = not self._limited.is_set()
+            await self._limited.wait()
+            wire, told_at = Wire(daemon_pid), loop_time()
+            if late:
+                # What was carried while there was no limit counts for none.
+                sent, received = self._look(wire)
+            while self.allowed.limited:
+                await asyncio.sleep(LOOK_SECONDS)
+                new_sent, new_received = self._look(wire)
+                self._observe(new_sent - sent, new_received - received)
+                sent, received = new_sent, new_received
+                if self.allowed.monthly_bytes and loop_time() - told_at > TOLD_AGAIN_SECONDS:
+                    told_at = loop_time()
+                    _logger.info("limits: %s", self.describe())
 
     def close(self) -> None:
         """Write down what was carried. Raises nothing: it was written seconds ago."""
         if self._pump is not None:
             self._pump.cancel()
+        if not self._counted:
+            return
         try:
             self.transfer.write(self._clock())
         except OSError as error:
@@ -261,8 +303,9 @@ class Line:
                 self._spent_told = True
                 self._on_spent()
 
-    def _month_rate(self, today: float) -> float:
-        return spread_rate(self.allowed.monthly_bytes - self.transfer.used_bytes, month_ends_at(today) - today)
+    def _month_rate(self, today: float, allowed: Allowed | None = None) -> float:
+        monthly_bytes = (allowed or self.allowed).monthly_bytes
+        return spread_rate(monthly_bytes - self.transfer.used_bytes, month_ends_at(today) - today)
 
     def _wait_seconds(self, budgets: tuple[Budget | None, ...], size: float) -> float:
         now = time.monotonic()
@@ -275,8 +318,8 @@ class Line:
                 budget.spend(size, now)
 
     async def _let_go(self) -> None:
-        budgets = self._up, self._month
         while self._waiting:
+            budgets = self._up, self._month  # which the owner may change
             *_, size, turn = self._waiting[0]
             if turn.done():  # its stream has ended
                 heapq.heappop(self._waiting)

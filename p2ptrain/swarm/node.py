@@ -225,7 +225,8 @@ class SwarmNode:
         Raises UnreachableError.
         """
         await self.connect(relay)
-        await reserve(self._daemon.p2p, relay)
+        circuit_bytes = await reserve(self._daemon.p2p, relay)
+        _logger.debug("%s relays to here, %d bytes a connection", format_peer_id(relay)[-8:], circuit_bytes)
         through = format_peer_id(relay), format_peer_id(self.peer_id)
         # Who cannot be dialled has dialled the relay itself, so these lead there.
         routes = order_for_dialling((await self.connected()).get(relay, []))

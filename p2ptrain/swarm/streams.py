@@ -147,7 +147,7 @@ class BoundedP2P(P2P):  # type: ignore[misc, unused-ignore]
         self, peer_id: PeerID, name: str, requests: AsyncIterator[Message], output_protobuf_type: type[Message]
     ) -> AsyncIterator[Message]:
         """As in hivemind; frames wait until the owner's limits let them go."""
-        if self.line is None:
+        if self.line is None or not self.line.allowed.limited:
             return await super()._iterate_protobuf_stream_handler(peer_id, name, requests, output_protobuf_type)  # type: ignore[no-any-return, unused-ignore]
         paced = _Paced(self.line, name)
         answers = await super()._iterate_protobuf_stream_handler(

@@ -4,7 +4,7 @@
 
 Real peers on loopback. Donors of the first part pace what they hand out as behind a line of --kbit, so figures are
 those of such lines as long as this machine's cores suffice. The donor that trains is one `p2ptrain bootstrap` process
-for each of --rates, which is what it hands out at most, by --upload-kbit; its own bound while it trains,
+for each of --rates, which is what it hands out at most, by --upload-limit; its own bound while it trains,
 `handout.BUSY_BYTES_A_CORE`, is lifted. Alone in its swarm its line is not shared with rounds. Its rounds are of a fixed
 size, so that rounds a minute are its speed, with and without two learners that download without end, by turns.
 `handed_out_bytes_per_second` is what the learners got.
@@ -179,7 +179,7 @@ class TrainingDonor:
         code += "assert 'BUSY_BYTES_A_CORE' in vars(handout); handout.BUSY_BYTES_A_CORE = 2**40; "
         code += "from p2ptrain.cli.main import run; run()"
         flags = ["--home", str(self.home), "--host", "127.0.0.1", "--threads", "1"]
-        flags += ["--upload-kbit", str(rate * 8 // 1000)]
+        flags += ["--upload-limit", f"{rate * 8 // 1000}kbit"]
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, "bootstrap", str(manifest), *flags],
             stdout=subprocess.PIPE,

@@ -36,7 +36,6 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 NOT_IN_THE_TREE = {"checkpoints/", "journal/", "own/", "data/", "events/", "seals/", "texts/", "demo-output/"}
 #: the first words of commands that are not this project's
 FOREIGN = {"pip", "git", "sudo", "cd", "make", "ruff", "mypy", "pytest", "python -m pytest"}
-SHORT_OR_LONG = re.compile(r"(?<![\w-])-(?:[a-z]\b|-[a-z][a-z-]*)")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 
 
@@ -158,12 +157,33 @@ def test_every_command_and_every_flag_is_there(path: Path) -> None:
     assert not wrong
 
 
+def exit_codes() -> list[list[str]]:
+    """Return the cells of the table of exit codes in docs/cli.md, row by row."""
+    section = (ROOT / "docs/cli.md").read_text().split("## Exit codes")[1]
+    return [[cell.strip() for cell in row.split("|")] for row in re.findall(r"^\|(.*)\|$", section, re.M)][2:]
+
+
 def test_the_exit_codes_are_those_of_the_errors() -> None:
-    section = (ROOT / "docs/quickstart.md").read_text().split("## Exit codes")[1].split("\n## ")[0]
-    listed = {int(code) for code in re.findall(r"^\| (\d+) \|", section, re.M)}
+    listed = {int(row[0]) for row in exit_codes() if row[0].isdecimal()}
     raised = {c.exit_code for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.P2PTrainError)}
     # The others are not errors of ours: done, an invariant that `simulate` found broken, Ctrl-C.
     assert listed == raised | {0, 13, 130}
+
+
+def test_every_message_that_the_table_of_exit_codes_quotes_is_in_the_code() -> None:
+    texts = [" ".join(text.split()) for path in MODULES for text in texts_of(path)]
+    quoted = [part for row in exit_codes() for part in re.findall(r"`([^`]+)`", row[1])]
+    assert len(quoted) > 30
+    assert not [part for part in quoted if not any(part.strip(". ") in text for text in texts)]
+
+
+def texts_of(path: Path) -> Iterator[str]:
+    """Yield each string of a module, with ... in the place of what is put into it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
 
 
 def test_the_protocol_is_of_the_version_that_the_code_speaks() -> None:
@@ -201,18 +221,6 @@ def test_protocol_manifest_and_code_know_the_same_directions() -> None:
     listed = set(re.findall(r"^\| `(\w+)` \|", text, re.M))
     field = next(field for field in msgspec.structs.fields(GroupConfig) if field.name == "direction")
     assert listed == set(get_args(field.type)) == set(DIRECTIONS)
-
-
-def test_the_quickstart_names_every_flag_of_every_command() -> None:
-    named = {flag for span in spans((ROOT / "docs/quickstart.md").read_text()) for flag in SHORT_OR_LONG.findall(span)}
-    group = typer.main.get_command(app)
-    missing = [
-        f"{name} {'/'.join(parameter.opts)}"
-        for name, command in [("", group), *group.commands.items()]  # type: ignore[attr-defined]
-        for parameter in command.params
-        if parameter.param_type_name == "option" and not named & {*parameter.opts, *parameter.secondary_opts}
-    ]
-    assert not missing
 
 
 def test_the_architecture_lists_every_module_and_no_other() -> None:
@@ -269,10 +277,19 @@ def test_every_rule_that_the_code_cites_is_there() -> None:
     assert len(cited) > 10 and set(cited) <= rules
 
 
-def test_every_table_is_that_of_its_result_file() -> None:
-    script = [sys.executable, str(ROOT / "scripts/make_tables.py"), "--check"]
-    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=60)
+def made_by(script: str) -> None:
+    """Assert that what a script writes into the documents is there."""
+    command = [sys.executable, str(ROOT / "scripts" / script), "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_table_is_that_of_its_result_file() -> None:
+    made_by("make_tables.py")
+
+
+def test_the_reference_of_commands_is_that_of_the_code() -> None:
+    made_by("make_cli.py")
 
 
 #: in one process, as each takes a second to start

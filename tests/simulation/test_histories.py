@@ -28,7 +28,7 @@ from p2ptrain.simulation.adversaries import OUTSIDERS
 from p2ptrain.simulation.faults import CORRUPT
 from p2ptrain.simulation.peer import SimPeer
 
-SEEDS = 120
+SEEDS = 60
 HAPPENS = (
     "takeovers",
     "skips",

@@ -24,7 +24,9 @@ from hivemind.proto import dht_pb2
 
 from p2ptrain.config.manifest import Manifest, open_manifest, sign_manifest
 from p2ptrain.errors import AddressError, ClockSkewError, PortInUseError, UnreachableError
+from p2ptrain.swarm import circuits
 from p2ptrain.swarm import node as node_module
+from p2ptrain.swarm.circuits import RelayCaps
 from p2ptrain.swarm.crawl import Census
 from p2ptrain.swarm.identity import Identity, format_peer_id, new_identity, parse_peer_id
 from p2ptrain.swarm.node import SwarmNode
@@ -447,5 +449,17 @@ def test_interrupting_the_terminal_spares_the_daemon(swarm: Swarm) -> None:
     async def scenario() -> None:
         node = await swarm.node()
         assert os.getpgid(node.daemon_pid) != os.getpgid(0)
+
+    swarm.run(scenario())
+
+
+def test_a_relay_carries_what_it_was_told_to(swarm: Swarm) -> None:
+    async def scenario() -> None:
+        caps = RelayCaps(circuit_bytes=1 << 24)
+        # Which of the daemon's two relays answered was a matter of chance, at each start.
+        relays = [await swarm.node(relaying=caps) for _ in range(6)]
+        asking = await swarm.node(*relays, observer=True, nat=True)
+        carried = [await circuits.reserve(asking._daemon.p2p, relay.peer_id) for relay in relays]
+        assert carried == [caps.circuit_bytes] * 6
 
     swarm.run(scenario())

@@ -9,22 +9,23 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from p2ptrain.config.home import Home
 from p2ptrain.observe.census import Inspection
-from p2ptrain.observe.events import Heard, MemberLine, Sealed, Started
+from p2ptrain.observe.events import Event, EventLog, Heard, MemberLine, Sealed, Started
 from p2ptrain.observe.projection import Projection
 
 ADA, BO = "12D3KooWada", "12D3KooWbo"
 NASTY = "<b>\x1b[31mbo"
 
 
-def seen() -> Inspection:
-    """Ada's view of two rounds with bo, who is lost since."""
-    projection = Projection()
-    projection.apply(
+def written() -> Iterator[Event]:
+    """What ada writes down of two rounds with bo, who is lost since."""
+    yield (
         Started(
             t=1.0,
             run_id="ab" * 32,
@@ -44,7 +45,7 @@ def seen() -> Inspection:
             MemberLine(peer_id=ADA, included=True, weight=8, parts=2, owed=0),
             MemberLine(peer_id=BO, included=number == 1, weight=4 if number == 1 else 0, parts=1, owed=number - 1),
         ]
-        projection.apply(
+        yield (
             Sealed(
                 t=1.0 + number,
                 round=number,
@@ -57,7 +58,7 @@ def seen() -> Inspection:
                 members=members,
             )
         )
-    projection.apply(
+    yield (
         Heard(
             t=4.0,
             peer_id=BO,
@@ -72,6 +73,13 @@ def seen() -> Inspection:
             path="client",
         )
     )
+
+
+def seen() -> Inspection:
+    """Ada's view of it."""
+    projection = Projection()
+    for event in written():
+        projection.apply(event)
     return projection.moment()
 
 
@@ -140,6 +148,20 @@ def test_the_page_gets_looks_and_the_past_and_nothing_from_elsewhere() -> None:
         assert status == 503 and json.loads(body) == {"error": "nobody hands out seals"}
         page = get(f"{url}/")[1].decode() + get(f"{url}/static/style.css")[1].decode()
         assert "http://" not in page and "https://" not in page and get(f"{url}/static/../app.py")[0] == 404
+
+
+def test_the_page_of_a_swarm_that_has_ended_shows_it_as_a_home_saw_it_last(tmp_path: Path) -> None:
+    pytest.importorskip("starlette")
+    from p2ptrain.dashboard.source import HomeSource
+
+    log = EventLog(tmp_path / "events")
+    for event in written():
+        log.write(event)
+    source = HomeSource(Home(tmp_path))
+    last, first = asyncio.run(source.look()), asyncio.run(source.past(1))
+    assert asyncio.run(source.span()) == (1, 2) and first is not None
+    assert [one.round for one in last.rounds] == [1, 2] and [one.round for one in first.rounds] == [1]
+    assert last.as_json()["peers"] == seen().as_json()["peers"]
 
 
 def test_content_is_for_who_has_the_token_and_for_no_other_sites_name() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import socket
 import stat
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,13 +23,16 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "rounds"))
 
 from cluster import Cluster
 
-from p2ptrain.cli.control import seconds_of
+from p2ptrain.calls.uplink import MOST_KBIT
+from p2ptrain.cli.control import limits_of, seconds_of
 from p2ptrain.config.home import Home
 from p2ptrain.errors import NotRunningError, P2PTrainError, UsageError
 from p2ptrain.peer import control, supervisor, waiting
 from p2ptrain.peer.owner import Owner
 from p2ptrain.peer.waiting import awaited, told_while
+from p2ptrain.state.transfer import MonthlyTransfer
 from p2ptrain.swarm.identity import format_peer_id
+from p2ptrain.swarm.line import HEADROOM, Allowed, Line
 
 
 def asked(home: Home, request: control.Request, owner: Owner) -> control.Answer:
@@ -89,6 +94,55 @@ def test_where_no_peer_runs_the_error_says_how_to_start_one(home: Home) -> None:
     with pytest.raises(NotRunningError, match="no peer runs in home") as caught:
         control.ask(home.control, control.Ask(), 1.0)
     assert "p2ptrain join" in caught.value.hint
+
+
+def test_an_owner_shows_and_changes_the_limits_of_a_running_peer(home: Home) -> None:
+    owner = Owner(home, lambda: None)
+    with pytest.raises(P2PTrainError, match="no line yet") as early:
+        asked(home, control.Limit(), owner)
+    assert early.value.exit_code == NotRunningError.exit_code
+    owner.limited = line = Line(Allowed(), MonthlyTransfer(home.transfer, time.time()))
+    assert asked(home, control.Limit(), owner)["upload_limit_bytes_per_second"] is None
+    assert line.upload_rate == math.inf and line.ceiling_kbit > MOST_KBIT
+    answer = asked(home, control.Limit("upload-limit", "1Mbit"), owner)
+    assert answer["upload_limit_bytes_per_second"] == 125_000
+    assert line.upload_rate == HEADROOM * 125_000 and line.ceiling_kbit < 1000
+    asked(home, control.Limit("download-limit", "2MB"), owner)
+    answer = asked(home, control.Limit("monthly-transfer", "200GB"), owner)
+    assert answer["monthly_transfer_bytes"] == 200e9 and answer["download_limit_bytes_per_second"] == 2e6
+    shown = limits_of(answer)
+    assert shown[0] == "upload-limit      1 Mbit/s" and shown[2].startswith("monthly-transfer  200 GB, of which 0 kB")
+    answer = asked(home, control.Limit("upload-limit", "0"), owner)
+    assert answer["upload_limit_bytes_per_second"] is None and answer["download_limit_bytes_per_second"] == 2e6
+    for key, value, said in (
+        ("upload-limit", "fast", "expected a rate"),
+        ("speed", "1Mbit", "no limit 'speed'"),
+        ("monthly-transfer", "1kB", "too little to take part"),
+    ):
+        with pytest.raises(P2PTrainError, match=said) as caught:
+            asked(home, control.Limit(key, value), owner)
+        assert caught.value.exit_code == UsageError.exit_code
+    assert asked(home, control.Limit(), owner) == answer, "what is refused changes nothing"
+
+
+def test_frames_that_wait_for_a_limit_leave_when_it_is_lifted_and_wait_when_it_comes(home: Home) -> None:
+    async def scenario() -> None:
+        line = Line(Allowed(upload_rate=8_000), MonthlyTransfer(home.transfer, time.time()))
+        await line.leave("rpc_contribute", 80_000)
+        waiting = asyncio.create_task(line.leave("rpc_contribute", 1_000))
+        await asyncio.sleep(0)
+        line.limit(Allowed())
+        async with asyncio.timeout(5):
+            await waiting
+            await line.leave("rpc_contribute", 10**9)
+        line.limit(Allowed(upload_rate=8_000))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await line.leave("rpc_contribute", 60_000)
+                await line.leave("rpc_contribute", 60_000)
+        line.close()
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("line", [b"noise\n", b'{"command":"obey"}\n', b"x" * 10_000 + b"\n", b'{"command":"pause"'])

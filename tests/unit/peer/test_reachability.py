@@ -6,7 +6,7 @@ import pytest
 
 from p2ptrain.calls.messages import TOO_MANY_CALLS, Dialled
 from p2ptrain.peer.reachability import advice, conclude, where_it_works
-from p2ptrain.swarm.circuits import _status
+from p2ptrain.swarm.circuits import _circuit_bytes, _status
 
 PORT = 4001
 LOCAL = "192.168.1.5"
@@ -67,6 +67,10 @@ def test_a_relays_answer_is_read_or_refused() -> None:
     assert _status(bytes.fromhex("08021a0308c78c2864")) == 100
     assert _status(bytes.fromhex("080228c801")) == 200
     assert _status(b"") == 0
-    for bad in ("08", "28", "0d00000000", "28ffffffffffffffffffffff01"):
+    # A limit of 1,800 s and 2**30 bytes, between bytes and a status.
+    limited = bytes.fromhex("08021a0308c78c220908880e10808080800428c801")
+    assert _circuit_bytes(limited) == 1 << 30 and _status(limited) == 200
+    assert _circuit_bytes(bytes.fromhex("08021a0308c78c2864")) == 0
+    for bad in ("08", "28", "1a0308", "0d00000000", "28ffffffffffffffffffffff01"):
         with pytest.raises(ValueError):
             _status(bytes.fromhex(bad))
