@@ -131,6 +131,8 @@ class Branch(NamedTuple):
     voices: Collection[bytes]
     #: whose turn its first seal was; a solo seal is nobody's, and comes last
     place: int = 0
+    #: how many of the first marks are before a solo seal by one that was no member
+    before_stranger: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +161,9 @@ def judge(common: Mark, ours: Branch, theirs: Branch, me: bytes = b"", *, whole:
     member that seals out of turn undoes nobody's round. Where ours has no mark, theirs continues our chain: a tie goes
     to theirs then; if it begins with a solo seal, only with work in it.
 
+    Whoever carries a run on, and was no member, does so because the members are silent. Those who sealed before it on
+    that branch speak for it no more: it yields to any member that comes back.
+
     Args:
         whole: whether all seals of theirs are known. Else it would be unfair to count seals alone.
     """
@@ -166,9 +171,11 @@ def judge(common: Mark, ours: Branch, theirs: Branch, me: bytes = b"", *, whole:
     seals = tuple(branch.marks[-1].round - common.round if branch.marks else 0 for branch in (ours, theirs))
     hear = not whole or (seals != (1, 1) and seals[0] <= max(HEARD_SEALS_MIN, 2 * len(common.members)))
     branches = ours, theirs
-    sealed = [{mark.sealer for mark in branch.marks} & common.members for branch in branches]
+    there = [{mark.sealer for mark in branch.marks} for branch in branches]
+    twofold = there[0] & there[1] & common.members
+    there = [{mark.sealer for mark in branch.marks[branch.before_stranger :]} for branch in branches]
+    sealed = [sealers & common.members for sealers in there]
     said = [set(branch.voices) & common.members if hear else set[bytes]() for branch in branches]
-    twofold = sealed[0] & sealed[1]
     behind = [((sealed[n] - said[1 - n]) | said[n]) - twofold for n in (0, 1)]
     standing = len(behind[0]), len(behind[1])
     counts = [standing]
@@ -176,8 +183,8 @@ def judge(common: Mark, ours: Branch, theirs: Branch, me: bytes = b"", *, whole:
         if any(standing):
             counts.append((len(said[0] & twofold), len(said[1] & twofold)))
         else:
-            there = [({mark.sealer for mark in branch.marks} | set(branch.voices)) - twofold for branch in branches]
-            counts.append((len(there[0] & common.newcomers), len(there[1] & common.newcomers)))
+            newcomers = [(there[n] | set(branches[n].voices)) & common.newcomers for n in (0, 1)]
+            counts.append((len(newcomers[0]), len(newcomers[1])))
             voices = [set(branch.voices) - twofold - {me} for branch in branches]
             counts.append((len(voices[0]), len(voices[1])))
     for behind_ours, behind_theirs in counts:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,9 +28,9 @@ from p2ptrain.calls.messages import (
     SnapshotOffer,
     Tip,
 )
-from p2ptrain.chain import ChainState
+from p2ptrain.chain import ChainState, SealError, SignedSeal
 from p2ptrain.chain.evidence import PROOF_MAX_BYTES
-from p2ptrain.chain.forks import PAST_MAX, Mark
+from p2ptrain.chain.forks import PAST_MAX, Mark, Past
 from p2ptrain.chain.sealed import SealedRound, check_continues, decode_sealed
 from p2ptrain.compression import wire
 from p2ptrain.compression.codec import Codec
@@ -38,6 +39,7 @@ from p2ptrain.rounds.events import RoundsFetched
 from p2ptrain.rounds.inbox import Restore
 from p2ptrain.state.journal import Journal, JournalFile
 from p2ptrain.state.pieces import Partials, PieceFile
+from p2ptrain.state.seals import SealLog, Walk, opening_at
 from p2ptrain.state.snapshot import SnapshotFile, SnapshotStore
 from p2ptrain.state.tensors import TensorFileError, mapped
 from p2ptrain.swarm.identity import verify
@@ -46,6 +48,10 @@ ROUNDS_ANSWER_BYTES = 64 * 1024 * 1024
 """Sealed rounds in one answer stop here, after at least one."""
 SYNC_BYTES = 1024 * 1024 * 1024
 """Rounds held in memory while switching to another chain."""
+SEALS_ANSWERS_MAX = 16
+"""Of seals, of a fork that is older than its donor's journal: 8 MiB of them in all."""
+
+_logger = logging.getLogger(__name__)
 
 
 class CatchingUp:
@@ -58,6 +64,7 @@ class CatchingUp:
         snapshot_max_bytes: no snapshot of this run is longer.
         snapshot_chain: where on the chain a snapshot's bytes stand; raises TensorFileError. Any thread.
         progress: hears (what, done, of).
+        seals: of our chain, for longer than the journal has rounds; None: none are kept.
     """
 
     def __init__(
@@ -73,7 +80,9 @@ class CatchingUp:
         snapshot_max_bytes: int,
         snapshot_chain: Callable[[bytes], ChainState],
         progress: Callable[[str, int, int], None],
+        seals: SealLog | None = None,
     ) -> None:
+        self._seals = seals
         self._client, self._codec, self._journal, self._snapshots = client, codec, journal, snapshots
         self._partials, self._peers = partials, peers
         self._beginning = beginning
@@ -154,13 +163,13 @@ class CatchingUp:
         locator: tuple[bytes, ...],
         our_round: int,
         known_state: Callable[[bytes], ChainState | None],
-        between: Callable[[bytes, bytes, int], Sequence[bytes]] | None = None,
+        past: Past | None = None,
     ) -> RoundsFetched:
         """Rounds of `donor` that continue one of the ids in `locator`, of which `known_state` has the chain state.
 
         Args:
-            between: ids of our chain between two, at most so many and the older one, newest first. Where the donor's
-                journal does not reach back to our chain, it finds with them where the two parted.
+            past: of our chain. Where the donor's journal does not reach back to it, or takes more than one answer to
+                hand out a fork, this finds where the two chains parted, and the donor's seals since.
 
         Raises:
             CallError: no answer.
@@ -172,18 +181,48 @@ class CatchingUp:
             # For a newcomer a snapshot is less to fetch and to compute than all the rounds. Who has sent something
             # needs the rounds: they say what became of it.
             parted_at = header.parted_at
-            if between is not None and not header.ancestor and parted_at in locator:
-                parted_at = await self._parted_at(donor, locator, parted_at, between)
-            return RoundsFetched(donor, None, (), parted_at=parted_at)
+            shown: tuple[Mark, ...] = ()
+            if past is not None and not header.ancestor and parted_at in locator:
+                parted_at = await self._parted_at(donor, locator, parted_at, past.between)
+                shown = await self._shown(donor, past.get(parted_at), our_round)
+            return RoundsFetched(donor, None, (), parted_at=parted_at, shown=shown)
         rounds = await asyncio.to_thread(_decode, encoded)
         ids = [header.ancestor, *(sealed.id for sealed in rounds)]
+        shown = ()
+        if past is not None and rounds and header.tip.round > rounds[-1].seal.round:
+            common = past.last_common(ids)
+            shown = await self._shown(donor, None if common is None else past.get(ids[common]), our_round)
         for place in range(len(ids) - 1, -1, -1):
             # From the last state of ours that it goes through; what is before that we have.
             state = known_state(ids[place])
             if state is not None:
                 await asyncio.to_thread(_check, state, rounds[place:], self._codec)
-                return RoundsFetched(donor, ids[place], rounds[place:])
-        return RoundsFetched(donor, header.ancestor, rounds, checked=False)
+                return RoundsFetched(donor, ids[place], rounds[place:], shown=shown)
+        return RoundsFetched(donor, header.ancestor, rounds, checked=False, shown=shown)
+
+    async def _shown(self, donor: bytes, common: Mark | None, our_round: int) -> tuple[Mark, ...]:
+        """Marks of the donor's chain by its seals, from a state of ours on, that one first; none: it does not show it.
+
+        A peer that has gone on from there counts who sealed on its own branch. So that it counts those of the other
+        alike, however long ago they sealed, it looks at all seals since, which are kept for longer than rounds are.
+        """
+        if self._seals is None or common is None or common.round >= our_round:
+            return ()
+        try:
+            start = await asyncio.to_thread(opening_at, self._seals, common.round, common.id, verify)
+            if start is None:
+                return ()
+            walk, marks = Walk(start, verify), [Mark.of(start.state)]
+            for _ in range(SEALS_ANSWERS_MAX):
+                header, seals = await self._client.seals(donor, walk.head.round, walk.head.id, 1)
+                if header.opening:
+                    return ()  # its seals do not reach back so far
+                await asyncio.to_thread(_follow, walk, marks, seals)
+                if not seals or walk.head.id == header.tip.id:
+                    return tuple(marks)
+        except (CallError, SealError, OSError) as error:
+            _logger.debug("no seals of a fork: %s", error)
+        return ()
 
     async def _parted_at(
         self,
@@ -325,6 +364,18 @@ class CatchingUp:
 def _decode(encoded: list[bytes]) -> tuple[SealedRound, ...]:
     """Raises SealedRoundError."""
     return tuple(decode_sealed(one, verify) for one in encoded)
+
+
+def _follow(walk: Walk, marks: list[Mark], seals: Sequence[SignedSeal]) -> None:
+    """Take these seals, and the marks of what they lead to. Raises SealError."""
+    for signed in seals:
+        deque(walk.take(signed), maxlen=0)
+        seal = walk.pending[-1].seal
+        while marks and marks[-1].id != seal.parent:
+            marks.pop()
+        if not marks:
+            raise SealError("its chain parts from ours before it says that it does")
+        marks.append(Mark.of(walk.head, seal, marks[-1]))
 
 
 def _check(state: ChainState, rounds: tuple[SealedRound, ...], codec: Codec) -> list[ChainState]:

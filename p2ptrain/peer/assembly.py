@@ -23,6 +23,7 @@ from p2ptrain.models.gpt import GPT
 from p2ptrain.peer.driver import RoundDriver
 from p2ptrain.peer.parts import DriverParts
 from p2ptrain.peer.reporting import Reporter
+from p2ptrain.peer.sealing import SealKeeper
 from p2ptrain.rounds.events import ContributionReady, Doubted
 from p2ptrain.rounds.inbox import Inbox
 from p2ptrain.rounds.machine import RoundMachine
@@ -89,6 +90,7 @@ def driver_parts(
     sync_progress: Callable[[str, int, int], None] = lambda what, done, of: None,
     traffic: Traffic | None = None,
     reporter: Reporter | None = None,
+    keeper: SealKeeper | None = None,
 ) -> DriverParts:
     """Return what the driver of a peer works with; its machine begins where `replica` stands.
 
@@ -96,9 +98,12 @@ def driver_parts(
         files: by root, those of the run that are here whole.
         sync_progress: hears (what, bytes done, bytes in all) while a snapshot is fetched.
         traffic: counts what is sent and received.
-        reporter: writes down what happens; None: nobody does.
+        reporter: writes down what happens, and keeps seals; None: nobody does.
+        keeper: keeps seals where there is no reporter.
     """
     snapshots = SnapshotStore(home.checkpoints)
+    listener = keeper if reporter is None else reporter
+    keeper = keeper if reporter is None else reporter.keeper
     beginning = run.manifest.beginning(run.run_id)
     machine = RoundMachine(
         node.peer_id,
@@ -133,8 +138,8 @@ def driver_parts(
         sync_progress=sync_progress,
         decisions_log=home.decisions,
         company=home.company,
-        told=(lambda what: None) if reporter is None else reporter.hear,
-        seals=None if reporter is None else reporter.seals,
+        told=(lambda what: None) if listener is None else listener.hear,
+        seals=None if keeper is None else keeper.log,
     )
 
 

@@ -93,6 +93,7 @@ class RoundDriver:
             parts.snapshot_max_bytes,
             parts.snapshot_chain,
             parts.sync_progress,
+            parts.seals,
         )
         self._report = failure_logged(
             _logger, "a task of the round has failed", lambda error: self.write_decisions(repr(error))
@@ -494,7 +495,7 @@ class RoundDriver:
         machine, donor = self.machine, effect.donor
         try:
             fetched = await self.catching_up.fetch(
-                donor, tuple(effect.locator), machine.head.round, machine.known_state, machine.forks.past.between
+                donor, tuple(effect.locator), machine.head.round, machine.known_state, machine.forks.past
             )
         except (CallError, SealedRoundError) as error:
             _logger.debug("no rounds from %s: %s", format_peer_id(donor)[-8:], error)

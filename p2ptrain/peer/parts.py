@@ -57,4 +57,4 @@ class DriverParts:
     told: Callable[[events.Event | events.Effect | Restore], None] = lambda what: None
     """Hears each event before the machine does, and each effect once it is carried out."""
     seals: SealLog | None = None
-    """The seals that are kept for whoever counts; None: none are."""
+    """The seals of our chain, kept for longer than its rounds; None: none are."""

@@ -1,4 +1,4 @@
-"""Writes down what happens to a peer: events for its owner, and seals for whoever counts.
+"""Writes down what happens to a peer: events for its owner, and, by `SealKeeper`, seals for whoever counts.
 
 The driver tells it each event that the machine hears and each effect once it is carried out, the trainer's thread what
 a round cost. It decides nothing, and no fault of a disk passes from here: what cannot be written is left out, with one
@@ -7,10 +7,9 @@ warning.
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from p2ptrain import __version__, chain
 from p2ptrain.chain import ChainState, SealError
@@ -21,6 +20,7 @@ from p2ptrain.observe.evaluations import Evaluation
 from p2ptrain.observe.peers import path_of
 from p2ptrain.observe.rounds import sealed_event
 from p2ptrain.observe.status import Status
+from p2ptrain.peer.sealing import SealKeeper
 from p2ptrain.rounds import events
 from p2ptrain.rounds.inbox import Restore
 from p2ptrain.state.journal import Journal
@@ -32,8 +32,6 @@ HEARD_AGAIN_SECONDS = 60.0
 """Between two events about a peer that has not changed."""
 HEARD_MAX = 512
 """Peers whose records are followed; more may be made up."""
-
-_logger = logging.getLogger(__name__)
 
 
 class Reporter:
@@ -49,13 +47,12 @@ class Reporter:
     def __init__(
         self, log: told.EventLog, seals: SealLog, chunks: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.events, self.seals, self._chunks, self._clock = log, seals, chunks, clock
+        self.events, self.keeper, self._chunks, self._clock = log, SealKeeper(seals, chunks), chunks, clock
         #: of the round applied last, from handing its contribution over until all replies were here
         self.exchange_seconds = 0.0
         #: when the contribution to the round under way was sent, and when the last reply came
         self._sent_at: float | None = None
         self._replied_at = 0.0
-        self._seals_fail = False
         #: the round of which the trainer said last what it cost
         self._worked = 0
         #: of each peer what was written of it last, and when
@@ -86,21 +83,11 @@ class Reporter:
 
     def begin(self, head: ChainState, journal: Journal) -> None:
         """Take up the seals where this peer stands; those that the journal has beyond them are added."""
-        self._guarded(lambda: self._begin(head, journal))
-
-    def _begin(self, head: ChainState, journal: Journal) -> None:
-        kept = self.seals.resume(head.run_id, self._chunks)
-        if head.id in kept:
-            return
-        place = next((at for at in map(journal.position, reversed(kept)) if at is not None), None)
-        if place is None or journal.last != head.round:
-            self.seals.begin(head, self._chunks)
-            return
-        for number in range(place + 1, head.round + 1):
-            self.seals.append(journal.read(number).signed)
+        self.keeper.begin(head, journal)
 
     def hear(self, what: events.Event | events.Effect | Restore) -> None:
         """Hear an event of the machine, or an effect that was carried out; on the network thread."""
+        self.keeper.hear(what)
         match what:
             case events.SendContribution():
                 self._sent_at = self._sent_at or self._clock()
@@ -127,35 +114,14 @@ class Reporter:
         self._sent_at = None
         self.events.write(sealed_event(apply.shape, sealed.id, sealed.seal))
 
-        def keep() -> None:
-            self.seals.append(sealed.signed)
-            if self.seals.full:
-                self.seals.begin(apply.state, self._chunks)
-
-        self._guarded(keep)
-
     def _restored(self, restore: Restore) -> None:
         state = restore.chain
         self.events.write(told.ChangedChain(round=state.round, state_id=state.id.hex(), common=restore.common))
         self._sent_at = None
-
-        def keep() -> None:
-            self.seals.begin(state, self._chunks)
-            after = state
+        with contextlib.suppress(SealError):
             for sealed in restore.rounds:
-                self.events.write(sealed_event(chain.shape_of(after, self._chunks), sealed.id, sealed.seal))
-                self.seals.append(sealed.signed)
-                after = chain.extend(after, sealed.id, sealed.seal, self._chunks)
-
-        self._guarded(keep)
-
-    def _guarded(self, work: Callable[[], Any]) -> None:
-        try:
-            work()
-        except (OSError, SealError, AssertionError) as error:
-            if not self._seals_fail:
-                _logger.warning("seals are not kept any more, so this home cannot count who did what: %r", error)
-            self._seals_fail = True
+                self.events.write(sealed_event(chain.shape_of(state, self._chunks), sealed.id, sealed.seal))
+                state = chain.extend(state, sealed.id, sealed.seal, self._chunks)
 
     # ---- the trainer's thread ---------------------------------------------------------------------------------
 

@@ -114,6 +114,8 @@ class RoundsFetched:
     """Whether the replies were, which takes the state that they continue. Else they tell of a branch and no more."""
     parted_at: bytes = b""
     """Without an ancestor: a state of ours that the donor's chain went through, as it says."""
+    shown: tuple[Mark, ...] = ()
+    """Of the donor's chain from a state of ours on, by its seals, each checked; none: it does not show them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,6 +86,8 @@ class ForkChoice:
         self.parted: dict[bytes, Mark] = {}
         #: those that we know and a seal has included
         self.proven: set[bytes] = set(self.company - {me})
+        #: of the chain that is being fetched, from a state of ours on, by its seals; none: it is judged without
+        self.shown: tuple[Mark, ...] = ()
         #: peer that we know, or whose address we were given -> where it says that it stands
         self.voices: dict[bytes, Voice] = {}
 
@@ -142,6 +144,25 @@ class ForkChoice:
         mark = self.parted.get(donor)
         return None if mark is None else self.past.get(mark.id)
 
+    def shown_fork(self, shown: Sequence[Mark], tip: bytes) -> tuple[Mark, list[Mark]] | None:
+        """Return the last state of ours that a chain goes through whose marks were shown, and those after it.
+
+        None: they do not reach its tip, so they may be of an honest chain that the donor's only begins with.
+        """
+        ids = [mark.id for mark in shown]
+        common = self.past.last_common(ids)
+        if common is None or tip not in ids[common + 1 :]:
+            return None
+        return self.past[ids[common]], list(shown[common + 1 :])
+
+    def joined(self, marks: Sequence[Mark]) -> Sequence[Mark]:
+        """Return marks of a chain that was fetched after what was shown of it before, if it goes through that."""
+        places = {mark.id: place for place, mark in enumerate(self.shown)}
+        first = next((n for n, mark in enumerate(marks) if mark.id in places), None)
+        if first is None:
+            return marks
+        return [*self.shown[: places[marks[first].id] + 1], *marks[first + 1 :]]
+
     def adopt(self, seal: Seal, shape: RoundShape, state: ChainState) -> None:
         """Go one seal further.
 
@@ -164,6 +185,7 @@ class ForkChoice:
     def go_over_to(self, marks: Sequence[Mark], donor: bytes) -> None:
         """Take over a chain that was loaded: it goes through these states, the last of which is the head."""
         self.returning = False
+        marks, self.shown = self.joined(marks), ()
         common = self.past.last_common([mark.id for mark in marks])
         parted_at = self.parted_from(donor)
         if common is not None:
@@ -235,8 +257,12 @@ class ForkChoice:
         if continues or in_time:
             return Judgement(theirs[-1].total >= common.total, "its total is smaller")
         on, off = self._voices(ids, since=common.round, now=now)
-        branches = Branch(ours, on | {self.me}, turn(ours)), Branch(theirs, off, turn(theirs))
-        verdict = forks.judge(common, *branches, self.me, whole=ids is not None)
+        voices = on | {self.me}, off
+        mine, other = (
+            Branch(marks, voices[n], turn(marks), max(_strangers_solos(common, marks), default=0))
+            for n, marks in enumerate((ours, theirs))
+        )
+        verdict = forks.judge(common, mine, other, self.me, whole=ids is not None)
         why = f"{verdict.theirs} of {len(common.members)} members behind it, {verdict.ours} behind ours"
         return Judgement(verdict.follow, why)
 
@@ -301,12 +327,7 @@ class ForkChoice:
 
     def _by_a_stranger(self, common: Mark, theirs: Sequence[Mark], heard: Mapping[bytes, float], now: float) -> bool:
         """Whether a solo seal by one that was no member would take members apart that are there."""
-        before = [common, *theirs[:-1]]
-        solo = any(
-            mark.solo and mark.sealer not in previous.members | {self.me}
-            for previous, mark in zip(before, theirs, strict=True)
-            if previous.members
-        )
+        solo = any(theirs[place].sealer != self.me for place in _strangers_solos(common, theirs))
         since = now - self._counts_seconds
         there = any(heard.get(peer, -math.inf) >= since for peer in common.members)
         return solo and (self.me in common.members or there)
@@ -341,6 +362,15 @@ class ForkChoice:
         yield "who is proven is known", self.proven <= self.known.keys()
         yield "the known are bounded", len(self.known) <= KNOWN_MAX + len(members)
         yield "voices are of known peers", self.voices.keys() <= self.known.keys() | self.introducers
+
+
+def _strangers_solos(common: Mark, marks: Sequence[Mark]) -> list[int]:
+    """Return the places, in states after `common`, of solo seals by those that were no members."""
+    return [
+        place
+        for place, (before, mark) in enumerate(zip([common, *marks], marks, strict=False))
+        if mark.solo and before.members and mark.sealer not in before.members
+    ]
 
 
 def marks_after(common: Mark, rounds: Sequence[SealedRound], states: Sequence[ChainState]) -> list[Mark]:

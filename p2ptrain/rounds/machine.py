@@ -480,6 +480,7 @@ class RoundMachine:
         end = marks[-1]
         if end.id == self.head.id:
             return True  # our own, which our replica fell out of
+        marks = self.forks.joined(marks)
         ids = [mark.id for mark in marks]
         common = self.forks.past.last_common(ids)
         if common is None:
@@ -499,12 +500,15 @@ class RoundMachine:
                 return
             end = Mark(tip.round, tip.id, tip.total, b"", False, frozenset())
             parted_at = self.forks.note_parting(event.donor, event.parted_at)
-            if (
-                self._follows_from_afar(end, None, event.donor, now)
-                if parted_at is None
-                else self._follows(parted_at, [end], event.donor, now, whole=False)
-            ):
-                self._want_snapshot(event.donor, "we are far behind its chain, or off it")
+            fork = self.forks.shown_fork(event.shown, tip.id)
+            if fork is not None:
+                follows = self._follows(*fork, event.donor, now)
+            elif parted_at is not None:
+                follows = self._follows(parted_at, [end], event.donor, now, whole=False)
+            else:
+                follows = self._follows_from_afar(end, None, event.donor, now)
+            if follows:
+                self._want_snapshot(event.donor, "we are far behind its chain, or off it", event.shown)
             else:
                 self._shun(event.donor, now)
             return
@@ -539,8 +543,10 @@ class RoundMachine:
             if continued:
                 # A long fork comes in pieces, and the first piece alone may be worth less than what we have.
                 marks = [*marks, Mark(tip.round, tip.id, tip.total, b"", False, frozenset())]
+                common, marks = self.forks.shown_fork(event.shown, tip.id) or (common, marks)
             if self._follows(common, marks, event.donor, now):
-                self._want_snapshot(event.donor, "its better chain parts from ours further back than we can undo")
+                why = "its better chain parts from ours further back than we can undo"
+                self._want_snapshot(event.donor, why, event.shown)
             else:
                 self._shun(event.donor, now)
         else:
@@ -880,8 +886,9 @@ class RoundMachine:
             self._wake(now + FETCH_TIMEOUT_SECONDS)
             self._effects.append(events.FetchRounds(peer, self.forks.past.locator(LOCATOR_IDS)))
 
-    def _want_snapshot(self, donor: bytes, why: str) -> None:
+    def _want_snapshot(self, donor: bytes, why: str, shown: tuple[Mark, ...] = ()) -> None:
         if self.fetching.resyncing is None:
+            self.forks.shown = shown
             self.fetching.resyncing = donor
             self._effects.append(events.Resync(donor, why))
 

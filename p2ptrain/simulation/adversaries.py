@@ -14,10 +14,21 @@ import hashlib
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from google.protobuf.wrappers_pb2 import BytesValue
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 
-from p2ptrain.calls.messages import Answer, News, RoundsHeader, RoundsRequest, Tip, Traffic, decode_message
+from p2ptrain.calls.messages import (
+    Answer,
+    News,
+    RoundsHeader,
+    RoundsRequest,
+    SealsHeader,
+    SealsRequest,
+    Tip,
+    Traffic,
+    decode_message,
+)
 from p2ptrain.chain import Join, Row, SealError
 from p2ptrain.chain.sealed import SealedRound, encode_sealed
 from p2ptrain.simulation.forged import Branch
@@ -59,6 +70,8 @@ class Adversary:
         self._traffic = Traffic()
         self._branch: Branch | None = None
         self._tip = Tip(0, world.run_id, 0)
+        #: who has asked for rounds of this branch
+        self._asked: set[bytes] = set()
         self.node: SimNode
 
     async def run(self) -> None:
@@ -142,6 +155,7 @@ class Adversary:
             if self._kind != "member_claims_all":  # a member then that is none at the state it parts from
                 raise
         self._branch, self._tip = branch, branch.tip
+        self._asked.clear()
 
     def _seal(self, branch: Branch, *, first: bool) -> SealedRound:
         solo = first and self._kind != "member_claims_all"
@@ -163,17 +177,34 @@ class Adversary:
             await asyncio.sleep(1.0)
 
     async def rpc_rounds(self, request: BytesValue, context: Any) -> AsyncIterator[BytesValue]:
-        """Hand out the chain, where there is one."""
+        """Hand out the chain, where there is one; to who asks for the first time, as if its journal were too short."""
         wanted = decode_message(request.value, RoundsRequest)
         yield self._traffic.message(Answer(""))
         if self._branch is None:
             await asyncio.Event().wait()
             return
         ancestor, rounds = self._branch.after(wanted.locator)
-        yield self._traffic.message(RoundsHeader(ancestor, len(rounds), self._tip, ()))
+        asking, parted_at = context.remote_id.to_bytes(), b""
+        if asking not in self._asked:
+            self._asked.add(asking)
+            parted_at = self._branch.went_through(wanted.locator)
+            ancestor, rounds = b"", []
+        yield self._traffic.message(RoundsHeader(ancestor, len(rounds), self._tip, (), parted_at))
         for encoded in rounds:
             for frame in self._traffic.blob(encoded):
                 yield frame
+
+    async def rpc_seals(self, request: BytesValue, context: Any) -> AsyncIterator[BytesValue]:
+        """Show the seals of the chain, where there is one."""
+        wanted = decode_message(request.value, SealsRequest)
+        seals = None if self._branch is None else self._branch.seals_after(wanted.known)
+        if seals is None:
+            yield self._traffic.message(Answer("no seals are kept here"))
+            return
+        yield self._traffic.message(Answer(""))
+        yield self._traffic.message(SealsHeader(b"", self._world.chunks, self._tip))
+        for frame in self._traffic.blob(msgspec.msgpack.encode(seals)):
+            yield frame
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("rpc_"):

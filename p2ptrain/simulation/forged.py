@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from p2ptrain import chain
 from p2ptrain.calls.messages import ROUNDS_MAX, Tip
-from p2ptrain.chain import ChainState, Join, Key, RoundShape, Seal
+from p2ptrain.chain import ChainState, Join, Key, RoundShape, Seal, SignedSeal
 from p2ptrain.chain.evidence import attest
 from p2ptrain.chain.sealed import SealedRound, decode_sealed, encode_sealed, reply_digest
 from p2ptrain.compression.codec import Codec
@@ -19,6 +19,7 @@ class Branch:
         self._codec = codec
         self._states = [base]
         self._encoded = [b""]
+        self._signed: list[SignedSeal] = []
         self._places = {base.id: 0}
 
     @property
@@ -39,14 +40,14 @@ class Branch:
     def take(self, encoded: bytes) -> SealedRound:
         """Continue it by a round that somebody handed out. Raises SealError."""
         sealed = decode_sealed(encoded, lambda *_: True)
-        self._append(sealed.id, sealed.seal, encoded)
+        self._append(sealed, encoded)
         return sealed
 
     def back_to_parent(self) -> None:
         """Forget the last round, which others have undone. Raises IndexError at the base."""
         if len(self._states) == 1:
             raise IndexError("at the base")
-        del self._places[self._states.pop().id], self._encoded[-1]
+        del self._places[self._states.pop().id], self._encoded[-1], self._signed[-1]
 
     def forge(
         self, sealer: Identity, *, solo: bool = False, joins: tuple[Join, ...] = (), root: bytes = b""
@@ -84,7 +85,7 @@ class Branch:
         signed = chain.encode_seal(seal, sealer.sign)
         identifier = chain.seal_id(signed.body)
         sealed = SealedRound(identifier, seal, signed, replies)
-        self._append(identifier, seal, encode_sealed(sealed))
+        self._append(sealed, encode_sealed(sealed))
         return sealed
 
     def _nothing(self, reducer: Identity, shape: RoundShape, part: int, included: frozenset[int]) -> bytes:
@@ -102,8 +103,18 @@ class Branch:
                 return identifier, self._encoded[place + 1 : place + 1 + ROUNDS_MAX]
         return b"", []
 
-    def _append(self, identifier: bytes, seal: Seal, encoded: bytes) -> None:
-        state = chain.extend(self.state, identifier, seal, self._codec.chunks)
-        self._places[identifier] = len(self._states)
+    def went_through(self, locator: tuple[bytes, ...]) -> bytes:
+        """Return the first of these ids that it goes through, or nothing."""
+        return next((identifier for identifier in locator if identifier in self._places), b"")
+
+    def seals_after(self, known: bytes) -> tuple[SignedSeal, ...] | None:
+        """What a donor of this chain answers who wants seals alone; None: it does not go through `known`."""
+        place = self._places.get(known)
+        return None if place is None else tuple(self._signed[place:])
+
+    def _append(self, sealed: SealedRound, encoded: bytes) -> None:
+        state = chain.extend(self.state, sealed.id, sealed.seal, self._codec.chunks)
+        self._places[sealed.id] = len(self._states)
         self._states.append(state)
         self._encoded.append(encoded)
+        self._signed.append(sealed.signed)

@@ -26,6 +26,7 @@ from p2ptrain.observe.status import Status
 from p2ptrain.optim.settling import PartReply
 from p2ptrain.peer.assembly import Link, Run, driver_parts
 from p2ptrain.peer.driver import RoundDriver
+from p2ptrain.peer.sealing import SealKeeper
 from p2ptrain.rounds.events import Audited, ContributionReady, Effect, Event, ReplyHeld, Rollback, StartRound, Synced
 from p2ptrain.rounds.inbox import Restore, TrainerMessage
 from p2ptrain.rounds.machine import RoundMachine
@@ -37,6 +38,7 @@ from p2ptrain.state.failpoints import watcher
 from p2ptrain.state.files import remove_unfinished
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import Outcome, OwnLog
+from p2ptrain.state.seals import SealLog
 from p2ptrain.state.snapshot import piece_hashes, root_of
 from p2ptrain.swarm.identity import verify
 from p2ptrain.swarm.node import SwarmNode
@@ -399,6 +401,8 @@ class SimPeer:
         self.trainer.begin_life(self)
         self.trainer.restore(self.journal)
         world.restored(self, self.journal)
+        keeper = SealKeeper(SealLog(self.home / "seals"), replica.codec.chunks)
+        keeper.begin(replica.chain, self.journal)
         parts = driver_parts(
             Run(manifest, world.run_id, signed=b"", founder=self.founder, grant=self.grant),
             Home(self.home),
@@ -408,6 +412,7 @@ class SimPeer:
             own_log=own_log,
             inbox=inbox,
             uplink=uplink,
+            keeper=keeper,
         )
         self.driver = self.driver_type(parts)
         self.driver.peer = self

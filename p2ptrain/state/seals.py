@@ -254,20 +254,25 @@ def answer_after(log: SealLog, round: int, known: bytes, newest: int, head: int)
         head: our round.
     """
     if known:
-        found: list[SignedSeal] | None = None
+        # After `known`: the id of the state that each leads to, and the seal.
+        found: list[tuple[bytes, SignedSeal]] | None = None
         last = b""
         for entry in log.since(round + 1):
             if isinstance(entry, SignedSeal):
                 last = chain.seal_id(entry.body)
                 if found is not None:
-                    found.append(entry)
+                    found.append((last, entry))
             elif entry.state.id != last:
-                # A gap, or another chain: what follows continues nothing before it.
-                last, found = entry.state.id, None
+                last = entry.state.id
+                # The chain went back to here by a snapshot.
+                while found and found[-1][0] != last:
+                    found.pop()
+                # Else there is a gap, or it is another chain: what follows continues nothing before it.
+                found = found or None
             if last == known:
                 found = []
         if found is not None:
-            return b"", _capped(found)
+            return b"", _capped([seal for _, seal in found])
     opening: Opening | None = None
     seals: list[SignedSeal] = []
     for entry in log.since(max(1, head - newest + 1) if newest else 1):
@@ -277,6 +282,23 @@ def answer_after(log: SealLog, round: int, known: bytes, newest: int, head: int)
             # What came before is of another chain, or there is a gap.
             opening, seals = entry, []
     return b"" if opening is None else _encoder.encode(opening), _capped(seals)
+
+
+def opening_at(log: SealLog, round: int, identifier: bytes, verify: Verify) -> Opening | None:
+    """Return what continues from a state that the log's chain went through; None: the log does not reach it."""
+    walk: Walk | None = None
+    with contextlib.suppress(SealError):
+        for entry in log.since(round + 1):
+            if isinstance(entry, SignedSeal):
+                if walk is not None:
+                    deque(walk.take(entry), maxlen=0)
+            elif walk is None:
+                walk = Walk(entry, verify)
+            else:
+                walk.restart(entry)
+            if walk is not None and walk.head.id == identifier:
+                return Opening(walk.chunks, walk.head)
+    return None
 
 
 def read_opening(data: bytes) -> Opening:

@@ -161,3 +161,21 @@ def test_the_past_is_the_last_states_of_one_chain(count: int, data: st.DataObjec
     past.cut(kept[at].id)
     assert past.head == kept[at] and past.after(kept[at].id) == []
     assert past.last_common([mark.id for mark in kept]) == at
+
+
+def test_who_carried_a_run_on_when_its_members_were_silent_yields_to_the_first_that_comes_back() -> None:
+    """Those who had sealed before it on its branch are silent still. Who has come back since counts there."""
+    learner = STRANGERS[0]
+    carried_on = branch("carried on", (*MEMBERS[:2], *(learner,) * 20), each=5)
+    back = branch("back", MEMBERS[2:3] * 3)
+    assert not judge(COMMON, carried_on, back).follow
+    yields = carried_on._replace(before_stranger=2)
+    assert judge(COMMON, yields, back).follow and not judge(COMMON, back, yields).follow
+    also_back = branch("also back", (*MEMBERS[:1], learner, *MEMBERS[1:2] * 5), each=5)._replace(before_stranger=1)
+    assert not judge(COMMON, also_back, back).follow
+
+
+def test_who_sealed_before_that_and_left_with_a_branch_of_its_own_speaks_for_neither() -> None:
+    carried_on = branch("carried on", (*MEMBERS[:1], STRANGERS[0]), each=5)._replace(before_stranger=1)
+    alone = branch("alone", MEMBERS[:1] * 9, voices=MEMBERS[:1])
+    assert judge(COMMON, carried_on, alone).theirs == 0

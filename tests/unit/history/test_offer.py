@@ -19,14 +19,17 @@ from virtual import FakeNode, Network, name_of
 
 from p2ptrain import chain
 from p2ptrain.calls.client import Client
-from p2ptrain.calls.messages import CallError, RoundsHeader, SnapshotOffer, Tip, Traffic
+from p2ptrain.calls.messages import CallError, RoundsHeader, SealsHeader, SnapshotOffer, Tip, Traffic
+from p2ptrain.chain import SignedSeal
 from p2ptrain.chain.admission import Access, Grant
+from p2ptrain.chain.forks import Mark, Past
 from p2ptrain.chain.sealed import SealedRoundError, decode_sealed, encode_sealed
 from p2ptrain.history import catching_up
 from p2ptrain.history.catching_up import CatchingUp
 from p2ptrain.history.download import Download
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.pieces import Partials
+from p2ptrain.state.seals import SealLog
 from p2ptrain.state.snapshot import SnapshotStore, piece_hashes, root_of
 from p2ptrain.swarm.identity import Identity, verify
 from p2ptrain.swarm.invitations import invite
@@ -256,3 +259,45 @@ def test_replies_are_checked_from_the_last_state_of_ours_that_the_rounds_go_thro
     # Where none of its states is one that can be gone on from, they are told as unchecked.
     fetched = asyncio.run(made.fetch(b"donor", (ancestor,), 4, lambda identifier: None))
     assert not fetched.checked
+
+
+@pytest.mark.parametrize("fault", ["", "a gap", "another parting", "a signature", "no end"])
+def test_the_seals_of_a_fork_older_than_the_donors_journal_are_asked_for_and_checked(
+    tmp_path: Path, lone: Lone, fault: str
+) -> None:
+    """They begin where both chains parted, by what this peer itself kept; what is wrong with them leaves the rest."""
+    made, _, _ = offering(tmp_path, lone)
+    log = SealLog(tmp_path / "seals")
+    log.begin(lone.states[0], lone.chunks)
+    for sealed in lone.rounds:
+        log.append(sealed.signed)
+    made._seals = log
+    other, states = [], [lone.states[2]]
+    for _ in range(4):
+        skips = (None,) * len(chain.shape_of(states[-1], lone.chunks).parts)
+        other.append(seal(states[-1], lone.identity, lone.chunks, skips))
+        states.append(chain.extend(states[-1], other[-1].id, other[-1].seal, lone.chunks))
+    tip = Tip.of(states[-1])
+    pieces = {states[n].id: [s.signed for s in other[n : n + 2]] for n in (0, 2)}
+    if fault == "a gap":
+        del pieces[states[2].id]
+    elif fault == "another parting":
+        pieces[states[0].id] = [lone.rounds[1].signed]
+    elif fault == "a signature":
+        pieces[states[0].id] = [msgspec.structs.replace(other[0].signed, signature=bytes(64))]
+    elif fault == "no end":
+        pieces[states[0].id] = [other[0].signed, lone.rounds[2].signed] * 2
+        pieces[lone.states[3].id] = [other[0].signed, lone.rounds[2].signed]
+
+    async def rounds(*_: object) -> tuple[RoundsHeader, list[bytes]]:
+        return RoundsHeader(b"", 0, tip, (), states[0].id), []
+
+    async def seals(_: bytes, round: int, known: bytes, newest: int) -> tuple[SealsHeader, list[SignedSeal]]:
+        return SealsHeader(b"" if known in pieces else b"elsewhere", lone.chunks, tip), pieces.get(known, [])
+
+    made._client = SimpleNamespace(rounds=rounds, seals=seals, run_id=RUN_ID)  # type: ignore[assignment]
+    past = Past([Mark.of(state) for state in lone.states])
+    fetched = asyncio.run(made.fetch(b"donor", (lone.states[-1].id, states[0].id), lone.states[-1].round, {}.get, past))
+    assert fetched.ancestor is None and fetched.parted_at == states[0].id
+    assert [mark.id for mark in fetched.shown] == ([] if fault else [state.id for state in states])
+    assert fault or [mark.sealer for mark in fetched.shown[1:]] == [lone.identity.peer_id] * 4

@@ -21,7 +21,7 @@ from p2ptrain.observe.events import FILES_KEPT, EventLog, Heard, Noted, RolledBa
 from p2ptrain.observe.projection import moment_at
 from p2ptrain.observe.rounds import sealed_event
 from p2ptrain.state import seals
-from p2ptrain.state.seals import Opening, SealLog, Walk, answer_after, read_opening, steps
+from p2ptrain.state.seals import Opening, SealLog, Walk, answer_after, opening_at, read_opening, steps
 from p2ptrain.swarm.identity import format_peer_id, verify
 from p2ptrain.training.replica import Replica
 
@@ -109,6 +109,22 @@ def test_no_seal_can_be_changed_or_made_up(tmp_path: Path) -> None:
         list(walk.take(forged))
     with pytest.raises(SealError, match="continues nothing"):
         list(walk.take(rounds[7].signed))
+
+
+def test_seals_after_a_state_are_those_of_the_chain_that_a_snapshot_led_back_to(tmp_path: Path) -> None:
+    """Rounds that were undone with it are none of the answer; what continues nothing is no answer."""
+    *_, chunks, rounds, states = recorded()
+    log = kept(tmp_path, 60)
+    log.begin(states[50], chunks)
+    for sealed in rounds[50:55]:
+        log.append(sealed.signed)
+    opening, handed = answer_after(log, 45, states[45].id, 1, 55)
+    assert opening == b"" and [seal.body for seal in handed] == [sealed.signed.body for sealed in rounds[45:55]]
+    found = opening_at(log, 45, states[45].id, verify)
+    assert found is not None and found.state == states[45]
+    log.begin(states[80], chunks)
+    assert answer_after(log, 45, states[45].id, 1, 80)[0], "with a gap"
+    assert opening_at(log, 45, bytes(32), verify) is None
 
 
 def test_a_reader_gets_all_by_asking_again_and_only_what_is_new(

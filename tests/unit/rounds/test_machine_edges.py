@@ -887,3 +887,56 @@ def test_a_peer_that_has_changed_chains_judges_the_one_it_left_by_who_was_there_
     forks.note_tip(TipHeard(identity_of("d").peer_id, 9, left.id, 9), 0.0)
     judged = forks.follows_from_afar(Mark.of(left), None, identity_of("d").peer_id, 0.1, is_member=True)
     assert not judged.follow, judged.why
+
+
+def fork_of(names: str) -> tuple[ChainState, list[Mark], RoundMachine]:
+    """A peer `a` that has gone on alone from a state that it shared, and who sealed the other branch since."""
+    shared = standing(*"abcd")
+    sealed, mine = seal_after(shared, "a", {}, solo=True)
+    before = Mark.of(shared)
+    machine = machine_with("a", mine, past=[before, Mark.of(mine, sealed.seal, before)])
+    theirs, state = [before], shared
+    for name in names:
+        sealed, state = seal_after(state, name, {})
+        theirs.append(Mark.of(state, sealed.seal, theirs[-1]))
+    return state, theirs, machine
+
+
+def test_of_a_fork_older_than_the_donors_journal_those_count_who_sealed_it() -> None:
+    """As they do on the own branch, though nobody hears them any more: else the side with fewer would never yield."""
+    there, theirs, machine = fork_of("bcbcbc")
+    donor = identity_of("z").peer_id
+    for shown, follows in (((), False), (tuple(theirs), True)):
+        machine.handle(tip("z", there), 30.0 if shown else 0.5)
+        fetched = RoundsFetched(donor, None, (), parted_at=theirs[0].id, shown=shown)
+        assert bool(of(Resync, machine.handle(fetched, 30.1 if shown else 0.6))) == follows
+    assert machine.worth_changing_to(theirs[4:], donor, 30.2), "its snapshot is of later than where the chains parted"
+    machine.handle(Synced(there, tuple(theirs[4:])), 30.3)
+    assert [mark.id for mark in theirs] == [mark.id for mark in machine.forks.past.after(b"")], "without a gap"
+
+
+def test_what_a_donor_shows_counts_only_as_far_as_its_chain_goes_through_it() -> None:
+    """Else an honest branch that nobody is on any more would speak for a chain that has nothing to do with it."""
+    _, theirs, machine = fork_of("bcbcbc")
+    donor, end = identity_of("z").peer_id, far("z")
+    machine.handle(end, 0.5)
+    fetched = RoundsFetched(donor, None, (), parted_at=theirs[0].id, shown=tuple(theirs))
+    assert not of(Resync, machine.handle(fetched, 0.6))
+    elsewhere = [Mark(end.round, end.id, end.total, donor, False, frozenset())]
+    # As if it had named another tip when it was asked.
+    machine.forks.shown = tuple(theirs)
+    assert not machine.worth_changing_to(elsewhere, donor, 0.7)
+
+
+def test_of_a_fork_that_takes_several_answers_those_count_who_sealed_its_later_pieces() -> None:
+    there, theirs, machine = fork_of("bcbcbc")
+    machine._before = None  # as after a restart
+    rounds, state = [], standing(*"abcd")
+    for name in "bc":
+        sealed, state = seal_after(state, name, {})
+        rounds.append(sealed)
+    donor = identity_of("z").peer_id
+    machine.handle(tip("z", there), 0.5)
+    fetched = RoundsFetched(donor, theirs[0].id, tuple(rounds), checked=False, shown=tuple(theirs))
+    assert of(Resync, machine.handle(fetched, 0.6))
+    assert machine.forks.shown == tuple(theirs)
