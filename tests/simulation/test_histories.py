@@ -56,6 +56,13 @@ def test_no_history_of_faults_breaks_what_must_hold() -> None:
     assert [what for what in HAPPENS if not seen[what]] == [], "histories that do not get there prove nothing about it"
 
 
+@pytest.mark.parametrize("seed", [230, 141])
+def test_a_branch_whose_sealers_are_gone_holds_nobody_for_ever(seed: int) -> None:
+    """One peer is on a branch alone, whose other sealers have left; those of the other side it cannot hear."""
+    report = play(seed)
+    assert report.violations == []
+
+
 def test_a_replica_that_went_wrong_is_noticed_and_mended() -> None:
     reports = [play(seed, (CORRUPT, "crash", "late")) for seed in range(6)]
     assert [report.violations for report in reports if report.violations] == []
