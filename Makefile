@@ -44,7 +44,7 @@ test: $(STAMP)  ## lint, format, types, layers and the test suite
 		|| code=$$?; \
 		nice -n 19 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --timeout 1500 tests/simulation tests/unit/rounds \
 		> .simulation.log 2>&1 & simulation=$$!; trap "kill $$simulation 2> /dev/null" EXIT; \
-		$(BIN)/pytest tests/swarm || code=$$?; \
+		$(BIN)/pytest --numprocesses logical --maxprocesses 2 --dist loadfile tests/swarm || code=$$?; \
 		wait $$simulation || code=$$?; cat .simulation.log; exit $$code
 
 clean:  ## remove the virtual environment, compiled loops and the demo's output
