@@ -49,15 +49,28 @@ class RelayCaps:
             "relayTimeLimit": f"{self.circuit_minutes}m",
         }
 
-    @staticmethod
-    def environment() -> dict[str, str]:
-        """Return what p2pd needs in its environment to keep to its flags.
 
-        It starts two relays, one with these caps and one with libp2p's own (128 KiB and two minutes a connection), and
-        the one that is ready last answers. Which that is hangs on how its threads happen to run: with two of them the
-        small one won in half of 8 starts, with eight in 7 of 8, and with one thread in none of 40.
-        """
-        return {"GOMAXPROCS": "1"}
+async def holds(caps: RelayCaps, p2p: P2P, sockets_prefix: str) -> bool:
+    """Say whether a daemon that has just started relays with `caps`: ask it for a place, as another peer.
+
+    p2pd starts two relays, one with its flags and one with libp2p's own caps (128 KiB, two minutes a connection), and
+    the one that is ready last answers. Which that is hangs on how its threads happen to run: on two cores the small one
+    won in half of all starts, on eight in most.
+
+    Args:
+        sockets_prefix: a multiaddr that the asking daemon's sockets begin with.
+    """
+
+    class Asking(P2P):  # type: ignore[misc, unused-ignore]
+        _UNIX_SOCKET_PREFIX = sockets_prefix
+
+    addresses = await p2p.get_visible_maddrs()
+    # Asking from here, the addresses of others do not matter.
+    asking = await Asking.create(initial_peers=addresses, no_listen=True, dht_mode="client", nat_port_map=False)
+    try:
+        return await reserve(asking, p2p.peer_id.to_bytes()) == caps.circuit_bytes
+    finally:
+        await asking.shutdown()
 
 
 async def reserve(p2p: P2P, relay: bytes) -> int:

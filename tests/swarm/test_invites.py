@@ -217,6 +217,7 @@ def test_a_revoked_peer_is_out_within_two_rounds_and_the_others_do_not_pause(swa
     assert swarm.join("bob").process.wait(60) == 15
 
 
+@pytest.mark.long
 def test_a_guest_that_may_invites_others_and_goes_with_its_guests(swarm: Swarm, network: NetworkThread) -> None:
     there = Invited(swarm)
     bob = there.join("bob", there.invite("--may-invite"))
@@ -280,6 +281,7 @@ def test_in_a_run_with_a_list_the_owner_adds_a_peer_by_its_id(swarm: Swarm) -> N
     there.train(there.ada, bob)
 
 
+@pytest.mark.long
 def test_in_an_open_run_the_owner_bans_a_peer_by_its_id(swarm: Swarm) -> None:
     there = Invited(swarm, mode="open")
     assert "open to everyone" in refused(2, "invite", "--home", str(there.ada.home))
