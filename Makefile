@@ -42,13 +42,14 @@ test: $(STAMP)  ## lint, format, types, layers and the test suite
 	@# have a clock of their own: beside them, at the lowest priority, they take what waiting peers leave of the cores.
 	code=0; $(BIN)/pytest --numprocesses logical --maxprocesses 4 --ignore tests/unit/rounds tests/docs tests/unit \
 		|| code=$$?; \
-		nice -n 19 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --timeout 1500 tests/simulation tests/unit/rounds \
+		nice -n 19 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --timeout 1500 -m 'not long' tests/simulation \
+		tests/unit/rounds \
 		> .simulation.log 2>&1 & simulation=$$!; trap "kill $$simulation 2> /dev/null" EXIT; \
 		$(BIN)/pytest --numprocesses logical --maxprocesses 2 --dist loadfile -m 'not long' tests/swarm || code=$$?; \
 		wait $$simulation || code=$$?; cat .simulation.log; exit $$code
 
 test-long: $(STAMP)  ## the tests that take too long for each change
-	$(BIN)/pytest -m long tests/swarm
+	$(BIN)/pytest -m long tests/swarm tests/simulation
 
 clean:  ## remove the virtual environment, compiled loops and the demo's output
 	rm -rf $(VENV) demo-output

@@ -274,6 +274,7 @@ def test_an_invitation_that_is_no_good_is_refused_with_the_reason(swarm: Swarm) 
     assert "not all of it" in refused(2, "join", there.address, "--invite", token[:-4], *flags)
 
 
+@pytest.mark.long
 def test_in_a_run_with_a_list_the_owner_adds_a_peer_by_its_id(swarm: Swarm) -> None:
     there = Invited(swarm, mode="list")
     assert "one peer only" in refused(2, "invite", "--home", str(there.ada.home))

@@ -191,6 +191,7 @@ def test_a_joiner_has_the_whole_of_a_run_though_one_of_its_two_donors_is_killed_
     linus.reaches(1)
 
 
+@pytest.mark.long
 def test_a_peer_that_was_killed_goes_on_with_its_home_whatever_its_model_begins_with(examples: Examples) -> None:
     examples.write_manifest(40)
     ada = examples.start("ada", 0, "bootstrap", str(examples.manifest))
