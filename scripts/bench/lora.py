@@ -60,9 +60,9 @@ def command(*arguments: str) -> str:
 
 
 def settings(path: Path, rounds: int, batch: int) -> None:
-    """Change what `init` has written as a user would: a short run with small batches."""
+    """Change what `init` has written as a user would: small batches, and a run that ends after `rounds`; 0: never."""
     text = path.read_text()
-    for key, value in (("last_round", rounds), ("target_batch", batch), ("total_rounds", rounds), ("warmup_rounds", 4)):
+    for key, value in (("last_round", rounds), ("target_batch", batch), ("warmup_rounds", 4)):
         text = re.sub(rf"(?m)^{key} = .*$", f"{key} = {value}", text)
     path.write_text(text)
 
@@ -124,7 +124,8 @@ def main() -> None:
         first = folder / "first.toml"
         shutil.copyfile(run, first)
         settings(first, 1, options.batch)
-        settings(run, options.rounds, options.batch)
+        # The first must not be done before the second is there.
+        settings(run, 0, options.batch)
         shutil.copytree(a, alone)
         note("one round alone")
         Measured(folder / "alone.log", "bootstrap", str(first), "--home", str(alone), "--host", "127.0.0.1").ended()
@@ -135,12 +136,14 @@ def main() -> None:
         figures = folder / "metrics.jsonl"
         peer = Measured(folder / "a.log", "bootstrap", str(run), "--home", str(a), *flags, "--metrics", str(figures))
         address, begins_seconds = peer.address()
-        joiner = Measured(folder / "b.log", "join", address, "--home", str(b), *flags)
+        joiner = Measured(folder / "b.log", "join", address, "--home", str(b), "--rounds", str(options.rounds), *flags)
         _, join_seconds = joiner.address()
         note(f"both train; the second began after {join_seconds:.0f} s")
-        ended = joiner.ended(), peer.ended()
+        ended_second = joiner.ended()
+        peer.stop()
+        ended = ended_second, peer.ended()
         after = bits_per_byte(a, options.eval_tokens)
-        note(f"held out: {after:.4f} bits a byte after {options.rounds} rounds")
+        note(f"held out: {after:.4f} bits a byte after {options.rounds} rounds of both")
         command("export", str(folder / "merged"), "--merge", "--home", str(a), "-q")
         command("export", str(folder / "adapter"), "--home", str(a), "-q")
         result = {
