@@ -92,6 +92,7 @@ def test_whatever_a_member_claims_the_others_go_on_at_about_their_pace(
     assert min(measured.included.values()) > ENOUGH
 
 
+@pytest.mark.long
 def test_who_claims_more_than_its_line_loses_parts_and_stalls_nobody(tmp_path: Path) -> None:
     """Lines on which one reducer's share takes as long as a round: all of it, with an equal line, would take four."""
     measured = measure(

@@ -255,6 +255,7 @@ def test_a_guest_that_may_invites_others_and_goes_with_its_guests(swarm: Swarm, 
     assert "revoked" in said or "may not invite" in said
 
 
+@pytest.mark.long
 def test_an_invitation_that_is_no_good_is_refused_with_the_reason(swarm: Swarm) -> None:
     there = Invited(swarm)
     token = there.invite()
