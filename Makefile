@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test clean
+.PHONY: help venv install demo test test-long clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*##/make \1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*##/make \1\t/p' $(MAKEFILE_LIST)
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "p2ptrain needs Python 3.11, 3.12 or 3.13, and finds none;" \
@@ -38,14 +38,18 @@ test: $(STAMP)  ## lint, format, types, layers and the test suite
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy p2ptrain
 	$(BIN)/lint-imports --no-logo
-	@# Real peers share the cores that they are timed on, so their tests run one at a time. Rounds that are simulated have
-	@# a clock of their own: beside them, at the lowest priority, they take what waiting peers leave of the cores.
+	@# Real peers share the cores that they are timed on, so few of their tests run at a time. Rounds that are simulated
+	@# have a clock of their own: beside them, at the lowest priority, they take what waiting peers leave of the cores.
 	code=0; $(BIN)/pytest --numprocesses logical --maxprocesses 4 --ignore tests/unit/rounds tests/docs tests/unit \
 		|| code=$$?; \
-		nice -n 19 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --timeout 1500 tests/simulation tests/unit/rounds \
+		nice -n 19 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --timeout 1500 -m 'not long' tests/simulation \
+		tests/unit/rounds \
 		> .simulation.log 2>&1 & simulation=$$!; trap "kill $$simulation 2> /dev/null" EXIT; \
-		$(BIN)/pytest tests/swarm || code=$$?; \
+		$(BIN)/pytest --numprocesses logical --maxprocesses 2 --dist loadfile -m 'not long' tests/swarm || code=$$?; \
 		wait $$simulation || code=$$?; cat .simulation.log; exit $$code
+
+test-long: $(STAMP)  ## the tests that take too long for each change
+	$(BIN)/pytest -m long tests/swarm tests/simulation
 
 clean:  ## remove the virtual environment, compiled loops and the demo's output
 	rm -rf $(VENV) demo-output

@@ -15,14 +15,16 @@ if TYPE_CHECKING:
     from p2ptrain.api.peer import Peer, bootstrap, join
     from p2ptrain.models.own import parameters_sha256
     from p2ptrain.models.task import Task
+    from p2ptrain.observe.metrics import Sink
     from p2ptrain.optim.demo import DeMo
 
 __version__ = "0.1.0"
-__all__ = ["DeMo", "Peer", "SwarmCallback", "SwarmOptimizer", "Task", "bootstrap", "join", "parameters_sha256"]
+__all__ = ["DeMo", "Peer", "Sink", "SwarmCallback", "SwarmOptimizer", "Task", "bootstrap", "join", "parameters_sha256"]
 
 _WHERE = {
     "DeMo": "p2ptrain.optim.demo",
     "Peer": "p2ptrain.api.peer",
+    "Sink": "p2ptrain.observe.metrics",
     "SwarmCallback": "p2ptrain.api.huggingface",
     "SwarmOptimizer": "p2ptrain.api.optimizer",
     "Task": "p2ptrain.models.task",

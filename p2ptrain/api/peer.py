@@ -43,6 +43,7 @@ from p2ptrain.models.own import (
     own_task,
 )
 from p2ptrain.observe.evaluations import Evaluation, said_text
+from p2ptrain.observe.metrics import Sink
 from p2ptrain.observe.status import Status
 from p2ptrain.peer.assembly import Run
 from p2ptrain.peer.session import Part, PeerSession
@@ -75,6 +76,7 @@ class Peer:
         addresses: to meet others at.
         find: finds the run, once the session is connected; it is given the beginning that `model` makes.
         evaluate: measures `model`, in this peer's turns.
+        sinks: where figures go, besides what the settings name.
     """
 
     def __init__(
@@ -86,8 +88,9 @@ class Peer:
         addresses: Sequence[str],
         find: Callable[[PeerSession, Beginning], Run],
         evaluate: Evaluate | None = None,
+        sinks: Sequence[Sink] = (),
     ) -> None:
-        self.model = model
+        self.model, self._sinks = model, list(sinks)
         self._evaluate = evaluate
         #: this peer's part in the run is over: the run has ended, or its `rounds` have
         self.ended = False
@@ -157,6 +160,7 @@ class Peer:
             raise RuntimeError("a peer is entered once; make another one")
         with ExitStack() as stack:
             session = PeerSession(self._settings, _Heard(self), self._rounds)
+            session.sinks = list(self._sinks)
             self._session = stack.enter_context(session)
             session.connect(self._addresses)
             assert self._beginning is not None
@@ -311,6 +315,7 @@ def bootstrap(
     announce: Sequence[str] = (),
     threads: int | None = None,
     evaluate: Evaluate | None = None,
+    metrics: Sequence[str | Sink] = (),
 ) -> Peer:
     """Return a peer that starts the run which a run.toml describes, with `model` as it is in place of the built-in one.
 
@@ -326,6 +331,7 @@ def bootstrap(
         name, port, host, announce, threads: as the flags of `p2ptrain bootstrap`.
         evaluate: called as `evaluate(model)` when it is this peer's turn to measure, at intervals that the run.toml's
             `[evaluation]` sets; returns up to eight figures by name, which others see as this peer's.
+        metrics: where figures of rounds go: what `--metrics` takes, or objects with the methods of `p2ptrain.Sink`.
 
     Raises:
         ManifestError: the run.toml is none, or not for a loop of one's own.
@@ -346,8 +352,8 @@ def bootstrap(
             manifest = own.manifest
         return session.found_run(manifest)
 
-    settings = _settings(home, name, port, host, announce, threads)
-    return Peer(settings, model, kinds, rounds, _checked(initial_peers), find, evaluate)
+    settings = _settings(home, name, port, host, announce, threads, metrics)
+    return Peer(settings, model, kinds, rounds, _checked(initial_peers), find, evaluate, _sinks(metrics))
 
 
 def join(
@@ -363,6 +369,7 @@ def join(
     announce: Sequence[str] = (),
     threads: int | None = None,
     evaluate: Evaluate | None = None,
+    metrics: Sequence[str | Sink] = (),
 ) -> Peer:
     """Return a peer that trains with the swarm at `addresses`, whose `model` gets the swarm's parameters.
 
@@ -371,7 +378,7 @@ def join(
         model: a module with the names and shapes of the run's; the values that it has do not matter.
         run: name or id of another run than that of the peers at `addresses`.
         invite: invitation to a run that is not open to everyone.
-        home, rounds, name, port, host, announce, threads, evaluate: as of `bootstrap`.
+        home, rounds, name, port, host, announce, threads, evaluate, metrics: as of `bootstrap`.
 
     Raises:
         AddressError: what should be an address is none.
@@ -390,8 +397,8 @@ def join(
             raise UsageError(f"which swarm? Home {session.home.path} has met none yet", hint="p2ptrain.join(ADDR, ...)")
         return own
 
-    settings = _settings(home, name, port, host, announce, threads)
-    return Peer(settings, model, None, rounds, asked, find, evaluate)
+    settings = _settings(home, name, port, host, announce, threads, metrics)
+    return Peer(settings, model, None, rounds, asked, find, evaluate, _sinks(metrics))
 
 
 def check_strategy(manifest: Manifest) -> None:
@@ -419,9 +426,22 @@ def _settings(
     host: str | None,
     announce: Sequence[str],
     threads: int | None,
+    metrics: Sequence[str | Sink],
 ) -> NodeSettings:
-    flags = {"name": name, "port": port, "host": host, "announce": list(announce), "threads": threads}
+    named = [where for where in metrics if isinstance(where, str)] or None
+    flags = {
+        "name": name,
+        "port": port,
+        "host": host,
+        "announce": list(announce),
+        "threads": threads,
+        "metrics": named,
+    }
     return resolve_settings(None if home is None else Path(home).expanduser(), flags)
+
+
+def _sinks(metrics: Sequence[str | Sink]) -> list[Sink]:
+    return [where for where in metrics if not isinstance(where, str)]
 
 
 def _checked(addresses: Sequence[str]) -> list[str]:

@@ -56,7 +56,7 @@ from p2ptrain.models.own import Beginning, check_length
 from p2ptrain.models.task import Task
 from p2ptrain.observe.evaluations import History
 from p2ptrain.observe.events import EventLog
-from p2ptrain.observe.metrics import Metrics, sinks_of
+from p2ptrain.observe.metrics import Metrics, Sink, sinks_of
 from p2ptrain.observe.status import Standing, Status
 from p2ptrain.peer import joining
 from p2ptrain.peer.assembly import Link, Make, Run, driver_parts
@@ -195,6 +195,8 @@ class PeerSession:
         self._line: Line | None = None
         #: when something of the chain was fetched last, by the network thread's clock
         self._fetched_at = -math.inf
+        #: where figures go, besides what the settings name
+        self.sinks: list[Sink] = []
         #: passes figures on; None: nobody asked for them
         self._metrics: Metrics | None = None
         #: writes down what happens; None: before this peer takes part
@@ -736,8 +738,9 @@ class PeerSession:
         name = self.settings.name or format_peer_id(self.node.peer_id)[-8:]
         shown_device = str(device or task.parameters[0].tensor.device)
         log = EventLog(self.home.events)
-        if self.settings.metrics:
-            self._metrics = self._metrics or Metrics(sinks_of(self.settings.metrics, time.time))
+        if self.settings.metrics or self.sinks:
+            if self._metrics is None:
+                self._metrics = Metrics([*sinks_of(self.settings.metrics, time.time), *self.sinks])
             log.listeners.append(self._metrics)
         reporter = Reporter(log, SealLog(self.home.seals), replica.codec.chunks)
         reporter.started(run.manifest, run.run_id, self.node.peer_id, name, shown_device, replica.chain)

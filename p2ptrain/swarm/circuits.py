@@ -3,7 +3,8 @@
 The daemon would reserve by itself, but not before it holds itself for unreachable, and with fewer than four relays
 three minutes later. Its side of the protocol needs no more than one message; what then comes through the relay the
 daemon takes. A relay drops a reservation with the connection, so whoever holds one asks again now and then.
-Cost: one message of two bytes, and one answer.
+Cost: one message of two bytes, and one answer. A daemon that relays is tried so when it starts, by another daemon,
+until one has the caps that it was told: some seconds.
 """
 
 from __future__ import annotations
@@ -49,15 +50,27 @@ class RelayCaps:
             "relayTimeLimit": f"{self.circuit_minutes}m",
         }
 
-    @staticmethod
-    def environment() -> dict[str, str]:
-        """Return what p2pd needs in its environment to keep to its flags.
 
-        It starts two relays, one with these caps and one with libp2p's own (128 KiB and two minutes a connection), and
-        the one that is ready last answers. Which that is hangs on how its threads happen to run: with two of them the
-        small one won in half of 8 starts, with eight in 7 of 8, and with one thread in none of 40.
-        """
-        return {"GOMAXPROCS": "1"}
+async def holds(caps: RelayCaps, p2p: P2P, sockets_prefix: str) -> bool:
+    """Say whether a daemon that has just started relays with `caps`: ask it for a place, as another peer.
+
+    p2pd starts two relays, one with its flags and one with libp2p's own caps (128 KiB, two minutes a connection), and
+    the one that is ready last answers. Which that is, is chance: on two cores the small one won in 4 of 8 starts, with
+    eight threads in 7 of 8.
+
+    Args:
+        sockets_prefix: a multiaddr that the asking daemon's sockets begin with.
+    """
+
+    class Asking(P2P):  # type: ignore[misc, unused-ignore]
+        _UNIX_SOCKET_PREFIX = sockets_prefix
+
+    addresses = await p2p.get_visible_maddrs()
+    asking = await Asking.create(initial_peers=addresses, no_listen=True, dht_mode="client", nat_port_map=False)
+    try:
+        return await reserve(asking, p2p.peer_id.to_bytes()) == caps.circuit_bytes
+    finally:
+        await asking.shutdown()
 
 
 async def reserve(p2p: P2P, relay: bytes) -> int:
@@ -103,10 +116,8 @@ def _status(message: bytes) -> int:
 
 def _circuit_bytes(message: bytes) -> int:
     """Return the data of a HopMessage's Limit, its field 4; 0 where it has none. Raises ValueError for what is none."""
-    limits = [value for field, value in _fields(message) if field == 4 and isinstance(value, bytes)]
-    return next(
-        (value for limit in limits for field, value in _fields(limit) if field == 2 and isinstance(value, int)), 0
-    )
+    limit = next((value for field, value in _fields(message) if field == 4 and isinstance(value, bytes)), b"")
+    return next((value for field, value in _fields(limit) if field == 2 and isinstance(value, int)), 0)
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import shutil
 import subprocess
 import tempfile
@@ -20,7 +21,8 @@ from typing import Any
 from hivemind.p2p import P2P
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 
-from p2ptrain.errors import DaemonError
+from p2ptrain.errors import DaemonError, UnreachableError
+from p2ptrain.swarm import circuits
 from p2ptrain.swarm.addresses import listening_address
 from p2ptrain.swarm.circuits import RelayCaps
 from p2ptrain.swarm.guards import MAX_UNARY_BYTES
@@ -29,6 +31,10 @@ from p2ptrain.swarm.streams import BoundedP2P
 
 START_SECONDS = 15.0
 STOP_SECONDS = 5.0
+RELAY_STARTS_MAX = 20
+"""Of a daemon that is to relay: which caps it has is a matter of chance, see `circuits.holds`."""
+
+_logger = logging.getLogger(__name__)
 
 # A socket's path may have 107 characters, and the longest name in the directory has 27.
 _MAX_DIRECTORY_CHARACTERS = 79
@@ -91,6 +97,26 @@ class Daemon:
     @classmethod
     async def start(cls, settings: DaemonSettings) -> Daemon:
         """Raises DaemonError when the daemon does not come up."""
+        if settings.relaying is None or not settings.relaying.reservations:
+            return await cls._start(settings)
+        for _ in range(RELAY_STARTS_MAX):
+            daemon = await cls._start(settings)
+            try:
+                if await circuits.holds(settings.relaying, daemon.p2p, f"/unix{settings.sockets}/"):
+                    return daemon
+            except (UnreachableError, P2PDaemonError, OSError, ValueError, EOFError) as error:
+                _logger.debug("the daemon's relay was not tried: %s", error)
+            except BaseException:
+                await daemon.stop()
+                raise
+            await daemon.stop()
+        raise DaemonError(
+            f"the libp2p daemon does not relay as it was told to, after {RELAY_STARTS_MAX} starts",
+            hint="run again; with -v it says more",
+        )
+
+    @classmethod
+    async def _start(cls, settings: DaemonSettings) -> Daemon:
 
         class PrivateP2P(BoundedP2P):
             _UNIX_SOCKET_PREFIX = f"/unix{settings.sockets}/"
@@ -98,10 +124,8 @@ class Daemon:
 
             @staticmethod
             def _make_process_args(*arguments: Any, **flags: Any) -> list[str]:
-                if settings.relaying is None:
-                    return list(P2P._make_process_args(*arguments, **flags))
-                environment = [f"{name}={value}" for name, value in settings.relaying.environment().items()]
-                return ["env", *environment, *P2P._make_process_args(*arguments, **flags, **settings.relaying.flags())]
+                caps = {} if settings.relaying is None else settings.relaying.flags()
+                return list(P2P._make_process_args(*arguments, **flags, **caps))
 
         # Without relays of its own the daemon would turn to those of the public IPFS network.
         relays = list(settings.relays) if settings.nat and settings.listen else []

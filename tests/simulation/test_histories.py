@@ -69,6 +69,7 @@ def test_a_replica_that_went_wrong_is_noticed_and_mended() -> None:
     assert coverage(reports)["fault_corrupt"] > len(reports)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [1, 3])
 def test_a_group_that_needs_a_tree_keeps_what_must_hold(seed: int) -> None:
     torch.set_num_threads(1)

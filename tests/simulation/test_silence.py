@@ -53,7 +53,13 @@ def measure(
     return swarm.measured
 
 
-@pytest.mark.parametrize("misbehaviour", ["flood", "churn", "no_replies", "no_contributions"])
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize(
+    "misbehaviour",
+    [pytest.param("flood", marks=LONG), "churn", "no_replies", pytest.param("no_contributions", marks=LONG)],
+)
 def test_whatever_is_withheld_the_others_go_on_at_their_pace(tmp_path: Path, misbehaviour: str) -> None:
     measured = measure(tmp_path, misbehaviour)
     assert measured.share > ENOUGH
@@ -61,6 +67,7 @@ def test_whatever_is_withheld_the_others_go_on_at_their_pace(tmp_path: Path, mis
     assert measured.recovered_rounds > ENOUGH * measured.calm_rounds
 
 
+@pytest.mark.long
 def test_a_member_that_never_seals_is_soon_waited_for_no_more(tmp_path: Path) -> None:
     measured = measure(tmp_path, "no_seals")
     assert measured.share > 0.7, "a wait of seal_timeout_seconds each time that it is tried"
@@ -74,7 +81,7 @@ def test_a_sealer_that_leaves_one_out_is_noticed_and_loses_its_turns(tmp_path: P
     assert measured.noticed_after_rounds is not None and measured.noticed_after_rounds <= 20
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=LONG)])
 @pytest.mark.parametrize("misbehaviour", list(CLAIMS))
 def test_whatever_a_member_claims_the_others_go_on_at_about_their_pace(
     tmp_path: Path, misbehaviour: str, seed: int
@@ -85,6 +92,7 @@ def test_whatever_a_member_claims_the_others_go_on_at_about_their_pace(
     assert min(measured.included.values()) > ENOUGH
 
 
+@pytest.mark.long
 def test_who_claims_more_than_its_line_loses_parts_and_stalls_nobody(tmp_path: Path) -> None:
     """Lines on which one reducer's share takes as long as a round: all of it, with an equal line, would take four."""
     measured = measure(

@@ -114,6 +114,7 @@ def status(peer: Peer, code: int = 0) -> dict[str, Any]:
     return answer
 
 
+@pytest.mark.long
 def test_a_peer_pauses_resumes_finishes_and_leaves_while_the_others_train_on(swarm: Swarm) -> None:
     # Journals reach back some intervals, so through the pause, however long looking at it takes.
     swarm.write_manifest(root_interval=64)

@@ -217,6 +217,7 @@ def test_a_revoked_peer_is_out_within_two_rounds_and_the_others_do_not_pause(swa
     assert swarm.join("bob").process.wait(60) == 15
 
 
+@pytest.mark.long
 def test_a_guest_that_may_invites_others_and_goes_with_its_guests(swarm: Swarm, network: NetworkThread) -> None:
     there = Invited(swarm)
     bob = there.join("bob", there.invite("--may-invite"))
@@ -254,6 +255,7 @@ def test_a_guest_that_may_invites_others_and_goes_with_its_guests(swarm: Swarm, 
     assert "revoked" in said or "may not invite" in said
 
 
+@pytest.mark.long
 def test_an_invitation_that_is_no_good_is_refused_with_the_reason(swarm: Swarm) -> None:
     there = Invited(swarm)
     token = there.invite()
@@ -273,6 +275,7 @@ def test_an_invitation_that_is_no_good_is_refused_with_the_reason(swarm: Swarm) 
     assert "not all of it" in refused(2, "join", there.address, "--invite", token[:-4], *flags)
 
 
+@pytest.mark.long
 def test_in_a_run_with_a_list_the_owner_adds_a_peer_by_its_id(swarm: Swarm) -> None:
     there = Invited(swarm, mode="list")
     assert "one peer only" in refused(2, "invite", "--home", str(there.ada.home))
@@ -280,6 +283,7 @@ def test_in_a_run_with_a_list_the_owner_adds_a_peer_by_its_id(swarm: Swarm) -> N
     there.train(there.ada, bob)
 
 
+@pytest.mark.long
 def test_in_an_open_run_the_owner_bans_a_peer_by_its_id(swarm: Swarm) -> None:
     there = Invited(swarm, mode="open")
     assert "open to everyone" in refused(2, "invite", "--home", str(there.ada.home))

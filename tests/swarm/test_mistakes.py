@@ -101,6 +101,7 @@ def test_a_network_without_a_run(peer_process: Callable[..., PeerProcess], tmp_p
     assert "no run" in refused(8, "join", peer.report["addresses"][0], *flags)
 
 
+@pytest.mark.long
 def test_in_a_network_with_several_runs_an_address_means_the_run_of_its_peer(swarm: Swarm) -> None:
     swarm.write_manifest()
     address = swarm.bootstrap("ada").address()

@@ -21,6 +21,7 @@ from peers import Swarm, run
 from test_mistakes import refused
 
 from p2ptrain.calls.client import Client, hello
+from p2ptrain.calls.dialling import DialBack, Dialling
 from p2ptrain.calls.messages import (
     NAMESPACE,
     NOT_LISTED,
@@ -208,7 +209,10 @@ def test_an_outsider_gets_nothing_by_any_call_or_key_and_the_two_go_on(two: RunO
     async def scenario() -> None:
         outsider = await SwarmNode.create(None, [two.address], host="127.0.0.1")
         try:
-            await outsider.add_servicer(PeerServicer(nobody, Traffic()), NAMESPACE)
+            servicer = PeerServicer(nobody, Traffic())
+            # Whoever is connected may be asked whether it can dial back, which says nothing of a run.
+            servicer.rpc_dial = Dialling(DialBack(outsider.seen_at)).rpc_dial  # type: ignore[method-assign]
+            await outsider.add_servicer(servicer, NAMESPACE)
             for peer in two.ids:
                 await outsider.connect(peer)
                 await calls_bring_nothing(outsider, peer)

@@ -9,7 +9,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from peers import eventually, run
 
+import p2ptrain
 from p2ptrain.state import checkpoint
 
 EXAMPLES = Path(__file__).parents[2] / "docs/examples"
@@ -190,6 +191,7 @@ def test_a_joiner_has_the_whole_of_a_run_though_one_of_its_two_donors_is_killed_
     linus.reaches(1)
 
 
+@pytest.mark.long
 def test_a_peer_that_was_killed_goes_on_with_its_home_whatever_its_model_begins_with(examples: Examples) -> None:
     examples.write_manifest(40)
     ada = examples.start("ada", 0, "bootstrap", str(examples.manifest))
@@ -241,3 +243,41 @@ def test_the_snippets_of_the_docs_run_as_they_stand(
     assert isinstance(optimizer, torch.optim.Optimizer)
     model(torch.ones(8, 4)).square().mean().backward()
     optimizer.step()
+
+
+class Kept:
+    """A sink of a program's own."""
+
+    def __init__(self) -> None:
+        self.labels: dict[str, str] = {}
+        self.rounds: dict[int, dict[str, float]] = {}
+        self.closed = False
+
+    def begin(self, labels: Mapping[str, str]) -> None:
+        self.labels = dict(labels)
+
+    def figures(self, values: Mapping[str, float], round: int) -> None:
+        self.rounds.setdefault(round, {}).update(values)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_figures_of_rounds_go_where_a_program_wants_them(tmp_path: Path) -> None:
+    kept, path, run_toml = Kept(), tmp_path / "metrics.jsonl", tmp_path / "run.toml"
+    run_toml.write_text(MANIFEST.format(last_round=3).replace("= 512", "= 8"))
+    model = torch.nn.Linear(3, 2)
+    settings = {"home": tmp_path / "home", "host": "127.0.0.1", "name": "ada"}
+    with p2ptrain.bootstrap(run_toml, model=model, metrics=[kept, str(path)], **settings) as peer:
+        while not peer.ended:
+            model(torch.ones(8, 3)).square().mean().backward()
+            peer.optimizer.step(samples=8)
+            peer.optimizer.zero_grad()
+    assert kept.closed and kept.labels["run"] == "pictures" and kept.labels["name"] == "ada"
+    written: dict[int, dict[str, float]] = {}
+    for line in map(json.loads, path.read_text().splitlines()):
+        if "round" in line:
+            figures = {name: value for name, value in line.items() if name not in ("round", "time")}
+            written.setdefault(line["round"], {}).update(figures)
+    assert written == kept.rounds and {1, 2, 3} <= written.keys()
+    assert written[3]["members"] == 1 and written[3]["sequences"] > 0

@@ -53,6 +53,9 @@ alone_after_seconds = 30.0
 root_interval = 1000
 """
 
+SHORT = ("demo", "sparse_diloco")
+"""Tried at each change: the simplest, and that which has all that strategies have."""
+
 
 @pytest.fixture
 def swarm(tmp_path: Path) -> Iterator[Swarm]:
@@ -61,7 +64,13 @@ def swarm(tmp_path: Path) -> Iterator[Swarm]:
     made.close()
 
 
-@pytest.mark.parametrize("strategy", get_args(Strategy))
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        pytest.param(name, marks=() if name in ("demo", "sparse_diloco") else pytest.mark.long)
+        for name in get_args(Strategy)
+    ],
+)
 def test_real_peers_come_to_what_a_group_in_one_process_comes_to(strategy: str, swarm: Swarm) -> None:
     data = swarm.own_text(NAMES[0])
     swarm.manifest.write_text(MANIFEST.format(nonce=os.urandom(16).hex(), data=data, strategy=strategy))

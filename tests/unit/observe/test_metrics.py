@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import urllib.request
@@ -11,7 +12,7 @@ import pytest
 
 from p2ptrain.errors import UsageError
 from p2ptrain.observe.events import Event, EventLog, Measured, MemberLine, Sealed, Started, Worked
-from p2ptrain.observe.metrics import Metrics, Prometheus, figures_of, sinks_of
+from p2ptrain.observe.metrics import TRACKERS, Metrics, Prometheus, figures_of, sinks_of
 
 ROOT = Path(__file__).parents[3]
 ME = "12D3KooWada"
@@ -94,3 +95,23 @@ def test_what_is_no_place_for_figures_is_refused_and_what_breaks_stops_nobody(tm
     for event in told():
         metrics(event)
     metrics.close()
+
+
+@pytest.mark.parametrize("library", TRACKERS)
+def test_a_tracker_takes_figures_without_a_network(
+    library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Not imported before it is told where to write.
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"pip install {library}")
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "TRACKIO_DIR": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    metrics = Metrics(sinks_of([f"{library}:verses"], lambda: 5.0))
+    for event in told():
+        metrics(event)
+    # A sink that failed would be gone by now.
+    assert len(metrics._sinks) == 1
+    metrics.close()
+    written = b"".join(bytes(path) + path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert b"verses" in written and b"heldout_bits_per_byte" in written
