@@ -165,14 +165,15 @@ def judge(common: Mark, ours: Branch, theirs: Branch, me: bytes = b"", *, whole:
     that branch speak for it no more: it yields to any member that comes back.
 
     Args:
-        whole: whether all seals of theirs are known. Else it would be unfair to count seals alone.
+        whole: whether all seals of theirs are known. Else it would be unfair to count seals alone; and who has sealed
+            ours and says that it stands on theirs may have sealed that too.
     """
     # Not all of its marks need be known.
     seals = tuple(branch.marks[-1].round - common.round if branch.marks else 0 for branch in (ours, theirs))
     hear = not whole or (seals != (1, 1) and seals[0] <= max(HEARD_SEALS_MIN, 2 * len(common.members)))
     branches = ours, theirs
     there = [{mark.sealer for mark in branch.marks} for branch in branches]
-    twofold = there[0] & there[1] & common.members
+    twofold = there[0] & (there[1] if whole else there[1] | set(theirs.voices)) & common.members
     there = [{mark.sealer for mark in branch.marks[branch.before_stranger :]} for branch in branches]
     sealed = [sealers & common.members for sealers in there]
     said = [set(branch.voices) & common.members if hear else set[bytes]() for branch in branches]

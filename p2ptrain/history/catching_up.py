@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
@@ -49,7 +50,11 @@ ROUNDS_ANSWER_BYTES = 64 * 1024 * 1024
 SYNC_BYTES = 1024 * 1024 * 1024
 """Rounds held in memory while switching to another chain."""
 SEALS_ANSWERS_MAX = 16
-"""Of seals, of a fork that is older than its donor's journal: 8 MiB of them in all."""
+"""Of seals, of a fork that is older than its donor's journal: 8 MiB of them in all, of an honest donor."""
+SHOWN_SECONDS = 20.0
+"""For all these answers, and for checking them."""
+SHOWN_MEMBERS_MAX = 2**19
+"""Of the marks of such a fork, all together, each counted again where they change: some 32 MiB of memory."""
 
 _logger = logging.getLogger(__name__)
 
@@ -213,14 +218,15 @@ class CatchingUp:
             if start is None:
                 return ()
             walk, marks = Walk(start, verify), [Mark.of(start.state)]
-            for _ in range(SEALS_ANSWERS_MAX):
-                header, seals = await self._client.seals(donor, walk.head.round, walk.head.id, 1)
-                if header.opening:
-                    return ()  # its seals do not reach back so far
-                await asyncio.to_thread(_follow, walk, marks, seals)
-                if not seals or walk.head.id == header.tip.id:
-                    return tuple(marks)
-        except (CallError, SealError, OSError) as error:
+            async with asyncio.timeout(SHOWN_SECONDS):
+                for _ in range(SEALS_ANSWERS_MAX):
+                    header, seals = await self._client.seals(donor, walk.head.round, walk.head.id, 1)
+                    if header.opening:
+                        return ()  # its seals do not reach back so far
+                    await asyncio.to_thread(_follow, walk, marks, seals)
+                    if not seals or walk.head.id == header.tip.id:
+                        return tuple(marks)
+        except (CallError, SealError, OSError) as error:  # that it took too long is an OSError
             _logger.debug("no seals of a fork: %s", error)
         return ()
 
@@ -367,7 +373,8 @@ def _decode(encoded: list[bytes]) -> tuple[SealedRound, ...]:
 
 
 def _follow(walk: Walk, marks: list[Mark], seals: Sequence[SignedSeal]) -> None:
-    """Take these seals, and the marks of what they lead to. Raises SealError."""
+    """Take these seals, and the marks of what they lead to. Raises SealError: also, they have too many members."""
+    listed = sum(_listed(mark, before) for before, mark in itertools.pairwise(marks))
     for signed in seals:
         deque(walk.take(signed), maxlen=0)
         seal = walk.pending[-1].seal
@@ -376,6 +383,14 @@ def _follow(walk: Walk, marks: list[Mark], seals: Sequence[SignedSeal]) -> None:
         if not marks:
             raise SealError("its chain parts from ours before it says that it does")
         marks.append(Mark.of(walk.head, seal, marks[-1]))
+        listed += _listed(marks[-1], marks[-2])
+        if listed > SHOWN_MEMBERS_MAX:
+            raise SealError("its members change too often to be remembered")
+
+
+def _listed(mark: Mark, before: Mark) -> int:
+    """How many members a mark takes memory for; those that it has as the one before it share theirs."""
+    return len(mark.newcomers) + (mark.members is not before.members) * len(mark.members)
 
 
 def _check(state: ChainState, rounds: tuple[SealedRound, ...], codec: Codec) -> list[ChainState]:

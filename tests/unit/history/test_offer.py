@@ -20,16 +20,17 @@ from virtual import FakeNode, Network, name_of
 from p2ptrain import chain
 from p2ptrain.calls.client import Client
 from p2ptrain.calls.messages import CallError, RoundsHeader, SealsHeader, SnapshotOffer, Tip, Traffic
-from p2ptrain.chain import SignedSeal
+from p2ptrain.chain import Join, Row, SealError, SignedSeal
 from p2ptrain.chain.admission import Access, Grant
 from p2ptrain.chain.forks import Mark, Past
 from p2ptrain.chain.sealed import SealedRoundError, decode_sealed, encode_sealed
 from p2ptrain.history import catching_up
 from p2ptrain.history.catching_up import CatchingUp
 from p2ptrain.history.download import Download
+from p2ptrain.simulation.forged import Branch
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.pieces import Partials
-from p2ptrain.state.seals import SealLog
+from p2ptrain.state.seals import Opening, SealLog, Walk
 from p2ptrain.state.snapshot import SnapshotStore, piece_hashes, root_of
 from p2ptrain.swarm.identity import Identity, verify
 from p2ptrain.swarm.invitations import invite
@@ -261,9 +262,9 @@ def test_replies_are_checked_from_the_last_state_of_ours_that_the_rounds_go_thro
     assert not fetched.checked
 
 
-@pytest.mark.parametrize("fault", ["", "a gap", "another parting", "a signature", "no end"])
+@pytest.mark.parametrize("fault", ["", "a gap", "another parting", "a signature", "no end", "no answer"])
 def test_the_seals_of_a_fork_older_than_the_donors_journal_are_asked_for_and_checked(
-    tmp_path: Path, lone: Lone, fault: str
+    tmp_path: Path, lone: Lone, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They begin where both chains parted, by what this peer itself kept; what is wrong with them leaves the rest."""
     made, _, _ = offering(tmp_path, lone)
@@ -289,10 +290,15 @@ def test_the_seals_of_a_fork_older_than_the_donors_journal_are_asked_for_and_che
         pieces[states[0].id] = [other[0].signed, lone.rounds[2].signed] * 2
         pieces[lone.states[3].id] = [other[0].signed, lone.rounds[2].signed]
 
+    elif fault == "no answer":
+        monkeypatch.setattr(catching_up, "SHOWN_SECONDS", 0.05)
+
     async def rounds(*_: object) -> tuple[RoundsHeader, list[bytes]]:
         return RoundsHeader(b"", 0, tip, (), states[0].id), []
 
     async def seals(_: bytes, round: int, known: bytes, newest: int) -> tuple[SealsHeader, list[SignedSeal]]:
+        if fault == "no answer":
+            await asyncio.Event().wait()
         return SealsHeader(b"" if known in pieces else b"elsewhere", lone.chunks, tip), pieces.get(known, [])
 
     made._client = SimpleNamespace(rounds=rounds, seals=seals, run_id=RUN_ID)  # type: ignore[assignment]
@@ -301,3 +307,27 @@ def test_the_seals_of_a_fork_older_than_the_donors_journal_are_asked_for_and_che
     assert fetched.ancestor is None and fetched.parted_at == states[0].id
     assert [mark.id for mark in fetched.shown] == ([] if fault else [state.id for state in states])
     assert fault or [mark.sealer for mark in fetched.shown[1:]] == [lone.identity.peer_id] * 4
+
+
+def test_what_seals_show_takes_bounded_memory_however_often_their_members_change(
+    lone: Lone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    branch = Branch(lone.states[4], lone.replica.codec)
+    for number in range(3):
+        branch.forge(lone.identity, joins=() if number else (Join(OTHER.peer_id, Row(4, 1000, 0)),))
+    shown = branch.seals_after(lone.states[4].id)
+    assert shown is not None
+
+    def follow() -> list[Mark]:
+        marks = [Mark.of(lone.states[4])]
+        catching_up._follow(Walk(Opening(lone.chunks, lone.states[4]), verify), marks, shown)
+        return marks
+
+    marks = follow()
+    distinct = {id(names): len(names) for mark in marks[1:] for names in (mark.members, mark.newcomers)}
+    distinct.pop(id(marks[0].members), None)
+    monkeypatch.setattr(catching_up, "SHOWN_MEMBERS_MAX", sum(distinct.values()))
+    assert [mark.id for mark in follow()] == [mark.id for mark in marks]
+    monkeypatch.setattr(catching_up, "SHOWN_MEMBERS_MAX", sum(distinct.values()) - 1)
+    with pytest.raises(SealError, match="change too often"):
+        follow()

@@ -940,3 +940,17 @@ def test_of_a_fork_that_takes_several_answers_those_count_who_sealed_its_later_p
     fetched = RoundsFetched(donor, theirs[0].id, tuple(rounds), checked=False, shown=tuple(theirs))
     assert of(Resync, machine.handle(fetched, 0.6))
     assert machine.forks.shown == tuple(theirs)
+
+
+def test_the_founder_of_a_young_run_takes_nobody_along_by_one_that_hands_its_chain_out_and_shows_no_seals() -> None:
+    """It was alone where the two chains part, and has sealed with those that came: it speaks for neither."""
+    state = standing("a", "b", "f")
+    founder = identity_of("f").peer_id
+    beginning = Mark(5, b"5" * 32, 5, founder, False, frozenset({founder}))
+    since = [Mark(n, bytes([n]) * 32, 2 * n, founder, False, Mark.of(state).members) for n in range(6, 10)]
+    machine = machine_with("a", state, past=[beginning, *since, Mark.of(state)])
+    machine.handle(tip("b", state), 0.2)
+    machine.handle(far("z"), 0.5)
+    machine.handle(TipHeard(founder, *_far_tip(machine)), 0.5)
+    fetched = RoundsFetched(identity_of("z").peer_id, None, (), parted_at=beginning.id)
+    assert not of(Resync, machine.handle(fetched, 0.6))
