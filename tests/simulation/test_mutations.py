@@ -274,7 +274,7 @@ def judge_forks_by_work_alone(patch: Patch) -> None:
 def let_strangers_seal_alone(patch: Patch) -> None:
     patch.setattr(ForkChoice, "_by_a_stranger", lambda *_: False)
     patch.setattr(forks, "HEARD_SEALS_MIN", -10_000)
-    patch.setattr(fork_choice, "Branch", lambda marks, voices, place=0: forks.Branch(marks, (), place))
+    patch.setattr(fork_choice, "Branch", lambda marks, voices, *_: forks.Branch(marks, ()))
 
 
 def forget_through_a_restart_who_was_there(patch: Patch) -> None:
