@@ -64,7 +64,7 @@ from p2ptrain.swarm.tasks import cancel_and_wait, failure_logged
 from p2ptrain.swarm.validator import SignedRecordValidator
 
 UPKEEP_SECONDS = 10.0
-EXPLORE_SECONDS = 120.0
+EXPLORE_SECONDS = 300.0
 """Between two searches for nodes that are not known yet, while nothing changes or the network is not small."""
 SMALL_NETWORK = 20
 UPKEEP_PEERS = 3

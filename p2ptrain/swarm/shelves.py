@@ -41,10 +41,10 @@ ONE_SHELF_MEMBERS = 6
 """So many have one."""
 SHELF_RECORDS = 3
 """With more members for each of several shelves there are twice as many; with a third of them half as many."""
-READ_SECONDS = 6.0
+READ_SECONDS = 8.0
 """Between two shelves that others are asked for."""
-HOPS_MAX = 6
-"""Nodes asked for one shelf."""
+HOPS_MAX, HOPS_MAX_KNOWN = 6, 2
+"""Nodes asked for one shelf; where the routing table has everybody."""
 READ_AT_ONCE = 8
 SHELF_LOOK_SECONDS = 0.25
 SEARCHED_SHELVES, SEARCH_AGAIN_SECONDS = 8, 300.0
@@ -198,7 +198,7 @@ class Shelves:
         asked: set[PeerID] = {self._node.peer}
         near = [node for node in self._near(key) if node != self._node.peer][:REPLICAS]
         random.shuffle(near)
-        while near and len(asked) <= HOPS_MAX:
+        while near and len(asked) <= (HOPS_MAX if self.count >= SEARCHED_SHELVES else HOPS_MAX_KNOWN):
             node = near.pop(0)
             if node in asked:
                 continue

@@ -3,9 +3,8 @@
     python scripts/bench/standing.py --out docs/results/standing.json --picture docs/pictures/standing.png
 
 Real peers, as root on Linux: each a process of its own in a network namespace, the bytes of whose interface are counted
-for --seconds while no round goes on. What libp2p, TCP and IP put around a call is measured between two of them. Many
-peers: lab/many_nodes.py, whose help says what is real in it. Takes about 40 minutes; parts of it: --part, --real,
---many. Prints one JSON object last.
+for --seconds while no round goes on. Many peers: lab/many_nodes.py, whose help says what is real in it. Takes about 40
+minutes; parts of it: --part, --real, --many. Prints one JSON object last.
 """
 
 from __future__ import annotations

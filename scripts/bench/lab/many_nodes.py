@@ -5,7 +5,7 @@
 All peers are in this process. Presence, shelves, records and their signatures, hivemind's nodes, routing tables and
 storage are the real ones; only the daemon is replaced, by one that hands each call to the node it is for after
 `DELAY_SECONDS`. A call counts with its messages and `CALL_BYTES` each way: what libp2p, TCP and IP put around them, as
-measured by bench/standing.py between real peers. News are added by the number of those who follow each other, a frame
+counted for small calls between two real nodes. News are added by the number of those who follow each other, a frame
 with `FRAME_BYTES`. One peer is killed half way: how long an observer takes to show it as lost. One JSON object on
 stdout.
 """
@@ -55,7 +55,7 @@ OWNER = identity_of("owner", 0)
 SIGNED = sign_manifest(Manifest(name="many", nonce="0" * 32), OWNER.key, str(PeerID(OWNER.peer_id)))
 RUN_ID = open_manifest(SIGNED)[1]
 DELAY_SECONDS = 0.04
-CALL_BYTES, FRAME_BYTES = 400, 160
+CALL_BYTES, FRAME_BYTES = 600, 200
 """Around the messages of a unary call, each way; around a frame of a stream that stands, with what acknowledges it."""
 CONTACTS = 3
 """Peers that each one meets the swarm by."""
