@@ -602,7 +602,7 @@ class PeerSession:
             UnreachableError: before this peer had any round, all who had one were gone.
             TransferSpentError: this month's transfer is used up, and this peer has left.
         """
-        device = choose_device(self.settings.device)
+        device = choose_device(self.settings.device, parse_amount(self.settings.gpu_memory))
         torch.set_num_threads(self.settings.threads or this_machine().threads)
         with self._doing("loading and checking compiled loops, or compiling them"):
             make_ready(device)
