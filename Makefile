@@ -37,6 +37,7 @@ test: $(STAMP)  ## lint, format, types, layers and the test suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy p2ptrain
+	MYPYPATH=scripts/bench:scripts $(BIN)/mypy --explicit-package-bases scripts
 	$(BIN)/lint-imports --no-logo
 	@# Real peers share the cores that they are timed on, so few of their tests run at a time. Rounds that are simulated
 	@# have a clock of their own: beside them, at the lowest priority, they take what waiting peers leave of the cores.

@@ -60,7 +60,18 @@ def build(python: Path, folder: Path) -> Path:
 @contextlib.contextmanager
 def peer(folder: Path, name: str, *command: str | Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     """A peer's process and its log; ended with the block."""
-    flags = ["--home", folder / name, "--name", name, "--host", "127.0.0.1", "--threads", "1", "--log-format", "json"]
+    flags: list[str | Path] = [
+        "--home",
+        folder / name,
+        "--name",
+        name,
+        "--host",
+        "127.0.0.1",
+        "--threads",
+        "1",
+        "--log-format",
+        "json",
+    ]
     log = folder / f"{name}.log"
     with log.open("w") as stderr:
         process = subprocess.Popen(

@@ -141,12 +141,19 @@ def flatness() -> str:
     return table(("Peers", *of), rows)
 
 
-def idle() -> str:
-    """What an idle peer's line carries."""
-    of = load("round")["p2ptrain"]
-    return table(
-        ("Peers", *of), [("idle, each", *(f"{r['idle_bytes_per_second'] / 1e3:.0f} kB/s" for r in of.values()))]
-    )
+def standing() -> str:
+    """What the line of a peer carries while it does nothing."""
+    report = load("standing")
+    rows = []
+    for part, name in (("real", "real peers"), ("many", "simulated")):
+        for row in sorted(report[part].values(), key=lambda row: int(row["peers"])):
+            ways = (row["sent_bytes_per_second"], row["received_bytes_per_second"])
+            rates = [way[of] / 1e3 for way in ways for of in ("median", "most")]
+            lost = row.get("lost_after_seconds")
+            shown = "" if lost is None else f"{lost:.0f} s"
+            rows.append((row["peers"], name, *(f"{rate:.1f} kB/s" for rate in rates), shown))
+    columns = ("Peers", "", "sent, median", "most", "received, median", "most", "a killed one is shown lost after")
+    return table(columns, rows)
 
 
 def stages() -> str:
@@ -623,7 +630,7 @@ TABLES: dict[str, Callable[[], str]] = {
         exchange,
         exchange_in_short,
         flatness,
-        idle,
+        standing,
         stages,
         scale,
         time_to_loss,

@@ -61,8 +61,8 @@ from p2ptrain.swarm.node import SwarmNode
 
 SECONDS = 8.0
 """For an answer, and for each frame of a stream."""
-NEWS_SECONDS = 4.0
-"""Silence of a peer we follow after which we hang up; it says something every second."""
+NEWS_SECONDS = 5.0
+"""Silence of a peer we follow after which we hang up; it says something every second or two."""
 PRESENT_AGAIN_SECONDS = 1.0, 60.0
 """The first and the longest pause after a grant that did not help with a peer."""
 PROOF_SECONDS = 60.0

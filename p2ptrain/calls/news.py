@@ -1,9 +1,9 @@
-"""News between peers: each follows others, and hears their tips at each change and every second.
+"""News between peers: each follows others, and hears their tips at each change and every second or two.
 
 A sealer's news carry the seal itself; in a large group it goes down a tree instead, each peer passing it on, and peers
 follow only some of the members (`relay.py`). Silence is a peer that is gone, for whoever follows it. Cost: one open
-stream for each pair that follows, and one small frame a second on each; a large group's seal costs each at most
-`FAN_OUT` calls, and their bytes.
+stream for each pair that follows, and one small frame every second or two on each; a large group's seal costs each at
+most `FAN_OUT` calls, and their bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from p2ptrain.swarm.tasks import cancel_and_wait, failure_logged
 
 FOLLOWERS_MAX = 256
 FOLLOWED_MAX = 64
-NEWS_EVERY_SECONDS = 1.0
+NEWS_EVERY_SECONDS, NEWS_EVERY_SECONDS_MAX, NEWS_EACH_SECONDS = 1.0, 2.0, 0.25
+"""Between two frames when nothing happens: with more followers more, at so much for each, within bounds."""
 QUEUED_MAX = 64
 """News that wait for a follower who does not read; it will ask for rounds later."""
 ATTEMPTS = 4
@@ -41,6 +42,11 @@ _logger = logging.getLogger(__name__)
 _failure_logged = failure_logged(_logger, "following a peer has failed")
 
 Heard = Callable[[SealHeard | TipHeard | PeerLeft], None]
+
+
+def pause_of(followers: int) -> float:
+    """Return after how many seconds without news each of so many followers has a frame all the same."""
+    return min(max(NEWS_EVERY_SECONDS, NEWS_EACH_SECONDS * followers), NEWS_EVERY_SECONDS_MAX)
 
 
 class NewsFeed:
@@ -115,7 +121,7 @@ class NewsFeed:
                 # anew with a peer that cannot be dialled and calls nobody, as it seals alone.
                 self.follow(peer)
                 try:
-                    async with asyncio.timeout(NEWS_EVERY_SECONDS):
+                    async with asyncio.timeout(pause_of(len(self._followers))):
                         item = await news.get()
                 except TimeoutError:
                     item = News(self._tip(), None, self._leaving)

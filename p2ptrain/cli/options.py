@@ -75,6 +75,16 @@ MonthlyTransferOption = Annotated[
         "--monthly-transfer", metavar="AMOUNT", help="Most a month, both ways, as 200GB.", show_default="none"
     ),
 ]
+NiceOption = Annotated[
+    int | None, typer.Option("--nice", min=0, max=19, help="How far to give way to other programs.", show_default="0")
+]
+MaxMemoryOption = Annotated[
+    str | None, typer.Option("--max-memory", metavar="AMOUNT", help="Most memory to hold, as 6GB.", show_default="none")
+]
+GpuMemoryOption = Annotated[
+    str | None,
+    typer.Option("--gpu-memory", metavar="AMOUNT", help="Most memory of a CUDA device, as 8GB.", show_default="none"),
+]
 RoundsOption = Annotated[
     int | None, typer.Option("--rounds", min=1, help="Stop after this many rounds in which this peer had a part.")
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,9 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from p2ptrain.cli.output import log_kept, outlive_readers, set_up_logging
+from p2ptrain.config.amounts import parse_amount
 from p2ptrain.config.node import NodeSettings, resolve_settings
+from p2ptrain.errors import UsageError
 
 if TYPE_CHECKING:
     from p2ptrain.config.manifest import Manifest
@@ -21,6 +24,23 @@ if TYPE_CHECKING:
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Until training has handlers of its own: end, and clean up on the way."""
     raise KeyboardInterrupt
+
+
+def _give_way(settings: NodeSettings) -> None:
+    """Hold this process, and those it starts, to what its owner leaves it. Raises UsageError."""
+    from p2ptrain.training.machine import limit_memory
+
+    if settings.nice:
+        # Before there are other threads, which would keep theirs.
+        os.setpriority(os.PRIO_PROCESS, 0, max(settings.nice, os.getpriority(os.PRIO_PROCESS, 0)))
+    if memory_bytes := parse_amount(settings.max_memory):
+        try:
+            limit_memory(memory_bytes)
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"{settings.origins['max_memory']} = {settings.max_memory}: this system allows less, or sets no limit",
+                hint="ulimit -d shows what it allows, in kB",
+            ) from error
 
 
 def _check_fits(manifest: Manifest, settings: NodeSettings, force: bool) -> list[str]:
@@ -76,6 +96,7 @@ def run_peer(
     outlive_readers()
     settings = resolve_settings(home, flags)
     set_up_logging(verbose, quiet, settings.log_format)
+    _give_way(settings)
     if manifest is not None:
         # Before anything slow is imported, or made in the home.
         _check_fits(manifest, settings, force)

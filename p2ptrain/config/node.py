@@ -23,7 +23,10 @@ from p2ptrain.errors import UsageError
 ENVIRONMENT_PREFIX = "P2PTRAIN_"
 
 _Amount = Annotated[str, Meta(max_length=32)]
-_AMOUNTS = {"upload_limit": parse_rate, "download_limit": parse_rate, "monthly_transfer": parse_amount}
+_AMOUNTS = {"upload_limit": parse_rate, "download_limit": parse_rate, "monthly_transfer": parse_amount} | {
+    "max_memory": parse_amount,
+    "gpu_memory": parse_amount,
+}
 
 
 class NodeTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -65,6 +68,12 @@ class NodeTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Most that this peer lets come, in the units of upload_limit; empty: no limit."""
     monthly_transfer: _Amount = ""
     """Most that this peer carries in a month of UTC, both ways together, as 200GB; empty: no limit."""
+    nice: Annotated[int, Meta(ge=0, le=19)] = 0
+    """How far the commands' processes give way to others on this machine; 19: they take what nobody else wants."""
+    max_memory: _Amount = ""
+    """Most memory that the commands' process may hold, as 6GB, beside mapped files; empty: no limit."""
+    gpu_memory: _Amount = ""
+    """Most memory of a CUDA device that this peer takes, as 8GB; empty: no limit."""
     log_format: Literal["text", "json"] = "text"
     """Form of the log on stderr."""
 

@@ -23,8 +23,8 @@ from p2ptrain.swarm.crawl import Census
 from p2ptrain.swarm.identity import format_peer_id
 from p2ptrain.swarm.records import EvaluationRecord, PeerRecord, RefusedRecord, RoundTime
 
-LOST_SECONDS = 6.5
-LOST_AND_SILENT_SECONDS = 4.0
+LOST_SECONDS = 7.0
+LOST_AND_SILENT_SECONDS = 5.0
 _SETTLED_NOT = ("joining", "syncing")
 
 
@@ -149,6 +149,7 @@ def inspect_run(
     now: float | None = None,
     tokenizer_sha256: str = "",
     *,
+    looked_at: Mapping[bytes, float] | None = None,
     rounds: Sequence[Sealed] = (),
     last_round: int = 0,
     since_seal_seconds: float | None = None,
@@ -156,13 +157,16 @@ def inspect_run(
     """Put together what records, a crawl and seals say at `now` (Unix seconds), for a run of text with that tokenizer.
 
     Args:
+        looked_at: of each peer, when its record was looked for (Unix seconds); without an entry, `now`.
         rounds: the newest, as far as seals are at hand, oldest first.
         last_round: of the run; 0: it has none.
         since_seal_seconds: since its newest seal came; None: not known.
     """
     now = time.time() if now is None else now
-    did = standings(rounds)
-    peers = ordered([_row(record, census, now) | did_of(did, format_peer_id(id)) for id, record in records.items()])
+    did, at = standings(rounds), looked_at or {}
+    peers = ordered(
+        [_row(record, census, at.get(id, now)) | did_of(did, format_peer_id(id)) for id, record in records.items()]
+    )
     said = [
         evaluation_of(record.peer_id, record.evaluation, record.time, tokenizer_sha256)
         for record in records.values()

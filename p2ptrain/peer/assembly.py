@@ -6,6 +6,7 @@ one own log; the trainer is restored from them before the driver begins where th
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -25,7 +26,7 @@ from p2ptrain.peer.parts import DriverParts
 from p2ptrain.peer.reporting import Reporter
 from p2ptrain.peer.sealing import SealKeeper
 from p2ptrain.rounds.events import ContributionReady, Doubted
-from p2ptrain.rounds.inbox import Inbox
+from p2ptrain.rounds.inbox import Inbox, TrainerMessage
 from p2ptrain.rounds.machine import RoundMachine
 from p2ptrain.rounds.rules import RoundRules
 from p2ptrain.state.journal import Journal
@@ -58,6 +59,7 @@ class Make:
     trainer: Callable[..., Trainer] = Trainer
     """Called as `Trainer` is."""
     model: Callable[[ModelConfig], GPT] = GPT
+    inbox: Callable[[], queue.SimpleQueue[TrainerMessage | None]] = queue.SimpleQueue
 
 
 class Standpoint(Protocol):

@@ -334,12 +334,13 @@ async def _identity(node: Any, home: Home, running: Mapping[str, Any] | None, ow
     """Whether somebody else is this peer."""
     from p2ptrain.config.manifest import open_manifest
     from p2ptrain.swarm.identity import format_peer_id, load_or_create_identity
+    from p2ptrain.swarm.shelves import find_peer
 
     if own is None or not home.identity.exists():
         return []
     manifest, run_id = open_manifest(own)
     me = load_or_create_identity(home.identity).peer_id
-    record = (await node.read_peers(run_id, manifest.records_key)).get(me)
+    record = await find_peer(node, run_id, manifest.records_key, me)
     cure = f"stop one of them, or make this home another peer: rm {home.identity}"
     if record is None or record.last_seen_seconds(time.time()) > FRESH_SECONDS or record.state == "leaving":
         return [Finding("identity", "ok", f"{format_peer_id(me)} is used nowhere else")]

@@ -28,6 +28,7 @@ from p2ptrain.swarm.addresses import parse_addresses
 from p2ptrain.swarm.identity import format_peer_id
 from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.swarm.records import RunRecord
+from p2ptrain.swarm.shelves import find_peer
 
 ATTEMPTS = 3
 RETRY_SECONDS = 1.0
@@ -281,7 +282,7 @@ async def refuse_second_self(node: SwarmNode, run_id: bytes, secret: bytes, iden
     for attempt in range(SELF_LOOKS):
         if attempt:
             await asyncio.sleep(SELF_LOOK_SECONDS)
-        record = (await node.read_peers(run_id, secret)).get(node.peer_id)
+        record = await find_peer(node, run_id, secret, node.peer_id)
         if record is None or record.state == "leaving" or record.last_seen_seconds(time.time()) > SELF_FRESH_SECONDS:
             return
         if before is not None and record.time > before:

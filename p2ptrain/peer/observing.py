@@ -31,11 +31,14 @@ from p2ptrain.swarm.crawl import Census
 from p2ptrain.swarm.identity import verify
 from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.swarm.records import PeerRecord
+from p2ptrain.swarm.shelves import Shelves
 from p2ptrain.swarm.tasks import cancel_and_wait
 
 FIRST_CENSUS_SECONDS = 0.6
 """How long the first look waits for nodes to answer."""
 CENSUS_SECONDS = 8.0
+COUNT_AGAIN_SECONDS, COUNT_NODE_SECONDS = 4.0, 0.5
+"""Before the nodes are counted again, and that much for each: each has to answer."""
 SEALS_SECONDS = 3.0
 """How long a look waits for seals; it goes on without."""
 ROUNDS_KEPT = 512
@@ -59,7 +62,9 @@ class Observer:
         self._client = Client(node, self.traffic, run_id)
         self._introducers = introducers
         self._census = Census(frozenset(), frozenset())
+        self._shelves = Shelves(node, run_id, manifest.records_key)
         self._counting: asyncio.Task[None] | None = None
+        self._count_due = 0.0
         self._walk: Walk | None = None
         #: rounds too far back to be undone, and those after them
         self._settled: deque[Sealed] = deque(maxlen=ROUNDS_KEPT)
@@ -103,9 +108,10 @@ class Observer:
             seals: whether to ask for those that are new, too.
             whole_dht: whether to wait for all nodes, some of which may not answer.
         """
-        records = await self.node.read_peers(self.run_id, self.manifest.records_key)
+        looked = await self._shelves.look_at_all()
+        records = looked.records
         first = self._counting is None
-        if self._counting is None or self._counting.done():
+        if self._counting is None or (self._counting.done() and (whole_dht or time.monotonic() >= self._count_due)):
             self._counting = asyncio.create_task(self._count(CENSUS_SECONDS if not first else 2 * FIRST_CENSUS_SECONDS))
         waits: list[asyncio.Task[None]] = [asyncio.create_task(self._hear_seals(records))] if seals else []
         if whole_dht:
@@ -126,6 +132,7 @@ class Observer:
             records,
             self._census,
             tokenizer_sha256=tokenizer_of_run(self.manifest),
+            looked_at=looked.at,
             rounds=self.rounds,
             last_round=self.manifest.last_round,
             since_seal_seconds=now - since if since > 0 else None,
@@ -138,6 +145,8 @@ class Observer:
 
     async def _count(self, seconds: float) -> None:
         self._census = await self.node.crawl(timeout_seconds=seconds)
+        nodes = len(self._census.alive) + len(self._census.dead)
+        self._count_due = time.monotonic() + max(COUNT_AGAIN_SECONDS, COUNT_NODE_SECONDS * nodes)
 
     # ---- seals ------------------------------------------------------------------------------------------------
 
@@ -194,7 +203,7 @@ class Observer:
         Raises:
             CallError: nobody hands out seals.
         """
-        records = await self.node.read_peers(self.run_id, self.manifest.records_key)
+        records = (await self._shelves.look_at_all()).records
         failure: Exception = CallError("no peer of this run is there")
         for donor in self._donors(records)[:4]:
             try:

@@ -26,11 +26,14 @@ from p2ptrain.swarm.invitations import decode_grant
 from p2ptrain.swarm.limits import Allowance, Backoff
 from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.swarm.records import EvaluationRecord, PeerRecord, RoundTime, RunRecord
+from p2ptrain.swarm.shelves import Looked, Shelves
 from p2ptrain.swarm.tasks import cancel_and_wait, failure_logged
 
-PUBLISH_SECONDS = 2.0
+PUBLISH_SECONDS = 3.0
 RUN_SECONDS = 15.0
 MANIFEST_SECONDS = 600.0
+SPEAKERS = 4
+"""So many of a run's peers, whoever it is each time, list it and keep its manifest in the DHT."""
 FRESH_SECONDS = 8.0
 """A record older than this is of a peer that is gone."""
 
@@ -81,6 +84,7 @@ class Presence:
         #: for others to dial; replaced whole when they change
         self.addresses = addresses
         self._grant = grant
+        self.shelves = Shelves(node, run_id, secret)
         #: of peers, and of addresses
         self._failures = Backoff(*DIAL_AGAIN_SECONDS)
         self._hosts = Allowance(DIALS_PER_SECOND, DIALS_BURST)
@@ -90,8 +94,8 @@ class Presence:
         self._said: dict[tuple[int, bytes], EvaluationRecord] = {}
         #: the same, never changed once made, for the trainer's thread
         self.said: tuple[tuple[bytes, EvaluationRecord], ...] = ()
-        #: hears the records of others at each look, and when that was, in Unix seconds
-        self.told: Callable[[Mapping[bytes, PeerRecord], float], None] = lambda records, now: None
+        #: hears of each look what it has shown
+        self.told: Callable[[Looked], None] = lambda looked: None
 
     def hear(self, status: Status) -> None:
         """The trainer's thread says how it is, in a copy for this object alone."""
@@ -116,13 +120,19 @@ class Presence:
             began = time.monotonic()
             await self.publish()
             if began >= run_due:
-                await self._node.publish_run(self._run_record())
+                if self._is_speaker(first=run_due == 0.0):
+                    await self._node.publish_run(self._run_record())
                 run_due = began + RUN_SECONDS
             if began >= manifest_due:
-                await self._node.store_manifest(self._signed_manifest)
+                if self._is_speaker(first=manifest_due == 0.0):
+                    await self._node.store_manifest(self._signed_manifest)
                 manifest_due = began + MANIFEST_SECONDS
             await self._meet()
             await asyncio.sleep(max(0.2, PUBLISH_SECONDS - (time.monotonic() - began)))
+
+    def _is_speaker(self, first: bool) -> bool:
+        """Say whether it is this peer's turn: the first time always, later as rarely as there are others."""
+        return first or random.random() * self._status.members < SPEAKERS
 
     async def publish(self) -> None:
         """Say how this peer is, once."""
@@ -136,6 +146,7 @@ class Presence:
         else:
             driver.publish_standing()
             status.take(driver.standing)
+            self.shelves.sized_for(status.members)
         record = PeerRecord(
             peer_id=self._node.peer_id,
             run_id=self._run_id,
@@ -159,7 +170,7 @@ class Presence:
             grant=self._grant,
             refused=None if driver is None else driver.standing.refused,
         )
-        await self._node.publish_peer(record, self._secret)
+        await self.shelves.publish(record)
 
     async def say_leaving(self) -> None:
         """Take no part any more, and have others know."""
@@ -185,10 +196,10 @@ class Presence:
         driver = self._driver
         if driver is None:
             return
-        now, feed = time.time(), driver.feed
-        records = await self._node.read_peers(self._run_id, self._secret)
+        looked, feed = await self.shelves.look(), driver.feed
+        records = looked.records
         self._note_evaluations(records)
-        self.told(records, now)
+        self.told(looked)
         for peer, record in records.items():
             # Neither of two peers that cannot know each other by their chains would call the other.
             grant = decode_grant(record.grant) if record.grant else None
@@ -199,7 +210,7 @@ class Presence:
         alive = [
             peer
             for peer, record in records.items()
-            if record.last_seen_seconds(now) < FRESH_SECONDS
+            if record.last_seen_seconds(looked.at[peer]) < FRESH_SECONDS
             and record.state != "paused"
             and self._failures.ready(peer)
             and feed.would_follow(peer)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from p2ptrain import __version__, chain
 from p2ptrain.chain import ChainState, SealError
@@ -26,7 +26,7 @@ from p2ptrain.rounds.inbox import Restore
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.seals import SealLog
 from p2ptrain.swarm.identity import format_peer_id
-from p2ptrain.swarm.records import PeerRecord
+from p2ptrain.swarm.shelves import Looked
 
 HEARD_AGAIN_SECONDS = 60.0
 """Between two events about a peer that has not changed."""
@@ -160,13 +160,10 @@ class Reporter:
 
     # ---- others -----------------------------------------------------------------------------------------------
 
-    def records(self, records: Mapping[bytes, PeerRecord], now: float) -> None:
-        """Write which peers are new, have changed or are lost, by their records.
-
-        Args:
-            now: Unix seconds.
-        """
-        for peer, record in list(records.items())[:HEARD_MAX]:
+    def looked(self, looked: Looked) -> None:
+        """Write which peers are new, have changed or are lost, by what a look at their records has shown."""
+        for peer, record in list(looked.records.items())[:HEARD_MAX]:
+            now = looked.at[peer]
             lost = record.last_seen_seconds(now) > LOST_SECONDS and record.state not in ("leaving", "finished")
             state = "lost" if lost else record.state
             path = path_of(record.addresses)

@@ -85,6 +85,7 @@ from p2ptrain.swarm.line import Allowed, Line, next_month
 from p2ptrain.swarm.meeting import CALLED_ELSEWHERE, IN_VAIN
 from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.swarm.records import PeerRecord
+from p2ptrain.swarm.shelves import find_peer
 from p2ptrain.swarm.tasks import cancel_and_wait, failure_logged
 from p2ptrain.swarm.thread import NetworkThread
 from p2ptrain.training.device import choose_device
@@ -205,7 +206,7 @@ class PeerSession:
         self._history: History | None = None
         #: by root, the files of the run that are here whole, for others
         self.files: dict[bytes, PieceFile] = {}
-        self.inbox: queue.SimpleQueue[TrainerMessage | None] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[TrainerMessage | None] = self._make.inbox()
         #: writes a checkpoint and a snapshot while training goes on
         self._disk = ThreadPoolExecutor(2, thread_name_prefix="p2ptrain-disk")
 
@@ -342,7 +343,7 @@ class PeerSession:
         async def look() -> PeerRecord | None:
             node = await SwarmNode.create(None, addresses, observer=True)
             try:
-                return (await node.read_peers(run_id, manifest.records_key)).get(me)
+                return await find_peer(node, run_id, manifest.records_key, me)
             finally:
                 await node.close()
 
@@ -601,7 +602,7 @@ class PeerSession:
             UnreachableError: before this peer had any round, all who had one were gone.
             TransferSpentError: this month's transfer is used up, and this peer has left.
         """
-        device = choose_device(self.settings.device)
+        device = choose_device(self.settings.device, parse_amount(self.settings.gpu_memory))
         torch.set_num_threads(self.settings.threads or this_machine().threads)
         with self._doing("loading and checking compiled loops, or compiling them"):
             make_ready(device)
@@ -640,7 +641,7 @@ class PeerSession:
         """Build this home's replica and begin to take part, at the start or after a pause."""
         train, status = text.train, Status()
         # What is left in the old one is of a driver that has ended.
-        inbox = self.inbox = queue.SimpleQueue()
+        inbox = self.inbox = self._make.inbox()
 
         def make(books: Books) -> Participant:
             masks = {} if train.mask is None else {"mask": train.mask}
@@ -760,7 +761,7 @@ class PeerSession:
             secret=run.manifest.records_key,
             grant=b"" if run.grant is None else msgspec.msgpack.encode(run.grant),
         )
-        presence.told = reporter.records
+        presence.told = reporter.looked
         announcing = self.network.spawn(self._announce(presence, reach, uplink))
         return Part(trainer, driver, presence, status, announcing, reach)
 

@@ -13,11 +13,13 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 from hivemind.dht import DHTID, DHTNode
+from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.p2p import PeerID, ServicerBase
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 from hivemind.utils.auth import AuthRole, AuthRPCWrapper
@@ -50,6 +52,7 @@ from p2ptrain.swarm.records import (
     RecordError,
     RunRecord,
     encode_record,
+    key_id_of,
     manifest_key,
     open_record,
     peer_of,
@@ -61,6 +64,9 @@ from p2ptrain.swarm.tasks import cancel_and_wait, failure_logged
 from p2ptrain.swarm.validator import SignedRecordValidator
 
 UPKEEP_SECONDS = 10.0
+EXPLORE_SECONDS = 300.0
+"""Between two searches for nodes that are not known yet, while nothing changes or the network is not small."""
+SMALL_NETWORK = 20
 UPKEEP_PEERS = 3
 """Peers missing from the routing table that are dialled again at each upkeep."""
 MAX_KNOWN_PEERS = 256
@@ -311,17 +317,26 @@ class SwarmNode:
         self, key: str, record_type: type[R], secret: bytes = b"", *, timeout_seconds: float = 10.0
     ) -> dict[bytes, R]:
         """All valid records of one type under `key`, by publisher; empty also when nobody answers in time."""
+        return self.open_records(key, await self.get(key, timeout_seconds=timeout_seconds) or {}, record_type, secret)
+
+    def open_records(
+        self, key: str, found: Mapping[Any, Any], record_type: type[R], secret: bytes = b""
+    ) -> dict[bytes, R]:
+        """Those of what was found under `key` that are valid records of one type, by publisher."""
         now = time.time()
         records: dict[bytes, R] = {}
-        found = [(peer_of(subkey), data) for subkey, data in (await self._get(key, timeout_seconds)).items()]
+        brought = [(peer_of(subkey), data) for subkey, data in found.items()]
         # Several nodes may each have answered with as many as there may be: those who once answered us come first.
-        found.sort(key=lambda item: item[0] not in self.known_peers and item[0] != self.peer_id)
-        for peer_id, data in found[:RECORDS_PER_KEY]:
+        brought.sort(key=lambda item: item[0] not in self.known_peers and item[0] != self.peer_id)
+        for peer_id, data in brought[:RECORDS_PER_KEY]:
             if peer_id is not None:
                 try:
                     records[peer_id] = open_record(data, key, peer_id, record_type, now=now, secret=secret)
                 except RecordError as error:
                     _logger.debug("record of %s under %s: %s", format_peer_id(peer_id), key, error)
+        for peer_id, record in records.items():
+            if isinstance(record, PeerRecord) and peer_id != self.peer_id and record.addresses:
+                _keep_newest(self._told, peer_id, record.addresses)
         return records
 
     async def publish_peer(self, record: PeerRecord, secret: bytes = b"") -> bool:
@@ -332,11 +347,7 @@ class SwarmNode:
         self, run_id: bytes, secret: bytes = b"", *, timeout_seconds: float = 10.0
     ) -> dict[bytes, PeerRecord]:
         """{peer id: its record} of a run; killed peers stay until their records expire."""
-        records = await self.read(peers_key(run_id), PeerRecord, secret, timeout_seconds=timeout_seconds)
-        for peer_id, record in records.items():
-            if peer_id != self.peer_id and record.addresses:
-                _keep_newest(self._told, peer_id, record.addresses)
-        return records
+        return await self.read(peers_key(run_id), PeerRecord, secret, timeout_seconds=timeout_seconds)
 
     async def publish_run(self, record: RunRecord) -> bool:
         """Lists the run in the DHT's index, for `RUN_RECORD_SECONDS`."""
@@ -357,7 +368,8 @@ class SwarmNode:
 
     async def get_manifest(self, run_id: bytes, *, timeout_seconds: float = 10.0) -> bytes | None:
         """The signed manifest of `run_id`, checked; None when the DHT does not have it."""
-        encoded = (await self._get(manifest_key(run_id), timeout_seconds)).get(MANIFEST_SUBKEY)
+        found = await self.get(manifest_key(run_id), timeout_seconds=timeout_seconds) or {}
+        encoded = found.get(MANIFEST_SUBKEY)
         if isinstance(encoded, bytes):
             with contextlib.suppress(ManifestError):
                 open_manifest(encoded, run_id)
@@ -374,16 +386,76 @@ class SwarmNode:
         except TimeoutError:
             return False
 
-    async def _get(self, key: str, timeout_seconds: float) -> dict[Any, Any]:
-        """{subkey: value} under `key`, unchecked."""
+    async def get(self, key: str, *, latest: bool = True, timeout_seconds: float = 10.0) -> dict[Any, Any] | None:
+        """{subkey: value} under `key`, unchecked: of all nodes near it, or else of the first that has any; None: nobody
+        has answered in time."""
         try:
             async with asyncio.timeout(timeout_seconds):
-                found = await self.dht.get(key.encode(), latest=True)
+                found = await self.dht.get(key.encode(), latest=latest)
         except TimeoutError:
-            return {}
+            return None
         if found is None or not isinstance(found.value, dict):
             return {}
         return {subkey: item.value for subkey, item in found.value.items()}
+
+    # Of single nodes
+
+    @property
+    def peer(self) -> PeerID:
+        """This node, as the DHT names it."""
+        return PeerID(self.peer_id)
+
+    def nearest(self, key: str, others: Mapping[DHTID, PeerID]) -> list[PeerID]:
+        """Nodes that this one knows, and `others`, and itself unless it is an observer; the nearest to `key` first."""
+        place, table = DHTID.from_bytes(key_id_of(key)), self.dht.protocol.routing_table
+        known = table.get_nearest_neighbors(place, self.dht.protocol.bucket_size, exclude=self.dht.node_id)
+        found = {node: peer for node, peer in {**others, **dict(known)}.items() if peer not in self.dht.blacklist}
+        if not self.observer:
+            found[self.dht.node_id] = self.peer
+        return list(dict.fromkeys(found[node] for node in sorted(found, key=place.xor_distance)))
+
+    async def search(self, key: str, count: int, *, timeout_seconds: float = 10.0) -> dict[DHTID, PeerID]:
+        """The nodes nearest to `key`, by asking those that are nearer and nearer; fewer when time is over."""
+        place = DHTID.from_bytes(key_id_of(key))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_seconds):
+                return (await self.dht.find_nearest_nodes([place], k_nearest=count, exclude_self=True))[place]
+        return {}
+
+    async def store_at(self, peer: PeerID, key: str, value: bytes, expires: float, subkey: bytes) -> bool:
+        """Stores at one node, which may be this one; False when it does not answer, or does not take it."""
+        protocol, place = self.dht.protocol, DHTID.from_bytes(key_id_of(key))
+        packed = protocol.serializer.dumps(value)
+        if peer == self.peer:
+            return bool(protocol.storage.store_subkey(place, subkey, packed, expires))
+        taken = await protocol.call_store(peer, [place], [packed], [expires], [subkey])
+        self._note_answer(peer, taken is not None)
+        return bool(taken and taken[0])
+
+    def stored(self, key: str) -> dict[Any, Any]:
+        """{subkey: value} under `key` as this node stores it."""
+        return _unpacked(self.dht.protocol.storage.get(DHTID.from_bytes(key_id_of(key))))
+
+    async def stored_at(self, peer: PeerID, key: str) -> tuple[dict[Any, Any] | None, list[PeerID]]:
+        """What one other node has under `key`, and which nodes it holds for the nearest.
+
+        Returns:
+            ({subkey: value}, unchecked, peers): None and [] when it does not answer.
+        """
+        place = DHTID.from_bytes(key_id_of(key))
+        found = await self.dht.protocol.call_find(peer, [place])
+        self._note_answer(peer, found is not None)
+        if found is None:
+            return None, []
+        stored, nodes = found[place]
+        nearest = sorted(nodes, key=place.xor_distance)
+        return _unpacked(stored), [nodes[node] for node in nearest if nodes[node] not in self.dht.blacklist]
+
+    def _note_answer(self, peer: PeerID, answered: bool) -> None:
+        if answered:
+            self.dht.blacklist.register_success(peer)
+        else:
+            self.dht.blacklist.register_failure(peer)
 
     # Upkeep
 
@@ -422,6 +494,7 @@ class SwarmNode:
             await callback()
 
     async def _keep_up(self) -> None:
+        explored, explore_due = frozenset[DHTID](), 0.0
         while True:
             await asyncio.sleep(UPKEEP_SECONDS * random.uniform(0.8, 1.2))
             with contextlib.suppress(P2PDaemonError, OSError, EOFError, ValueError):
@@ -434,7 +507,11 @@ class SwarmNode:
             table = self.dht.protocol.routing_table
             lost = [peer_id for peer_id in self.known_peers if PeerID(peer_id) not in table]
             await asyncio.gather(*(self._greet(peer) for peer in random.sample(lost, min(UPKEEP_PEERS, len(lost)))))
-            await self._explore(UPKEEP_SECONDS)
+            # Who is new, or gone, may have brought or taken others; else a look now and then is enough.
+            about = frozenset(table.uid_to_peer_id)
+            if (about != explored and len(about) < SMALL_NETWORK) or time.monotonic() >= explore_due:
+                await self._explore(UPKEEP_SECONDS)
+                explored, explore_due = frozenset(table.uid_to_peer_id), time.monotonic() + EXPLORE_SECONDS
 
     async def _greet(self, peer_id: bytes) -> None:
         """Dials a peer and has it and us list each other; it may well be gone."""
@@ -449,6 +526,16 @@ class SwarmNode:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_seconds):
                 await self.dht.find_nearest_nodes(places)
+
+
+def _unpacked(found: Any) -> dict[Any, Any]:
+    """{subkey: value} of what a node has stored."""
+    values: dict[Any, Any] = {}
+    if found is not None and isinstance(found.value, DictionaryDHTValue):
+        for subkey, item in found.value.items():
+            with contextlib.suppress(msgspec.MsgspecError, ValueError):
+                values[subkey] = msgspec.msgpack.decode(item.value, type=bytes)
+    return values
 
 
 def _keep_newest(peers: dict[bytes, T], peer_id: bytes, value: T) -> None:

@@ -55,6 +55,8 @@ PeerId = Annotated[bytes, Meta(min_length=PEER_ID_BYTES, max_length=PEER_ID_BYTE
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Quantity = Annotated[float, Meta(ge=0.0)]
 
+SHELVES_MAX = 256
+"""Keys over which a run's records are spread."""
 FIGURES_MAX = 8
 """Figures of one evaluation."""
 FigureName = Annotated[str, Meta(pattern=r"^[A-Za-z][A-Za-z0-9_.-]{0,31}\Z")]
@@ -66,7 +68,7 @@ class RecordError(ValueError):
     """A record that is malformed, expired, too large, or not signed by the peer it names."""
 
 
-class Record(msgspec.Struct, frozen=True, kw_only=True):
+class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What every record has. Fields that this version does not know are ignored: later versions may add some."""
 
     kind: ClassVar[str]
@@ -147,6 +149,8 @@ class PeerRecord(Record, frozen=True, kw_only=True):
     """Multiaddrs with /p2p/ID that others may dial; empty when nobody can."""
     grant: Annotated[bytes, Meta(max_length=1024)] = b""
     """The encoded grant by which a guest is in the run, for peers whose chain lacks it."""
+    shelves: Annotated[int, Meta(ge=1, le=SHELVES_MAX)] = 1
+    """Over how many keys it takes the records of the run's peers to be spread."""
     refused: RefusedRecord | None = None
     """None: it has refused no branch since it started."""
 

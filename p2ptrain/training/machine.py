@@ -40,6 +40,22 @@ class Machine:
         return max(1, int(self.cores))
 
 
+_own_limits: set[int] = set()
+
+
+def limit_memory(memory_bytes: int) -> None:
+    """Have the system refuse this process, and each that it starts, private memory beyond `memory_bytes`.
+
+    Mapped files do not count, as little as they cost: the system takes their pages back when it needs them. What is
+    refused comes up as MemoryError, or as PyTorch's error, on which a micro-batch is halved.
+
+    Raises:
+        OSError, ValueError: the system has a lower limit, which cannot be raised.
+    """
+    resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    _own_limits.add(memory_bytes)
+
+
 def this_machine(root: Path = Path("/")) -> Machine:
     """Read what this process may use.
 
@@ -58,7 +74,7 @@ def this_machine(root: Path = Path("/")) -> Machine:
     for kind, what in ((resource.RLIMIT_AS, "ulimit -v"), (resource.RLIMIT_DATA, "ulimit -d")):
         limit = resource.getrlimit(kind)[0]
         if limit != resource.RLIM_INFINITY and limit < total:
-            total, limited_by = limit, what
+            total, limited_by = limit, "--max-memory" if limit in _own_limits else what
             free = min(free, limit)
     cores = float(len(os.sched_getaffinity(0)))
     for group in _groups(root, "cpu"):

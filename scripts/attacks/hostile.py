@@ -246,7 +246,9 @@ class Hostile:
 
     async def tip_of(self, peer: bytes) -> Tip:
         """Where an honest peer stands."""
-        return (await hello(self.node, peer)).tip
+        tip = (await hello(self.node, peer)).tip
+        assert tip is not None, "it is of the run, and has us in it"
+        return tip
 
     async def serve(self, liar: Liar) -> None:
         """Answer calls from now on."""

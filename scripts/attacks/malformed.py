@@ -11,6 +11,7 @@ error that it names; whatever else it does is a fault, and so is memory that gro
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import random
 import sys
@@ -191,6 +192,14 @@ def _holders(content: Any) -> Iterator[Any]:
             yield from _holders(inner)
 
 
+def _decoded(kind: Any, data: bytes) -> Any:
+    return decode_message(data, kind)
+
+
+def _contribution(codec: Codec, data: bytes) -> Any:
+    return wire.decode_contribution(data, codec, 0, codec.chunks)
+
+
 @dataclass(frozen=True, slots=True)
 class Decoder:
     """Something that reads what others send.
@@ -286,7 +295,7 @@ class Decoders:
                 name,
                 Decoder(
                     self._of(msgspec.msgpack.encode(message)),
-                    lambda data, kind=kinds[name]: decode_message(data, kind),
+                    functools.partial(_decoded, kinds[name]),
                     (CallError,),
                 ),
             )
@@ -300,7 +309,7 @@ class Decoders:
                 f"decode_contribution of {bits} bits",
                 Decoder(
                     self._of(sent),
-                    lambda data, codec=codec: wire.decode_contribution(data, codec, 0, codec.chunks),
+                    functools.partial(_contribution, codec),
                     (WireError,),
                 ),
             )

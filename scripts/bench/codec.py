@@ -181,18 +181,18 @@ def step_figures() -> dict[str, Any]:
     models = [gpt(STEP_MODEL) for _ in range(7)]
     ours, lone = (build_optimizer(model, manifest(STEP_MODEL)) for model in models[:2])
     of_a_new_run = build_optimizer(models[6], Manifest(name="bench", nonce="0" * 32, model=STEP_MODEL))
-    lists = [list(model.parameters()) for model in models]
+    lists: list[list[torch.Tensor]] = [list(model.parameters()) for model in models]
     by_phase: dict[str, list[float]] = {}
+    steps: dict[str, Callable[[], object]] = {
+        "lone": lone.step,
+        "lone_of_a_new_run": of_a_new_run.step,
+        "straightforward": StraightforwardDeMo(lists[2], LEARNING_RATE, ours.beta, TOPK).step,
+        "straightforward_tuned": StraightforwardDeMo(lists[3], LEARNING_RATE, ours.beta, TOPK, tuned=True).step,
+        "adamw_foreach": torch.optim.AdamW(lists[4], LEARNING_RATE, foreach=True).step,
+        "adamw_fused": torch.optim.AdamW(lists[5], LEARNING_RATE, fused=True).step,
+    }
     contenders: dict[str, Callable[[], float]] = {"ours": lambda: phases(ours, by_phase)} | {
-        name: functools.partial(timed, optimizer.step)
-        for name, optimizer in {
-            "lone": lone,
-            "lone_of_a_new_run": of_a_new_run,
-            "straightforward": StraightforwardDeMo(lists[2], LEARNING_RATE, ours.beta, TOPK),
-            "straightforward_tuned": StraightforwardDeMo(lists[3], LEARNING_RATE, ours.beta, TOPK, tuned=True),
-            "adamw_foreach": torch.optim.AdamW(lists[4], LEARNING_RATE, foreach=True),
-            "adamw_fused": torch.optim.AdamW(lists[5], LEARNING_RATE, fused=True),
-        }.items()
+        name: functools.partial(timed, step) for name, step in steps.items()
     }
     sets = gradient_sets(models[0])
     milliseconds: dict[str, list[float]] = {name: [] for name in contenders}

@@ -481,7 +481,7 @@ class Soak:
 
     def lives(self, peer: Peer) -> Iterator[list[dict[str, Any]]]:
         """Round lines by life: a counter of this process that falls begins a new one."""
-        starts = [0]
+        starts = [0.0]
         starts += [fault.over for fault in self.faults if fault.peer == peer.name and fault.kind in ("kill", "wipe")]
         for begin, end in zip(starts, [*starts[1:], float("inf")], strict=True):
             yield [entry for entry in peer.rounds if begin <= entry["time"] < end]

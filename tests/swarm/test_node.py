@@ -26,6 +26,7 @@ from p2ptrain.config.manifest import Manifest, open_manifest, sign_manifest
 from p2ptrain.errors import AddressError, ClockSkewError, PortInUseError, UnreachableError
 from p2ptrain.swarm import circuits
 from p2ptrain.swarm import node as node_module
+from p2ptrain.swarm import shelves as shelves_module
 from p2ptrain.swarm.circuits import RelayCaps
 from p2ptrain.swarm.crawl import Census
 from p2ptrain.swarm.identity import Identity, format_peer_id, new_identity, parse_peer_id
@@ -39,6 +40,7 @@ from p2ptrain.swarm.records import (
     peers_key,
     subkey_of,
 )
+from p2ptrain.swarm.shelves import REPLICAS, Shelves, find_peer
 
 RUN = bytes(range(32))
 
@@ -113,6 +115,59 @@ def test_peers_read_what_others_publish(swarm: Swarm) -> None:
         assert await first.publish_run(run)
         assert await observer.read_runs() == {RUN: [run]}
         assert await observer.read_peers(bytes(32)) == {}
+
+    swarm.run(scenario())
+
+
+def test_records_are_read_from_single_nodes_and_what_one_hides_the_next_one_shows(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        first = await swarm.node()
+        nodes = [first, *[await swarm.node(first) for _ in range(4)]]
+        for node in nodes:
+            await node._explore(5.0)
+        shelves = [Shelves(node, RUN, b"") for node in nodes]
+        everyone = {node.peer_id for node in nodes}
+
+        async def publish(*which: Shelves) -> None:
+            for one in which:
+                addresses = await one._node.join_addresses()
+                assert await one.publish(peer_record(one._node.identity, addresses=addresses))
+
+        await publish(*shelves)
+        # Fewer nodes than there are keep each record.
+        assert sum(bool(node.stored(peers_key(RUN))) for node in nodes) == REPLICAS
+        watching = Shelves(await swarm.node(nodes[2], observer=True), RUN, b"")
+        seen = await watching.look_at_all()
+        assert set(seen.records) == everyone
+        # One who does not keep them reads them all the same, of one who does, and says when to others.
+        outside = next(one for one in shelves if not one._node.stored(peers_key(RUN)))
+        looked = await outside.look()
+        assert set(looked.records) == everyone
+        await outside._node.connect(next(peer for peer in everyone if peer != outside._node.peer_id))
+
+        # A node that forgets all hides nobody for long: another one is asked the next time, and nothing is forgotten.
+        next(node for node in nodes if node.stored(peers_key(RUN))).dht.protocol.storage.data.clear()
+        for _ in range(8):
+            watching._looked_at[peers_key(RUN)] = 0.0
+            assert set((await watching.look_at_all()).records) == everyone
+
+        # In a large run records are on shelves; the first key says on how many.
+        monkeypatch.setattr(shelves_module, "SHOWN_EVERY", 0)
+        for one in shelves:
+            one.count = 4
+        await publish(*shelves)
+        await publish(*shelves[1:])
+        for newcomer in (watching, Shelves(await swarm.node(nodes[3], observer=True), RUN, b"")):
+            newcomer._looked_at.clear()
+            seen = await newcomer.look_at_all()
+            assert newcomer.count == 4 and set(seen.records) == everyone
+            # Who said nothing meanwhile shows its age, at the time of the look.
+            oldest = min(everyone, key=lambda peer: seen.records[peer].time - seen.at[peer])
+            assert oldest == first.peer_id
+        alone = await find_peer(nodes[4], RUN, b"", first.peer_id)
+        assert alone is not None and alone.shelves == 4
 
     swarm.run(scenario())
 

@@ -252,9 +252,9 @@ def test_an_outsider_gets_nothing_by_any_call_or_key_and_the_two_go_on(two: RunO
 
     async def keys_say_nothing(outsider: SwarmNode) -> None:
         assert await outsider.get_manifest(run_id) is None
-        assert await outsider._get(manifest_key(run_id), 5.0) == {} == await outsider._get(RUNS_KEY, 5.0)
+        assert await outsider.get(manifest_key(run_id)) == {} == await outsider.get(RUNS_KEY)
         assert await outsider.read_runs() == {} == await outsider.read_peers(run_id)
-        found = await outsider._get(peers_key(run_id), 5.0)
+        found = await outsider.get(peers_key(run_id)) or {}
         # Two encrypted records under two peer ids are all that shows.
         assert len(found) == 2
         assert set(await outsider.read_peers(run_id, manifest.records_key)) == set(two.ids)

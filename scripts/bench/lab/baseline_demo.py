@@ -62,6 +62,7 @@ class StraightforwardDeMo:
     def step(self) -> None:
         """One round of a group of one."""
         for parameter, momentum in zip(self.params, self.momentum, strict=True):
+            assert parameter.grad is not None
             momentum.mul_(self.beta).add_(parameter.grad)
             coefficients = self._encode(momentum)
             sent = self._select(coefficients)

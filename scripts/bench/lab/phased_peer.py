@@ -110,7 +110,7 @@ def main() -> None:
         round_begun[0] = phases.begin()
         joined(*args)
 
-    PeerSession._print_join_line = started  # type: ignore[method-assign]
+    PeerSession._print_join_line = started  # type: ignore[method-assign, assignment]
     applied = Participant._on_apply
 
     @functools.wraps(applied)
@@ -119,7 +119,7 @@ def main() -> None:
         phases.end("round", round_begun[0])
         round_begun[0] = phases.begin()
 
-    Participant._on_apply = round_applied  # type: ignore[method-assign]
+    Participant._on_apply = round_applied  # type: ignore[method-assign, assignment]
     run(options.command)
 
 

@@ -57,7 +57,7 @@ NOISE = Part(np.zeros(10_000, np.uint16), 35_000)
 class NoisyGPT(GPT):
     """A model that computes nothing."""
 
-    def loss(self, tokens: Tensor) -> Tensor:
+    def loss(self, tokens: Tensor, counted: object = None) -> Tensor:
         """A constant; the gradients are there already."""
         for parameter in self.parameters():
             noise = torch.randn_like(parameter)
@@ -65,7 +65,7 @@ class NoisyGPT(GPT):
         return torch.ones((), requires_grad=True)
 
 
-class StampedQueue(queue.SimpleQueue):  # type: ignore[type-arg]
+class StampedQueue(queue.SimpleQueue[Any]):
     """The trainer's queue; knows when each sealed round was put into it."""
 
     def __init__(self) -> None:
@@ -132,7 +132,7 @@ class Gate:
                     self._marks["replies"] = time.monotonic()
             return handle(event, now)
 
-        machine.handle = marking  # type: ignore[method-assign]
+        machine.handle = marking
 
     def timed(self, stage: str, work: Callable[..., Any]) -> Callable[..., Any]:
         """`work`, its wall and core seconds noted under `stage`."""
@@ -248,8 +248,7 @@ def gated_session(options: argparse.Namespace) -> Iterator[PeerSession]:
     def trainer(*arguments: Any) -> GatedTrainer:
         return GatedTrainer(peer, *arguments)
 
-    with PeerSession(settings, Display(quiet=True), None, Make(trainer, NoisyGPT)) as peer:
-        peer.inbox = StampedQueue()
+    with PeerSession(settings, Display(quiet=True), None, Make(trainer, NoisyGPT, StampedQueue)) as peer:
         yield peer
 
 
@@ -267,7 +266,7 @@ def main() -> None:
         peer.connect(options.join)
         run = peer.found_run(load_manifest(options.manifest)) if options.manifest else peer.find_run(options.join, None)
         peer.enter_run(run)
-        peer.train(run, Text(NOISE, NOISE, shipped_tokenizer, TOKENIZER_VOCABULARY))
+        peer.train(run, Text(NOISE, NOISE, shipped_tokenizer, TOKENIZER_VOCABULARY), None)
 
 
 if __name__ == "__main__":

@@ -104,6 +104,24 @@ def test_affinity_and_ulimit_of_a_real_process_count() -> None:
     assert out.split(maxsplit=2) == ["1", str(GIB), "ulimit -v\n"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not hold processes to it")
+def test_what_the_owner_does_not_allow_the_system_refuses() -> None:
+    code = (
+        "import torch\n"
+        "from p2ptrain.training.machine import limit_memory, this_machine\n"
+        f"limit_memory({GIB})\n"
+        "found = this_machine()\n"
+        "print(found.memory_bytes, found.free_bytes <= found.memory_bytes, found.memory_limit)\n"
+        "torch.zeros(2**27)\n"
+        "try:\n"
+        "    torch.zeros(2**28)\n"
+        "except RuntimeError as error:\n"
+        "    print('memory' in str(error))\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.split() == [str(GIB), "True", "--max-memory", "True"]
+
+
 def test_a_home_that_is_not_there_yet_is_on_its_parents_disk(tmp_path: Path) -> None:
     there = free_disk_bytes(tmp_path)
     assert free_disk_bytes(tmp_path / "a" / "b") == pytest.approx(there, rel=0.1)
