@@ -144,14 +144,14 @@ def flatness() -> str:
 def standing() -> str:
     """What the line of a peer carries while it does nothing."""
     report = load("standing")
-    rows = []
+    rows: Rows = []
     for part, name in (("real", "real peers"), ("many", "simulated")):
         for row in sorted(report[part].values(), key=lambda row: int(row["peers"])):
             ways = (row["sent_bytes_per_second"], row["received_bytes_per_second"])
             rates = [way[of] / 1e3 for way in ways for of in ("median", "most")]
             lost = row.get("lost_after_seconds")
             shown = "" if lost is None else f"{lost:.0f} s"
-            rows.append((row["peers"], name, *(f"{rate:.1f} kB/s" for rate in rates), shown))
+            rows.append((str(row["peers"]), name, *(f"{rate:.1f} kB/s" for rate in rates), shown))
     columns = ("Peers", "", "sent, median", "most", "received, median", "most", "a killed one is shown lost after")
     return table(columns, rows)
 

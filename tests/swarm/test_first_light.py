@@ -58,7 +58,7 @@ def same_export(*peers: Peer) -> None:
 def test_a_late_peer_ends_bit_identical_and_inspect_tells_the_truth_all_along(swarm: Swarm) -> None:
     swarm.fresh = True  # as users start them
     # Long enough for a process that loads all itself to come in, on a busy machine too.
-    swarm.write_manifest(last_round=140, evaluated_every=10)
+    swarm.write_manifest(last_round=180, evaluated_every=10)
     ada = swarm.bootstrap("ada")
     address = ada.address()
     observer = swarm.watch(address)
