@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import queue
+import shutil
 import subprocess
 import sys
 import threading
@@ -126,21 +126,20 @@ def test_a_source_that_is_there_is_used_and_one_that_is_not_is_said_once(tmp_pat
     assert MachineUse((), environment | {"XDG_CURRENT_DESKTOP": "ubuntu:GNOME"}).look().idle_seconds == 4.2
 
 
-def test_the_load_of_others_is_without_this_process_and_a_named_program_is_found() -> None:
-    use = MachineUse(("sleep",))
-    use.look()
-    sleeping = subprocess.Popen(["sleep", "60"])
+def test_a_named_program_is_found_while_it_runs_and_the_load_of_others_is_a_share(tmp_path: Path) -> None:
+    name = "some-game"
+    shutil.copy(shutil.which("sleep") or "", tmp_path / name)
+    use = MachineUse((name,))
+    assert name not in (use.look().programs or ())
+    running = subprocess.Popen([tmp_path / name, "600"])
     try:
-        began = os.times()
-        while os.times().user - began.user < 0.2:
-            sum(range(10_000))
         found = use.look()
     finally:
-        sleeping.kill()
-        sleeping.wait()
-    assert found.programs is not None and "sleep" in found.programs
+        running.kill()
+        running.wait()
+    assert found.programs is not None and name in found.programs
     assert found.other_load_percent is not None and 0 <= found.other_load_percent <= 100
-    assert "sleep" not in (use.look().programs or ())
+    assert name not in (use.look().programs or ())
 
 
 def test_a_file_may_say_what_a_machine_shows_and_one_that_is_broken_changes_nothing(tmp_path: Path) -> None:
