@@ -60,7 +60,7 @@ from p2ptrain.observe.metrics import Metrics, Sink, sinks_of
 from p2ptrain.observe.status import Standing, Status
 from p2ptrain.peer import joining
 from p2ptrain.peer.assembly import Link, Make, Run, driver_parts
-from p2ptrain.peer.driver import RoundDriver
+from p2ptrain.peer.driver import GOODBYE_SECONDS, RoundDriver
 from p2ptrain.peer.file_download import fetch_file
 from p2ptrain.peer.machine_use import looker
 from p2ptrain.peer.owner import Owner
@@ -125,6 +125,8 @@ FAREWELL_SECONDS = 3.0
 """To publish that this peer leaves: worth one short attempt."""
 STOP_SECONDS = 10.0
 """For each of the driver and the node to end: goodbyes and replies under way take 3 of them."""
+HURRY_SECONDS = 0.7
+"""For replies that others are being handed when this machine is wanted: its memory is to be back within two seconds."""
 STOPPING_LOOK_SECONDS = 0.1
 """Between two looks at whether Ctrl-C ends the wait for others."""
 
@@ -712,7 +714,8 @@ class PeerSession:
         self._tell(part.driver, part.presence, part.status)
         self.display.round(part.status, last=True)
         # A checkpoint holds a moment, and rounds that come after it are in the journal: neither waits for the other.
-        retiring = self.network.spawn(part.driver.retire())
+        patience = GOODBYE_SECONDS if self.owner.pause_until is not None else HURRY_SECONDS
+        retiring = self.network.spawn(part.driver.retire(patience))
         part.trainer.save()
         try:
             retiring.result(STOP_SECONDS)
