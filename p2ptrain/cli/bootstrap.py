@@ -35,6 +35,7 @@ from p2ptrain.cli.options import (
     TokenizerOption,
     UploadLimitOption,
     VerboseOption,
+    VolunteerOption,
     given_text,
 )
 from p2ptrain.cli.peer import run_peer
@@ -72,6 +73,7 @@ def bootstrap(
     nice: NiceOption = None,
     max_memory: MaxMemoryOption = None,
     gpu_memory: GpuMemoryOption = None,
+    volunteer: VolunteerOption = None,
     rounds: RoundsOption = None,
     metrics: MetricsOption = None,
     force: ForceOption = False,
@@ -104,6 +106,7 @@ def bootstrap(
             "nice": nice,
             "max_memory": max_memory,
             "gpu_memory": gpu_memory,
+            "volunteer": volunteer,
             "log_format": log_format,
         },
         home=home,

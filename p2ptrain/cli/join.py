@@ -34,6 +34,7 @@ from p2ptrain.cli.options import (
     TokenizerOption,
     UploadLimitOption,
     VerboseOption,
+    VolunteerOption,
     given_text,
 )
 from p2ptrain.cli.peer import run_peer
@@ -91,6 +92,7 @@ def join(
     nice: NiceOption = None,
     max_memory: MaxMemoryOption = None,
     gpu_memory: GpuMemoryOption = None,
+    volunteer: VolunteerOption = None,
     rounds: RoundsOption = None,
     metrics: MetricsOption = None,
     force: ForceOption = False,
@@ -133,6 +135,7 @@ def join(
             "nice": nice,
             "max_memory": max_memory,
             "gpu_memory": gpu_memory,
+            "volunteer": volunteer,
             "log_format": log_format,
         },
         home=home,

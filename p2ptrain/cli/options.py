@@ -85,6 +85,12 @@ GpuMemoryOption = Annotated[
     str | None,
     typer.Option("--gpu-memory", metavar="AMOUNT", help="Most memory of a CUDA device, as 8GB.", show_default="none"),
 ]
+VolunteerOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--volunteer", help="Train only when this machine is not wanted: [volunteer] in node.toml.", show_default=False
+    ),
+]
 RoundsOption = Annotated[
     int | None, typer.Option("--rounds", min=1, help="Stop after this many rounds in which this peer had a part.")
 ]

@@ -110,6 +110,11 @@ def run_peer(
     from p2ptrain.peer.progress import Display
     from p2ptrain.peer.session import PeerSession
 
+    if settings.volunteer.enabled:
+        # What it needs is missed before anything is fetched.
+        from p2ptrain.peer.machine_use import looker
+
+        looker(settings.volunteer.not_while)
     display = Display(log_format=settings.log_format, quiet=quiet)
     with PeerSession(settings, display, rounds, make, wait_seconds) as session, log_kept(session.home.log):
         # What would fail later, and may after a long download, is said now.

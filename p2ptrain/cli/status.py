@@ -49,12 +49,30 @@ def lines_of(answer: dict[str, Any]) -> list[str]:
     if answer["paused_until"] is not None:
         said.append(f"until {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(answer['paused_until']))}")
     if state == "paused":
-        said.append("go on: p2ptrain resume")
+        by_itself = "it goes on by itself once this machine is not wanted"
+        said.append(by_itself if answer.get("paused_by") == "volunteering" else "go on: p2ptrain resume")
     said.append(f"process {answer['pid']}, for {answer['uptime_seconds']:,.0f} s, home {answer['home']}")
     refused = answer.get("refused_branch")
     if refused is not None:
         said.append(f"refused a branch up to round {refused['round']} that {refused['donor']} has: {refused['why']}")
+    if "decisions" in answer and answer.get("volunteering"):
+        said.append(_use_of(answer["volunteering"]))
     if "decisions" in answer:
         said.append("the last events, at seconds from now, and what each led to:")
         said += answer["decisions"]
     return said
+
+
+def _use_of(seen: dict[str, Any]) -> str:
+    """What a volunteer sees of its machine."""
+    shown = []
+    if seen["idle_seconds"] is not None:
+        shown.append(f"keyboard and mouse idle for {seen['idle_seconds']:,.0f} s")
+    if seen["other_load_percent"] is not None:
+        shown.append(f"other programs at {seen['other_load_percent']:.0f} % of the cores")
+    for key, yes, no in (("on_battery", "on battery", "not on battery"), ("on_metered", "metered", "not metered")):
+        if seen[key] is not None:
+            shown.append(yes if seen[key] else no)
+    wanted = f"wanted: {seen['wanted']}" if seen["wanted"] else "not wanted"
+    not_seen = f"; cannot see: {'; '.join(seen['not_seen'])}" if seen["not_seen"] else ""
+    return f"volunteer, machine {wanted} ({', '.join(shown) or 'nothing is seen'}){not_seen}"

@@ -18,6 +18,7 @@ from msgspec import Meta
 from p2ptrain.config.amounts import parse_amount, parse_rate
 from p2ptrain.config.home import Home, default_home
 from p2ptrain.config.loading import expectation, field_docs, reject_unknown_keys, toml_value
+from p2ptrain.config.volunteer import Volunteer
 from p2ptrain.errors import UsageError
 
 ENVIRONMENT_PREFIX = "P2PTRAIN_"
@@ -76,6 +77,8 @@ class NodeTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Most memory of a CUDA device that this peer takes, as 8GB; empty: no limit."""
     log_format: Literal["text", "json"] = "text"
     """Form of the log on stderr."""
+    volunteer: Volunteer = Volunteer()
+    """When this machine may be used."""
 
 
 class NodeSettings(NodeTable, frozen=True, kw_only=True):
@@ -109,6 +112,9 @@ def resolve_settings(
         del from_file["port"]
     for field in msgspec.structs.fields(NodeTable):
         key = field.name
+        if key == "volunteer":
+            origins[key], values[key] = _volunteer(given, environment, from_file, home / "node.toml")
+            continue
         variable = f"{ENVIRONMENT_PREFIX}{key.upper()}"
         if key in given:
             origin, value = f"--{key.replace('_', '-')}", given[key]
@@ -129,7 +135,31 @@ def explain(settings: NodeSettings) -> Iterator[tuple[str, str, str]]:
     """Rows (setting, value as TOML, where it comes from)."""
     yield "home", toml_value(str(settings.home)), settings.origins["home"]
     for key in NodeTable.__struct_fields__:
-        yield key, toml_value(getattr(settings, key)), settings.origins[key]
+        value = getattr(settings, key)
+        table = value.enabled if isinstance(value, Volunteer) else value
+        yield key, toml_value(table), settings.origins[key]
+
+
+def _volunteer(
+    given: Mapping[str, Any], environment: Mapping[str, str], from_file: Mapping[str, object], path: Path
+) -> tuple[str, Volunteer]:
+    """Return where it is from that this peer is a volunteer, or not, and what `[volunteer]` says; raises UsageError."""
+    try:
+        wish = msgspec.convert(from_file.get("volunteer", {}), Volunteer)
+    except msgspec.ValidationError as error:
+        reason, _, place = str(error).partition(" - at `$")
+        key = place.strip("`.")
+        name, docs = key.partition("[")[0], field_docs(Volunteer)
+        meaning = f" ({name}: {docs[name]})" if name in docs else ""
+        said = f"volunteer.{key}: {reason}" if key else f"[volunteer] {reason}"
+        raise UsageError(f"{path}: {said}", hint=f"correct it in {path}{meaning}") from error
+    variable = f"{ENVIRONMENT_PREFIX}VOLUNTEER"
+    if "volunteer" in given:
+        return "--volunteer", msgspec.structs.replace(wish, enabled=given["volunteer"])
+    if environment.get(variable):
+        enabled = _checked("volunteer", environment[variable], bool, variable)
+        return variable, msgspec.structs.replace(wish, enabled=enabled)
+    return (str(path) if "volunteer" in from_file else "default"), wish
 
 
 def _read_node_toml(path: Path) -> dict[str, object]:

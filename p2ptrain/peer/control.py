@@ -124,6 +124,9 @@ class Control:
             with contextlib.suppress(OSError):
                 writer.write(json.dumps(answer).encode() + b"\n")
                 await writer.drain()
+        except asyncio.CancelledError:
+            # This process ends, which is the answer; asyncio would log it as a failure.
+            pass
         finally:
             writer.close()
 

@@ -50,7 +50,7 @@ from p2ptrain.training.machine import this_machine
 LOOK_SECONDS = 0.1
 """Between two looks at what others say, while the run's end is waited for."""
 DECISIONS_MAX_CHARACTERS = 2**20
-_GOODBYE_SECONDS = 3.0
+GOODBYE_SECONDS = 3.0
 FULL_DISK_SECONDS = 1.0
 """Between two attempts to write to a disk that is full."""
 
@@ -146,19 +146,23 @@ class RoundDriver:
         if self._p.grant is not None:
             self.dispatch(events.StatementHeard(self._p.grant))
 
-    async def stop(self) -> None:
-        """Say goodbye to all who follow us, and end everything."""
+    async def stop(self, patience_seconds: float = GOODBYE_SECONDS) -> None:
+        """Say goodbye to all who follow us, and end everything.
+
+        Args:
+            patience_seconds: for replies that others are being handed.
+        """
         self.leave()
         if self._timer is not None:
             self._timer.cancel()
         if self.answering.handing_out:
-            await asyncio.wait(self.answering.handing_out, timeout=_GOODBYE_SECONDS)
+            await asyncio.wait(self.answering.handing_out, timeout=patience_seconds)
         await self.feed.close()
         await cancel_and_wait([*self._tasks, *self.sending.deliveries])
 
-    async def retire(self) -> None:
-        """Stop, and leave a node behind that another driver may answer calls at."""
-        await self.stop()
+    async def retire(self, patience_seconds: float = GOODBYE_SECONDS) -> None:
+        """Stop, as `stop` does, and leave a node behind that another driver may answer calls at."""
+        await self.stop(patience_seconds)
         await self._p.node.remove_servicer(self._servicer)
 
     def leave(self) -> None:

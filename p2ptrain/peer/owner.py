@@ -63,6 +63,12 @@ class Owner:
         self.pause_until: float | None = None
         #: it is paused
         self.paused = False
+        #: why this machine is wanted for something else, where this peer is a volunteer; empty: it is not
+        self.wanted = ""
+        #: since when, by the monotonic clock
+        self.wanted_at = 0.0
+        #: says what volunteering saw last; None: this peer is no volunteer
+        self.volunteering: Callable[[], dict[str, Any]] | None = None
         #: what it does, where it is not in rounds
         self.doing = "starting"
         #: rounds are taken part in by this process's own loop, which can be ended and begun anew
@@ -83,7 +89,22 @@ class Owner:
     @property
     def trains_on(self) -> bool:
         """Whether the next round is to be trained for."""
-        return not self.stopping and self.pause_until is None
+        return not self.stopping and self.pause_until is None and not self.wanted
+
+    def want(self, why: str) -> None:
+        """Take note of why this machine is wanted, empty where it is not, and end training or a pause; any thread.
+
+        A round under way is not waited for. A pause of the owner's own stays.
+        """
+        before, self.wanted = self.wanted, why
+        if bool(before) != bool(why):
+            self.wanted_at = time.monotonic()
+            self._wake()
+
+    @property
+    def why_paused(self) -> str:
+        """Why this peer is paused, or is to be."""
+        return "its owner has paused it" if self.pause_until is not None else f"this machine is wanted: {self.wanted}"
 
     def leave(self, *, at_once: bool = False) -> bool:
         """Have the round under way be the last, or not even that; any thread. Say whether it is waited for."""
@@ -99,16 +120,19 @@ class Owner:
         timer.start()
 
     def await_resume(self, inbox: queue.SimpleQueue[Any]) -> None:
-        """Return when the owner resumes, the pause's time is over, or this peer is to leave; the trainer's thread.
+        """Return when neither the owner nor the machine's use forbids training, or this peer is to leave.
+
+        For the trainer's thread.
 
         Args:
             inbox: what `wake` puts its None in.
         """
-        while not self.stopping and self.pause_until is not None:
-            left = self.pause_until - time.time()
+        while not self.stopping and not self.trains_on:
+            until = self.pause_until
+            left = math.inf if until is None else until - time.time()
             if left <= 0:
                 self.pause_until = None
-                return
+                continue
             try:
                 inbox.get(timeout=min(left, CLOCK_LOOK_SECONDS))
             except queue.Empty:
@@ -168,9 +192,14 @@ class Owner:
     async def _resume(self) -> control.Answer:
         if self.pause_until is None and not self.paused:
             raise UsageError("this peer is not paused", hint="p2ptrain status")
-        self.pause_until = None
+        owners, self.pause_until = self.pause_until is not None, None
         self._wake()
-        await self._until(lambda: self.driver is not None)
+        if self.wanted and not owners:
+            raise UsageError(
+                f"this machine is wanted: {self.wanted}",
+                hint="this peer goes on by itself once it is not; to train all the same, start it without --volunteer",
+            )
+        await self._until(lambda: self.driver is not None or bool(self.wanted))
         return self._answer()
 
     def _limit(self, key: str, value: str) -> control.Answer:
@@ -221,7 +250,7 @@ class Owner:
         if self.stopping:
             state, doing = "leaving", ""
         elif self.paused:
-            state, doing = "paused", ""
+            state, doing = "paused", "" if until is not None else self.wanted
         elif driver is not None:
             driver.publish_standing()
             now.take(driver.standing)
@@ -240,6 +269,8 @@ class Owner:
             "members": now.members if state not in ("paused", "starting") else 0,
             "train_loss": now.loss,
             "tokens_per_second": round(now.tokens_per_second, 1) if state in ("training", "solo") else 0.0,
+            "paused_by": ("volunteering" if until is None else "owner") if state == "paused" else None,
+            "volunteering": None if self.volunteering is None else self.volunteering(),
             "paused_until": until if state == "paused" and until is not None and math.isfinite(until) else None,
             "home": str(self._home.path),
             "pid": os.getpid(),

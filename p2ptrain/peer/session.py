@@ -60,14 +60,16 @@ from p2ptrain.observe.metrics import Metrics, Sink, sinks_of
 from p2ptrain.observe.status import Standing, Status
 from p2ptrain.peer import joining
 from p2ptrain.peer.assembly import Link, Make, Run, driver_parts
-from p2ptrain.peer.driver import RoundDriver
+from p2ptrain.peer.driver import GOODBYE_SECONDS, RoundDriver
 from p2ptrain.peer.file_download import fetch_file
+from p2ptrain.peer.machine_use import looker
 from p2ptrain.peer.owner import Owner
 from p2ptrain.peer.presence import Presence
 from p2ptrain.peer.progress import Shown
 from p2ptrain.peer.reachability import Reachability, where_it_works
 from p2ptrain.peer.reporting import Reporter
 from p2ptrain.peer.supervisor import keep_notified, notify
+from p2ptrain.peer.volunteering import Watch
 from p2ptrain.peer.waiting import tell_while_waiting, told_while
 from p2ptrain.rounds.inbox import TrainerMessage
 from p2ptrain.state.checkpoint import Kept
@@ -123,6 +125,8 @@ FAREWELL_SECONDS = 3.0
 """To publish that this peer leaves: worth one short attempt."""
 STOP_SECONDS = 10.0
 """For each of the driver and the node to end: goodbyes and replies under way take 3 of them."""
+HURRY_SECONDS = 0.7
+"""For replies that others are being handed when this machine is wanted: its memory is to be back within two seconds."""
 STOPPING_LOOK_SECONDS = 0.1
 """Between two looks at whether Ctrl-C ends the wait for others."""
 
@@ -602,12 +606,16 @@ class PeerSession:
             UnreachableError: before this peer had any round, all who had one were gone.
             TransferSpentError: this month's transfer is used up, and this peer has left.
         """
+        with self._volunteering():
+            if self._may_begin():
+                self._train_and_rest(run, text, values)
+
+    def _train_and_rest(self, run: Run, text: Text, values: Path | None) -> None:
         device = choose_device(self.settings.device, parse_amount(self.settings.gpu_memory))
         torch.set_num_threads(self.settings.threads or this_machine().threads)
         with self._doing("loading and checking compiled loops, or compiling them"):
             make_ready(device)
         give_back()
-        self.owner.may_pause = True
         part: Part | None = self._begin(run, text, values, device)
         assert part is not None
         self._print_join_line(part.addresses)
@@ -621,6 +629,9 @@ class PeerSession:
                 # Nothing may hold the model any more.
                 part = None
                 self._give_memory_back()
+                if self.owner.wanted:
+                    seconds = time.monotonic() - self.owner.wanted_at
+                    _logger.info("memory was given back %.1f s after the machine was wanted", seconds)
                 self.owner.await_resume(self.inbox)
                 if self.owner.stopping:
                     self._say_leaving(presence, announcing)
@@ -630,7 +641,7 @@ class PeerSession:
                 self.owner.paused, self.owner.doing = False, "resuming"
                 part = self._begin(run, text, values, device)
                 self.display.say(f"resumed at round {part.trainer.replica.chain.round:,}")
-                if not self.owner.stopping:
+                if self.owner.trains_on:
                     self._train(part)
             self.finish(part)
         self.say_leaving(part)
@@ -665,22 +676,57 @@ class PeerSession:
 
     # ---- pausing ----------------------------------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def _volunteering(self) -> Iterator[None]:
+        """Have the owner know at any time whether this machine is wanted, where this peer is a volunteer."""
+        self.owner.may_pause = True
+        wish = self.settings.volunteer
+        if not wish.enabled:
+            yield
+            return
+        use = looker(wish.not_while)
+        watch = Watch(wish, use.look, lambda verdict: self.owner.want(verdict.why), use.missing)
+        self.owner.volunteering = watch.summary
+        watch.start()
+        try:
+            yield
+        finally:
+            watch.close()
+
+    def _may_begin(self) -> bool:
+        """Return once the machine is not wanted, before anything is built; False: this peer is to leave instead."""
+        if self.owner.wanted:
+            self.display.say(f"waits until this machine is not wanted: {self.owner.wanted}")
+            notify("READY=1")
+            self.owner.paused = True
+            self.owner.await_resume(self.inbox)
+            self.owner.paused = False
+        return not self.owner.stopping
+
     def _rest(self, part: Part) -> None:
         """Save, say goodbye to all, and be listed as paused.
 
         Others train on at once, as after any goodbye. To stay a member that sends nothing would cost them a wait, and
         to follow the chain their upload.
         """
-        part.trainer.save()
+        why = self.owner.why_paused
+        part.trainer.keep_gradient()
         self._tell(part.driver, part.presence, part.status)
         self.display.round(part.status, last=True)
-        with contextlib.suppress(TimeoutError):
-            self.network.run(part.driver.retire(), STOP_SECONDS)
+        # A checkpoint holds a moment, and rounds that come after it are in the journal: neither waits for the other.
+        patience = GOODBYE_SECONDS if self.owner.pause_until is not None else HURRY_SECONDS
+        retiring = self.network.spawn(part.driver.retire(patience))
+        part.trainer.save()
+        try:
+            retiring.result(STOP_SECONDS)
+        except TimeoutError:
+            retiring.cancel()
         self._driver = self.owner.driver = None
         self.network.loop.call_soon_threadsafe(part.presence.rest)
         self.owner.paused = True
-        self._report_stop(part.status, "its owner has paused it")
-        self.display.say(f"paused at round {part.trainer.replica.chain.round:,}; go on: p2ptrain resume")
+        self._report_stop(part.status, why)
+        goes_on = "go on: p2ptrain resume" if self.owner.pause_until is not None else "it goes on by itself"
+        self.display.say(f"paused at round {part.trainer.replica.chain.round:,}: {why}; {goes_on}")
 
     def _give_memory_back(self) -> None:
         give_back()

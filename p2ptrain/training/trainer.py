@@ -517,6 +517,25 @@ class Participant:
         self._micro_batches = self._sequences = self._overdue = 0
         self._loss_sum = self._computing_seconds = 0.0
 
+    def keep_gradient(self) -> int:
+        """Add what was computed and is not contributed yet to the momentum, as in a round for which nothing is sent.
+
+        A checkpoint written afterwards holds it, and later contributions take it along; no weight of theirs counts it.
+
+        Returns:
+            The sequences behind it.
+        """
+        sequences = self._sequences
+        if self._micro_batches:
+            self._local.gather()
+            self.replica.momentum_changes()
+            self.replica.optimizer.accumulate()
+            for parameter in self.replica.task.parameters:
+                parameter.tensor.grad = None
+        self._micro_batches = self._sequences = 0
+        self._loss_sum = self._computing_seconds = 0.0
+        return sequences
+
     def _show(self) -> None:
         state = self.replica.chain
         self.status.round, self.status.state_id, self.status.total = state.round, state.id, state.total

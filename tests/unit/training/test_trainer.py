@@ -335,6 +335,32 @@ def test_for_the_same_round_on_another_branch_nothing_else_is_made(home: Home) -
     assert torch.allclose(home.momentum, momentum)
 
 
+def test_a_gradient_in_hand_is_kept_through_a_pause_as_if_it_had_been_sent_in_vain(tmp_path: Path, home: Home) -> None:
+    home.hand(home.start())
+    home.hand(home.apply(home.sealed(), contributed=True))
+    home.trainer.save()
+    other = Home(tmp_path, home.lone)
+    other.trainer.restore(other.journal)
+    for trainer in (home.trainer, other.trainer):
+        trainer.take(dataclasses.replace(home.start(), seconds=1000.0), home.swarm)
+        trainer.compute()
+    before = home.momentum.clone()
+    assert home.trainer.keep_gradient() == 4 and home.trainer.keep_gradient() == 0
+    assert not torch.equal(home.momentum, before)
+    # Of the other one, what it handed over returns whole: nothing of it is consumed.
+    other.trainer.hand_over(other.swarm)
+    other.trainer.books.take_back(home.lone.key, other.trainer.replica.optimizer.decays)
+    assert torch.allclose(home.momentum, other.momentum, atol=1e-7)
+    home.log.prune(10**9)
+    home.trainer.save()
+    again = Home(tmp_path, home.lone)
+    again.trainer.restore(again.journal)
+    assert torch.equal(again.momentum, home.momentum)
+    again.hand(again.start())
+    (ready,) = again.swarm.handed
+    assert ready.key == home.lone.key
+
+
 def test_after_a_crash_what_was_sent_is_settled_once_and_the_replica_is_the_same(tmp_path: Path, home: Home) -> None:
     for _ in range(2):
         home.hand(home.start())
