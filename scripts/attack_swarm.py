@@ -322,13 +322,17 @@ class Measurement:
         return None if seconds is None else round(seconds, 1)
 
     def newcomer_left_again(self) -> bool:
-        """Whether the newcomer had a round of the attacker's after it had come to the others."""
+        """Whether the newcomer had a round of the attacker's after one of the others'.
+
+        The line of a round may come after the next one is in the journal, so lines are compared with lines.
+        """
         assert self.hostile is not None
         seconds = None if self.newcomer is None else self.arrived()
         if self.newcomer is None or seconds is None:
             return False
         since = self.newcomer.began + seconds + time.time() - time.monotonic()
-        return any(entry["time"] > since and entry["state_id"] in self.hostile.branch for entry in self.newcomer.rounds)
+        misled = [entry["state_id"] in self.hostile.branch for entry in self.newcomer.rounds if entry["time"] > since]
+        return False in misled and any(misled[misled.index(False) :])
 
     def journals(self) -> list[list[str]]:
         """Names of the files in each peer's journal."""

@@ -65,6 +65,8 @@ class Owner:
         self.paused = False
         #: why this machine is wanted for something else, where this peer is a volunteer; empty: it is not
         self.wanted = ""
+        #: why it was wanted last
+        self._why_wanted = ""
         #: since when, by the monotonic clock
         self.wanted_at = 0.0
         #: says what volunteering saw last; None: this peer is no volunteer
@@ -96,7 +98,7 @@ class Owner:
 
         A round under way is not waited for. A pause of the owner's own stays.
         """
-        before, self.wanted = self.wanted, why
+        before, self.wanted, self._why_wanted = self.wanted, why, why or self._why_wanted
         if bool(before) != bool(why):
             self.wanted_at = time.monotonic()
             self._wake()
@@ -104,7 +106,7 @@ class Owner:
     @property
     def why_paused(self) -> str:
         """Why this peer is paused, or is to be."""
-        return "its owner has paused it" if self.pause_until is not None else f"this machine is wanted: {self.wanted}"
+        return "its owner has paused it" if self.pause_until is not None else f"this machine is wanted: {self._why_wanted}"
 
     def leave(self, *, at_once: bool = False) -> bool:
         """Have the round under way be the last, or not even that; any thread. Say whether it is waited for."""

@@ -162,7 +162,8 @@ class _Streams(Attack):
         """A stream to a call, its beginning, and then a drop each second."""
         p2p: P2P = self.hostile.node.dht.p2p
         while True:
-            with contextlib.suppress(*TRANSPORT_FAILURES):
+            # uvloop raises RuntimeError where a peer has reset the stream that is written to.
+            with contextlib.suppress(*TRANSPORT_FAILURES, RuntimeError):
                 name = f"{NAMESPACE}::{PeerServicer.__name__}.{call}"
                 _, _, writer = await p2p.call_binary_stream_handler(PeerID(peer), name)
                 self._count(call)

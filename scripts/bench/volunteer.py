@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,7 @@ def play(options: argparse.Namespace, folder: Path) -> Figures:
         for number in range(1, PEERS):
             peers.append(Peer(folder, number, ["join", found[1]], volunteer=True))
         for peer in peers:
-            peer.until(lambda peer=peer: peer.trains() and peer.status()["members"] == PEERS, "in a group of all")
+            peer.until(partial(_in_a_group_of_all, peer), "in a group of all")
         note(f"{PEERS} peers train")
 
         def rounds_a_minute(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -204,6 +205,10 @@ def play(options: argparse.Namespace, folder: Path) -> Figures:
         "contributions_given_up": gone,
         "ok": len(replicas) == 1 and not ended and not gone,
     }
+
+
+def _in_a_group_of_all(peer: Peer) -> bool:
+    return peer.trains() and bool(peer.status()["members"] == PEERS)
 
 
 def _last_round(home: Path) -> int:
