@@ -106,7 +106,9 @@ class Owner:
     @property
     def why_paused(self) -> str:
         """Why this peer is paused, or is to be."""
-        return "its owner has paused it" if self.pause_until is not None else f"this machine is wanted: {self._why_wanted}"
+        return (
+            "its owner has paused it" if self.pause_until is not None else f"this machine is wanted: {self._why_wanted}"
+        )
 
     def leave(self, *, at_once: bool = False) -> bool:
         """Have the round under way be the last, or not even that; any thread. Say whether it is waited for."""

@@ -181,6 +181,7 @@ def test_a_stranger_reads_nothing_and_with_an_invitation_two_commands_make_it_a_
     there.train(there.ada, bob)
 
 
+@pytest.mark.long
 def test_a_revoked_peer_is_out_within_two_rounds_and_the_others_do_not_pause(swarm: Swarm) -> None:
     there = Invited(swarm)
     token = there.invite("--uses", "2")
