@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import logging
 import random
 import statistics
@@ -35,6 +36,7 @@ LOOP, BEGAN_AT = VirtualLoop(), time.time()
 # hivemind takes its clock when it is imported.
 time.time, time.monotonic = lambda: BEGAN_AT + LOOP.time(), LOOP.time
 
+import base58
 from hivemind.dht import DHTNode
 from hivemind.p2p import P2PContext, PeerID
 from lab.report import note, say
@@ -47,6 +49,7 @@ from p2ptrain.observe.census import LOST_SECONDS
 from p2ptrain.observe.status import Status
 from p2ptrain.peer.presence import Presence
 from p2ptrain.simulation.toy import identity_of
+from p2ptrain.swarm import records
 from p2ptrain.swarm.guards import install_guards
 from p2ptrain.swarm.limits import caller
 from p2ptrain.swarm.node import SwarmNode
@@ -296,6 +299,9 @@ def main() -> None:
     logging.getLogger("hivemind").setLevel(logging.ERROR)
     random.seed(options.seed)
     install_guards()
+    # All nodes are in one process: what is the same for each is worked out once.
+    base58.b58encode = functools.lru_cache(2**16)(base58.b58encode)
+    records.verify = functools.lru_cache(2**16)(records.verify)
     asyncio.set_event_loop(LOOP)
     say(**LOOP.run_until_complete(play(options)))
 

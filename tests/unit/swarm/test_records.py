@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 from hivemind.dht import DHTID
+from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.dht.validation import DHTRecord
 from hivemind.utils import MSGPackSerializer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from p2ptrain.swarm import guards
 from p2ptrain.swarm.identity import Identity, new_identity
 from p2ptrain.swarm.records import (
     MANIFEST_SUBKEY,
@@ -189,6 +193,18 @@ def test_who_says_that_peers_are_missing_names_some_and_no_crowd() -> None:
     for count in (0, MISSING_MAX + 1):
         with pytest.raises(RecordError):
             encode_record(ME, key, missing(count), NOW + 20)
+
+
+def test_a_record_that_expires_on_its_way_takes_no_others_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time()
+    validating: Any = SimpleNamespace(record_validator=SignedRecordValidator(), serializer=MSGPackSerializer)
+    found = DictionaryDHTValue()
+    for identity, left in ((ME, 20.0), (new_identity(), 5.0)):
+        data = encode_record(identity, KEY, peer_record(identity, time=now), expires := now + left)
+        found.store(subkey_of(identity.peer_id), MSGPackSerializer.dumps(data), expires)
+    monkeypatch.setattr(guards, "get_dht_time", lambda: now + 6.0)
+    assert guards._validate_dictionary(validating, key_id_of(KEY), found)
+    assert list(found.data) == [subkey_of(ME.peer_id)]
 
 
 def test_later_versions_may_add_fields() -> None:
