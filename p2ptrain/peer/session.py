@@ -91,7 +91,7 @@ from p2ptrain.swarm.shelves import find_peer
 from p2ptrain.swarm.tasks import cancel_and_wait, failure_logged
 from p2ptrain.swarm.thread import NetworkThread
 from p2ptrain.training.device import choose_device
-from p2ptrain.training.heap import give_back
+from p2ptrain.training.heap import give_back, load_no_compiler
 from p2ptrain.training.machine import this_machine
 from p2ptrain.training.measuring import HeldOut, Measuring, Method
 from p2ptrain.training.needs import flops_a_token, needs_of
@@ -620,6 +620,7 @@ class PeerSession:
         device = choose_device(self.settings.device, parse_amount(self.settings.gpu_memory))
         own_threads = this_machine().threads if self._ranks is None else self._ranks.threads
         torch.set_num_threads(self.settings.threads or own_threads)
+        load_no_compiler()
         with self._doing("loading and checking compiled loops, or compiling them"):
             make_ready(device)
         give_back()
