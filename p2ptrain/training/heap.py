@@ -27,7 +27,7 @@ def load_no_compiler() -> None:
     """Have torch leave its compiler unloaded, which a peer does not use: 170 MB, and seconds of each start.
 
     Methods of optimizers and the operator of the built-in model's loss, among others, are marked as not to be compiled
-    at their first call, and to mark them loads the compiler (`torch/_compile.py`). Here all that are loaded are marked
+    at their first call, and to mark them loads the compiler (`torch._compile`). Here all that are loaded are marked
     with themselves, where torch keeps the mark. A version of torch that does this otherwise is left as it is.
     Recomputed activations load the compiler all the same.
     """
