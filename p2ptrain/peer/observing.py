@@ -1,7 +1,8 @@
 """Looks at a swarm from outside: an observer, which trains nothing and is listed nowhere.
 
 It reads the run's records every time, and of seals only those that it has not got. Nodes are counted beside that, so
-that one which does not answer holds up no look. Cost of a look: one read in the DHT and one call to one peer.
+that one which does not answer holds up no look. Cost of a look: one read in the DHT and one call to one peer. In a run
+that is not open peers hand out no seals to an observer, whom nobody has let in: it reads those of a member's home.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from typing import Any
 from p2ptrain.calls.client import Client
 from p2ptrain.calls.messages import CallError, Traffic
 from p2ptrain.chain import SealError
+from p2ptrain.config.home import Home
 from p2ptrain.config.manifest import Manifest, open_manifest
 from p2ptrain.data.tokenizer import tokenizer_of_run
 from p2ptrain.errors import UnreachableError
 from p2ptrain.observe.census import LOST_SECONDS, Inspection, inspect_run
-from p2ptrain.observe.credit import Count, count_for
+from p2ptrain.observe.credit import Count, count_for, count_in
 from p2ptrain.observe.events import Sealed
+from p2ptrain.observe.projection import RoundsOfHome
 from p2ptrain.observe.rounds import sealed_event
 from p2ptrain.peer.joining import find_run
 from p2ptrain.state.seals import Opening, SealedStep, Walk, read_opening
@@ -54,13 +57,25 @@ class Observer:
     Args:
         node: an observer's.
         introducers: peers whose addresses a person gave, asked for seals first.
+        home: of a peer of this run, whose seals count where the run is not open; None: there is none.
     """
 
-    def __init__(self, node: SwarmNode, manifest: Manifest, run_id: bytes, introducers: frozenset[bytes]) -> None:
+    def __init__(
+        self,
+        node: SwarmNode,
+        manifest: Manifest,
+        run_id: bytes,
+        introducers: frozenset[bytes],
+        home: Home | None = None,
+    ) -> None:
         self.node, self.manifest, self.run_id = node, manifest, run_id
         self.traffic = Traffic()
         self._client = Client(node, self.traffic, run_id)
         self._introducers = introducers
+        self.home = home
+        #: of a run that is not open
+        self._kept = RoundsOfHome(home.events) if home is not None and manifest.access.mode != "open" else None
+        self._kept_rounds: tuple[Sealed, ...] = ()
         self._census = Census(frozenset(), frozenset())
         self._shelves = Shelves(node, run_id, manifest.records_key)
         self._counting: asyncio.Task[None] | None = None
@@ -75,11 +90,11 @@ class Observer:
         self._furthest = (0, float("-inf"))
 
     @classmethod
-    async def create(cls, addresses: list[str], choice: str | None = None, own: bytes | None = None) -> Observer:
+    async def create(cls, addresses: list[str], choice: str | None = None, home: Home | None = None) -> Observer:
         """Meet a swarm at `addresses`, and find the run that `choice` names, or theirs.
 
         Args:
-            own: signed manifest of the run that the observer's home is in.
+            home: of the person who looks.
 
         Raises:
             UnreachableError, AccessError, RunChoiceError, ManifestError, ClockSkewError, DaemonError
@@ -88,12 +103,16 @@ class Observer:
             node = await SwarmNode.create(None, addresses, observer=True)
         except UnreachableError as error:
             raise UnreachableError(str(error), hint="is a peer running there? Try the address of another") from error
+        own = home.manifest.read_bytes() if home is not None and home.manifest.exists() else None
         try:
-            manifest, run_id = open_manifest(await find_run(node, addresses, choice, own))
+            found = await find_run(node, addresses, choice, own)
+            manifest, run_id = open_manifest(found)
+            of_the_run = own is not None and open_manifest(own)[1] == run_id
         except BaseException:
             await node.close()
             raise
-        return cls(node, manifest, run_id, frozenset(parse_addresses(addresses, own_peer_id=node.peer_id)))
+        introducers = frozenset(parse_addresses(addresses, own_peer_id=node.peer_id))
+        return cls(node, manifest, run_id, introducers, home if of_the_run else None)
 
     async def close(self) -> None:
         """End it. Idempotent."""
@@ -141,7 +160,7 @@ class Observer:
     @property
     def rounds(self) -> tuple[Sealed, ...]:
         """The newest rounds, as far as seals are at hand, oldest first."""
-        return (*self._settled, *self._newest.values())
+        return self._kept_rounds or (*self._settled, *self._newest.values())
 
     async def _count(self, seconds: float) -> None:
         self._census = await self.node.crawl(timeout_seconds=seconds)
@@ -160,6 +179,9 @@ class Observer:
         )
 
     async def _hear_seals(self, records: Mapping[bytes, PeerRecord]) -> None:
+        if self._kept is not None:
+            self._kept_rounds = await asyncio.to_thread(self._kept.read)
+            return
         for donor in self._donors(records)[:3]:
             if self._walk is not None and records[donor].round <= self._walk.head.round:
                 return
@@ -202,7 +224,10 @@ class Observer:
 
         Raises:
             CallError: nobody hands out seals.
+            SealError: those of the home are none of this run.
         """
+        if self.home is not None and self._kept is not None:
+            return await asyncio.to_thread(count_in, self.home.seals, self.manifest)
         records = (await self._shelves.look_at_all()).records
         failure: Exception = CallError("no peer of this run is there")
         for donor in self._donors(records)[:4]:
