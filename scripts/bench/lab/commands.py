@@ -47,14 +47,17 @@ class Command:
 
     Args:
         before: what comes before the command, as `Lines.inside` gives it.
+        out: where it prints; None: to `says`, and it prints little else.
     """
 
-    def __init__(self, name: str, folder: Path, *command: str, before: Sequence[str] = ()) -> None:
+    def __init__(
+        self, name: str, folder: Path, *command: str, before: Sequence[str] = (), out: IO[str] | None = None
+    ) -> None:
         self.name, self.log = name, folder / f"{name}.log"
         self._errors: IO[str] = self.log.open("a")
         self.process = subprocess.Popen(
             [*before, *P2PTRAIN, *command],
-            stdout=subprocess.PIPE,
+            stdout=out or subprocess.PIPE,
             stderr=self._errors,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
