@@ -61,7 +61,7 @@ def inspect(
 
     addresses, view, subject = parse_words(words or [])
     here = Home(home or default_home())
-    if view == "credit" and not addresses and run is None and _show_own_credit(here, format):
+    if view == "credit" and not (addresses or watch or run) and _show_own_credit(here, format):
         return
     given = addresses or addresses_of(here)
     parse_addresses(given)
@@ -183,10 +183,11 @@ async def _show_view(observer: Observer, shown: Shown) -> None:
             _print(dht_view(seen), shown, rows="nodes")
         case "credit":
             from p2ptrain.calls.messages import CallError
+            from p2ptrain.chain import SealError
 
             try:
                 count = await observer.credit(_counting)
-            except CallError as error:
+            except (CallError, SealError) as error:
                 raise UnreachableError(str(error), hint="on a machine with a peer: p2ptrain inspect credit") from error
             _print({"run": seen.as_json()["run"]} | count.as_json(names_in(seen)), shown, rows="peers")
 
