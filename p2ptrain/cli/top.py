@@ -41,10 +41,9 @@ def top(
     here = Home(home or default_home())
     given = addresses or addresses_of(here)
     parse_addresses(given)
-    own = here.manifest.read_bytes() if here.manifest.exists() else None
 
     async def show() -> None:
-        observer = await Observer.create(given, run, own)
+        observer = await Observer.create(given, run, here)
         try:
             if not (sys.stdin.isatty() and sys.stdout.isatty()):
                 await _plain(observer.look)

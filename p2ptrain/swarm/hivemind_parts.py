@@ -12,50 +12,57 @@ import ast
 import importlib
 import importlib.util
 import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 PACKAGES = ("hivemind", "hivemind.dht", "hivemind.utils")
-"""Those that import more than a node needs; each after the one that it is in."""
+"""Those that import more than a node needs."""
 
 
 def load_by_parts() -> None:
-    """Have hivemind's packages import names when they are asked for. Idempotent."""
-    for name in PACKAGES:
-        if name not in sys.modules and not _load(name):
-            return
+    """Have hivemind's packages, once they are imported, import names when they are asked for. Idempotent."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
 
 
-def _load(name: str) -> bool:
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
-        return False
-    declared = _declared(Path(spec.origin).read_text())
-    if declared is None:
-        return False
-    module: Any = importlib.util.module_from_spec(spec)
-    origins, constants = declared
-    vars(module).update(constants)
+class _Finder(MetaPathFinder):
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name not in PACKAGES:
+            return None
+        spec = PathFinder.find_spec(name, path)
+        declared = None if spec is None or spec.origin is None else _declared(Path(spec.origin).read_text())
+        if spec is None or declared is None:
+            return None
+        spec.loader = _ByParts(*declared)
+        return spec
 
-    def get(attribute: str) -> Any:
-        if attribute in origins:
-            source, original = origins[attribute]
-            value = getattr(importlib.import_module(source), original)
-            setattr(module, attribute, value)
-            return value
-        if not attribute.startswith("__"):
-            # hivemind's own import would have made its submodules attributes, too.
-            found = f"{name}.{attribute}"
-            if importlib.util.find_spec(found) is not None:
-                return importlib.import_module(found)
-        raise AttributeError(f"module {name!r} has no attribute {attribute!r}")
 
-    module.__getattr__ = get
-    sys.modules[name] = module
-    parent, _, child = name.rpartition(".")
-    if parent:
-        setattr(sys.modules[parent], child, module)
-    return True
+class _ByParts(Loader):
+    def __init__(self, origins: dict[str, tuple[str, str]], constants: dict[str, Any]) -> None:
+        self._origins, self._constants = origins, constants
+
+    def exec_module(self, module: ModuleType) -> None:
+        vars(module).update(self._constants)
+        origins, name = self._origins, module.__name__
+
+        def get(attribute: str) -> Any:
+            if attribute in origins:
+                source, original = origins[attribute]
+                value = getattr(importlib.import_module(source), original)
+                setattr(module, attribute, value)
+                return value
+            if not attribute.startswith("__"):
+                # hivemind's own import would have made its submodules attributes, too.
+                found = f"{name}.{attribute}"
+                if importlib.util.find_spec(found) is not None:
+                    return importlib.import_module(found)
+            raise AttributeError(f"module {name!r} has no attribute {attribute!r}")
+
+        vars(module)["__getattr__"] = get
 
 
 def _declared(source: str) -> tuple[dict[str, tuple[str, str]], dict[str, Any]] | None:
