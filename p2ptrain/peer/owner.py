@@ -230,7 +230,7 @@ class Owner:
         except ValueError as error:
             raise UsageError(f"{key} {value}: {error}", hint=f"p2ptrain limits {key} VALUE") from error
         if line.spends(allowed):
-            used = format_amount(line.transfer.used_bytes)
+            used = format_amount(line.transfer.used_bytes(time.time()))
             raise UsageError(
                 f"{used} were carried this month, so that {value} leave too little to take part",
                 hint="allow more, or: p2ptrain leave",

@@ -127,6 +127,8 @@ STOP_SECONDS = 10.0
 """For each of the driver and the node to end: goodbyes and replies under way take 3 of them."""
 HURRY_SECONDS = 0.7
 """For replies that others are being handed when this machine is wanted: its memory is to be back within two seconds."""
+TRANSFER_LOOK_SECONDS = 1.0
+"""Between two looks at whether there is transfer left, where a month's is used up."""
 STOPPING_LOOK_SECONDS = 0.1
 """Between two looks at whether Ctrl-C ends the wait for others."""
 
@@ -272,16 +274,18 @@ class PeerSession:
 
         Raises:
             AddressError, PortInUseError, UnreachableError, ClockSkewError, HomeError, DaemonError
-            TransferSpentError: too little is left of this month's transfer.
+            TransferSpentError: too little is left of this month's transfer, and no supervisor has started this peer.
         """
         settings = self.settings
-        self._line = self._make_line()
-        self._check_transfer()
-        self.owner.limited = self._line
+        self._line = self.owner.limited = self._make_line()
+        supervised = "NOTIFY_SOCKET" in os.environ
+        if not supervised:
+            self._check_transfer()
         self._network = NetworkThread()
         self._network.run(self.owner.listen(), ASK_SECONDS)
-        if "NOTIFY_SOCKET" in os.environ:
+        if supervised:
             self._network.spawn(keep_notified(self.owner.line))
+            self._await_transfer(self._line)
         remembered = self._remembered_peers()
 
         def create(peers: list[str]) -> SwarmNode:
@@ -376,6 +380,21 @@ class PeerSession:
                 f"of this month's {amount} too little is left to take part: {self._line.describe()}",
                 hint=f"start again on {day} (UTC), or allow more with --monthly-transfer",
             )
+
+    def _await_transfer(self, line: Line) -> None:
+        """Return once there is transfer left, in the next month or because the owner allows more.
+
+        A supervisor would only start a peer that ends over and over, and nobody would start it when the month is over.
+        """
+        if not line.spent:
+            return
+        day, began = next_month(time.time()), time.monotonic()
+        self.display.say(f"waits until {day} (UTC): of this month's transfer too little is left: {line.describe()}")
+        notify("READY=1")
+        with self._doing(f"waiting until {day} (UTC), as this month's transfer is used up"):
+            while line.spent:
+                time.sleep(TRANSFER_LOOK_SECONDS)
+        self._wait_until += time.monotonic() - began
 
     def own_run(self) -> Run | None:
         """The run that this home is in."""
