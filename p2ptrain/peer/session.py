@@ -68,6 +68,7 @@ from p2ptrain.peer.presence import Presence
 from p2ptrain.peer.progress import Shown
 from p2ptrain.peer.reachability import Reachability, where_it_works
 from p2ptrain.peer.reporting import Reporter
+from p2ptrain.peer.room import Room
 from p2ptrain.peer.supervisor import keep_notified, notify
 from p2ptrain.peer.volunteering import Watch
 from p2ptrain.peer.waiting import tell_while_waiting, told_while
@@ -878,6 +879,7 @@ class PeerSession:
             sync_progress=self._fetching,
             reporter=reporter,
             traffic=Traffic(line=self._line),
+            room=self._room(run.manifest, replica.layout.chunks),
         )
 
         async def start() -> RoundDriver:
@@ -887,6 +889,15 @@ class PeerSession:
 
         self._driver = self.owner.driver = self.network.run(start(), START_SECONDS)
         return self._driver
+
+    def _room(self, manifest: Manifest, chunks: int) -> Room | None:
+        """Return what keeps this home to the size that its owner allows; None: any."""
+        most_bytes = parse_amount(self.settings.max_disk)
+        if not most_bytes:
+            return None
+        task, file = manifest.task_config, manifest.data.token_file
+        needed = {file.root for file in (file, None if task is None else task.values) if file is not None}
+        return Room(self.home, most_bytes, needs_of(manifest, chunks).next_bytes, frozenset(needed))
 
     def _fetching(self, what: str, done: int, total: int) -> None:
         self._fetched_at = self.network.loop.time()
