@@ -56,6 +56,17 @@ GOODBYE_SECONDS = 3.0
 FULL_DISK_SECONDS = 1.0
 """Between two attempts to write to a disk that is full."""
 
+_SAID_ONCE = (
+    events.ReplyHeld,
+    events.RoundsFetched,
+    events.FetchFailed,
+    events.Synced,
+    events.RootComputed,
+    events.Doubted,
+    events.Audited,
+)
+"""What comes of this peer's own work: the machine waits for it, or nobody says it again."""
+
 _logger = logging.getLogger(__name__)
 
 
@@ -121,6 +132,8 @@ class RoundDriver:
         self._full_since: float | None = None
         #: why, for people; "": that is not so
         self.held_up = ""
+        #: what its own tasks and its trainer have found meanwhile
+        self._unheard: list[events.Event] = []
         #: what the trainer handed over meanwhile
         self._handed: list[tuple[events.ContributionReady, OwnEntry]] = []
         #: the run's owner has shut this peer out
@@ -249,6 +262,8 @@ class RoundDriver:
 
     def dispatch(self, event: events.Event) -> None:
         """Let the machine hear an event, and do what it asks for."""
+        if self._paused and isinstance(event, _SAID_ONCE):
+            self._unheard.append(event)
         if not self.leaving and not self._paused:
             self._p.told(event)
             self._do(self.machine.handle(event, self._now()))
@@ -286,7 +301,8 @@ class RoundDriver:
     def _pause(self, error: OSError) -> bool:
         """Do nothing until there is room on the disk, as if this process were stopped; False: that is not the reason.
 
-        Others go on without this peer, which catches up afterwards. What it could not write is done first then.
+        Others go on without this peer, which catches up afterwards. What it could not write is done first then, and
+        what its own tasks have found is heard next; what others have sent meanwhile is lost, and they say it again.
         """
         if self.leaving or not files.is_full(error):
             return False
@@ -306,6 +322,8 @@ class RoundDriver:
         """Go on where the disk was full, if there is room."""
         self._timer, self._paused = None, False
         self._do([])
+        while self._unheard and not self._paused:
+            self.dispatch(self._unheard.pop(0))
         while self._handed and not self._paused:
             self.contribute(*self._handed.pop(0))
         if self._paused or self._full_since is None:

@@ -36,6 +36,7 @@ from typing import Any
 
 import psutil
 import torch
+from lab.forked import Forked, Forks
 from lab.lines import Lines, prepare
 from lab.replayed import replayed
 from lab.report import finish, machine
@@ -53,6 +54,7 @@ HOME_FAULTS = (*FAULTS, "use", "pause", "limit")
 ANSWER_SECONDS = 120.0
 """For a peer to do what its owner says, which may end a round before, and be busy."""
 PAUSE_SECONDS = (5.0, 20.0)
+LEAVE_SECONDS = 300.0
 START_SECONDS = 600.0
 """For all to start, on a machine that may be busy."""
 SAMPLE_SECONDS = 5.0
@@ -79,11 +81,12 @@ console = Console(stderr=True, highlight=False, soft_wrap=True)
 class Peer:
     """One peer through all its lives."""
 
-    def __init__(self, folder: Path, number: int, lines: Lines) -> None:
+    def __init__(self, folder: Path, number: int, lines: Lines, forks: Forks | None) -> None:
+        self._forks = forks
         self.name, self.number, self.folder, self.lines = f"peer{number}", number, folder, lines
         self.home, self.log = folder / f"peer{number}", folder / f"peer{number}.log"
         self.out = folder / f"peer{number}.out"
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | Forked | None = None
         self.children: set[psutil.Process] = set()
         #: round lines of all lives: what it logged after each second or so
         self.rounds: list[dict[str, Any]] = []
@@ -101,12 +104,17 @@ class Peer:
         if self.volunteer:
             flags.append("--volunteer")
             self.used(ago_seconds=1000.0)
+        own = {"OMP_NUM_THREADS": "1", "TMPDIR": str(self.folder), VARIABLE: str(self.use)}
+        if self._forks is not None:
+            namespace = self.lines.inside(self.number)[-1]
+            self.process = self._forks.start(namespace, [*command, *flags], self.out, self.log, own)
+            return
         with self.log.open("ab") as log, self.out.open("ab") as out:
             self.process = subprocess.Popen(
                 [*self.lines.inside(self.number), sys.executable, "-m", "p2ptrain", *command, *flags],
                 stdout=out,
                 stderr=log,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(self.folder), VARIABLE: str(self.use)},
+                env={**os.environ, **own},
                 start_new_session=True,  # Ctrl-C is for the soak
             )
 
@@ -218,6 +226,8 @@ class Soak:
     sampled_at: float = 0.0
     #: round -> state id, as the spared peer logged it
     chain: dict[int, str] = field(default_factory=dict)
+    #: of each peer, in the order in which they are waited for: seconds until it had ended
+    left_after: list[float] = field(default_factory=list)
     address: str = ""
     began: float = field(default_factory=time.time)
 
@@ -455,6 +465,7 @@ class Soak:
 
     def leave(self) -> list[tuple[int, str, str]]:
         """All are asked to end; (round, state id, parameter hash) by the last word of each."""
+        began = time.time()
         for peer in self.peers:
             peer.daemon()
             peer.busy = True
@@ -462,7 +473,13 @@ class Soak:
         finals = []
         for peer in self.peers:
             assert peer.process is not None
-            code = peer.process.wait(60)
+            try:
+                code = peer.process.wait(LEAVE_SECONDS)
+            except subprocess.TimeoutExpired:
+                self.wrong.append(f"{peer.name} has not ended within {LEAVE_SECONDS:.0f} s")
+                peer.kill()
+                code = 0
+            self.left_after.append(round(time.time() - began, 1))
             if code != 0:
                 self.wrong.append(f"{peer.name} ended with {code}")
             peer.read()
@@ -521,6 +538,7 @@ class Soak:
             "rounds_per_minute_under_faults": round(faulty, 2),
             "share_of_calm": round(faulty / calm, 3),
             "convergence_seconds": round(convergence, 1),
+            "left_after_seconds": self.left_after,
             "memory": flat,
             "descriptors": {"calm": calm_sample.descriptors, "end": end_sample.descriptors},
             "daemon_descriptors": {"calm": calm_sample.daemon_descriptors, "grown": daemon_grown},
@@ -620,8 +638,10 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="soak-", dir="/tmp"))
     wrong = True
     try:
-        with Lines(options.peers, options.mbit) as lines:
-            peers = [Peer(folder, number, lines) for number in range(options.peers)]
+        with Lines(options.peers, options.mbit) as lines, contextlib.ExitStack() as undo:
+            # So many come back, and so often, that what they import would be most of what they compute.
+            forks = undo.enter_context(Forks()) if options.home else None
+            peers = [Peer(folder, number, lines, forks) for number in range(options.peers)]
             for peer in peers[1:]:
                 peer.volunteer = options.home
             soak = Soak(options, folder, lines, peers)

@@ -36,14 +36,14 @@ def status(peer: Peer) -> dict[str, Any]:
 
 @pytest.mark.long
 def test_a_peer_keeps_its_home_small_and_pauses_with_a_word_where_it_cannot(swarm: Swarm) -> None:
-    swarm.write_manifest(root_interval=4, own_text=False)
+    swarm.write_manifest(root_interval=2, own_text=False)
     home = swarm.folder / "ada"
     refused = run("bootstrap", str(swarm.manifest), "--home", str(home), "--max-disk", "1MB")
     assert refused.returncode == 18 and "--max-disk allows 1 MB" in refused.stderr, refused.stderr
 
     # Without a limit: what it holds, once there are three snapshots.
     ada = swarm.bootstrap("ada")
-    ada.started().reaches(14)
+    ada.started().reaches(8)
     ada.process.send_signal(2)
     ada.ended()
     snapshots = sorted((home / "checkpoints").glob("snapshot-*"))
@@ -58,7 +58,7 @@ def test_a_peer_keeps_its_home_small_and_pauses_with_a_word_where_it_cannot(swar
     ada = swarm.bootstrap("ada", "--max-disk", f"{most}B", "--force")
     eventually(lambda: "removed, as --max-disk leaves no room" in ada.log.read_text(), 60, ada.tail())
     eventually(lambda: not other.exists(), 60, "tokens that no run here needs")
-    ada.reaches(ada.round + 10)
+    ada.reaches(ada.round + 6)
     assert held_bytes(home) <= most, "at any time, as what is replaced is there twice"
     assert status(ada)["state"] == "solo"
 
