@@ -51,7 +51,7 @@ from p2ptrain.calls.servicer import PeerServicer
 from p2ptrain.calls.uplink import Burst
 from p2ptrain.chain import Row, SignedSeal
 from p2ptrain.chain.admission import Grant, Statement
-from p2ptrain.chain.evidence import proof_digest
+from p2ptrain.chain.seal import proof_digest
 from p2ptrain.config.manifest import PROTOCOL_VERSION
 from p2ptrain.errors import P2PTrainError
 from p2ptrain.state.pieces import piece_length

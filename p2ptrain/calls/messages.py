@@ -22,7 +22,7 @@ from msgspec import Meta
 
 from p2ptrain.chain import ChainState, Hash, OptionalHash, Row, SignedSeal
 from p2ptrain.chain.admission import AMENDMENTS_MAX, Revocation, Statement
-from p2ptrain.chain.evidence import Signature
+from p2ptrain.chain.signatures import Signature
 from p2ptrain.swarm.line import Line
 
 NAMESPACE = "p2ptrain"

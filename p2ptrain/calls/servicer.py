@@ -13,7 +13,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import AsyncIterator, Protocol  # noqa: UP035 - hivemind knows a stream by this type alone
+from typing import TYPE_CHECKING, AsyncIterator, Protocol  # noqa: UP035 - hivemind knows a stream by this type alone
 
 import msgspec
 from google.protobuf.wrappers_pb2 import BytesValue
@@ -57,12 +57,14 @@ from p2ptrain.calls.messages import (
 )
 from p2ptrain.chain import SignedSeal
 from p2ptrain.chain.admission import Revocation
-from p2ptrain.chain.evidence import PROOF_MAX_BYTES
-from p2ptrain.chain.sealed import Key, Reply
+from p2ptrain.chain.seal import PROOF_MAX_BYTES, Key
 from p2ptrain.state.failpoints import failpoint
 from p2ptrain.state.pieces import PieceFile
 from p2ptrain.swarm.identity import format_peer_id
 from p2ptrain.swarm.limits import Allowance, loop_time
+
+if TYPE_CHECKING:
+    from p2ptrain.chain.sealed import Reply
 
 CALLS_PER_PEER = 32
 PIECES_A_CALL = 16

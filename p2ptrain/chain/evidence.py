@@ -23,7 +23,7 @@ from typing import Annotated, Literal, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from p2ptrain.chain.seal import MEMBERS_MAX, Key, Row, Verify
+from p2ptrain.chain.seal import MEMBERS_MAX, PROOF_MAX_BYTES, Key, Row, Verify
 from p2ptrain.chain.signatures import HASH_BYTES, SIGNATURE_BYTES, Hash, PeerId, Signature
 from p2ptrain.chain.state import PARTS_MAX, Group, RoundShape
 from p2ptrain.compression import decoded, wire
@@ -31,7 +31,6 @@ from p2ptrain.compression.codec import Codec
 from p2ptrain.compression.reduce import reduce_part
 
 ATTESTATION_BYTES = HASH_BYTES + SIGNATURE_BYTES
-PROOF_MAX_BYTES = 8 * 1024 * 1024
 _MESSAGE_MAX_BYTES = 256
 """Of a message, and of what msgpack adds to a payload."""
 _PEER_MAX_BYTES = 72
@@ -219,11 +218,6 @@ def well_formed(codec: Codec, start: int, end: int, weight: int, payload: bytes)
 
 
 # ---- audits ---------------------------------------------------------------------------------------------------------
-
-
-def proof_digest(encoded: bytes) -> bytes:
-    """Return what a seal names a proof by."""
-    return hashlib.sha256(b"p2ptrain proof 1\0" + encoded).digest()
 
 
 def audit(

@@ -21,6 +21,7 @@ SEAL_VERSION = 1
 MEMBERS_MAX = 1024
 JOINS_MAX = 32  # newcomers one seal may admit
 PROOFS_MAX = 2  # reducers one seal may expel
+PROOF_MAX_BYTES = 8 * 1024 * 1024
 SEAL_MAX_BYTES = 256 * 1024
 UPLINK_MAX_KBIT = 10_000_000
 SEQUENCES_PER_KILOSECOND_MAX = 1_000_000_000
@@ -101,6 +102,11 @@ Verify = Callable[[bytes, bytes, bytes], bool]
 
 _seal_decoder = msgspec.msgpack.Decoder(Seal)
 _signed_decoder = msgspec.msgpack.Decoder(SignedSeal)
+
+
+def proof_digest(encoded: bytes) -> bytes:
+    """Return what a seal names a proof by."""
+    return hashlib.sha256(b"p2ptrain proof 1\0" + encoded).digest()
 
 
 def seal_id(body: bytes) -> bytes:

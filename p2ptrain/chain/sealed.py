@@ -15,7 +15,7 @@ from msgspec import Meta
 from p2ptrain import chain
 from p2ptrain.chain import ChainState, RoundShape, SealError, SignedSeal, Verify, evidence
 from p2ptrain.chain.evidence import EvidenceError
-from p2ptrain.chain.seal import Key, Seal
+from p2ptrain.chain.seal import Key, Seal, proof_digest
 from p2ptrain.compression import decoded, wire
 from p2ptrain.compression.codec import Codec
 
@@ -97,7 +97,7 @@ def decode_sealed(data: bytes, verify: Verify) -> SealedRound:
     for digest, reply in zip(seal.parts, encoded.replies, strict=True):
         if (reply is None) != (digest == b"") or (reply is not None and reply_digest(reply) != digest):
             raise SealedRoundError("a sealed round with other replies than its seal names")
-    if [evidence.proof_digest(proof) for proof in encoded.proofs] != [one.proof for one in seal.expelled]:
+    if [proof_digest(proof) for proof in encoded.proofs] != [one.proof for one in seal.expelled]:
         raise SealedRoundError("a sealed round with other proofs than its seal names")
     return SealedRound(identifier, seal, encoded.signed, encoded.replies, encoded.proofs)
 

@@ -36,7 +36,7 @@ from p2ptrain.chain.seal import (
     SealError,
     bits,
 )
-from p2ptrain.compression.reduce import STANDING_FULL
+from p2ptrain.compression.codec import STANDING_FULL
 
 ABSENCES_ALLOWED = 3  # consecutive seals without a member before it is no longer one
 NEWCOMER_ABSENCES_ALLOWED = 2  # the same for a member that no seal has included yet

@@ -71,9 +71,7 @@ def doctor(
 
 
 def _look(diagnosis: Any, settings: Any, addresses: list[str]) -> Iterable[Finding]:
-    from p2ptrain.cli.inspect import addresses_of
     from p2ptrain.config.manifest import open_manifest
-    from p2ptrain.native import kept
     from p2ptrain.peer.control import Ask, ask
 
     home = Home(settings.home)
@@ -87,15 +85,27 @@ def _look(diagnosis: Any, settings: Any, addresses: list[str]) -> Iterable[Findi
     own = home.manifest.read_bytes() if home.manifest.exists() else None
     manifest = None if own is None else open_manifest(own)[0]
     yield from diagnosis.of_machine(settings, manifest)
+    yield from _look_around(diagnosis, settings, addresses, own, running)
+    # Last, because they load torch and compute: whoever asks about the network has read that by then.
+    from p2ptrain.native import kept
+
     yield diagnosis.of_loops(kept.folder())
     yield from diagnosis.of_device(settings, manifest)
+
+
+def _look_around(
+    diagnosis: Any, settings: Any, addresses: list[str], own: bytes | None, running: dict[str, Any] | None
+) -> Iterable[Finding]:
+    """Say what is right and wrong between this machine and the swarm."""
+    from p2ptrain.cli.inspect import addresses_of
+
     port = None
     if running is None:
         port = diagnosis.of_port(settings)
         yield port
     if not addresses:
         try:
-            addresses = addresses_of(home)
+            addresses = addresses_of(Home(settings.home))
         except UsageError:
             yield diagnosis.Finding(
                 "peers", "warn", "nobody was asked", "p2ptrain doctor ADDR, with any peer's address"

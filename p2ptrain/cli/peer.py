@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from p2ptrain.data.preparing import Given
     from p2ptrain.peer.assembly import Make, Run
     from p2ptrain.peer.session import PeerSession
+    from p2ptrain.training.ranks import Ranks
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -41,6 +42,19 @@ def _give_way(settings: NodeSettings) -> None:
                 f"{settings.origins['max_memory']} = {settings.max_memory}: this system allows less, or sets no limit",
                 hint="ulimit -d shows what it allows, in kB",
             ) from error
+
+
+def _ranks(settings: NodeSettings) -> Ranks | None:
+    """Return the processes that this peer is, where `torchrun` has started several; None: it is one.
+
+    Raises:
+        RankGoneError: one of them has ended already.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    from p2ptrain.training.ranks import Ranks
+
+    return Ranks.of_environment(settings.device)
 
 
 def _check_fits(manifest: Manifest, settings: NodeSettings, force: bool) -> list[str]:
@@ -98,6 +112,10 @@ def run_peer(
     settings = resolve_settings(home, flags)
     set_up_logging(verbose, quiet, settings.log_format)
     _give_way(settings)
+    ranks = _ranks(settings)
+    if ranks is not None and ranks.rank:
+        ranks.follow(settings.threads)
+        return
     if manifest is not None:
         # Before anything slow is imported, or made in the home.
         _check_fits(manifest, settings, force)
@@ -117,7 +135,7 @@ def run_peer(
 
         looker(settings.volunteer.not_while)
     display = Display(log_format=settings.log_format, quiet=quiet)
-    with PeerSession(settings, display, rounds, make, wait_seconds) as session, log_kept(session.home.log):
+    with PeerSession(settings, display, rounds, make, wait_seconds, ranks) as session, log_kept(session.home.log):
         # What would fail later, and may after a long download, is said now.
         stop_where_unfit(of_machine(settings, None))
         session.connect(addresses)

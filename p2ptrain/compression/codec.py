@@ -9,6 +9,8 @@ from typing import Literal
 
 Robust = Literal["bounded", "mean", "centered_clip", "trimmed"]
 """How a reducer sums contributions; see `reduce.py`."""
+STANDING_FULL = 8
+"""Rounds with its work in them, the next one included, after which a member counts in full."""
 
 
 @dataclass(frozen=True)

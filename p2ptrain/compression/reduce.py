@@ -34,14 +34,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2ptrain.compression import coding, decoded, wire
-from p2ptrain.compression.codec import Codec
+from p2ptrain.compression.codec import STANDING_FULL, Codec
 from p2ptrain.compression.layout import CHUNK_SIZE
 from p2ptrain.compression.wire import Coefficients, Kept, ReplyContent
 from p2ptrain.native.compiled import compiled
 
 CLIP_UNIT = 256
-STANDING_FULL = 8
-"""Rounds with its work in them, the next one included, after which a member counts in full."""
 TRIMMED = 4
 """One in so many members is left out of an entry's sum at each end, or of a bounded mean at most."""
 CENTERINGS = 3

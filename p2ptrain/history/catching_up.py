@@ -30,8 +30,8 @@ from p2ptrain.calls.messages import (
     Tip,
 )
 from p2ptrain.chain import ChainState, SealError, SignedSeal
-from p2ptrain.chain.evidence import PROOF_MAX_BYTES
 from p2ptrain.chain.forks import PAST_MAX, Mark, Past
+from p2ptrain.chain.seal import PROOF_MAX_BYTES
 from p2ptrain.chain.sealed import SealedRound, check_continues, decode_sealed
 from p2ptrain.compression import wire
 from p2ptrain.compression.codec import Codec

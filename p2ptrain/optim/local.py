@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -44,23 +44,54 @@ class Local(Gathers, Protocol):
         ...
 
 
+class Together(Protocol):
+    """The processes that one peer is, each with as many sequences of every micro-batch."""
+
+    size: int
+
+    def agree(self, nats: float) -> float:
+        """Return the mean of all processes' losses."""
+        ...
+
+    def average(self, parameters: Sequence[Tensor]) -> None:
+        """Have each parameter's `grad` be the mean over all processes."""
+        ...
+
+
+class Alone:
+    """A peer that is one process."""
+
+    size = 1
+
+    def agree(self, nats: float) -> float:
+        return nats
+
+    def average(self, parameters: Sequence[Tensor]) -> None:
+        pass
+
+
+ALONE = Alone()
+
+
 class MeanGradient:
     """The mean over all micro-batches, which are of one size."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, together: Together = ALONE) -> None:
+        self._parameters, self._together = list(model.parameters()), together
         self._micro_batches = 0
 
     def compute(self, loss: Callable[[], Tensor], sequences: int, rate: float) -> float:
         value = loss()
-        nats = value.item()
+        nats = self._together.agree(value.item())
         if math.isfinite(nats):
             value.backward()
             self._micro_batches += 1
         return nats
 
     def gather(self) -> None:
-        for parameter in self._model.parameters():
+        if self._micro_batches:
+            self._together.average(self._parameters)
+        for parameter in self._parameters:
             if parameter.grad is not None:
                 parameter.grad.div_(self._micro_batches)
         self._micro_batches = 0
@@ -114,9 +145,17 @@ class InnerSteps:
     """
 
     def __init__(
-        self, model: nn.Module, *, batch: int, beta1: float, beta2: float, epsilon: float, weight_decay: float
+        self,
+        model: nn.Module,
+        together: Together = ALONE,
+        *,
+        batch: int,
+        beta1: float,
+        beta2: float,
+        epsilon: float,
+        weight_decay: float,
     ) -> None:
-        self._parameters, self._batch = list(model.parameters()), batch
+        self._parameters, self._together, self._batch = list(model.parameters()), together, batch
         self._optimizer = torch.optim.AdamW(
             self._parameters, betas=(beta1, beta2), eps=epsilon, weight_decay=weight_decay, fused=True
         )
@@ -142,11 +181,12 @@ class InnerSteps:
         self._rate = rate
         with self._moved_on() as shared:
             value = loss()
-            nats = value.item()
+            nats = self._together.agree(value.item())
             if math.isfinite(nats):
                 (value * sequences).backward()
                 self._sequences += sequences
             if self._sequences >= self._batch:
+                self._together.average(self._parameters)
                 self._step(shared)
         return nats
 
@@ -163,6 +203,7 @@ class InnerSteps:
 
     def gather(self) -> None:
         if self._sequences:
+            self._together.average(self._parameters)
             with self._moved_on() as shared:
                 self._step(shared)
         for number, parameter in enumerate(self._parameters):
@@ -178,9 +219,17 @@ class LookAhead(InnerSteps):
     """
 
     def __init__(
-        self, model: nn.Module, *, rate_factor: float, batch: int, beta1: float, beta2: float, epsilon: float
+        self,
+        model: nn.Module,
+        together: Together = ALONE,
+        *,
+        rate_factor: float,
+        batch: int,
+        beta1: float,
+        beta2: float,
+        epsilon: float,
     ) -> None:
-        super().__init__(model, batch=batch, beta1=beta1, beta2=beta2, epsilon=epsilon, weight_decay=0.0)
+        super().__init__(model, together, batch=batch, beta1=beta1, beta2=beta2, epsilon=epsilon, weight_decay=0.0)
         self._rate_factor = rate_factor
         #: of the gradients met, each as often as it has sequences
         self._sums = [torch.zeros_like(parameter) for parameter in self._parameters]
@@ -202,6 +251,7 @@ class LookAhead(InnerSteps):
     def gather(self) -> None:
         if self._sequences:
             # No step: nothing would be computed where it leads to.
+            self._together.average(self._parameters)
             self._keep()
         for number, parameter in enumerate(self._parameters):
             parameter.grad = self._sums[number].div_(max(self._summed_sequences, 1))

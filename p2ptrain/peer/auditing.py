@@ -21,6 +21,7 @@ from p2ptrain.calls.messages import CallError, RefusedError
 from p2ptrain.calls.news import RETRY_SECONDS
 from p2ptrain.chain import evidence
 from p2ptrain.chain.evidence import Bundle, EvidenceError, Proof, Verdict
+from p2ptrain.chain.seal import proof_digest
 from p2ptrain.chain.sealed import Key, reply_digest
 from p2ptrain.compression.codec import Codec
 from p2ptrain.peer.parts import DriverParts
@@ -173,7 +174,7 @@ class Auditing:
         self._handing.add(peer)
         try:
             encoded = await read()
-            if evidence.proof_digest(encoded) != digest:
+            if proof_digest(encoded) != digest:
                 raise CallError("another proof than announced")
             proof = await asyncio.to_thread(_opened, encoded, self._p.run_id, self._p.codec)
         finally:

@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from p2ptrain.calls import client
 from p2ptrain.calls.messages import KNOWN_ALREADY, CallError, RefusedError, Welcome
-from p2ptrain.calls.news import NewsFeed
 from p2ptrain.chain.admission import Grant, Revocation
 from p2ptrain.config.manifest import Manifest, open_manifest
 from p2ptrain.errors import (
@@ -29,6 +29,9 @@ from p2ptrain.swarm.identity import format_peer_id
 from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.swarm.records import RunRecord
 from p2ptrain.swarm.shelves import find_peer
+
+if TYPE_CHECKING:
+    from p2ptrain.calls.news import NewsFeed
 
 ATTEMPTS = 3
 RETRY_SECONDS = 1.0

@@ -22,7 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import msgspec
 import torch
@@ -92,10 +92,12 @@ from p2ptrain.swarm.shelves import find_peer
 from p2ptrain.swarm.tasks import cancel_and_wait, failure_logged
 from p2ptrain.swarm.thread import NetworkThread
 from p2ptrain.training.device import choose_device
-from p2ptrain.training.heap import give_back
+from p2ptrain.training.heap import give_back, load_no_compiler
 from p2ptrain.training.machine import this_machine
 from p2ptrain.training.measuring import HeldOut, Measuring, Method
 from p2ptrain.training.needs import flops_a_token, needs_of
+from p2ptrain.training.ranks import Beginning as RanksBeginning
+from p2ptrain.training.ranks import Ranks
 from p2ptrain.training.replica import Replica
 from p2ptrain.training.selftest import make_ready
 from p2ptrain.training.standing import Books
@@ -173,6 +175,7 @@ class PeerSession:
         rounds: stop after having had a part in this many rounds; None: no limit.
         make: what trains, and what is trained; default: what the manifest says.
         wait_seconds: for peers that are not there yet, from now on.
+        ranks: the processes that this peer is; None: it is one.
     """
 
     def __init__(
@@ -182,12 +185,13 @@ class PeerSession:
         rounds: int | None,
         make: Make | None = None,
         wait_seconds: float = 0.0,
+        ranks: Ranks | None = None,
     ) -> None:
         #: until when its first peer is waited for, by the monotonic clock
         self._wait_until = time.monotonic() + wait_seconds
         self.settings, self.display = settings, display
         self.home = Home(settings.home)
-        self._rounds, self._make = rounds, make or Make()
+        self._rounds, self._make, self._ranks = rounds, make or Make(), ranks
         self._network: NetworkThread | None = None
         self._node: SwarmNode | None = None
         self._driver: RoundDriver | None = None
@@ -240,6 +244,8 @@ class PeerSession:
     def _steps_to_close(self) -> Iterator[tuple[str, Callable[[], None]]]:
         network, driver, node = self._network, self._driver, self._node
         yield "leaving the terminal", self.display.close
+        if self._ranks is not None:
+            yield "ending the other processes", self._ranks.close
         if network is not None:
             yield "taking no more commands", lambda: network.run(self.owner.close(), ASK_SECONDS)
         if network is not None and driver is not None:
@@ -632,7 +638,9 @@ class PeerSession:
 
     def _train_and_rest(self, run: Run, text: Text, values: Path | None) -> None:
         device = choose_device(self.settings.device, parse_amount(self.settings.gpu_memory))
-        torch.set_num_threads(self.settings.threads or this_machine().threads)
+        own_threads = this_machine().threads if self._ranks is None else self._ranks.threads
+        torch.set_num_threads(self.settings.threads or own_threads)
+        load_no_compiler()
         with self._doing("loading and checking compiled loops, or compiling them"):
             make_ready(device)
         give_back()
@@ -675,8 +683,12 @@ class PeerSession:
         inbox = self.inbox = self._make.inbox()
 
         def make(books: Books) -> Participant:
-            masks = {} if train.mask is None else {"mask": train.mask}
-            trainer = self._make.trainer(books, train.tokens, train.bytes_per_token, inbox, status, **masks)
+            more: dict[str, Any] = {} if train.mask is None else {"mask": train.mask}
+            if self._ranks is not None:
+                path = "" if values is None else str(values.resolve())
+                self._ranks.begin(RanksBeginning(run.signed, path, device.type, self.settings.recompute))
+                more["ranks"] = self._ranks
+            trainer = self._make.trainer(books, train.tokens, train.bytes_per_token, inbox, status, **more)
             if self._make == Make():
                 # Benchmarks time what they compute themselves.
                 trainer.try_out(self.settings, this_machine())
@@ -731,6 +743,8 @@ class PeerSession:
         """
         why = self.owner.why_paused
         part.trainer.keep_gradient()
+        if self._ranks is not None:
+            self._ranks.rest()
         self._tell(part.driver, part.presence, part.status)
         self.display.round(part.status, last=True)
         # A checkpoint holds a moment, and rounds that come after it are in the journal: neither waits for the other.

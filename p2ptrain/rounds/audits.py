@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from p2ptrain import chain
 from p2ptrain.chain import ChainState, Expulsion, RoundShape
-from p2ptrain.chain.evidence import proof_digest
+from p2ptrain.chain.seal import proof_digest
 from p2ptrain.chain.sealed import Key, Reply, SealedRound, reply_digest
 from p2ptrain.chain.state import STRIKES_MAX, may_accuse
 from p2ptrain.rounds import events

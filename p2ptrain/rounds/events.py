@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from p2ptrain.chain import ChainState, Group, RoundShape, Row, Seal, SignedSeal
+from p2ptrain.chain import ChainState, Group, Key, RoundShape, Row, Seal, SignedSeal
 from p2ptrain.chain.admission import Statement
-from p2ptrain.chain.evidence import Contribution, Verdict
 from p2ptrain.chain.forks import Mark
-from p2ptrain.chain.sealed import Key, Reply, SealedRound
+
+if TYPE_CHECKING:
+    # Types alone: who looks at a swarm loads no code for payloads.
+    from p2ptrain.chain.evidence import Contribution, Verdict
+    from p2ptrain.chain.sealed import Reply, SealedRound
 
 # ---- events ---------------------------------------------------------------------------------------------------
 

@@ -29,8 +29,8 @@ from p2ptrain import chain
 from p2ptrain.calls.messages import KNOWN_ALREADY, Amend
 from p2ptrain.chain import ChainState, RoundShape
 from p2ptrain.chain.admission import Grant, Pass, Revocation, pass_message
-from p2ptrain.chain.evidence import proof_digest
 from p2ptrain.chain.forks import Mark
+from p2ptrain.chain.seal import proof_digest
 from p2ptrain.chain.sealed import Key, SealedRound, reply_digest
 from p2ptrain.config.manifest import (
     AccessConfig,

@@ -28,7 +28,7 @@ from p2ptrain.config.manifest import GroupConfig, Manifest
 from p2ptrain.models.of_manifest import task_of
 from p2ptrain.models.task import Task, TrainedParameter, gpt_parameters
 from p2ptrain.optim.demo import DeMo
-from p2ptrain.optim.local import InnerSteps, Local, LookAhead, MeanGradient
+from p2ptrain.optim.local import ALONE, InnerSteps, Local, LookAhead, MeanGradient, Together
 from p2ptrain.optim.schedule import learning_rate
 from p2ptrain.optim.settling import PartReply
 from p2ptrain.state.checkpoint import MOMENTUM
@@ -322,15 +322,21 @@ def optimizer_of(parameters: Sequence[TrainedParameter], manifest: Manifest) -> 
     return optimizer
 
 
-def build_local(model: torch.nn.Module, manifest: Manifest) -> Local:
-    """What the manifest's strategy has a peer do on its own."""
+def build_local(model: torch.nn.Module, manifest: Manifest, together: Together = ALONE) -> Local:
+    """What the manifest's strategy has a peer do on its own.
+
+    Args:
+        together: the processes that this peer is.
+    """
     config = manifest.optimizer
     # Keys of a manifest keep their names, which a run's id hashes. These three are AdamW's, and a factor on its rate.
     beta1, beta2, epsilon = config.direction_momentum, config.rms_beta, config.rms_epsilon
-    rate_factor, batch = config.look_ahead, config.inner_batch
+    rate_factor, batch = config.look_ahead, -(-config.inner_batch // together.size)
     if rate_factor:
-        return LookAhead(model, rate_factor=rate_factor, batch=batch, beta1=beta1, beta2=beta2, epsilon=epsilon)
+        return LookAhead(
+            model, together, rate_factor=rate_factor, batch=batch, beta1=beta1, beta2=beta2, epsilon=epsilon
+        )
     if not config.gathers_way:
-        return MeanGradient(model)
+        return MeanGradient(model, together)
     decay = config.weight_decay
-    return InnerSteps(model, batch=batch, beta1=beta1, beta2=beta2, epsilon=epsilon, weight_decay=decay)
+    return InnerSteps(model, together, batch=batch, beta1=beta1, beta2=beta2, epsilon=epsilon, weight_decay=decay)

@@ -37,7 +37,7 @@ from p2ptrain.models.gpt import GPT
 from p2ptrain.models.of_manifest import recompute_activations
 from p2ptrain.observe.diverging import LossWatch
 from p2ptrain.observe.status import Status
-from p2ptrain.optim.local import Gathers, HandedGradients, Local
+from p2ptrain.optim.local import ALONE, Gathers, HandedGradients, Local
 from p2ptrain.rounds import events
 from p2ptrain.rounds.inbox import Dropped, Restore, TrainerMessage
 from p2ptrain.state import files
@@ -49,6 +49,7 @@ from p2ptrain.training.machine import Machine
 from p2ptrain.training.measuring import Measuring
 from p2ptrain.training.needs import CHECKPOINT_BYTES_A_DAY, needs_of
 from p2ptrain.training.passes import Passes, choose, let_go, out_of_memory
+from p2ptrain.training.ranks import Ranks
 from p2ptrain.training.replica import build_local
 from p2ptrain.training.standing import Books, Written
 
@@ -551,6 +552,7 @@ class Trainer(Participant):
         tokens: the training text [tokens].
         bytes_per_token: of that text.
         mask: a bit for each token, least significant first, that says whether it counts in the loss; None: all do.
+        ranks: the processes that this peer is; None: it is one.
     """
 
     _local: Local
@@ -565,12 +567,16 @@ class Trainer(Participant):
         clock: Callable[[], float] = time.monotonic,
         *,
         mask: NDArray[np.uint8] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         replica = books.replica
         self._context = replica.manifest.context
         # Without what is held fixed, which no step of this peer's own may move.
         trained = torch.nn.ParameterList([parameter.tensor for parameter in replica.task.parameters])
-        local: Local = build_local(trained, replica.manifest)
+        local: Local = build_local(trained, replica.manifest, ALONE if ranks is None else ranks)
+        if ranks is not None:
+            local = ranks.lead(local, list(trained))
+        self._ranks = ranks
         super().__init__(
             books,
             local,
@@ -606,7 +612,8 @@ class Trainer(Participant):
         self._timed(self._clock() - began)
 
     def _micro_batch(self) -> None:
-        count, text = self.passes.sequences, self._text
+        ranks = 1 if self._ranks is None else self._ranks.size
+        count, text = ranks * self.passes.sequences, self._text
         offsets = sequence_offsets(
             self._nonce, self._peer_id, self.books.sequences_read, count, len(text.tokens), self._context
         )
@@ -616,7 +623,6 @@ class Trainer(Participant):
                 f"the run's text holds {batch.max()}, which is no token of {self._vocabulary:,}",
                 hint="its owner has to make it anew: p2ptrain init --data",
             )
-        tokens = torch.from_numpy(batch).to(self._device)
         counted = text.counted(offsets, self._context + 1)
         self.books.sequences_read += count
         if self.books.sequences_read % LET_GO_SEQUENCES < count:
@@ -624,8 +630,14 @@ class Trainer(Participant):
         if counted is not None and not counted[:, 1:].any():
             # Prompts alone: there is nothing to learn here.
             return
+        if self._ranks is not None:
+            share = self._ranks.deal(batch, counted, self.passes, self._rate, self.replica.chain.id)
+            if share is None:
+                return
+            batch, counted = share
+        tokens = torch.from_numpy(batch).to(self._device)
         try:
-            nats = self._local.compute(lambda: self._loss(tokens, counted), count, self._rate)
+            nats = self._local.compute(lambda: self._loss(tokens, counted), self.passes.sequences, self._rate)
         except Exception as error:
             if not out_of_memory(error):
                 raise
@@ -647,6 +659,12 @@ class Trainer(Participant):
         Raises:
             HomeError: it is one sequence already.
         """
+        if self._ranks is not None:
+            # The others are in the middle of a step that all take.
+            raise HomeError(
+                f"out of memory: a process of this peer has none for {self.passes.sequences} sequences: {error}",
+                hint="again with --micro-batch N, a smaller number, or --recompute",
+            ) from error
         try:
             self.passes = self.passes.halved()
         except MemoryError:
@@ -667,6 +685,8 @@ class Trainer(Participant):
         if settings.recompute:
             recompute_activations(self._model)
         needs = needs_of(self.replica.manifest)
+        ranks = 1 if self._ranks is None else self._ranks.size
+        most = rules.sequences_per_peer if rules.pace == "fixed" else max(rules.target_batch, rules.micro_batch)
         # Zeros take no memory before something is written there, so momentum and directions are yet to come.
         held = ("libraries", "parameters", "activations", "text")
         tokens = torch.zeros(1, self._context + 1, dtype=torch.int64, device=self._device)
@@ -675,7 +695,7 @@ class Trainer(Participant):
             lambda count: self._model.loss(tokens.expand(count, -1)),
             self._device,
             wanted=int(said) if said.isdigit() else rules.micro_batch,
-            most=rules.sequences_per_peer if rules.pace == "fixed" else max(rules.target_batch, rules.micro_batch),
+            most=max(1, most // ranks),
             grow=said == "auto",
             precision=settings.precision,
             machine=machine,

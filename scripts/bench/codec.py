@@ -30,7 +30,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ from p2ptrain.training.selftest import make_ready
 STEP_MODEL = ModelConfig(layers=7, heads=6, embedding=384)
 CODEC_MODEL = ModelConfig(layers=4, heads=6, embedding=384)
 GPU_MODEL = {"layers": 18, "embedding": 2048, "vocabulary": 32_768}
+"""A GPT of a billion parameters."""
 LEARNING_RATE, TOPK = 1e-4, 32
 PARTS = 4
 WARM_UP, TURNS_MIN, STEP_SECONDS = 2, 5, 25.0
@@ -361,13 +362,13 @@ def index_entropy_bits() -> float:
 # ---- on a GPU -------------------------------------------------------------------------------------------------------
 
 
-def cuda_figures() -> dict[str, Any] | None:
-    """The step of a model of a billion parameters on the device, with its replies at hand."""
+def cuda_figures(model: Mapping[str, int] = GPU_MODEL) -> dict[str, Any] | None:
+    """The step of a model on the device, with its replies at hand; default: one of a billion parameters."""
     if not torch.cuda.is_available():
         return None
     device = torch.device("cuda")
-    note(f"a billion parameters on {torch.cuda.get_device_name(device)}")
-    parameters = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in gpu_shapes()]
+    parameters = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in gpu_shapes(model)]
+    note(f"{sum(p.numel() for p in parameters):,} parameters on {torch.cuda.get_device_name(device)}")
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
     bandwidth = copy_bytes_per_second(device)
@@ -422,12 +423,12 @@ def new_run_groups(parameters: Sequence[torch.nn.Parameter]) -> list[dict[str, A
     ]
 
 
-def gpu_shapes() -> list[tuple[int, ...]]:
-    """Parameters of a GPT larger than what a manifest allows."""
-    width = GPU_MODEL["embedding"]
+def gpu_shapes(model: Mapping[str, int]) -> list[tuple[int, ...]]:
+    """Parameters of a GPT, which may be larger than what a manifest allows."""
+    width = model["embedding"]
     block = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width), (width,), (width,)]
-    ends = [(GPU_MODEL["vocabulary"], width)] * 2
-    return [*ends, *(shape for _ in range(GPU_MODEL["layers"]) for shape in block)]
+    ends = [(model["vocabulary"], width)] * 2
+    return [*ends, *(shape for _ in range(model["layers"]) for shape in block)]
 
 
 def main() -> int:

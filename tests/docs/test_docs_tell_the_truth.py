@@ -35,7 +35,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 #: folders of a user's machine; keys in the DHT are no paths either
 NOT_IN_THE_TREE = {"checkpoints/", "journal/", "own/", "data/", "events/", "seals/", "texts/", "demo-output/"}
 #: the first words of commands that are not this project's
-FOREIGN = {"pip", "git", "sudo", "cd", "make", "ruff", "mypy", "pytest", "python -m pytest"}
+FOREIGN = {"torchrun", "pip", "git", "sudo", "cd", "make", "ruff", "mypy", "pytest", "python -m pytest"}
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 
 

@@ -13,13 +13,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_evidence import CHUNKS, CODEC, IDS, MEMBERS, REDUCER, RUN_ID, SHAPE, flipped, proof_of, reduced
 
 from p2ptrain import chain
-from p2ptrain.chain import ChainState, Expulsion, Join, Member, Row, Seal, SealError, evidence
+from p2ptrain.chain import ChainState, Expulsion, Join, Member, Row, Seal, SealError
+from p2ptrain.chain.seal import proof_digest
 from p2ptrain.chain.sealed import SealedRound, SealedRoundError, check_continues, decode_sealed, encode_sealed
 from p2ptrain.chain.state import EXPELLED_MAX, STRIKES_BORNE
 from p2ptrain.swarm.identity import Identity, new_identity, verify
 
 PROOF = proof_of(*flipped())
-LIAR = Expulsion(REDUCER.peer_id, evidence.proof_digest(PROOF))
+LIAR = Expulsion(REDUCER.peer_id, proof_digest(PROOF))
 ROW = Row(4, 1000, 100)
 
 
@@ -165,7 +166,7 @@ def test_a_round_without_the_proofs_that_it_names_does_not_count(proofs: tuple[b
 
 def test_a_seal_that_expels_without_a_proof_is_invalid() -> None:
     honest = proof_of(*reduced())
-    of_the_liar = Expulsion(REDUCER.peer_id, evidence.proof_digest(honest))
+    of_the_liar = Expulsion(REDUCER.peer_id, proof_digest(honest))
     sealed = decode_sealed(encode_sealed(sealed_with(honest, expelled=(of_the_liar,))), verify)
     with pytest.raises(SealedRoundError, match="without proof"):
         check_continues(standing(), sealed, CODEC, verify)

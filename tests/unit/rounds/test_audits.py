@@ -18,7 +18,7 @@ from test_machine_edges import CHUNKS, machine_of, of, reply_of, seal_after, sta
 
 from p2ptrain import chain
 from p2ptrain.chain import ChainState, Row
-from p2ptrain.chain.evidence import proof_digest
+from p2ptrain.chain.seal import proof_digest
 from p2ptrain.chain.sealed import Key, Reply, SealedRound, reply_digest
 from p2ptrain.rounds.audits import A_REDUCER_MAX, LEFT_OUT, PROOFS_KEPT, UNDER_WAY_MAX, Audits
 from p2ptrain.rounds.events import (
