@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from p2ptrain.observe.census import Inspection
     from p2ptrain.peer.observing import Observer
 
-WATCH_SECONDS = 2.0
 FILE_COLUMNS = 160
 """Width of the table where it does not go to a terminal."""
 ROUNDS_SHOWN = 20
@@ -50,7 +49,7 @@ def inspect(
         Literal["name", "state", "round", "tokens", "share", "late", "seen"],
         typer.Option("--sort", help="Order of peers."),
     ] = "name",
-    watch: Annotated[bool, typer.Option("--watch", help="Look again every two seconds, until Ctrl-C.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again every three seconds, until Ctrl-C.")] = False,
     home: HomeOption = None,
     verbose: VerboseOption = 0,
     quiet: QuietOption = False,
@@ -148,7 +147,7 @@ async def _inspect(addresses: list[str], choice: str | None, home: Home, shown: 
             await _show_view(observer, shown)
             if not shown.watch:
                 return
-            await asyncio.sleep(max(0.0, WATCH_SECONDS - (time.monotonic() - began)))
+            await asyncio.sleep(max(0.0, observer.pause_seconds - (time.monotonic() - began)))
     finally:
         await observer.close()
 

@@ -66,6 +66,8 @@ class HomeSource(Past):
         home: of a peer that has trained.
     """
 
+    pause_seconds = 3.0
+
     def __init__(self, home: Home) -> None:
         super().__init__(home.events)
         self._home = home
@@ -103,6 +105,11 @@ class SwarmSource(Past):
         self._observer = observer
         self._seen: Inspection | None = None
         self._counting = asyncio.Lock()
+
+    @property
+    def pause_seconds(self) -> float:
+        """Before the next look."""
+        return self._observer.pause_seconds
 
     async def look(self) -> Inspection:
         """Return how the swarm is now."""

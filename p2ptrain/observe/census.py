@@ -1,7 +1,7 @@
 """One look at a swarm: the run, its peers and the DHT, from records and seals. Every view draws this.
 
 A peer is `lost` when its record is older than `LOST_SECONDS`, or somewhat old and its DHT node does not answer: it
-publishes every two seconds while it lives. The run's figures are those of the chain that most live peers are on.
+publishes every three seconds while it lives. The run's figures are those of the chain that most live peers are on.
 """
 
 from __future__ import annotations

@@ -41,8 +41,12 @@ from p2ptrain.swarm.tasks import cancel_and_wait
 FIRST_CENSUS_SECONDS = 0.6
 """How long the first look waits for nodes to answer."""
 CENSUS_SECONDS = 8.0
-COUNT_AGAIN_SECONDS, COUNT_NODE_SECONDS = 4.0, 0.5
+COUNT_AGAIN_SECONDS, COUNT_NODE_SECONDS = 15.0, 0.5
 """Before the nodes are counted again, and that much for each: each has to answer."""
+LATE_SECONDS, COUNT_IN_HASTE_SECONDS = 4.0, 2.0
+"""A peer whose record is older may be lost: nodes are counted at once, unless they just were."""
+LOOK_SECONDS, LOOK_IN_HASTE_SECONDS = 3.0, 1.0
+"""Between two looks: peers say every three seconds how they are. The shorter one while somebody may be lost."""
 SEALS_SECONDS = 3.0
 """How long a look waits for seals; it goes on without."""
 ROUNDS_KEPT = 512
@@ -82,7 +86,9 @@ class Observer:
         self._census = Census(frozenset(), frozenset())
         self._shelves = Shelves(node, run_id, manifest.records_key)
         self._counting: asyncio.Task[None] | None = None
-        self._count_due = 0.0
+        self._counted_at, self._count_due = 0.0, 0.0
+        #: before the next look
+        self.pause_seconds = LOOK_SECONDS
         self._walk: Walk | None = None
         #: rounds too far back to be undone, and those after them
         self._settled: deque[Sealed] = deque(maxlen=ROUNDS_KEPT)
@@ -133,7 +139,10 @@ class Observer:
         looked = await self._shelves.look_at_all()
         records = looked.records
         first = self._counting is None
-        if self._counting is None or (self._counting.done() and (whole_dht or time.monotonic() >= self._count_due)):
+        hasty = self._shelves.someone_missing or self._may_be_lost(records, looked.at)
+        self.pause_seconds = LOOK_IN_HASTE_SECONDS if hasty else LOOK_SECONDS
+        due = min(self._count_due, self._counted_at + COUNT_IN_HASTE_SECONDS) if hasty else self._count_due
+        if self._counting is None or (self._counting.done() and (whole_dht or time.monotonic() >= due)):
             self._counting = asyncio.create_task(self._count(CENSUS_SECONDS if not first else 2 * FIRST_CENSUS_SECONDS))
         waits: list[asyncio.Task[None]] = [asyncio.create_task(self._hear_seals(records))] if seals else []
         if whole_dht:
@@ -165,10 +174,19 @@ class Observer:
         """The newest rounds, as far as seals are at hand, oldest first."""
         return self._kept_rounds or (*self._settled, *self._newest.values())
 
+    def _may_be_lost(self, records: Mapping[bytes, PeerRecord], looked_at: Mapping[bytes, float]) -> bool:
+        """Say whether somebody's record is older than it should be, and not so old that it is lost anyway."""
+        return any(
+            LATE_SECONDS < record.last_seen_seconds(looked_at[peer]) <= LOST_SECONDS
+            and record.state not in ("leaving", "finished")
+            for peer, record in records.items()
+        )
+
     async def _count(self, seconds: float) -> None:
         self._census = await self.node.crawl(timeout_seconds=seconds)
         nodes = len(self._census.alive) + len(self._census.dead)
-        self._count_due = time.monotonic() + max(COUNT_AGAIN_SECONDS, COUNT_NODE_SECONDS * nodes)
+        self._counted_at = time.monotonic()
+        self._count_due = self._counted_at + max(COUNT_AGAIN_SECONDS, COUNT_NODE_SECONDS * nodes)
 
     # ---- seals ------------------------------------------------------------------------------------------------
 

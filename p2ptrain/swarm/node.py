@@ -20,8 +20,9 @@ from typing import Any, TypeVar
 import msgspec
 from hivemind.dht import DHTID, DHTNode
 from hivemind.dht.storage import DictionaryDHTValue
-from hivemind.p2p import PeerID, ServicerBase
+from hivemind.p2p import P2PHandlerError, PeerID, ServicerBase
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
+from hivemind.proto import dht_pb2
 from hivemind.utils.auth import AuthRole, AuthRPCWrapper
 
 from p2ptrain.config.manifest import open_manifest
@@ -35,6 +36,7 @@ from p2ptrain.swarm.addresses import (
     parse_announced,
 )
 from p2ptrain.swarm.circuits import RelayCaps, reserve
+from p2ptrain.swarm.clock import ClockWatch
 from p2ptrain.swarm.daemon import Daemon, DaemonSettings, SocketDirectory
 from p2ptrain.swarm.guards import install_guards
 from p2ptrain.swarm.identity import Identity, format_peer_id, load_or_create_identity
@@ -72,6 +74,10 @@ MAX_KNOWN_PEERS = 256
 RESTART_SECONDS = 0.5
 """Wait before the second attempt to restart the daemon; doubles up to `MAX_RESTART_SECONDS`."""
 MAX_RESTART_SECONDS = 10.0
+CLOCK_SECONDS = 60.0
+"""Between two times that others are asked what time it is."""
+CLOCKS_ASKED, CLOCK_ANSWER_SECONDS = 5, 1.0
+"""A slower answer says too little: it may be off by half of what it took."""
 _REGISTER_SECONDS = 10.0
 
 T = TypeVar("T")
@@ -513,8 +519,17 @@ class SwarmNode:
 
     async def _keep_up(self) -> None:
         explored, explore_due = frozenset[DHTID](), 0.0
+        watch, compare_due = ClockWatch(), 0.0
         while True:
             await asyncio.sleep(UPKEEP_SECONDS * random.uniform(0.8, 1.2))
+            if jumped := watch.looked(time.time(), time.monotonic()):
+                _logger.warning(jumped)
+                # Nodes that this one knew may have given it up, and be elsewhere.
+                explore_due = compare_due = 0.0
+            if time.monotonic() >= compare_due:
+                compare_due = time.monotonic() + CLOCK_SECONDS
+                if wrong := watch.compared(await self._ahead_of_others()):
+                    _logger.warning(wrong)
             with contextlib.suppress(P2PDaemonError, OSError, EOFError, ValueError):
                 for peer in await self._daemon.p2p.list_peers():
                     peer_id = peer.peer_id.to_bytes()
@@ -530,6 +545,23 @@ class SwarmNode:
             if (about != explored and len(about) < SMALL_NETWORK) or time.monotonic() >= explore_due:
                 await self._explore(UPKEEP_SECONDS)
                 explored, explore_due = frozenset(table.uid_to_peer_id), time.monotonic() + EXPLORE_SECONDS
+
+    async def _ahead_of_others(self) -> list[float]:
+        """Return by how much this machine's clock is ahead of those of some nodes that it is connected to [s]."""
+
+        async def ahead_of(peer: PeerID) -> float | None:
+            began = time.time(), time.monotonic()
+            with contextlib.suppress(P2PDaemonError, P2PHandlerError, OSError, EOFError, TimeoutError, ValueError):
+                async with asyncio.timeout(CLOCK_ANSWER_SECONDS):
+                    stub = self.dht.protocol.get_stub(peer)
+                    theirs = (await stub.rpc_ping(dht_pb2.PingRequest())).dht_time
+                # As if it had been read halfway.
+                return began[0] + (time.monotonic() - began[1]) / 2 - float(theirs)
+            return None
+
+        known = list(self.dht.protocol.routing_table.peer_id_to_uid)
+        answers = await asyncio.gather(*map(ahead_of, random.sample(known, min(CLOCKS_ASKED, len(known)))))
+        return [ahead for ahead in answers if ahead is not None]
 
     async def _greet(self, peer_id: bytes) -> None:
         """Dials a peer and has it and us list each other; it may well be gone."""

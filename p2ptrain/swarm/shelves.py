@@ -159,6 +159,8 @@ class Shelves:
         #: peers that this node has said to be missing, until their records are renewed or gone
         self._told: frozenset[bytes] = frozenset()
         self._telling: asyncio.Task[None] | None = None
+        #: somebody is said to be missing, and no look has shown yet whether it is
+        self.someone_missing = False
         self._looks, self._hints = Allowance(LOOKS_PER_SECOND, LOOKS_BURST), Allowance(HINTS_PER_SECOND, HINTS_BURST)
 
     async def close(self) -> None:
@@ -292,6 +294,7 @@ class Shelves:
         found, _ = await self._node.stored_at(random.choice(near), key)
         said = self._node.open_records(key, found or {}, MissingRecord, self._secret).values()
         shelves, now = [], time.time()
+        self.someone_missing = False
         for last, peer in sorted((last, peer) for record in said for peer, last in record.peers.items()):
             shelf = shelf_key(self._run_id, self.count, shelf_of(peer, self.count))
             known = self._known.get(shelf, {}).get(peer)
@@ -301,6 +304,7 @@ class Shelves:
                 or self._looked_at[shelf] - known.time > GONE_SECONDS
             ):
                 continue  # It is back, or a look has shown already that it is not.
+            self.someone_missing = True
             # So that one look is enough.
             ripe = now - last > GONE_SECONDS and shelf not in shelves
             if ripe and (self._looks.take() or self._hints.take()):

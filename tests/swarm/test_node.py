@@ -18,6 +18,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from google.protobuf.wrappers_pb2 import BytesValue
 from hivemind.dht import DHTNode
+from hivemind.dht import protocol as dht_protocol
 from hivemind.p2p import P2P, P2PContext, PeerID, ServicerBase
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
 from hivemind.proto import dht_pb2
@@ -407,6 +408,32 @@ def test_a_killed_daemon_comes_back_as_the_same_peer(swarm: Swarm) -> None:
         assert set(await third.read_peers(RUN)) == members
 
     swarm.run(scenario())
+
+
+def test_a_clock_that_goes_wrong_while_a_peer_runs_is_said_once_and_so_is_its_end(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(node_module, "UPKEEP_SECONDS", 0.2)
+    monkeypatch.setattr(node_module, "CLOCK_SECONDS", 0.0)
+
+    def said(text: str) -> int:
+        # Both nodes are in this process, and what one is asked for it answers by the same clock that it compares with.
+        return sum(text in record.message for record in caplog.records)
+
+    async def scenario() -> None:
+        first = await swarm.node()
+        await swarm.node(first)
+        await asyncio.sleep(1.0)
+        assert not said("clock")
+        monkeypatch.setattr(dht_protocol, "get_dht_time", lambda: time.time() + 60.0)
+        await swarm.eventually(lambda: said("this machine's clock is 60 s behind the swarm's") == 2)
+        await asyncio.sleep(1.0)
+        assert said("clock") == 2, "once by each"
+        monkeypatch.setattr(dht_protocol, "get_dht_time", time.time)
+        await swarm.eventually(lambda: said("this machine's clock is right again") == 2)
+
+    with caplog.at_level("WARNING"):
+        swarm.run(scenario())
 
 
 def test_peers_that_lost_each_other_meet_again(swarm: Swarm, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,6 +84,8 @@ def seen() -> Inspection:
 
 
 class Source:
+    pause_seconds = 3.0
+
     async def look(self) -> Inspection:
         return seen()
 
