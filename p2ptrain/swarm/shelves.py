@@ -69,7 +69,7 @@ SHELF_LOOK_SECONDS = 0.25
 """Between two looks of an observer at the only shelf."""
 LOOKS_PER_SECOND, LOOKS_BURST = 1.0, 3.0
 """Shelves that it reads where there are several: those first of which somebody says that a peer is missing."""
-MANY_SHELVES, SEARCH_AGAIN_SECONDS = 8, 300.0
+MANY_SHELVES, SEARCH_AGAIN_SECONDS = 8, 900.0
 """With so many the routing table may lack who is nearest to a key: it is searched for, and again after a while. And
 nodes refuse shelves that are too many for them."""
 SPREAD = 1.5
@@ -185,7 +185,11 @@ class Shelves:
         if self._room is None or key_id not in self._keys:
             return False
         dropped = self._dropped.get(self._keys[key_id], 0.0) > time.monotonic()
-        return dropped or sum(self._stored().values()) >= self._room
+        return dropped or self._load(self._stored()) >= self._room
+
+    def _load(self, stored: Mapping[str, int]) -> int:
+        """How many records, renewed as often as they are, cost as much as what is stored here."""
+        return sum(stored.values()) + bool(self._node.stored(peers_key(self._run_id)))
 
     def _stored(self) -> dict[str, int]:
         """Count the records of each shelf that this node stores any of."""
@@ -196,7 +200,7 @@ class Shelves:
         if self._room is None:
             return
         stored = self._stored()
-        if len(stored) > 1 and sum(stored.values()) > self._room + 1:
+        if len(stored) > 1 and self._load(stored) > self._room + 1:
             # The one that others are nearest to.
             far = max(stored, key=lambda key: DHTID.from_bytes(key_id_of(key)).xor_distance(self._node.dht.node_id))
             self._node.drop(far)
