@@ -150,9 +150,20 @@ def standing() -> str:
             ways = (row["sent_bytes_per_second"], row["received_bytes_per_second"])
             rates = [way[of] / 1e3 for way in ways for of in ("median", "most")]
             lost = row.get("lost_after_seconds")
-            shown = "" if lost is None else f"{lost:.0f} s"
-            rows.append((str(row["peers"]), name, *(f"{rate:.1f} kB/s" for rate in rates), shown))
-    columns = ("Peers", "", "sent, median", "most", "received, median", "most", "a killed one is shown lost after")
+            shown = "" if lost is None else f"{lost['most']:.1f} s at most, of {lost['killed']}"
+            observer = row.get("observer_received_bytes_per_second")
+            looks = "" if observer is None else f"{observer / 1e3:.1f} kB/s"
+            rows.append((str(row["peers"]), name, *(f"{rate:.1f} kB/s" for rate in rates), looks, shown))
+    columns = (
+        "Peers",
+        "",
+        "sent, median",
+        "most",
+        "received, median",
+        "most",
+        "an observer receives",
+        "a killed one is shown lost after",
+    )
     return table(columns, rows)
 
 

@@ -139,7 +139,7 @@ class Observer:
         looked = await self._shelves.look_at_all()
         records = looked.records
         first = self._counting is None
-        hasty = self._may_be_lost(records, looked.at)
+        hasty = self._shelves.someone_missing or self._may_be_lost(records, looked.at)
         self.pause_seconds = LOOK_IN_HASTE_SECONDS if hasty else LOOK_SECONDS
         due = min(self._count_due, self._counted_at + COUNT_IN_HASTE_SECONDS) if hasty else self._count_due
         if self._counting is None or (self._counting.done() and (whole_dht or time.monotonic() >= due)):

@@ -66,12 +66,12 @@ HOPS_MAX, HOPS_MAX_KNOWN = 10, 2
 """Nodes asked for one shelf; where the routing table has everybody."""
 READ_AT_ONCE = 8
 SHELF_LOOK_SECONDS = 0.25
-"""Between two shelves that an observer reads, where there are not many."""
+"""Between two looks of an observer at the only shelf."""
 LOOKS_PER_SECOND, LOOKS_BURST = 1.0, 3.0
-"""Shelves that it reads where there are many: those first of which somebody says that a peer is missing."""
+"""Shelves that it reads where there are several: those first of which somebody says that a peer is missing."""
 MANY_SHELVES, SEARCH_AGAIN_SECONDS = 8, 300.0
-"""With so many the routing table may lack who is nearest to a key: it is searched for, and again after a while. Nodes
-refuse shelves that are too many for them, and say who is missing."""
+"""With so many the routing table may lack who is nearest to a key: it is searched for, and again after a while. And
+nodes refuse shelves that are too many for them."""
 SPREAD = 1.5
 """Once a node has so many times an even share of all records it takes no other shelf."""
 DROPPED_SECONDS = 600.0
@@ -159,6 +159,8 @@ class Shelves:
         #: peers that this node has said to be missing, until their records are renewed or gone
         self._told: frozenset[bytes] = frozenset()
         self._telling: asyncio.Task[None] | None = None
+        #: somebody is said to be missing, and no look has shown yet whether it is
+        self.someone_missing = False
         self._looks, self._hints = Allowance(LOOKS_PER_SECOND, LOOKS_BURST), Allowance(HINTS_PER_SECOND, HINTS_BURST)
 
     async def close(self) -> None:
@@ -171,7 +173,7 @@ class Shelves:
         self._set_count(shelves_for(members, self.count))
         many = self.count >= MANY_SHELVES
         self._room = math.ceil(SPREAD * REPLICAS * members / nodes) if many and nodes else None
-        if many and not self._keys:
+        if self.count > 1 and not self._keys:
             self._keys = {DHTID.from_bytes(key_id_of(key)): key for key in self._all_keys()}
             self._node.spare(self._is_full)
 
@@ -262,8 +264,8 @@ class Shelves:
     # ---- who is missing ---------------------------------------------------------------------------------------
 
     def tell_missing(self) -> None:
-        """Say who does not renew its record on the shelves that are here, where there are many and it is news."""
-        if self.count < MANY_SHELVES or (self._telling is not None and not self._telling.done()):
+        """Say who does not renew its record on the shelves that are here, where there are several and it is news."""
+        if self.count == 1 or (self._telling is not None and not self._telling.done()):
             return
         now = time.time()
         missing = {
@@ -292,6 +294,7 @@ class Shelves:
         found, _ = await self._node.stored_at(random.choice(near), key)
         said = self._node.open_records(key, found or {}, MissingRecord, self._secret).values()
         shelves, now = [], time.time()
+        self.someone_missing = False
         for last, peer in sorted((last, peer) for record in said for peer, last in record.peers.items()):
             shelf = shelf_key(self._run_id, self.count, shelf_of(peer, self.count))
             known = self._known.get(shelf, {}).get(peer)
@@ -301,6 +304,7 @@ class Shelves:
                 or self._looked_at[shelf] - known.time > GONE_SECONDS
             ):
                 continue  # It is back, or a look has shown already that it is not.
+            self.someone_missing = True
             # So that one look is enough.
             ripe = now - last > GONE_SECONDS and shelf not in shelves
             if ripe and (self._looks.take() or self._hints.take()):
@@ -334,9 +338,8 @@ class Shelves:
         if shown:
             self._set_count(agreed(shown))
         keys = self._all_keys()
-        if self.count < MANY_SHELVES:
-            due = [key for key in keys if key != first and self._is_due(key)]
-        else:
+        due: list[str] = []
+        if self.count > 1:
             due = await self._hear_missing() + [key for key in keys if key not in self._looked_at]
             rest = sorted((key for key in keys if key not in due), key=lambda key: self._looked_at[key])
             due += [key for key in rest if self._looks.take()]
@@ -345,8 +348,8 @@ class Shelves:
         return self._looked(dict.fromkeys([first, *keys]))
 
     def _is_due(self, key: str) -> bool:
-        each = SHELF_LOOK_SECONDS if self.count < MANY_SHELVES else 1 / LOOKS_PER_SECOND
-        return time.time() - self._looked_at.get(key, 0.0) >= each * self.count
+        seconds = SHELF_LOOK_SECONDS if self.count == 1 else self.count / LOOKS_PER_SECOND
+        return time.time() - self._looked_at.get(key, 0.0) >= seconds
 
     def _look_here(self, key: str) -> bool:
         """Look at what this node stores; say whether it stores any of it."""

@@ -6,7 +6,7 @@ All peers are in this process. Presence, shelves, records and their signatures, 
 storage are the real ones; only the daemon is replaced, by one that hands each call to the node it is for after
 `DELAY_SECONDS`. A call counts with its messages and `CALL_BYTES` each way: what libp2p, TCP and IP put around them, as
 counted for small calls between two real nodes. News are added by the number of those who follow each other, a frame
-with `FRAME_BYTES`. Then an observer looks every `LOOK_SECONDS`, and some peers are killed: how long
+with `FRAME_BYTES`. Then an observer looks as often as one does, and some peers are killed: how long
 it takes to show each as lost. One JSON object on stdout.
 """
 
@@ -47,6 +47,7 @@ from p2ptrain.chain import Member, Row, relay
 from p2ptrain.config.manifest import Manifest, open_manifest, sign_manifest
 from p2ptrain.observe.census import LOST_SECONDS
 from p2ptrain.observe.status import Status
+from p2ptrain.peer.observing import LOOK_IN_HASTE_SECONDS, LOOK_SECONDS
 from p2ptrain.peer.presence import Presence
 from p2ptrain.simulation.toy import identity_of
 from p2ptrain.swarm import records
@@ -64,7 +65,7 @@ CALL_BYTES, FRAME_BYTES = 600, 200
 """Around the messages of a unary call, each way; around a frame of a stream that stands, with what acknowledges it."""
 CONTACTS = 3
 """Peers that each one meets the swarm by."""
-LOOK_SECONDS, OBSERVED_SECONDS = 2.0, 30.0
+OBSERVED_SECONDS = 30.0
 KILLED_WITHIN_SECONDS, LOST_SECONDS_MAX = 3.0, 120.0
 
 
@@ -181,6 +182,11 @@ def news_bytes_per_second(ids: list[bytes]) -> dict[bytes, float]:
     return {peer_id: followers[peer_id] * frame / pause_of(followers[peer_id]) for peer_id in ids}
 
 
+def pause_seconds(shelves: Shelves) -> float:
+    """As an observer waits before it looks again."""
+    return LOOK_IN_HASTE_SECONDS if shelves.someone_missing else LOOK_SECONDS
+
+
 def is_lost(looked: Looked, peer_id: bytes) -> bool:
     """Say whether a look shows a peer as lost, whose node is not asked: 2 s later than where it is."""
     record = looked.records.get(peer_id)
@@ -203,7 +209,7 @@ async def kill(
         asyncio.get_running_loop().call_later(random.uniform(0, KILLED_WITHIN_SECONDS), end, victim)
     at, lost_after = time.monotonic(), dict.fromkeys(victims, LOST_SECONDS_MAX)
     while LOST_SECONDS_MAX in lost_after.values() and time.monotonic() - at < LOST_SECONDS_MAX:
-        await asyncio.sleep(LOOK_SECONDS)
+        await asyncio.sleep(pause_seconds(shelves))
         looked = await shelves.look_at_all()
         for victim, killed in killed_at.items():
             if lost_after[victim] == LOST_SECONDS_MAX and is_lost(looked, victim):
@@ -256,7 +262,7 @@ async def play(options: argparse.Namespace) -> dict[str, Any]:
     seen = len(looked.records)
     observed, at = wires.received[observer.peer_id], time.monotonic()
     while time.monotonic() - at < OBSERVED_SECONDS:
-        await asyncio.sleep(LOOK_SECONDS)
+        await asyncio.sleep(pause_seconds(shelves))
         looked = await shelves.look_at_all()
     observer_bytes = (wires.received[observer.peer_id] - observed) / (time.monotonic() - at)
     wrongly_lost = sum(is_lost(looked, peer_id) for peer_id in ids)
