@@ -225,7 +225,7 @@ FAILURES = (
         20,
         ("too little is left to take part",),
         "The month's transfer, as `--monthly-transfer` allows it, is used up.",
-        "Start again on the day that the message names, or allow more.",
+        "Start again on the day that the message names, or allow more. A service waits for that day by itself.",
     ),
     Failure(
         130, (), "Ctrl-C: twice, before training, or in a command that goes on until then, as `inspect --watch`.", ""

@@ -493,6 +493,93 @@ def soak_swarm_speed() -> str:
     )
 
 
+REACH = {
+    "calm": "three that everybody can dial",
+    "one_behind_nat": "one of three behind NAT",
+    "two_behind_nat": "two of three behind NAT",
+    "all_behind_nat": "two behind NAT, and `p2ptrain meet`",
+    "address_changes": "one of three changes its address twice",
+    "ipv6_alone": "three with IPv6 alone",
+    "loss": "one of three loses a fifth of what comes, for a minute",
+}
+
+
+def reach() -> str:
+    """Peers that are hard to reach."""
+    results = load("reach")
+    rows: Rows = []
+    for name, what in REACH.items():
+        of = results[name]
+        joined = sum(one["trains"] for one in of["joined"])
+        relayed = of.get("relayed_bytes_per_round")
+        rows.append(
+            (
+                what,
+                f"{of['members']}, {of['members_that_nobody_can_dial']}",
+                f"{100 * min(of['share_that_counts'].values()):.0f} %",
+                f"{of['rounds_per_minute']:.0f}",
+                f"{joined} of {len(of['joined'])}",
+                f"{relayed / 1000:.1f} kB" if relayed else "",
+            )
+        )
+    head = (
+        "Swarm",
+        "members, not dialable",
+        "counts, at least",
+        "rounds a minute",
+        "lines that led in",
+        "relayed a round",
+    )
+    return table(head, rows)
+
+
+def limits() -> str:
+    """What limits of the line held to, for an hour each."""
+    results = load("limits")
+    rows: Rows = []
+    for name, what in (
+        ("upload", "`--upload-limit 1Mbit`"),
+        ("month", "`--monthly-transfer` and `--upload-limit 1Mbit`"),
+    ):
+        of = results[name]
+        rows.append(
+            (
+                what,
+                f"{of['minutes']:.0f}",
+                f"{100 * of['most_in_10_s_of_limit']:.1f} %",
+                f"{100 * of['carried_of_month_so_far']:.0f} %" if "carried_of_month_so_far" in of else "",
+                f"{of['rounds_per_minute']:.1f}",
+                f"{100 * of['share_of_its_rounds_that_count']:.1f} %",
+                str(of["newcomers"]),
+            )
+        )
+    head = (
+        "Limits",
+        "minutes",
+        "most in 10 s, of the limit",
+        "of the month so far",
+        "rounds a minute",
+        "counts",
+        "newcomers",
+    )
+    return table(head, rows)
+
+
+def soak_home() -> str:
+    """Peers at home, and all that befalls them."""
+    results = load("soak_home")
+    rows: Rows = [
+        (
+            name,
+            str(of["count"]),
+            str(of["recovered"]),
+            *(f"{of[key]:.1f} s" if of[key] is not None else "" for key in ("median_seconds", "worst_seconds")),
+        )
+        for name, of in results["faults"].items()
+    ]
+    return table(("What befell a peer", "count", "recovered", "median", "worst"), rows)
+
+
 def soak_simulation() -> str:
     """Simulated histories, and what they covered."""
     of = load("soak_simulation")
@@ -662,6 +749,9 @@ TABLES: dict[str, Callable[[], str]] = {
         other_text,
         soak_swarm,
         soak_swarm_speed,
+        soak_home,
+        reach,
+        limits,
         soak_simulation,
         attacks,
         simulated_attacks,

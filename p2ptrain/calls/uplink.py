@@ -58,15 +58,20 @@ class UplinkMeter:
         """What to say of it, for parts in proportion [kbit/s]."""
         if not self.dialable:
             return 0
-        return self.line_kbit if self._measured else min(CAREFUL_KBIT, max(self._ceiling_kbit(), LEAST_KBIT))
+        return self.line_kbit if self._measured else min(CAREFUL_KBIT, self._most_kbit)
 
     @property
     def line_kbit(self) -> int:
         """What it is, as far as we know [kbit/s]."""
-        most = min(MOST_KBIT, max(self._ceiling_kbit(), LEAST_KBIT))
+        most = self._most_kbit
         if not self._measured:
             return min(USUAL_KBIT, most)
         return int(min(max(statistics.quantiles(self._rates, n=4, method="inclusive")[2], LEAST_KBIT), most))
+
+    @property
+    def _most_kbit(self) -> int:
+        """Return the most that the owner allows to be said; 0 would mean that nobody can dial us."""
+        return min(MOST_KBIT, max(self._ceiling_kbit(), 1))
 
     @property
     def _measured(self) -> bool:

@@ -81,6 +81,10 @@ NiceOption = Annotated[
 MaxMemoryOption = Annotated[
     str | None, typer.Option("--max-memory", metavar="AMOUNT", help="Most memory to hold, as 6GB.", show_default="none")
 ]
+MaxDiskOption = Annotated[
+    str | None,
+    typer.Option("--max-disk", metavar="AMOUNT", help="Most that the home holds, as 20GB.", show_default="none"),
+]
 GpuMemoryOption = Annotated[
     str | None,
     typer.Option("--gpu-memory", metavar="AMOUNT", help="Most memory of a CUDA device, as 8GB.", show_default="none"),

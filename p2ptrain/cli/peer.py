@@ -69,7 +69,8 @@ def _check_fits(manifest: Manifest, settings: NodeSettings, force: bool) -> list
     machine = this_machine()
     needs = needs_of(manifest, machine=machine)
     if not force:
-        needs.check(machine, settings.home, force="--force to go on")
+        most = parse_amount(settings.max_disk)
+        needs.check(machine, settings.home, force="--force to go on", most_disk_bytes=most)
     return list(needs.lines(machine, free_disk_bytes(settings.home)))
 
 

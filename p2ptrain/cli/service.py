@@ -23,7 +23,7 @@ WATCHDOG_SECONDS = 120
 STOP_SECONDS = 90
 """For the round under way, the goodbye and the checkpoint."""
 RESTART_SECONDS = 20
-USELESS_AGAIN = (2, 3, 4, 8, 11, 14, 15, 16)
+USELESS_AGAIN = (2, 3, 4, 8, 11, 14, 15, 16, 18)
 """Exit codes of what a restart does not mend: it would be refused, or mistaken, again."""
 
 UNIT = """\

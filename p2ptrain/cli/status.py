@@ -33,6 +33,12 @@ def status(
     return 0 if answer["state"] in ("training", "solo") else NOT_TRAINING
 
 
+_GOES_ON = {
+    "volunteering": "it goes on by itself once this machine is not wanted",
+    "disk": "it goes on by itself once there is room",
+}
+
+
 def lines_of(answer: dict[str, Any]) -> list[str]:
     """What a peer answers, for people."""
     state, run = answer["state"], answer.get("run")
@@ -49,8 +55,7 @@ def lines_of(answer: dict[str, Any]) -> list[str]:
     if answer["paused_until"] is not None:
         said.append(f"until {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(answer['paused_until']))}")
     if state == "paused":
-        by_itself = "it goes on by itself once this machine is not wanted"
-        said.append(by_itself if answer.get("paused_by") == "volunteering" else "go on: p2ptrain resume")
+        said.append(_GOES_ON.get(answer.get("paused_by") or "", "go on: p2ptrain resume"))
     said.append(f"process {answer['pid']}, for {answer['uptime_seconds']:,.0f} s, home {answer['home']}")
     refused = answer.get("refused_branch")
     if refused is not None:

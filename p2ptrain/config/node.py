@@ -26,6 +26,7 @@ ENVIRONMENT_PREFIX = "P2PTRAIN_"
 _Amount = Annotated[str, Meta(max_length=32)]
 _AMOUNTS = {"upload_limit": parse_rate, "download_limit": parse_rate, "monthly_transfer": parse_amount} | {
     "max_memory": parse_amount,
+    "max_disk": parse_amount,
     "gpu_memory": parse_amount,
 }
 
@@ -73,6 +74,8 @@ class NodeTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """How far the commands' processes give way to others on this machine; 19: they take what nobody else wants."""
     max_memory: _Amount = ""
     """Most memory that the commands' process may hold, as 6GB, beside mapped files; empty: no limit."""
+    max_disk: _Amount = ""
+    """Most that the home may hold, as 20GB; where it is reached, old files go, and then the peer pauses; empty: any."""
     gpu_memory: _Amount = ""
     """Most memory of a CUDA device that this peer takes, as 8GB; empty: no limit."""
     log_format: Literal["text", "json"] = "text"

@@ -24,6 +24,7 @@ from p2ptrain.models.gpt import GPT
 from p2ptrain.peer.driver import RoundDriver
 from p2ptrain.peer.parts import DriverParts
 from p2ptrain.peer.reporting import Reporter
+from p2ptrain.peer.room import Room
 from p2ptrain.peer.sealing import SealKeeper
 from p2ptrain.rounds.events import ContributionReady, Doubted
 from p2ptrain.rounds.inbox import Inbox, TrainerMessage
@@ -93,6 +94,7 @@ def driver_parts(
     traffic: Traffic | None = None,
     reporter: Reporter | None = None,
     keeper: SealKeeper | None = None,
+    room: Room | None = None,
 ) -> DriverParts:
     """Return what the driver of a peer works with; its machine begins where `replica` stands.
 
@@ -102,6 +104,7 @@ def driver_parts(
         traffic: counts what is sent and received.
         reporter: writes down what happens, and keeps seals; None: nobody does.
         keeper: keeps seals where there is no reporter.
+        room: keeps the home to the size that its owner allows.
     """
     snapshots = SnapshotStore(home.checkpoints)
     listener = keeper if reporter is None else reporter
@@ -142,6 +145,7 @@ def driver_parts(
         company=home.company,
         told=(lambda what: None) if listener is None else listener.hear,
         seals=None if keeper is None else keeper.log,
+        room=room,
     )
 
 

@@ -33,6 +33,8 @@ from p2ptrain.peer.admission import Admission, shuts_out
 from p2ptrain.peer.answering import Answering
 from p2ptrain.peer.auditing import Auditing
 from p2ptrain.peer.parts import DriverParts
+from p2ptrain.peer.room import LOOK_SECONDS as ROOM_SECONDS
+from p2ptrain.peer.room import HomeFullError, Room
 from p2ptrain.peer.sending import Sending
 from p2ptrain.rounds import events
 from p2ptrain.rounds.decisions import LISTED
@@ -53,6 +55,17 @@ DECISIONS_MAX_CHARACTERS = 2**20
 GOODBYE_SECONDS = 3.0
 FULL_DISK_SECONDS = 1.0
 """Between two attempts to write to a disk that is full."""
+
+_SAID_ONCE = (
+    events.ReplyHeld,
+    events.RoundsFetched,
+    events.FetchFailed,
+    events.Synced,
+    events.RootComputed,
+    events.Doubted,
+    events.Audited,
+)
+"""What comes of this peer's own work: the machine waits for it, or nobody says it again."""
 
 _logger = logging.getLogger(__name__)
 
@@ -117,6 +130,10 @@ class RoundDriver:
         #: nothing is heard or done until there is room on the disk, which is full since then
         self._paused = False
         self._full_since: float | None = None
+        #: why, for people; "": that is not so
+        self.held_up = ""
+        #: what its own tasks and its trainer have found meanwhile
+        self._unheard: list[events.Event] = []
         #: what the trainer handed over meanwhile
         self._handed: list[tuple[events.ContributionReady, OwnEntry]] = []
         #: the run's owner has shut this peer out
@@ -142,6 +159,8 @@ class RoundDriver:
     async def start(self) -> None:
         """Answer calls, and begin at the chain state that the machine was given."""
         await self._p.node.add_servicer(self._servicer, NAMESPACE)
+        if self._p.room is not None:
+            self._spawn(self._keep_room(self._p.room))
         self._do(self.machine.start(self._now()))
         if self._p.grant is not None:
             self.dispatch(events.StatementHeard(self._p.grant))
@@ -179,6 +198,7 @@ class RoundDriver:
             head_round=machine.head.round,
             member=machine.is_member,
             members=len(shape.members) if shape else 0,
+            dialable=sum(member.dialable for member in shape.members) if shape else 0,
             syncing=self.syncing or behind,
             leaving=self.leaving,
             bytes_sent_per_round=sent,
@@ -243,6 +263,8 @@ class RoundDriver:
 
     def dispatch(self, event: events.Event) -> None:
         """Let the machine hear an event, and do what it asks for."""
+        if self._paused and isinstance(event, _SAID_ONCE):
+            self._unheard.append(event)
         if not self.leaving and not self._paused:
             self._p.told(event)
             self._do(self.machine.handle(event, self._now()))
@@ -280,13 +302,16 @@ class RoundDriver:
     def _pause(self, error: OSError) -> bool:
         """Do nothing until there is room on the disk, as if this process were stopped; False: that is not the reason.
 
-        Others go on without this peer, which catches up afterwards. What it could not write is done first then.
+        Others go on without this peer, which catches up afterwards. What it could not write is done first then, and
+        what its own tasks have found is heard next; what others have sent meanwhile is lost, and they say it again.
         """
         if self.leaving or not files.is_full(error):
             return False
         if self._full_since is None:
             self._full_since = self._now()
-            _logger.warning("the disk of %s is full: this peer pauses until there is room", self._p.snapshots.folder)
+            full = f"the disk of {self._p.snapshots.folder} is full"
+            self.held_up = str(error.strerror) if isinstance(error, HomeFullError) else full
+            _logger.warning("%s: this peer pauses until there is room", self.held_up)
         self._paused = True
         if self._timer is not None:
             self._timer.cancel()
@@ -298,13 +323,27 @@ class RoundDriver:
         """Go on where the disk was full, if there is room."""
         self._timer, self._paused = None, False
         self._do([])
+        while self._unheard and not self._paused:
+            self.dispatch(self._unheard.pop(0))
         while self._handed and not self._paused:
             self.contribute(*self._handed.pop(0))
         if self._paused or self._full_since is None:
             return
         _logger.info("there is room on the disk again: going on after %.0f s", self._now() - self._full_since)
-        self._full_since = None
+        self._full_since, self.held_up = None, ""
         self.dispatch(events.Tick(late=True))
+
+    async def _keep_room(self, room: Room) -> None:
+        """Keep the home to the size that its owner allows, until cancelled."""
+        while True:
+            await asyncio.to_thread(room.look)
+            room.make(self._p.journal.prune)
+            if room.removed:
+                names = ", ".join(room.removed[:LISTED])
+                more = f" and {len(room.removed) - LISTED} more" if len(room.removed) > LISTED else ""
+                _logger.info("removed, as --max-disk leaves no room for it: %s%s", names, more)
+                room.removed.clear()
+            await asyncio.sleep(ROOM_SECONDS)
 
     def _fail(self, error: OSError) -> None:
         """Without its journal a peer must not go on: what it says would not outlive it."""
@@ -361,6 +400,8 @@ class RoundDriver:
         self._p.told(effect)
 
     def _apply(self, effect: events.Apply) -> None:
+        if self._p.room is not None:
+            self._p.room.check()
         self._p.journal.append(effect.sealed)
         for encoded in effect.sealed.proofs:
             self._tell_expelled(evidence.read_proof(encoded))

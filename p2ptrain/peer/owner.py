@@ -230,7 +230,7 @@ class Owner:
         except ValueError as error:
             raise UsageError(f"{key} {value}: {error}", hint=f"p2ptrain limits {key} VALUE") from error
         if line.spends(allowed):
-            used = format_amount(line.transfer.used_bytes)
+            used = format_amount(line.transfer.used_bytes(time.time()))
             raise UsageError(
                 f"{used} were carried this month, so that {value} leave too little to take part",
                 hint="allow more, or: p2ptrain leave",
@@ -240,6 +240,11 @@ class Owner:
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition() and not self.stopping:
             await asyncio.sleep(LOOK_SECONDS)
+
+    def _paused_by(self) -> str:
+        if self.driver is not None:
+            return "disk"
+        return "volunteering" if self.pause_until is None else "owner"
 
     def line(self) -> str:
         """Say in one line how this peer is; the network thread."""
@@ -258,7 +263,7 @@ class Owner:
         elif driver is not None:
             driver.publish_standing()
             now.take(driver.standing)
-            state, doing, waits_for = now.state, "", awaited(driver)
+            state, doing, waits_for = now.state, driver.held_up, "" if driver.held_up else awaited(driver)
             now.round = driver.standing.head_round
         else:
             state = "starting"
@@ -273,7 +278,7 @@ class Owner:
             "members": now.members if state not in ("paused", "starting") else 0,
             "train_loss": now.loss,
             "tokens_per_second": round(now.tokens_per_second, 1) if state in ("training", "solo") else 0.0,
-            "paused_by": ("volunteering" if until is None else "owner") if state == "paused" else None,
+            "paused_by": None if state != "paused" else self._paused_by(),
             "volunteering": None if self.volunteering is None else self.volunteering(),
             "paused_until": until if state == "paused" and until is not None and math.isfinite(until) else None,
             "home": str(self._home.path),

@@ -12,6 +12,7 @@ from p2ptrain.chain import ChainState
 from p2ptrain.chain.admission import Grant
 from p2ptrain.compression.codec import Codec
 from p2ptrain.config.manifest import Manifest
+from p2ptrain.peer.room import Room
 from p2ptrain.rounds import events
 from p2ptrain.rounds.inbox import Inbox, Restore
 from p2ptrain.rounds.machine import RoundMachine
@@ -56,5 +57,7 @@ class DriverParts:
     """Where a failure leaves what the machine heard and decided last."""
     told: Callable[[events.Event | events.Effect | Restore], None] = lambda what: None
     """Hears each event before the machine does, and each effect once it is carried out."""
+    room: Room | None = None
+    """Keeps the home to what its owner allows; None: the owner allows any size."""
     seals: SealLog | None = None
     """The seals of our chain, kept for longer than its rounds; None: none are."""

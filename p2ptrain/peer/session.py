@@ -68,6 +68,7 @@ from p2ptrain.peer.presence import Presence
 from p2ptrain.peer.progress import Shown
 from p2ptrain.peer.reachability import Reachability, where_it_works
 from p2ptrain.peer.reporting import Reporter
+from p2ptrain.peer.room import Room
 from p2ptrain.peer.supervisor import keep_notified, notify
 from p2ptrain.peer.volunteering import Watch
 from p2ptrain.peer.waiting import tell_while_waiting, told_while
@@ -91,7 +92,7 @@ from p2ptrain.swarm.shelves import find_peer
 from p2ptrain.swarm.tasks import cancel_and_wait, failure_logged
 from p2ptrain.swarm.thread import NetworkThread
 from p2ptrain.training.device import choose_device
-from p2ptrain.training.heap import give_back
+from p2ptrain.training.heap import give_back, load_no_compiler
 from p2ptrain.training.machine import this_machine
 from p2ptrain.training.measuring import HeldOut, Measuring, Method
 from p2ptrain.training.needs import flops_a_token, needs_of
@@ -129,6 +130,8 @@ STOP_SECONDS = 10.0
 """For each of the driver and the node to end: goodbyes and replies under way take 3 of them."""
 HURRY_SECONDS = 0.7
 """For replies that others are being handed when this machine is wanted: its memory is to be back within two seconds."""
+TRANSFER_LOOK_SECONDS = 1.0
+"""Between two looks at whether there is transfer left, where a month's is used up."""
 STOPPING_LOOK_SECONDS = 0.1
 """Between two looks at whether Ctrl-C ends the wait for others."""
 
@@ -278,16 +281,18 @@ class PeerSession:
 
         Raises:
             AddressError, PortInUseError, UnreachableError, ClockSkewError, HomeError, DaemonError
-            TransferSpentError: too little is left of this month's transfer.
+            TransferSpentError: too little is left of this month's transfer, and no supervisor has started this peer.
         """
         settings = self.settings
-        self._line = self._make_line()
-        self._check_transfer()
-        self.owner.limited = self._line
+        self._line = self.owner.limited = self._make_line()
+        supervised = "NOTIFY_SOCKET" in os.environ
+        if not supervised:
+            self._check_transfer()
         self._network = NetworkThread()
         self._network.run(self.owner.listen(), ASK_SECONDS)
-        if "NOTIFY_SOCKET" in os.environ:
+        if supervised:
             self._network.spawn(keep_notified(self.owner.line))
+            self._await_transfer(self._line)
         remembered = self._remembered_peers()
 
         def create(peers: list[str]) -> SwarmNode:
@@ -382,6 +387,21 @@ class PeerSession:
                 f"of this month's {amount} too little is left to take part: {self._line.describe()}",
                 hint=f"start again on {day} (UTC), or allow more with --monthly-transfer",
             )
+
+    def _await_transfer(self, line: Line) -> None:
+        """Return once there is transfer left, in the next month or because the owner allows more.
+
+        A supervisor would only start a peer that ends over and over, and nobody would start it when the month is over.
+        """
+        if not line.spent:
+            return
+        day, began = next_month(time.time()), time.monotonic()
+        self.display.say(f"waits until {day} (UTC): of this month's transfer too little is left: {line.describe()}")
+        notify("READY=1")
+        with self._doing(f"waiting until {day} (UTC), as this month's transfer is used up"):
+            while line.spent:
+                time.sleep(TRANSFER_LOOK_SECONDS)
+        self._wait_until += time.monotonic() - began
 
     def own_run(self) -> Run | None:
         """The run that this home is in."""
@@ -620,6 +640,7 @@ class PeerSession:
         device = choose_device(self.settings.device, parse_amount(self.settings.gpu_memory))
         own_threads = this_machine().threads if self._ranks is None else self._ranks.threads
         torch.set_num_threads(self.settings.threads or own_threads)
+        load_no_compiler()
         with self._doing("loading and checking compiled loops, or compiling them"):
             make_ready(device)
         give_back()
@@ -872,6 +893,7 @@ class PeerSession:
             sync_progress=self._fetching,
             reporter=reporter,
             traffic=Traffic(line=self._line),
+            room=self._room(run.manifest, replica.layout.chunks),
         )
 
         async def start() -> RoundDriver:
@@ -881,6 +903,15 @@ class PeerSession:
 
         self._driver = self.owner.driver = self.network.run(start(), START_SECONDS)
         return self._driver
+
+    def _room(self, manifest: Manifest, chunks: int) -> Room | None:
+        """Return what keeps this home to the size that its owner allows; None: any."""
+        most_bytes = parse_amount(self.settings.max_disk)
+        if not most_bytes:
+            return None
+        task, file = manifest.task_config, manifest.data.token_file
+        needed = {file.root for file in (file, None if task is None else task.values) if file is not None}
+        return Room(self.home, most_bytes, needs_of(manifest, chunks).next_bytes, frozenset(needed))
 
     def _fetching(self, what: str, done: int, total: int) -> None:
         self._fetched_at = self.network.loop.time()

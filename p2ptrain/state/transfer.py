@@ -48,10 +48,9 @@ class MonthlyTransfer:
             self.sent_bytes, self.received_bytes = kept.sent_bytes, kept.received_bytes
             self.written_at = kept.written_at
 
-    @property
-    def used_bytes(self) -> int:
-        """Both ways."""
-        return self.sent_bytes + self.received_bytes
+    def used_bytes(self, now: float) -> int:
+        """Return what the month that it is now has carried, both ways."""
+        return self.sent_bytes + self.received_bytes if _month(now) <= self.month else 0
 
     def count(self, sent_bytes: int, received_bytes: int, now: float) -> None:
         """Add what was carried since the last call, and write it down from time to time. Raises OSError."""

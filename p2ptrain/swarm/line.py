@@ -190,8 +190,8 @@ class Line:
         if self.allowed.download_rate:
             said.append(f"at most {format_rate(self.allowed.download_rate)} down")
         if self.allowed.monthly_bytes:
-            used, whole = format_amount(self.transfer.used_bytes), format_amount(self.allowed.monthly_bytes)
-            rate = format_rate(self._month_rate(self._clock()))
+            now, whole = self._clock(), format_amount(self.allowed.monthly_bytes)
+            used, rate = format_amount(self.transfer.used_bytes(now)), format_rate(self._month_rate(now))
             said.append(f"{used} of this month's {whole} used, so that {rate} are left for both ways together")
         return "; ".join(said)
 
@@ -305,7 +305,7 @@ class Line:
 
     def _month_rate(self, today: float, allowed: Allowed | None = None) -> float:
         monthly_bytes = (allowed or self.allowed).monthly_bytes
-        return spread_rate(monthly_bytes - self.transfer.used_bytes, month_ends_at(today) - today)
+        return spread_rate(monthly_bytes - self.transfer.used_bytes(today), month_ends_at(today) - today)
 
     def _wait_seconds(self, budgets: tuple[Budget | None, ...], size: float) -> float:
         now = time.monotonic()

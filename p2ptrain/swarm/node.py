@@ -13,15 +13,16 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 from hivemind.dht import DHTID, DHTNode
 from hivemind.dht.storage import DictionaryDHTValue
-from hivemind.p2p import PeerID, ServicerBase
+from hivemind.p2p import P2PHandlerError, PeerID, ServicerBase
 from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
+from hivemind.proto import dht_pb2
 from hivemind.utils.auth import AuthRole, AuthRPCWrapper
 
 from p2ptrain.config.manifest import open_manifest
@@ -35,6 +36,7 @@ from p2ptrain.swarm.addresses import (
     parse_announced,
 )
 from p2ptrain.swarm.circuits import RelayCaps, reserve
+from p2ptrain.swarm.clock import ClockWatch
 from p2ptrain.swarm.daemon import Daemon, DaemonSettings, SocketDirectory
 from p2ptrain.swarm.guards import install_guards
 from p2ptrain.swarm.identity import Identity, format_peer_id, load_or_create_identity
@@ -44,7 +46,6 @@ from p2ptrain.swarm.records import (
     MANIFEST_SECONDS,
     MANIFEST_SUBKEY,
     PEER_RECORD_SECONDS,
-    RUN_RECORD_SECONDS,
     RUNS_KEY,
     PeerRecord,
     R,
@@ -73,6 +74,10 @@ MAX_KNOWN_PEERS = 256
 RESTART_SECONDS = 0.5
 """Wait before the second attempt to restart the daemon; doubles up to `MAX_RESTART_SECONDS`."""
 MAX_RESTART_SECONDS = 10.0
+CLOCK_SECONDS = 60.0
+"""Between two times that others are asked what time it is."""
+CLOCKS_ASKED, CLOCK_ANSWER_SECONDS = 5, 1.0
+"""A slower answer says too little: it may be off by half of what it took."""
 _REGISTER_SECONDS = 10.0
 
 T = TypeVar("T")
@@ -349,10 +354,6 @@ class SwarmNode:
         """{peer id: its record} of a run; killed peers stay until their records expire."""
         return await self.read(peers_key(run_id), PeerRecord, secret, timeout_seconds=timeout_seconds)
 
-    async def publish_run(self, record: RunRecord) -> bool:
-        """Lists the run in the DHT's index, for `RUN_RECORD_SECONDS`."""
-        return await self.publish(RUNS_KEY, record, RUN_RECORD_SECONDS)
-
     async def read_runs(self, *, timeout_seconds: float = 10.0) -> dict[bytes, list[RunRecord]]:
         """{run id: what each of its peers published} for all runs in this DHT."""
         runs: dict[bytes, list[RunRecord]] = {}
@@ -416,7 +417,8 @@ class SwarmNode:
 
     async def search(self, key: str, count: int, *, timeout_seconds: float = 10.0) -> dict[DHTID, PeerID]:
         """The nodes nearest to `key`, by asking those that are nearer and nearer; fewer when time is over."""
-        place = DHTID.from_bytes(key_id_of(key))
+        # The place beside it has the same nodes around it, and nobody stores anything there that would come along.
+        place = DHTID(int(DHTID.from_bytes(key_id_of(key))) ^ 1)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_seconds):
                 return (await self.dht.find_nearest_nodes([place], k_nearest=count, exclude_self=True))[place]
@@ -435,6 +437,28 @@ class SwarmNode:
     def stored(self, key: str) -> dict[Any, Any]:
         """{subkey: value} under `key` as this node stores it."""
         return _unpacked(self.dht.protocol.storage.get(DHTID.from_bytes(key_id_of(key))))
+
+    def stored_until(self, key_ids: Container[DHTID]) -> dict[DHTID, dict[bytes, float]]:
+        """{key's id: {peer id: when its record expires}} of those keys under which this node stores any."""
+        return {
+            key_id: {peer: one.expiration_time for subkey, one in item.value.items() if (peer := peer_of(subkey))}
+            for key_id, item in self.dht.protocol.storage.items()
+            if key_id in key_ids and isinstance(item.value, DictionaryDHTValue)
+        }
+
+    def spare(self, is_full: Callable[[Any], bool]) -> None:
+        """Have this node store nothing under a key that is new to it, by its id, while `is_full` says so."""
+        self.dht.protocol.storage.is_full = is_full
+
+    def drop(self, key: str) -> None:
+        """Store nothing under a key any more."""
+        with contextlib.suppress(KeyError):
+            del self.dht.protocol.storage[DHTID.from_bytes(key_id_of(key))]
+
+    @property
+    def knows_everybody(self) -> bool:
+        """Whether the network is so small that the routing table has all of it."""
+        return len(self.dht.protocol.routing_table.uid_to_peer_id) < SMALL_NETWORK
 
     async def stored_at(self, peer: PeerID, key: str) -> tuple[dict[Any, Any] | None, list[PeerID]]:
         """What one other node has under `key`, and which nodes it holds for the nearest.
@@ -495,8 +519,17 @@ class SwarmNode:
 
     async def _keep_up(self) -> None:
         explored, explore_due = frozenset[DHTID](), 0.0
+        watch, compare_due = ClockWatch(), 0.0
         while True:
             await asyncio.sleep(UPKEEP_SECONDS * random.uniform(0.8, 1.2))
+            if jumped := watch.looked(time.time(), time.monotonic()):
+                _logger.warning(jumped)
+                # Nodes that this one knew may have given it up, and be elsewhere.
+                explore_due = compare_due = 0.0
+            if time.monotonic() >= compare_due:
+                compare_due = time.monotonic() + CLOCK_SECONDS
+                if wrong := watch.compared(await self._ahead_of_others()):
+                    _logger.warning(wrong)
             with contextlib.suppress(P2PDaemonError, OSError, EOFError, ValueError):
                 for peer in await self._daemon.p2p.list_peers():
                     peer_id = peer.peer_id.to_bytes()
@@ -512,6 +545,23 @@ class SwarmNode:
             if (about != explored and len(about) < SMALL_NETWORK) or time.monotonic() >= explore_due:
                 await self._explore(UPKEEP_SECONDS)
                 explored, explore_due = frozenset(table.uid_to_peer_id), time.monotonic() + EXPLORE_SECONDS
+
+    async def _ahead_of_others(self) -> list[float]:
+        """Return by how much this machine's clock is ahead of those of some nodes that it is connected to [s]."""
+
+        async def ahead_of(peer: PeerID) -> float | None:
+            began = time.time(), time.monotonic()
+            with contextlib.suppress(P2PDaemonError, P2PHandlerError, OSError, EOFError, TimeoutError, ValueError):
+                async with asyncio.timeout(CLOCK_ANSWER_SECONDS):
+                    stub = self.dht.protocol.get_stub(peer)
+                    theirs = (await stub.rpc_ping(dht_pb2.PingRequest())).dht_time
+                # As if it had been read halfway.
+                return began[0] + (time.monotonic() - began[1]) / 2 - float(theirs)
+            return None
+
+        known = list(self.dht.protocol.routing_table.peer_id_to_uid)
+        answers = await asyncio.gather(*map(ahead_of, random.sample(known, min(CLOCKS_ASKED, len(known)))))
+        return [ahead for ahead in answers if ahead is not None]
 
     async def _greet(self, peer_id: bytes) -> None:
         """Dials a peer and has it and us list each other; it may well be gone."""

@@ -147,7 +147,8 @@ class BoundedP2P(P2P):  # type: ignore[misc, unused-ignore]
         self, peer_id: PeerID, name: str, requests: AsyncIterator[Message], output_protobuf_type: type[Message]
     ) -> AsyncIterator[Message]:
         """As in hivemind; frames wait until the owner's limits let them go."""
-        if self.line is None or not self.line.allowed.limited:
+        # Where there is no limit, the owner may set one while the stream is open.
+        if self.line is None:
             return await super()._iterate_protobuf_stream_handler(peer_id, name, requests, output_protobuf_type)  # type: ignore[no-any-return, unused-ignore]
         paced = _Paced(self.line, name)
         answers = await super()._iterate_protobuf_stream_handler(

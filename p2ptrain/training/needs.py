@@ -63,6 +63,8 @@ class Needs:
     writing: str
     """The term that steady memory lacks."""
     disk_bytes: int
+    next_bytes: int
+    """Of that, what the next checkpoint and the next snapshot take while those before them are still there."""
     written_bytes_a_day: int
     join_bytes: int
     """That a newcomer fetches."""
@@ -145,10 +147,11 @@ class Needs:
             alone += f", in which it computes {computing / whole:.2g} of the batch"
         return f"{alone}; {self.total_rounds:,} of them take {duration(seconds * self.total_rounds)}"
 
-    def check(self, machine: Machine, home: Path, *, force: str) -> None:
+    def check(self, machine: Machine, home: Path, *, force: str, most_disk_bytes: int = 0) -> None:
         """Refuse what this machine cannot hold.
 
         Args:
+            most_disk_bytes: that the home may hold; 0: no limit.
             force: the command that goes on all the same.
 
         Raises:
@@ -159,6 +162,12 @@ class Needs:
                 f"a peer of this run needs {size(self.least_bytes)} of memory, and {machine.memory_limit} allows "
                 f"{size(machine.memory_bytes)}: {self.parameters:,} parameters are too many for it",
                 hint=f"a smaller model, as p2ptrain init --size {self.largest_size(machine)}; or {force} all the same",
+            )
+        if 0 < most_disk_bytes < self.disk_bytes:
+            raise TooLargeError(
+                f"a peer of this run needs {size(self.disk_bytes)} of disk, and --max-disk allows "
+                f"{size(most_disk_bytes)}",
+                hint=f"allow more; or {force} all the same",
             )
         free = free_disk_bytes(home)
         if self.disk_bytes > free:
@@ -220,6 +229,7 @@ def needs_of(manifest: Manifest, chunks: int | None = None, machine: Machine | N
         writing=writing,
         # A file is replaced by one that is whole, so each is there twice for a while.
         disk_bytes=2 * checkpoint + (SNAPSHOTS_KEPT + 1) * snapshot + journal + text + values,
+        next_bytes=checkpoint + snapshot,
         written_bytes_a_day=int(min(CHECKPOINTS_A_DAY * checkpoint, CHECKPOINT_BYTES_A_DAY)),
         join_bytes=int(snapshot + rules.root_interval * replies / 2) + text + values,
         round_bytes=int(sent + replies),

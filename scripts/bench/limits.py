@@ -6,12 +6,14 @@
 As root, on Linux. Each peer is a process in a network namespace of its own (lab/lines.py), and what counts is what the
 counters of its interface say, read ten times a second by a process of its own: every packet of the daemon is in it,
 headers of IP and TCP included, those of Ethernet taken off. Of each part the most in any 10 s is given, as a share of
-the limit, beside rounds a minute and how many of the sealed rounds have the limited peer's contribution:
+the limit, beside rounds a minute and the share of the limited peer's rounds that have its contribution:
 
 - calm: no limits;
-- upload: `--upload-limit`, while a newcomer downloads the run's state, from that peer too;
+- upload: `--upload-limit`, while one newcomer after another downloads the run's state, from that peer too;
 - download: a newcomer with `--download-limit` comes, fetches the state and trains;
-- month: `--monthly-transfer` such that what is left of the month allows --month-rate, both ways together.
+- month: `--monthly-transfer` such that what is left of the month allows --month-rate, both ways together, and
+  `--upload-limit`. What was carried is also compared with what the month allowed until then: its even rate, of which
+  ten minutes' worth may be used at once.
 
 Prints one JSON object last. Exit code 1: a limit did not hold, or a peer trained no more.
 """
@@ -25,6 +27,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,19 +35,22 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+from lab.counted import work_of
 from lab.lines import Lines, prepare
 from lab.report import Figures, finish, machine, note
 
 from p2ptrain.config.amounts import parse_rate
 from p2ptrain.state.transfer import month_ends_at
+from p2ptrain.swarm.line import MONTH_BURST_SECONDS
 
 PARTS = ("calm", "upload", "download", "month")
 LINE_MBIT = 100.0
 WINDOW_SECONDS = 10.0
 MARGIN = 1.05
 ETHERNET_BYTES = 14
+NEWCOMER_SECONDS = 300.0
+"""A peer comes with an empty home, fetches all, trains, and leaves when the next one comes."""
 PEERS = 4
 LIMITED, NEWCOMER = 2, 3
 MANIFEST = """\
@@ -62,14 +68,15 @@ warmup_rounds = 4
 total_rounds = 1000
 
 [round]
+pace = "fixed"
+sequences_per_peer = 4
 micro_batch = 4
-target_batch = 16
 min_seconds = 4.0
 max_seconds = 8.0
 round_max_seconds = 20.0
 grace_seconds = 3.0
 reply_timeout_seconds = 8.0
-root_interval = 10
+root_interval = 32
 """
 SAMPLER = """\
 import sys, time
@@ -131,6 +138,7 @@ class Peer:
         self.number, self.home, self.log = number, folder / str(number), folder / f"{number}.log"
         flags = ["--home", str(self.home), "--name", f"peer{number}", "--host", lines.address(number), "-v"]
         flags += ["--threads", "1", "--log-format", "json"]
+        self.began = time.time()
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with self.log.open("a") as errors:
             self.process = subprocess.Popen(
@@ -182,7 +190,7 @@ def swarm(options: argparse.Namespace, *limits: str) -> Iterator[tuple[Lines, Pa
         folder = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="p2ptrain-limits-", dir=options.scratch)))
         lines = undo.enter_context(Lines(PEERS, LINE_MBIT))
         manifest = folder / "run.toml"
-        manifest.write_text(MANIFEST.format(nonce=secrets.token_hex(8), embedding=options.embedding))
+        manifest.write_text(MANIFEST.format(nonce=secrets.token_hex(16), embedding=options.embedding))
         peers = [Peer(lines, 0, folder, "bootstrap", str(manifest))]
         undo.callback(peers[0].stop)
         address = peers[0].address()
@@ -195,13 +203,10 @@ def swarm(options: argparse.Namespace, *limits: str) -> Iterator[tuple[Lines, Pa
         yield lines, folder, peers, address
 
 
-def included(folder: Path, peer: Peer, since: int) -> dict[str, Any]:
-    """Of the rounds sealed after `since`, how many have the peer's contribution, by its own log."""
+def warnings(peer: Peer) -> list[str]:
+    """What its log warned of, the first five."""
     entries = [json.loads(line) for line in peer.log.read_text().splitlines() if line.startswith("{")]
-    return {
-        "rounds": peer.round - since,
-        "warnings": [e["message"] for e in entries if e.get("level") == "warning"][:5],
-    }
+    return [entry["message"] for entry in entries if entry.get("level") == "warning"][:5]
 
 
 def run_part(part: str, options: argparse.Namespace) -> Figures:
@@ -212,16 +217,23 @@ def run_part(part: str, options: argparse.Namespace) -> Figures:
         limits = ("--upload-limit", options.upload_limit)
     if part == "month":
         whole = int(options.month_rate * (month_ends_at(time.time()) - time.time()))
-        limits = ("--monthly-transfer", f"{whole / 1e6:.3f}MB")
+        limits = ("--monthly-transfer", f"{whole / 1e6:.3f}MB", "--upload-limit", options.upload_limit)
     with swarm(options, *limits) as (lines, folder, peers, address):
         limited = peers[LIMITED]
         if part == "download":
             limited = Peer(lines, NEWCOMER, folder, "join", address, "--download-limit", options.download_limit)
         samples = Samples(lines, limited.number)
         first, began = peers[0].round, time.monotonic()
-        newcomer = Peer(lines, NEWCOMER, folder, "join", address) if part in ("calm", "upload") else None
+        newcomer: Peer | None = None
+        newcomers, next_comes = 0, began
         try:
             while time.monotonic() - began < seconds:
+                if part != "download" and time.monotonic() >= next_comes:
+                    if newcomer is not None:
+                        newcomer.stop()
+                        shutil.rmtree(newcomer.home)
+                    newcomer = Peer(lines, NEWCOMER, folder, "join", address)
+                    newcomers, next_comes = newcomers + 1, next_comes + NEWCOMER_SECONDS
                 if limited.process.poll() is not None:
                     raise SystemExit(f"the limited peer has ended:\n{limited.log.read_text()[-3000:]}")
                 time.sleep(0.5)
@@ -234,6 +246,7 @@ def run_part(part: str, options: argparse.Namespace) -> Figures:
         both = [sent + received for sent, received in zip(samples.sent, samples.received, strict=True)]
         found: Figures = {
             "minutes": round(minutes, 2),
+            "newcomers": newcomers,
             "rounds_per_minute": round(rounds / minutes, 2),
             "limited_peer_is_behind_rounds": peers[0].round - limited.round,
             "up_mean_kbit": round(samples.mean(samples.sent) * 8e-3, 1),
@@ -241,17 +254,23 @@ def run_part(part: str, options: argparse.Namespace) -> Figures:
             "down_mean_kbit": round(samples.mean(samples.received) * 8e-3, 1),
             "down_most_kbit_in_10_s": round(samples.most_in_window(samples.received) * 8e-3, 1),
             "both_mean_kbit": round(samples.mean(both) * 8e-3, 1),
-            **included(folder, limited, 0),
+            "share_of_its_rounds_that_count": work_of(limited.home, peers[0].home, first, peers[0].round).share,
+            "warnings": warnings(limited),
         }
-        if part in ("upload", "download"):
-            limit = parse_rate(options.upload_limit if part == "upload" else options.download_limit)
-            carried = samples.sent if part == "upload" else samples.received
+        if part != "calm":
+            limit = parse_rate(options.download_limit if part == "download" else options.upload_limit)
+            carried = samples.received if part == "download" else samples.sent
             found["most_in_10_s_of_limit"] = round(samples.most_in_window(carried) / limit, 4)
             found["holds"] = found["most_in_10_s_of_limit"] <= MARGIN
         if part == "month":
             kept = json.loads((limited.home / "transfer.json").read_text())
-            counted = kept["sent_bytes"] + kept["received_bytes"]
-            found["counted_bytes"], found["month_rate_kbit"] = counted, options.month_rate * 8e-3
+            counted, carried_bytes = kept["sent_bytes"] + kept["received_bytes"], both[-1]
+            # Since the peer's first packet: its line is its namespace's, and nobody used that before.
+            allowed = options.month_rate * (samples.at[-1] - limited.began + MONTH_BURST_SECONDS)
+            found["month_rate_kbit"] = options.month_rate * 8e-3
+            found["counted_bytes"], found["carried_bytes"] = counted, carried_bytes
+            found["carried_of_month_so_far"] = round(carried_bytes / allowed, 4)
+            found["holds"] = found["holds"] and carried_bytes <= MARGIN * allowed
         return found
 
 
@@ -260,8 +279,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=2.0, help="of each part (default: 2; the long form: 60)")
     parser.add_argument("--upload-limit", default="1Mbit")
     parser.add_argument("--download-limit", default="2Mbit")
-    parser.add_argument("--month-rate", type=float, default=40_000, help="bytes a second that the month is to allow")
-    parser.add_argument("--embedding", type=int, default=128, help="of the model, and so what a round carries")
+    parser.add_argument("--month-rate", type=float, default=60_000, help="bytes a second that the month is to allow")
+    parser.add_argument("--embedding", type=int, default=256, help="of the model, and so what a round carries")
     parser.add_argument("--part", choices=PARTS, action="append")
     parser.add_argument("--scratch", type=Path, help="folder for homes and logs")
     parser.add_argument("--out", type=Path)

@@ -1,13 +1,16 @@
 """Real peers under faults for as long as you like: they must end bit-identical, and leave nothing behind.
 
     python scripts/bench/soak_swarm.py --peers 6 --minutes 30 --seed 1 --out docs/results/soak_swarm.json
+    python scripts/bench/soak_swarm.py --home --minutes 60 --seed 1 --out docs/results/soak_home.json
 
 As root, on Linux: each peer is a `p2ptrain` process in a network namespace of its own, behind a line of --mbit, on one
 bridge. First all of them train in calm. Then, every 5 to 20 s, one of all but the first suffers a fault: kill -9 and a
 restart from its disk; the same with its home wiped; SIGSTOP for 1 to 60 s; kill -9 of its libp2p daemon; its link down
-for 1 to 30 s; another IP address, as a laptop has that changes networks. In the end all must be on one chain again
-within two minutes, are asked to leave, and each disk is replayed to one round. Prints a table on stderr and one JSON
-object last; exits with 1 when something does not hold.
+for 1 to 30 s; another IP address, as a laptop has that changes networks. With --home, what befalls peers at home comes
+on top: their machines are wanted for 3 to 30 s, or their owners pause them for as long, or allow 300 kbit to 2 Mbit up
+for 10 to 60 s. Such peers are volunteers whose machines' use a file describes, and compute a fixed amount a round. In
+the end all must be on one chain again within --recovery, are asked to leave, and each disk is replayed to one round; no
+log may have a traceback. Prints a table on stderr and one JSON object last; exits with 1 when something does not hold.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -32,15 +36,27 @@ from typing import Any
 
 import psutil
 import torch
+from lab.forked import Forked, Forks
 from lab.lines import Lines, prepare
 from lab.replayed import replayed
 from lab.report import finish, machine
 from rich.console import Console
 from rich.table import Table
 
+from p2ptrain.config.home import Home
+from p2ptrain.errors import P2PTrainError
+from p2ptrain.peer.control import Limit, Pause, Request, Resume, ask
+from p2ptrain.peer.machine_use import VARIABLE
+from p2ptrain.state.files import atomic_write
+
 FAULTS = ("kill", "wipe", "stop", "daemon", "link", "address")
+HOME_FAULTS = (*FAULTS, "use", "pause", "limit")
+ANSWER_SECONDS = 120.0
+"""For a peer to do what its owner says, which may end a round before, and be busy."""
 PAUSE_SECONDS = (5.0, 20.0)
-RECOVERY_SECONDS = 120.0
+LEAVE_SECONDS = 300.0
+START_SECONDS = 600.0
+"""For all to start, on a machine that may be busy."""
 SAMPLE_SECONDS = 5.0
 MANIFEST = """\
 name = "soak"
@@ -57,6 +73,7 @@ min_seconds = 1.0
 max_seconds = 2.0
 root_interval = 16
 """
+FIXED = 'pace = "fixed"\nsequences_per_peer = 8\nmicro_batch = 8\n'
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -64,11 +81,12 @@ console = Console(stderr=True, highlight=False, soft_wrap=True)
 class Peer:
     """One peer through all its lives."""
 
-    def __init__(self, folder: Path, number: int, lines: Lines) -> None:
+    def __init__(self, folder: Path, number: int, lines: Lines, forks: Forks | None) -> None:
+        self._forks = forks
         self.name, self.number, self.folder, self.lines = f"peer{number}", number, folder, lines
         self.home, self.log = folder / f"peer{number}", folder / f"peer{number}.log"
         self.out = folder / f"peer{number}.out"
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | Forked | None = None
         self.children: set[psutil.Process] = set()
         #: round lines of all lives: what it logged after each second or so
         self.rounds: list[dict[str, Any]] = []
@@ -76,18 +94,42 @@ class Peer:
         self.said: list[tuple[float, str]] = []
         self._offset = 0
         self.busy = False
+        #: says how this peer's machine is used; it is a volunteer
+        self.use = folder / f"use{number}.json"
+        self.volunteer = False
 
     def start(self, *command: str) -> None:
         """Begin to live, or again."""
         flags = ["--home", str(self.home), "--name", self.name, "--threads", "1", "-v", "--log-format", "json"]
+        if self.volunteer:
+            flags.append("--volunteer")
+            self.used(ago_seconds=1000.0)
+        own = {"OMP_NUM_THREADS": "1", "TMPDIR": str(self.folder), VARIABLE: str(self.use)}
+        if self._forks is not None:
+            namespace = self.lines.inside(self.number)[-1]
+            self.process = self._forks.start(namespace, [*command, *flags], self.out, self.log, own)
+            return
         with self.log.open("ab") as log, self.out.open("ab") as out:
             self.process = subprocess.Popen(
                 [*self.lines.inside(self.number), sys.executable, "-m", "p2ptrain", *command, *flags],
                 stdout=out,
                 stderr=log,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(self.folder)},
+                env={**os.environ, **own},
                 start_new_session=True,  # Ctrl-C is for the soak
             )
+
+    def used(self, ago_seconds: float) -> None:
+        """Have its machine be used so long ago."""
+        atomic_write(self.use, json.dumps({"idle_seconds": ago_seconds}).encode())
+
+    def told(self, request: Request) -> None:
+        """Give it its owner's command, without waiting for what comes of it; it may be about to end."""
+
+        def give() -> None:
+            with contextlib.suppress(P2PTrainError):
+                ask(Home(self.home).control, request, ANSWER_SECONDS)
+
+        threading.Thread(target=give, daemon=True).start()
 
     @property
     def ps(self) -> psutil.Process:
@@ -184,6 +226,8 @@ class Soak:
     sampled_at: float = 0.0
     #: round -> state id, as the spared peer logged it
     chain: dict[int, str] = field(default_factory=dict)
+    #: of each peer, in the order in which they are waited for: seconds until it had ended
+    left_after: list[float] = field(default_factory=list)
     address: str = ""
     began: float = field(default_factory=time.time)
 
@@ -297,6 +341,30 @@ class Soak:
             case "address":
                 self.lines.readdress(peer.number)
                 fault.over = time.time()
+            case "use":
+                peer.used(ago_seconds=1.0)
+
+                def idle() -> None:
+                    peer.used(ago_seconds=1000.0)
+                    fault.over = time.time()
+
+                self.due.append((time.time() + chance.uniform(3.0, 30.0), idle))
+            case "pause":
+                peer.told(Pause())
+
+                def resume() -> None:
+                    peer.told(Resume())
+                    fault.over = time.time()
+
+                self.due.append((time.time() + chance.uniform(3.0, 30.0), resume))
+            case "limit":
+                peer.told(Limit("upload-limit", chance.choice(("300kbit", "1Mbit", "2Mbit"))))
+
+                def free() -> None:
+                    peer.told(Limit("upload-limit", "0"))
+                    fault.over = time.time()
+
+                self.due.append((time.time() + chance.uniform(10.0, 60.0), free))
 
     def count_lost(self, peer: Peer, fault: Fault, before: int) -> None:
         """How far behind what it had computed a peer came back."""
@@ -313,11 +381,11 @@ class Soak:
         """All of it; the report."""
         options = self.options
         manifest = self.folder / "run.toml"
-        manifest.write_text(MANIFEST.format(nonce=os.urandom(16).hex()))
+        manifest.write_text(MANIFEST.format(nonce=os.urandom(16).hex()) + (FIXED if options.home else ""))
         self.address = self.found(manifest)
         for peer in self.peers[1:]:
             peer.start("join", self.address)
-        self.expect(180.0, self.all_members, "all peers are members")
+        self.expect(START_SECONDS, self.all_members, "all peers are members")
         console.print(
             f"{len(self.peers)} members after {time.time() - self.began:.0f} s; calm for {options.calm:.0f} s"
         )
@@ -343,9 +411,9 @@ class Soak:
                 console.print(f"{minutes:4.1f} min: {len(self.faults)} faults, {rate:.1f} rounds a minute")
         seconds = time.time() - faulty_from
         faulty = (self.spared.round - rounds_before) / seconds * 60
-        self.expect(RECOVERY_SECONDS, lambda: not self.due, "all faults are over")
+        self.expect(options.recovery, lambda: not self.due, "all faults are over")
         healed_at = time.time()
-        self.expect(RECOVERY_SECONDS, self.all_well, "all peers are members of one chain again")
+        self.expect(options.recovery, self.all_well, "all peers are members of one chain again")
         convergence = time.time() - healed_at
         self.wait(30.0)
         self.samples.append(self.sample(self.spared))
@@ -359,7 +427,7 @@ class Soak:
         """Start the founder; the address to join it at."""
         founder = self.spared
         founder.start("bootstrap", str(manifest))
-        self.expect(60.0, lambda: founder.round >= 1, "the founder's first round")
+        self.expect(START_SECONDS, lambda: founder.round >= 1, "the founder's first round")
         address = founder.address()
         assert address is not None
         return address
@@ -384,7 +452,7 @@ class Soak:
     def give_up_on(self) -> None:
         """A peer that has not recovered from its fault for long is wrong; say so once."""
         for fault in self.faults:
-            late = fault.recovered is None and fault.over and time.time() - fault.over > RECOVERY_SECONDS
+            late = fault.recovered is None and fault.over and time.time() - fault.over > self.options.recovery
             if late and not any(fault.peer in what for what in self.wrong):
                 self.wrong.append(f"{fault.peer} has not recovered from {fault.kind} at {fault.at - self.began:.0f} s")
                 console.print(f"[red]{self.wrong[-1]}[/red]")
@@ -397,6 +465,7 @@ class Soak:
 
     def leave(self) -> list[tuple[int, str, str]]:
         """All are asked to end; (round, state id, parameter hash) by the last word of each."""
+        began = time.time()
         for peer in self.peers:
             peer.daemon()
             peer.busy = True
@@ -404,7 +473,13 @@ class Soak:
         finals = []
         for peer in self.peers:
             assert peer.process is not None
-            code = peer.process.wait(60)
+            try:
+                code = peer.process.wait(LEAVE_SECONDS)
+            except subprocess.TimeoutExpired:
+                self.wrong.append(f"{peer.name} has not ended within {LEAVE_SECONDS:.0f} s")
+                peer.kill()
+                code = 0
+            self.left_after.append(round(time.time() - began, 1))
             if code != 0:
                 self.wrong.append(f"{peer.name} ended with {code}")
             peer.read()
@@ -447,10 +522,13 @@ class Soak:
         lines = [
             json.loads(line) for peer in self.peers for line in peer.log.read_text().splitlines() if line[:1] == "{"
         ]
+        tracebacks = sum(peer.log.read_text().count("Traceback (most recent") for peer in self.peers)
+        self.hold(not tracebacks, f"{tracebacks} tracebacks in the logs")
         return {
             "peers": len(self.peers),
             "minutes": self.options.minutes,
             "seed": self.options.seed,
+            "recovery_seconds_allowed": self.options.recovery,
             "mbit": self.options.mbit,
             "state_id": disks[0][0],
             "parameters_sha256": disks[0][1],
@@ -460,6 +538,7 @@ class Soak:
             "rounds_per_minute_under_faults": round(faulty, 2),
             "share_of_calm": round(faulty / calm, 3),
             "convergence_seconds": round(convergence, 1),
+            "left_after_seconds": self.left_after,
             "memory": flat,
             "descriptors": {"calm": calm_sample.descriptors, "end": end_sample.descriptors},
             "daemon_descriptors": {"calm": calm_sample.daemon_descriptors, "grown": daemon_grown},
@@ -468,6 +547,9 @@ class Soak:
             "sequences_computed": sum(self.computed(peer) for peer in self.peers),
             "sequences_given_up_by_the_living": self.counted("sequences_given_up"),
             "sequences_lost_in_crashes": sum(fault.sequences_lost for fault in self.faults),
+            "tracebacks": tracebacks,
+            "limits_set": sum(line.get("message", "").startswith("limits: at most") for line in lines),
+            "pauses": sum(line.get("message", "").startswith("paused at round") for line in lines),
             "errors_logged": sum(line.get("level") in ("error", "critical") for line in lines),
             "faults": self.by_kind(),
             "first_loss": next((e["train_loss"] for e in self.spared.rounds if e["train_loss"] is not None), None),
@@ -543,18 +625,25 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--calm", type=float, default=120.0, help="seconds of calm before the faults")
+    parser.add_argument("--recovery", type=float, default=120.0, help="seconds that a peer may take after a fault")
     parser.add_argument("--mbit", type=float, default=20.0, help="each peer's line, both ways")
-    parser.add_argument("--faults", type=lambda text: text.split(","), default=list(FAULTS), help=",".join(FAULTS))
+    parser.add_argument("--home", action="store_true", help="with what befalls peers at home, see above")
+    parser.add_argument("--faults", type=lambda text: text.split(","), help=",".join(HOME_FAULTS))
     parser.add_argument("--out", type=Path, help="write the report there too")
     parser.add_argument("--keep", action="store_true", help="keep homes and logs, also where all went well")
     options = parser.parse_args()
+    options.faults = options.faults or list(HOME_FAULTS if options.home else FAULTS)
     prepare(parser)
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="soak-", dir="/tmp"))
     wrong = True
     try:
-        with Lines(options.peers, options.mbit) as lines:
-            peers = [Peer(folder, number, lines) for number in range(options.peers)]
+        with Lines(options.peers, options.mbit) as lines, contextlib.ExitStack() as undo:
+            # So many come back, and so often, that what they import would be most of what they compute.
+            forks = undo.enter_context(Forks()) if options.home else None
+            peers = [Peer(folder, number, lines, forks) for number in range(options.peers)]
+            for peer in peers[1:]:
+                peer.volunteer = options.home
             soak = Soak(options, folder, lines, peers)
             try:
                 report = soak.run()

@@ -48,7 +48,7 @@ from p2ptrain.swarm.identity import verify
 
 PEERS = 4
 PAUSE_SECONDS = (3.0, 10.0)
-WAIT_SECONDS = 180.0
+WAIT_SECONDS = 900.0
 """For a peer to start, or to go on, on a machine that may be busy."""
 LOOK_SECONDS = 0.05
 MANIFEST = """\

@@ -87,6 +87,17 @@ def test_what_is_said_has_bounds_and_who_cannot_be_dialled_says_nothing() -> Non
     assert (fast.declared_kbit, slow.declared_kbit, hidden.declared_kbit) == (MOST_KBIT, LEAST_KBIT, 0)
 
 
+def test_an_owner_who_allows_less_than_any_line_has_is_heeded() -> None:
+    allowed = [51]
+    meter = UplinkMeter(dialable=True, ceiling_kbit=lambda: allowed[0])
+    assert (meter.declared_kbit, meter.line_kbit) == (51, 51)
+    for _ in range(ROUNDS_NEEDED):
+        meter.observe(1_000_000, 1.0, 0.01)
+    assert (meter.declared_kbit, meter.line_kbit) == (51, 51)
+    allowed[0] = 0
+    assert meter.declared_kbit == 1, "0 would say that nobody can dial this peer"
+
+
 def test_a_message_sent_twice_or_never_answered_spoils_its_round_alone() -> None:
     meter = UplinkMeter(dialable=True)
     for _ in range(5):

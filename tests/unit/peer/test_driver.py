@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import os
 import subprocess
@@ -257,22 +258,29 @@ def test_a_full_disk_pauses_a_peer_and_it_goes_on_when_there_is_room(
 
     async def scenario() -> None:
         driver, _, inbox = driver_of(small_disk, ada)
-        filler = small_disk.path / "filler"
+        filler, told = small_disk.path / "filler", list[object]()
+        driver._p = dataclasses.replace(driver._p, told=told.append)
         driver._do(driver.machine.start(driver._now()))
         with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
             while file.write(bytes(1024)):
                 pass
         heard = len(inbox)
         driver.contribute(events.ContributionReady(key, ROW, payloads), entry)
+        told.clear()
         await asyncio.sleep(5)
         assert driver.standing.paused and not driver.leaving and driver.failure is None
         assert driver._p.own_log.find(key) is None and len(inbox) == heard
+        # What comes of a peer's own work is said once: it is heard later; what others say is not.
+        driver.dispatch(events.FetchFailed(ZOE.peer_id))
+        driver.dispatch(events.PeerLeft(ZOE.peer_id))
+        assert not told
         assert len(said()) == 1 and "pauses until there is room" in said()[0]
         filler.unlink()
         await asyncio.sleep(2)
         assert not driver.standing.paused
         found = driver._p.own_log.find(key)
         assert found is not None and found.payloads == payloads
+        assert events.FetchFailed(ZOE.peer_id) in told and events.PeerLeft(ZOE.peer_id) not in told
         assert len(said()) == 2 and "going on" in said()[1]
         await driver.stop()
 
