@@ -167,6 +167,18 @@ def standing() -> str:
     return table(columns, rows)
 
 
+def watching() -> str:
+    """What an observer and a dashboard cost."""
+    report = load("watching")
+    rows: Rows = []
+    for name, words in (("observer", "`inspect --watch`"), ("dashboard", "`dashboard`, with a page open")):
+        of = report[name]
+        ways = [of[f"{way}_bytes_per_second"] / 1e3 for way in ("sent", "received")]
+        shares = [f"{100 * of[key]:.2f} %" for key in ("core_share", "core_share_of_daemon")]
+        rows.append((words, *shares, *(f"{rate:.2f} kB/s" for rate in (*ways, sum(ways)))))
+    return table(("", "of a core", "libp2p's daemon alone", "sent", "received", "together"), rows)
+
+
 def stages() -> str:
     """Core time of one peer's own part of a round of four peers."""
     of = load("round")["p2ptrain"]["4"]["unlimited"]
@@ -729,6 +741,7 @@ TABLES: dict[str, Callable[[], str]] = {
         exchange_in_short,
         flatness,
         standing,
+        watching,
         stages,
         scale,
         time_to_loss,

@@ -43,10 +43,13 @@ FIRST_CENSUS_SECONDS = 0.6
 CENSUS_SECONDS = 8.0
 COUNT_AGAIN_SECONDS, COUNT_NODE_SECONDS = 15.0, 0.5
 """Before the nodes are counted again, and that much for each: each has to answer."""
-LATE_SECONDS, COUNT_IN_HASTE_SECONDS = 4.0, 2.0
-"""A peer whose record is older may be lost: nodes are counted at once, unless they just were."""
+LATE_SECONDS, COUNT_IN_HASTE_SECONDS = 4.5, 2.0
+"""A peer whose record is older may be lost: nodes are counted at once, unless they just were; so they are when
+somebody has come or said that it leaves."""
 LOOK_SECONDS, LOOK_IN_HASTE_SECONDS = 3.0, 1.0
 """Between two looks: peers say every three seconds how they are. The shorter one while somebody may be lost."""
+GONE = ("leaving", "finished")
+"""Peers that have said that they go are never lost."""
 SEALS_SECONDS = 3.0
 """How long a look waits for seals; it goes on without."""
 ROUNDS_KEPT = 512
@@ -87,6 +90,8 @@ class Observer:
         self._shelves = Shelves(node, run_id, manifest.records_key)
         self._counting: asyncio.Task[None] | None = None
         self._counted_at, self._count_due = 0.0, 0.0
+        #: peers that were there when nodes were counted last
+        self._present: frozenset[bytes] = frozenset()
         #: before the next look
         self.pause_seconds = LOOK_SECONDS
         self._walk: Walk | None = None
@@ -141,8 +146,11 @@ class Observer:
         first = self._counting is None
         hasty = self._shelves.someone_missing or self._may_be_lost(records, looked.at)
         self.pause_seconds = LOOK_IN_HASTE_SECONDS if hasty else LOOK_SECONDS
-        due = min(self._count_due, self._counted_at + COUNT_IN_HASTE_SECONDS) if hasty else self._count_due
+        present = frozenset(peer for peer, record in records.items() if record.state not in GONE)
+        soon = self._counted_at + COUNT_IN_HASTE_SECONDS
+        due = min(self._count_due, soon) if hasty or present != self._present else self._count_due
         if self._counting is None or (self._counting.done() and (whole_dht or time.monotonic() >= due)):
+            self._present = present
             self._counting = asyncio.create_task(self._count(CENSUS_SECONDS if not first else 2 * FIRST_CENSUS_SECONDS))
         waits: list[asyncio.Task[None]] = [asyncio.create_task(self._hear_seals(records))] if seals else []
         if whole_dht:
@@ -177,8 +185,7 @@ class Observer:
     def _may_be_lost(self, records: Mapping[bytes, PeerRecord], looked_at: Mapping[bytes, float]) -> bool:
         """Say whether somebody's record is older than it should be, and not so old that it is lost anyway."""
         return any(
-            LATE_SECONDS < record.last_seen_seconds(looked_at[peer]) <= LOST_SECONDS
-            and record.state not in ("leaving", "finished")
+            LATE_SECONDS < record.last_seen_seconds(looked_at[peer]) <= LOST_SECONDS and record.state not in GONE
             for peer, record in records.items()
         )
 

@@ -9,7 +9,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -95,7 +95,9 @@ class Peers:
         round_seconds: how long rounds take, at least.
     """
 
-    def __init__(self, folder: Path, hosts: dict[str, tuple[str, Sequence[str]]], round_seconds: float = 2.0) -> None:
+    def __init__(
+        self, folder: Path, hosts: Mapping[str, tuple[str, Sequence[str]]], round_seconds: float = 2.0
+    ) -> None:
         self.folder, self._hosts = folder, hosts
         self.peers: dict[str, Command] = {}
         manifest = folder / "run.toml"
