@@ -110,7 +110,7 @@ PEERS_SECONDS = 20.0
 """Between two times that the peers once seen are written down: who is killed forgets no more than this."""
 WAIT_PAUSE_SECONDS = 1.0, 10.0
 """The first and the longest pause between two attempts to meet peers that are not there yet."""
-CONNECT_SECONDS = 60.0
+CONNECT_SECONDS = 120.0
 """To start the daemon and meet the DHT: some attempts of seconds each, on a machine that may be busy."""
 FIND_RUN_SECONDS = 60.0
 """To ask which run there is: a few peers and the DHT, up to three times."""

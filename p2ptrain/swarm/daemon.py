@@ -29,7 +29,8 @@ from p2ptrain.swarm.guards import MAX_UNARY_BYTES
 from p2ptrain.swarm.line import Line
 from p2ptrain.swarm.streams import BoundedP2P
 
-START_SECONDS = 15.0
+START_SECONDS = 45.0
+"""On a machine where others take all cores, and this peer gives way to them, it takes so long."""
 STOP_SECONDS = 5.0
 RELAY_STARTS_MAX = 20
 """Of a daemon that is to relay: which caps it has is a matter of chance, see `circuits.holds`."""

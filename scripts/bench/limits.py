@@ -231,7 +231,8 @@ def run_part(part: str, options: argparse.Namespace) -> Figures:
                 if part != "download" and time.monotonic() >= next_comes:
                     if newcomer is not None:
                         newcomer.stop()
-                        shutil.rmtree(newcomer.home)
+                        # Where all cores are taken it may not have got as far as to make it.
+                        shutil.rmtree(newcomer.home, ignore_errors=True)
                     newcomer = Peer(lines, NEWCOMER, folder, "join", address)
                     newcomers, next_comes = newcomers + 1, next_comes + NEWCOMER_SECONDS
                 if limited.process.poll() is not None:

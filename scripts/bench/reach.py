@@ -29,6 +29,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -194,6 +195,9 @@ class Peer:
     def __init__(self, part: Part, name: str, namespace: str, *command: str) -> None:
         self.name, self.namespace = name, namespace
         self.home, self.log, self.out = (part.folder / f"{name}{end}" for end in ("", ".log", ".out"))
+        if part.tokens.exists() and command[0] != "meet":
+            # Each would make the same tokens of the shipped text, for seconds of a core.
+            shutil.copytree(part.tokens, self.home / "data")
         self.log.touch()
         self.out.touch()
         flags = ["--home", str(self.home), *(["--host", "::"] if part.ipv6 else [])]
@@ -258,6 +262,8 @@ class Part:
         self.options, self.forks, self.folder, self.ipv6 = options, forks, folder, ipv6
         self.peers: list[Peer] = []
         self.world = World(ipv6=ipv6)
+        #: what the first peer of the first scenario has made of the run's text
+        self.tokens = folder.parent / "tokens"
 
     @property
     def training(self) -> list[Peer]:
@@ -269,7 +275,10 @@ class Part:
         manifest = self.folder / "run.toml"
         manifest.write_text(MANIFEST.format(nonce=secrets.token_hex(16)))
         first = Peer(self, "peer0", namespace, "bootstrap", str(manifest), *flags)
-        return first, first.until(first.printed, "started")[0]
+        address: str = first.until(first.printed, "started")[0]
+        if not self.tokens.exists():
+            shutil.copytree(first.home / "data", self.tokens)
+        return first, address
 
     def join(self, address: str, *namespaces: str) -> None:
         """Have peers join there, and wait until all are in one group."""
@@ -461,7 +470,8 @@ def main() -> int:
     options = parser.parse_args()
     prepare(parser)
     found: Figures = {**machine()}
-    with Forks() as forks:
+    with tempfile.TemporaryDirectory(prefix="reach-", dir=options.scratch) as scratch, Forks() as forks:
+        options.scratch = Path(scratch)
         for name in options.only or PARTS:
             note(name)
             with played(options, forks, name) as part:

@@ -170,7 +170,8 @@ class Peer:
                     if "round" in entry:
                         self.rounds.append(entry)
                     else:
-                        self.said.append((entry["time"], entry["message"]))
+                        # An error that ends a peer has no time.
+                        self.said.append((entry.get("time", time.time()), entry["message"]))
 
     @property
     def round(self) -> int:
