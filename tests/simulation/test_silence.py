@@ -58,7 +58,13 @@ LONG = pytest.mark.long
 
 @pytest.mark.parametrize(
     "misbehaviour",
-    [pytest.param("flood", marks=LONG), "churn", "no_replies", pytest.param("no_contributions", marks=LONG)],
+    [
+        pytest.param("flood", marks=LONG),
+        "churn",
+        "no_replies",
+        "hidden_replies",
+        pytest.param("no_contributions", marks=LONG),
+    ],
 )
 def test_whatever_is_withheld_the_others_go_on_at_their_pace(tmp_path: Path, misbehaviour: str) -> None:
     measured = measure(tmp_path, misbehaviour)
