@@ -1067,9 +1067,8 @@ class RoundMachine:
         for sealer, waiting in self.fetching.waiting.items():
             if not waiting.heard.seal.solo:
                 wait = self._wait_for_sealer(members[sealer])
-                until[sealer] = waiting.at + min(wait, wait * ASK_AFTER + replies)
-                if self.fetching.fetches_from_known:
-                    until[sealer] += replies
+                fetching = replies if self.fetching.fetches_from_known else 0.0
+                until[sealer] = waiting.at + min(wait + fetching, wait * ASK_AFTER + replies)
         return until
 
     def _solo_when_alone(self, exchange: Exchange, included: frozenset[int], now: float) -> bool:
