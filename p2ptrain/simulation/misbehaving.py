@@ -111,8 +111,8 @@ class SilentPeer(SimPeer):
         async def never(*_: object) -> Any:
             await asyncio.Event().wait()
 
-        self.driver.answering.frozen_reply = never  # type: ignore[method-assign]
-        self.driver.catching_up.offer_rounds = never  # type: ignore[method-assign]
+        self.driver.answering.frozen_reply = never  # type: ignore[assignment]
+        self.driver.catching_up.offer_rounds = never  # type: ignore[assignment]
 
     def claim(self, **fields: int) -> None:
         """Say this of itself from here on."""
