@@ -36,11 +36,12 @@ from p2ptrain.chain.sealed import SealedRound, check_continues, decode_sealed
 from p2ptrain.compression import wire
 from p2ptrain.compression.codec import Codec
 from p2ptrain.history.download import Download
+from p2ptrain.history.earlier import NOTHING, Earlier, seals_before
 from p2ptrain.rounds.events import RoundsFetched
 from p2ptrain.rounds.inbox import Restore
 from p2ptrain.state.journal import Journal, JournalFile
 from p2ptrain.state.pieces import Partials, PieceFile
-from p2ptrain.state.seals import SealLog, Walk, opening_at
+from p2ptrain.state.seals import Opening, SealLog, Walk, opening_at
 from p2ptrain.state.snapshot import SnapshotFile, SnapshotStore
 from p2ptrain.state.tensors import TensorFileError, mapped
 from p2ptrain.swarm.identity import verify
@@ -249,11 +250,16 @@ class CatchingUp:
             locator, parted_at = (locator[place - 1], *closer), header.parted_at
         return parted_at
 
-    async def change_chain(self, donor: bytes) -> tuple[Restore, ChainState, tuple[Mark, ...]]:
+    async def change_chain(
+        self, donor: bytes, parted_at: Mark | None = None
+    ) -> tuple[Restore, ChainState, tuple[Mark, ...]]:
         """What it takes to go over to the donor's chain, where that stands, and its last marks, oldest first.
 
         Starts from what both have: the newest snapshot of ours that the donor's journal continues, or the run's
-        beginning; else, or as a newcomer to a long chain, from a snapshot of the donor's.
+        beginning; else, or as a newcomer to a long chain, from a snapshot of the donor's, with its seals before that.
+
+        Args:
+            parted_at: where our chain and the donor's parted, where that is known.
 
         Raises:
             CallError: the donor is gone, or has no way for us to its chain.
@@ -282,11 +288,22 @@ class CatchingUp:
             data = await asyncio.to_thread(snapshot.read)
             base = self._snapshot_chain(data)
             await asyncio.to_thread(_check_access, base, self._beginning)
-        rounds, state, marks = await self._to_tip(donor, base, header.tip.round, encoded)
+        earlier = await self._earlier(donor, base, parted_at) if downloaded else NOTHING
+        rounds, state, marks = await self._to_tip(donor, base, earlier.marks, header.tip.round, encoded)
         if snapshot is not None and downloaded and not self._root_is_sealed(snapshot, rounds):
             snapshot.path.unlink(missing_ok=True)
             raise CallError("the root of its snapshot is not sealed")
-        return Restore(data, base, rounds, not downloaded), state, marks
+        return Restore(data, base, rounds, not downloaded, earlier.entries), state, marks
+
+    async def _earlier(self, donor: bytes, base: ChainState, parted_at: Mark | None) -> Earlier:
+        """The donor's seals up to its snapshot, from where our chains parted or from the run's beginning. CallError."""
+        if self._seals is None:
+            return NOTHING
+        start = None
+        if parted_at is not None and parted_at.round < base.round:
+            start = await asyncio.to_thread(opening_at, self._seals, parted_at.round, parted_at.id, verify)
+        start = Opening(self._codec.chunks, self._beginning) if start is None else start
+        return await seals_before(self._client, donor, start, base)
 
     def adopt(self, restore: Restore) -> None:
         """Make the fetched chain ours on disk."""
@@ -345,11 +362,11 @@ class CatchingUp:
             self._download = None
 
     async def _to_tip(
-        self, donor: bytes, base: ChainState, tip_round: int, encoded: list[bytes]
+        self, donor: bytes, base: ChainState, before: Sequence[Mark], tip_round: int, encoded: list[bytes]
     ) -> tuple[tuple[SealedRound, ...], ChainState, tuple[Mark, ...]]:
         """All rounds from `base` on, checked, the chain after them, and the last marks on the way there."""
         rounds: list[SealedRound] = []
-        marks = deque([Mark.of(base)], maxlen=PAST_MAX)
+        marks = deque(before or [Mark.of(base)], maxlen=PAST_MAX)
         state, size = base, 0
         while encoded:
             batch = await asyncio.to_thread(_decode, encoded)

@@ -117,7 +117,15 @@ def driver_parts(
         node.identity.sign,
         Row(0, 0, uplink.declared_kbit),
         founder=run.founder,
-        past=past_of(replica.chain, beginning, journal, snapshots, replica.snapshot_chain, replica.codec.chunks),
+        past=past_of(
+            replica.chain,
+            beginning,
+            journal,
+            snapshots,
+            replica.snapshot_chain,
+            replica.codec.chunks,
+            None if keeper is None else keeper.log,
+        ),
         company=read_company(home.company),
         introducers=run.introducers,
     )

@@ -553,7 +553,8 @@ class RoundDriver:
         """Go over to a donor's chain: on disk first, then in the trainer's queue, then in the machine."""
         self.syncing = True
         try:
-            restore, state, marks = await self.catching_up.change_chain(effect.donor)
+            parted_at = self.machine.forks.parted_from(effect.donor)
+            restore, state, marks = await self.catching_up.change_chain(effect.donor, parted_at)
             if not self.machine.worth_changing_to(marks, effect.donor, self._now()):
                 raise CallError("its chain is not the better one after all")
         except (CallError, SealedRoundError, TensorFileError, OSError) as error:

@@ -60,6 +60,11 @@ class SealKeeper:
             self.log.begin(apply.state, self._chunks)
 
     def _restored(self, restore: Restore) -> None:
+        for entry in restore.earlier:
+            if isinstance(entry, ChainState):
+                self.log.begin(entry, self._chunks)
+            else:
+                self.log.append(entry)
         self.log.begin(restore.chain, self._chunks)
         for sealed in restore.rounds:
             self.log.append(sealed.signed)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from p2ptrain.chain import ChainState
+from p2ptrain.chain import ChainState, SignedSeal
 from p2ptrain.chain.sealed import Key, SealedRound
 from p2ptrain.rounds.events import Apply, Rollback, StartRound, StoodIn
 
@@ -24,6 +24,8 @@ class Restore:
     rounds: tuple[SealedRound, ...]
     common: bool = True
     """Whether our chain, too, went through the place where this starts."""
+    earlier: tuple[ChainState | SignedSeal, ...] = ()
+    """How the chain came to that place, for whoever keeps seals; nothing where it is not known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,10 +21,11 @@ from typing import assert_never
 import msgspec
 
 from p2ptrain import chain
-from p2ptrain.chain import ChainState, RoundShape, Row, Seal, SealError, SignedSeal, relay
+from p2ptrain.chain import ChainState, Member, RoundShape, Row, Seal, SealError, SignedSeal, relay
 from p2ptrain.chain.evidence import Contribution, sign_contribution
 from p2ptrain.chain.forks import Mark
 from p2ptrain.chain.sealed import Key, Reply, SealedRound
+from p2ptrain.chain.state import STRIKES_BORNE
 from p2ptrain.rounds import events
 from p2ptrain.rounds.admissions import Admissions
 from p2ptrain.rounds.audits import Audits
@@ -36,6 +37,8 @@ from p2ptrain.rounds.fork_choice import ForkChoice, linked, marks_after
 from p2ptrain.rounds.rules import RoundRules
 from p2ptrain.rounds.statements import Statements
 
+STRUCK_HALVINGS = 2  # of the wait for the seal of a member that has owed something again and again
+ASK_AFTER = 1 / 4  # of the wait for a seal, for a reply that it names, before its sealer is asked for the round
 LOCATOR_IDS = 16  # of the chain up to the head: far enough back for all that is remembered of it
 
 
@@ -469,11 +472,28 @@ class RoundMachine:
         if exchange is None or exchange.index is None or self.rules.fixed_pace:
             return -math.inf
         shape, length = exchange.shape, self._computing_seconds(exchange)
-        order = [shape.members[index].peer_id for index in shape.sealer_order]
-        ahead = sum(peer not in self.group.left for peer in order[: _turn(shape, sealer, solo=False)])
+        ahead = self._waits_ahead(shape, _turn(shape, sealer, solo=False))
         if not ahead:
             return exchange.computing_since + length / 2
-        return exchange.computing_since + length + (ahead - 1 / 2) * self.rules.seal_timeout_seconds
+        return exchange.computing_since + length + sum(ahead) - ahead[-1] / 2
+
+    def _waits_ahead(self, shape: RoundShape, place: int, sealed: Collection[bytes] = ()) -> list[float]:
+        """Return how long each of the sealers before this place is waited for, in their order.
+
+        Args:
+            sealed: those that have sealed already, whose replies did not come.
+        """
+        ahead = [shape.members[index] for index in shape.sealer_order[:place]]
+        gone = self.group.left.union(sealed)
+        return [self._wait_for_sealer(member) for member in ahead if member.peer_id not in gone]
+
+    def _wait_for_sealer(self, member: Member) -> float:
+        """How long to wait for a member's seal: half as long for each strike beyond those that are borne, twice.
+
+        All know the strikes, so all wait alike. Who is on trial and well seals as soon as the others have its replies.
+        """
+        beyond = max(0, member.strikes - STRIKES_BORNE)
+        return self.rules.seal_timeout_seconds / 2 ** min(beyond, STRUCK_HALVINGS)
 
     def worth_changing_to(self, marks: Sequence[Mark], donor: bytes, now: float) -> bool:
         """Whether to go over to a chain of which all was fetched and checked from the first of these states on."""
@@ -878,7 +898,7 @@ class RoundMachine:
             return -math.inf  # proofs come with the whole round alone
         if any(n in held and digest and held[n].digest != digest for n, digest in enumerate(waiting.heard.seal.parts)):
             return -math.inf
-        return waiting.at + self.rules.seal_timeout_seconds / 4
+        return waiting.at + self.rules.seal_timeout_seconds * ASK_AFTER
 
     def _ask(self, peer: bytes, now: float) -> None:
         if self._may_ask_from(peer) <= now and self.fetching.resyncing is None:
@@ -1009,12 +1029,12 @@ class RoundMachine:
                 return True
             if included:
                 return False
-        if self._known_seal(now):
+        known = self._known_seals(exchange)
+        if known and now < max(known.values()):
+            self._wake(max(known.values()))
             return False
         place = exchange.shape.sealer_order.index(exchange.index)
-        ahead = [exchange.shape.members[i].peer_id for i in exchange.shape.sealer_order[:place]]
-        due = self._seal_from(exchange)
-        due += self.rules.seal_timeout_seconds * sum(peer not in self.group.left for peer in ahead)
+        due = self._seal_from(exchange) + sum(self._waits_ahead(exchange.shape, place, known))
         if now < due:
             self._wake(due)
             return False
@@ -1035,16 +1055,21 @@ class RoundMachine:
             latest = min(exchange.first_reply_at + self._deadlines.reply_seconds, latest)
         return latest
 
-    def _known_seal(self, now: float) -> bool:
-        """Whether the group has sealed this round already and we lack but replies of it."""
-        known = [waiting.at for waiting in self.fetching.waiting.values() if not waiting.heard.seal.solo]
-        until = max(known, default=-math.inf) + self.rules.seal_timeout_seconds
-        if self.fetching.fetches_from_known:
-            # No longer than for a reply: a sealer may hand out a seal, and never what it names.
-            until += self._deadlines.reply_seconds
-        if known and now < until:
-            self._wake(until)
-        return bool(known) and now < until
+    def _known_seals(self, exchange: Exchange) -> dict[bytes, float]:
+        """Who has sealed this round already, though we lack replies of it, and until when to wait for these.
+
+        No longer than for its seal, and than replies take, as far as that was learned: a sealer may hand out a seal,
+        and never what it names. Where it was only slow its seal wins, because its turn came first.
+        """
+        members = {member.peer_id: member for member in exchange.shape.members}
+        replies = self._deadlines.reply_seconds
+        until = {}
+        for sealer, waiting in self.fetching.waiting.items():
+            if not waiting.heard.seal.solo:
+                wait = self._wait_for_sealer(members[sealer])
+                fetching = replies if self.fetching.fetches_from_known else 0.0
+                until[sealer] = waiting.at + min(wait + fetching, wait * ASK_AFTER + replies)
+        return until
 
     def _solo_when_alone(self, exchange: Exchange, included: frozenset[int], now: float) -> bool:
         """A solo seal, once no member has been heard for `alone_after` (rule 6)."""

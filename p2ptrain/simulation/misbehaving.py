@@ -36,13 +36,14 @@ CLAIMS = {
     "endless_uplink": {"uplink_kbit": UPLINK_MAX_KBIT},
 }
 """What a member says of itself in every row."""
-BY_A_MEMBER = ("no_replies", "no_contributions", "no_seals", "censor", *CLAIMS)
+BY_A_MEMBER = ("no_replies", "hidden_replies", "no_contributions", "no_seals", "censor", *CLAIMS)
 MISBEHAVIOURS = ("nothing", "flood", "churn", *BY_A_MEMBER)
 """
 flood: an outsider asks for admission with `FLOOD_IDENTITIES` identities, again and again, and none of them answers.
 churn: a new peer comes every `CHURN_SECONDS` and dies as soon as it is a member. no_replies: a member reduces none of
-its parts. no_contributions: a member sends no messages, but goes on saying its tip. no_seals: a member never seals.
-censor: a member reduces no message of the founder's, and seals no reply with its work in it. The others: see `CLAIMS`.
+its parts. hidden_replies: it does, and seals its replies in its turns, but hands out neither them nor rounds.
+no_contributions: a member sends no messages, but goes on saying its tip. no_seals: a member never seals. censor: a
+member reduces no message of the founder's, and seals no reply with its work in it. The others: see `CLAIMS`.
 """
 FLOOD_IDENTITIES = 50
 FLOOD_SECONDS = 1.0
@@ -104,6 +105,15 @@ class SilentPeer(SimPeer):
 
         machine._seal, machine._on_contribution = _seal, _on_contribution  # type: ignore[method-assign]
 
+    def hide(self) -> None:
+        """Hand out nothing that a seal of its own names: neither replies nor rounds."""
+
+        async def never(*_: object) -> Any:
+            await asyncio.Event().wait()
+
+        self.driver.answering.frozen_reply = never  # type: ignore[assignment]
+        self.driver.catching_up.offer_rounds = never  # type: ignore[assignment]
+
     def claim(self, **fields: int) -> None:
         """Say this of itself from here on."""
         self.driver.claims = fields
@@ -114,6 +124,8 @@ class SilentPeer(SimPeer):
         self.driver.withholds = frozenset()
         for name in ("_seal_when_due", "_seal", "_on_contribution"):
             self.driver.machine.__dict__.pop(name, None)
+        self.driver.answering.__dict__.pop("frozen_reply", None)
+        self.driver.catching_up.__dict__.pop("offer_rounds", None)
 
 
 @dataclass
@@ -248,6 +260,10 @@ class Attacked(World):
     async def _no_replies(self) -> None:
         assert self._silent is not None
         self._silent.withhold(events.Reduce)
+
+    async def _hidden_replies(self) -> None:
+        assert self._silent is not None
+        self._silent.hide()
 
     async def _no_contributions(self) -> None:
         assert self._silent is not None

@@ -63,6 +63,11 @@ def test_a_branch_whose_sealers_are_gone_holds_nobody_for_ever(seed: int) -> Non
     assert report.violations == []
 
 
+def test_groups_find_together_though_all_who_were_there_when_they_parted_have_gone() -> None:
+    """Each came by a snapshot of its donor; the seals from before it say what both chains share."""
+    assert play(342).violations == []
+
+
 def test_a_replica_that_went_wrong_is_noticed_and_mended() -> None:
     reports = [play(seed, (CORRUPT, "crash", "late")) for seed in range(6)]
     assert [report.violations for report in reports if report.violations] == []

@@ -74,6 +74,16 @@ def test_a_member_that_never_seals_is_soon_waited_for_no_more(tmp_path: Path) ->
     assert measured.recovered_rounds > ENOUGH * measured.calm_rounds
 
 
+@pytest.mark.long
+def test_a_sealer_whose_replies_nobody_has_costs_no_more_than_replies_take(tmp_path: Path) -> None:
+    rounds = RoundConfig(min_seconds=0.4, max_seconds=1.0, root_interval=32)
+    manifest = msgspec.structs.replace(DEFAULTS, round=rounds)
+    measured = measure(tmp_path, "hidden_replies", manifest=manifest, attack_seconds=25.0)
+    assert measured.share > 0.7, "five of its turns come in so short a time"
+    assert min(measured.included.values()) > ENOUGH
+    assert measured.recovered_rounds > ENOUGH * measured.calm_rounds
+
+
 def test_a_sealer_that_leaves_one_out_is_noticed_and_loses_its_turns(tmp_path: Path) -> None:
     measured = measure(tmp_path, "censor", peers=4)
     assert measured.share > ENOUGH

@@ -108,7 +108,7 @@ def goes_over(home: Home, lone: Lone, rounds: list[SealedRound], state: ChainSta
         driver._do(driver.machine.start(driver._now()))
         restore = Restore(None, lone.states[0], tuple(rounds), common)
 
-        async def fetched(donor: bytes) -> tuple[Restore, ChainState, tuple[Mark, ...]]:
+        async def fetched(donor: bytes, parted_at: Mark | None) -> tuple[Restore, ChainState, tuple[Mark, ...]]:
             return restore, state, marks_of(lone, rounds)
 
         driver.catching_up.change_chain = fetched  # type: ignore[method-assign]
@@ -168,7 +168,7 @@ def test_a_peer_whose_disk_fails_amid_a_change_of_chains_stops(home: Home, lone:
         driver._do(driver.machine.start(driver._now()))
         restore = Restore(None, lone.states[0], tuple(lone.rounds))
 
-        async def fetched(donor: bytes) -> tuple[Restore, ChainState, tuple[Mark, ...]]:
+        async def fetched(donor: bytes, parted_at: Mark | None) -> tuple[Restore, ChainState, tuple[Mark, ...]]:
             return restore, lone.states[-1], marks_of(lone, lone.rounds)
 
         def full(sealed: SealedRound) -> None:
@@ -190,7 +190,7 @@ def test_its_own_chain_is_fetched_anew_for_a_replica_gone_wrong(home: Home, lone
         driver._do(driver.machine.start(driver._now()))
         restore = Restore(None, lone.states[0], tuple(lone.rounds))
 
-        async def fetched(donor: bytes) -> tuple[Restore, ChainState, tuple[Mark, ...]]:
+        async def fetched(donor: bytes, parted_at: Mark | None) -> tuple[Restore, ChainState, tuple[Mark, ...]]:
             return restore, lone.states[-1], marks_of(lone, lone.rounds)
 
         driver.catching_up.change_chain = fetched  # type: ignore[method-assign]

@@ -42,7 +42,7 @@ from p2ptrain.rounds.events import (
     Tick,
     TipHeard,
 )
-from p2ptrain.rounds.machine import RoundMachine
+from p2ptrain.rounds.machine import ASK_AFTER, RoundMachine
 from p2ptrain.rounds.rules import RoundRules
 
 ROW = Row(4, 16_000, 1000)
@@ -864,6 +864,38 @@ def test_a_seal_out_of_turn_is_not_followed_before_it_may_be_its_sealers_turn() 
     assert not of(Apply, machine.handle(Tick(), 1.5))
     due = RULES["min_seconds"] + 1.5 * RULES["seal_timeout_seconds"]
     assert of(Apply, machine.handle(Tick(), due + 0.1))
+
+
+@pytest.mark.parametrize("handed_out", ["nothing", "a seal"])
+def test_a_sealer_that_has_owed_again_and_again_is_waited_for_half_as_long_twice(handed_out: str) -> None:
+    """A seal whose replies nobody hands out holds the others up for less than none."""
+    waits = {}
+    for strikes in (0, 2, 3, 4, 8):
+        # Round 192, in which whoever is on trial has a turn.
+        group = (msgspec.structs.replace(member("a"), strikes=strikes), member("b"), member("c"))
+        state = ChainState(RUN_ID, 191, b"6" * 32, b"5" * 32, 20, group, group)
+        shape = chain.shape_of(state, CHUNKS)
+        assert [shape.members[i].peer_id for i in shape.sealer_order] == [identity_of(n).peer_id for n in "abc"]
+        machine = machine_of("b", state)
+        contribute(machine, 1.0)
+        key = machine.exchange_key
+        assert key is not None
+        for part in range(len(shape.parts)):
+            effects = machine.handle(ReplyHeld(key, part, reply_of(key, part, 0, 1, 2)), 1.5)
+        if handed_out == "a seal":
+            others = {part: reply_of(key, part, 0, 1) for part in range(len(shape.parts))}
+            machine.handle(heard(seal_after(state, "a", others)[0], "a"), 1.5)
+        now = 1.5
+        while not of(PublishSeal, effects):
+            assert machine.wake_at is not None
+            now = max(now, machine.wake_at)
+            effects = machine.handle(Tick(), now)
+        waits[strikes] = now - 1.5
+    # Replies are waited for first; one of ours stays open, as nobody makes it here.
+    replies, turn = RULES["reply_timeout_seconds"], RULES["seal_timeout_seconds"]
+    if handed_out == "a seal":
+        turn *= ASK_AFTER  # then its sealer is asked, and has as long as replies take
+    assert waits == pytest.approx({n: replies + turn / times for n, times in {0: 1, 2: 1, 3: 2, 4: 4, 8: 4}.items()})
 
 
 def test_that_the_peer_it_was_sent_to_is_ahead_makes_a_newcomer_trust_no_other_donor() -> None:
