@@ -1065,7 +1065,7 @@ class RoundMachine:
         replies = self._deadlines.reply_seconds
         until = {}
         for sealer, waiting in self.fetching.waiting.items():
-            if not waiting.heard.seal.solo:
+            if sealer in members and not waiting.heard.seal.solo:
                 wait = self._wait_for_sealer(members[sealer])
                 fetching = replies if self.fetching.fetches_from_known else 0.0
                 until[sealer] = waiting.at + min(wait + fetching, wait * ASK_AFTER + replies)
