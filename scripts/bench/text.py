@@ -10,6 +10,7 @@ process (maximum resident set size), which counts pages of mapped tokens that it
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -31,6 +32,7 @@ from p2ptrain.data.corpus import load_embedded
 P2PTRAIN = (sys.executable, "-m", "p2ptrain")
 SHORT_MEGABYTES = 1
 DOCUMENT_CHARACTERS = 4000
+DOCUMENTS_A_GROUP = 2000
 LIMIT_SECONDS = 3600.0
 
 
@@ -48,7 +50,17 @@ def documents(megabytes: float) -> Iterator[str]:
 
 
 def write_text(path: Path, megabytes: float) -> None:
-    """Write them as JSON lines, compressed."""
+    """Write them as JSON lines, compressed, or where the name ends so as parquet."""
+    if path.suffix == ".parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        schema = pyarrow.schema([("text", pyarrow.string())])
+        with parquet.ParquetWriter(path, schema, compression="zstd") as table:
+            left = documents(megabytes)
+            while group := list(itertools.islice(left, DOCUMENTS_A_GROUP)):
+                table.write_batch(pyarrow.record_batch([group], schema=schema))
+        return
     with zstandard.open(path, "wb", cctx=zstandard.ZstdCompressor(level=3)) as file:
         for text in documents(megabytes):
             file.write(json.dumps({"text": text}).encode() + b"\n")

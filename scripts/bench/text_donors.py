@@ -49,9 +49,9 @@ def wait_for_half(peer: Peer) -> tuple[int, int]:
     raise SystemExit(f"half of the text never came:\n{peer.log.read_text()[-3000:]}")
 
 
-def measure(megabytes: float, joiner_mbit: float, folder: Path) -> Figures:
+def measure(megabytes: float, form: str, joiner_mbit: float, folder: Path) -> Figures:
     """Make the text, and let a peer join that loses a donor."""
-    text, run = folder / "text.jsonl.zst", folder / "run.toml"
+    text, run = folder / f"text.{form}", folder / "run.toml"
     note(f"writing {megabytes:,} MB of text")
     write_text(text, megabytes)
     flags = ("--data", str(text), "--license", "CC0-1.0", "--tokenizer", "train:4096", "--home", str(folder / "0"))
@@ -83,6 +83,7 @@ def measure(megabytes: float, joiner_mbit: float, folder: Path) -> Figures:
         third.reaches(third.round + ROUNDS, LIMIT_SECONDS)
         return {
             "text_megabytes": megabytes,
+            "form": form,
             "tokens_megabytes": round(whole / 1e6, 1),
             "joiner_mbit": joiner_mbit,
             "init": init,
@@ -98,14 +99,15 @@ def main() -> None:
     """Measure one length of text."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--megabytes", type=float, default=20)
+    parser.add_argument("--form", choices=("jsonl.zst", "parquet"), default="jsonl.zst")
     parser.add_argument("--joiner-mbit", type=float, default=1.0)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     prepare(parser)
     with tempfile.TemporaryDirectory(prefix="p2ptrain-text-") as folder:
-        row = measure(options.megabytes, options.joiner_mbit, Path(folder))
+        row = measure(options.megabytes, options.form, options.joiner_mbit, Path(folder))
     before = (read(options.out) or {}).get("rows", [])
-    finish(options.out, {**machine(), "rows": merged(before, row, ["text_megabytes", "joiner_mbit"])})
+    finish(options.out, {**machine(), "rows": merged(before, row, ["text_megabytes", "form", "joiner_mbit"])})
 
 
 if __name__ == "__main__":
