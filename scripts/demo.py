@@ -214,11 +214,13 @@ def main() -> None:
     console.print("\n[bold]p2ptrain sample --prompt 'Fellow citizens'[/bold]")
     console.print(p2ptrain("sample", "--home", str(peers[0].home), "--prompt", "Fellow citizens"), markup=False)
     console.print(f"loss picture: {draw(peers)}   figures: {OUT / 'summary.json'}   {summary['seconds']:.0f} s")
-    console.print(f"look at it: p2ptrain dashboard --home {peers[0].home}", soft_wrap=True, highlight=False)
     for path in (OUT / "summary.json", *([out] if out else [])):
         path.write_text(json.dumps(summary, indent=2) + "\n")
     if len(set(summary["state_ids"])) != 1 or len(set(summary["parameters_sha256"])) != 1:
         raise SystemExit("the replicas differ: this is a bug")
+    # As it can be typed here, whether or not the environment is active.
+    program = os.path.relpath(Path(sys.executable).with_name("p2ptrain"))
+    console.print(f"look at it:  {program} dashboard --home {peers[0].home}", soft_wrap=True)
 
 
 if __name__ == "__main__":

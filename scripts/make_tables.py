@@ -150,10 +150,33 @@ def standing() -> str:
             ways = (row["sent_bytes_per_second"], row["received_bytes_per_second"])
             rates = [way[of] / 1e3 for way in ways for of in ("median", "most")]
             lost = row.get("lost_after_seconds")
-            shown = "" if lost is None else f"{lost:.0f} s"
-            rows.append((str(row["peers"]), name, *(f"{rate:.1f} kB/s" for rate in rates), shown))
-    columns = ("Peers", "", "sent, median", "most", "received, median", "most", "a killed one is shown lost after")
+            shown = "" if lost is None else f"{lost['most']:.1f} s at most, of {lost['killed']}"
+            observer = row.get("observer_received_bytes_per_second")
+            looks = "" if observer is None else f"{observer / 1e3:.1f} kB/s"
+            rows.append((str(row["peers"]), name, *(f"{rate:.1f} kB/s" for rate in rates), looks, shown))
+    columns = (
+        "Peers",
+        "",
+        "sent, median",
+        "most",
+        "received, median",
+        "most",
+        "an observer receives",
+        "a killed one is shown lost after",
+    )
     return table(columns, rows)
+
+
+def watching() -> str:
+    """What an observer and a dashboard cost."""
+    report = load("watching")
+    rows: Rows = []
+    for name, words in (("observer", "`inspect --watch`"), ("dashboard", "`dashboard`, with a page open")):
+        of = report[name]
+        ways = [of[f"{way}_bytes_per_second"] / 1e3 for way in ("sent", "received")]
+        shares = [f"{100 * of[key]:.2f} %" for key in ("core_share", "core_share_of_daemon")]
+        rows.append((words, *shares, *(f"{rate:.2f} kB/s" for rate in (*ways, sum(ways)))))
+    return table(("", "of a core", "libp2p's daemon alone", "sent", "received", "together"), rows)
 
 
 def stages() -> str:
@@ -720,6 +743,7 @@ TABLES: dict[str, Callable[[], str]] = {
         exchange_in_short,
         flatness,
         standing,
+        watching,
         stages,
         scale,
         time_to_loss,

@@ -1,38 +1,49 @@
-"""Makes pictures of every page of the dashboard, against a real swarm, in headless Chromium, and checks the pages.
+"""Makes pictures of `top` and of every page of the dashboard, against a real swarm, and checks the pages.
 
-    python scripts/screenshots.py --url http://127.0.0.1:8420/ --out pictures
+    python scripts/screenshots.py --out pictures
+    python scripts/screenshots.py --out pictures --url http://127.0.0.1:8420/     # of a dashboard that runs
 
-Each page is taken in light and dark, 1280 and 390 pixels wide. Fails where a page is wider than its window, prints an
-error to the console, has a control without a name, or text of too little contrast (WCAG AA: 4.5 to 1). Needs chromium
-on the path, as Debian has it, and speaks to it by its own debugging protocol.
+Without --url it starts five peers on this machine first, pauses one of them and kills another, and looks from the home
+of the first; that takes about two minutes. Each page is taken in light and dark, 1280 and 390 pixels wide. It fails
+where a page is wider than its window, prints an error to the console, has a control without a name, or text of too
+little contrast (WCAG AA: 4.5 to 1). With --axe all rules of axe-core are checked, too:
+
+    npm pack axe-core && tar xf axe-core-*.tgz      # then: --axe package/axe.min.js
+
+Needs chromium on the path, as Debian has it (`apt install chromium`), and nothing else to speak to it.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
 import contextlib
-import json
-import os
-import shutil
-import subprocess
+import re
 import sys
 import tempfile
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent / "bench"))
+
+from lab.browser import Tab, browser, browser_program
+from lab.commands import Command, Peers
+from lab.report import note
 
 VIEWS = ("overview", "peers", "rounds", "exchange", "credit", "past", "manifest")
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 SCHEMES = ("light", "dark")
-START_SECONDS, DRAWN_SECONDS = 60.0, 45.0
+NAMES = ("ada", "grace", "linus", "mary", "edith")
+DRAWN_SECONDS = 45.0
+TOP_COLUMNS, TOP_LINES = 110, 34
+NO_BROWSER = "there is no chromium on the path: apt install chromium"
 
 CHECKS = """(() => {
   const problems = [];
   const wide = document.documentElement.scrollWidth - innerWidth;
   if (wide > 0) problems.push(`the page is ${wide} pixels wider than its window`);
-  for (const one of document.querySelectorAll('button, input, a, [role=region], [role=img]')) {
+  for (const one of document.querySelectorAll('button, input, select, a, [role=region], [role=img]')) {
     const label = one.getAttribute('aria-label') || one.textContent.trim() || one.labels?.[0]?.textContent;
     if (!label) problems.push(`${one.tagName} ${one.id} has no name`);
   }
@@ -64,163 +75,118 @@ CHECKS = """(() => {
   }
   return problems;
 })()"""
+AXE = """axe.run().then((found) => found.violations.map(
+  (one) => `axe: ${one.id}: ${one.help}: ${one.nodes.slice(0, 3).map((node) => node.target.join(' ')).join('; ')}`))"""
 
 
-class Tab:
-    """One tab of a browser, through its debugging pipe: messages as JSON, each ended by a zero byte."""
+async def take(url: str, out: Path, program: str, views: tuple[str, ...] = VIEWS, axe: str = "") -> list[str]:
+    """Make pictures of all pages; return what is wrong with them.
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader, self._writer = reader, writer
-        self._count = 0
-        self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
-        self._session = ""
-        #: what the page printed as an error, or threw
-        self.errors: list[str] = []
-        self._hearing = asyncio.create_task(self._hear())
-
-    async def open(self) -> None:
-        """Open a tab and listen to it."""
-        made = await self.call("Target.createTarget", url="about:blank")
-        attached = await self.call("Target.attachToTarget", targetId=made["targetId"], flatten=True)
-        self._session = attached["sessionId"]
-        for domain in ("Page", "Runtime", "Log"):
-            await self.call(f"{domain}.enable")
-
-    async def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Call a method of the protocol. Raises RuntimeError: the browser refuses."""
-        self._count += 1
-        waiting = self._waiting[self._count] = asyncio.get_running_loop().create_future()
-        message = {"id": self._count, "method": method, "params": parameters}
-        if self._session:
-            message["sessionId"] = self._session
-        self._writer.write(json.dumps(message).encode() + b"\0")
-        async with asyncio.timeout(START_SECONDS):
-            answer = await waiting
-        if "error" in answer:
-            raise RuntimeError(f"{method}: {answer['error']}")
-        return answer["result"]
-
-    async def value(self, script: str) -> Any:
-        """Return what a script comes to in the page."""
-        answer = await self.call("Runtime.evaluate", expression=script, returnByValue=True)
-        if "exceptionDetails" in answer:
-            raise RuntimeError(json.dumps(answer["exceptionDetails"])[:500])
-        return answer["result"].get("value")
-
-    async def until(self, script: str, seconds: float) -> None:
-        """Wait until a script is true. Raises TimeoutError."""
-        async with asyncio.timeout(seconds):
-            while not await self.value(script):
-                await asyncio.sleep(0.1)
-
-    async def _hear(self) -> None:
-        with contextlib.suppress(asyncio.IncompleteReadError):
-            while True:
-                message = json.loads((await self._reader.readuntil(b"\0"))[:-1])
-                if "id" in message:
-                    self._waiting.pop(message["id"]).set_result(message)
-                elif message["method"] == "Runtime.exceptionThrown":
-                    self.errors.append(json.dumps(message["params"])[:500])
-                elif message["method"] == "Log.entryAdded" and message["params"]["entry"]["level"] == "error":
-                    self.errors.append(message["params"]["entry"]["text"])
-                elif message["method"] == "Runtime.consoleAPICalled" and message["params"]["type"] == "error":
-                    self.errors.append(json.dumps(message["params"]["args"])[:500])
-
-
-@contextlib.asynccontextmanager
-async def browser(program: str) -> Any:
-    """Start a browser and give a tab of it."""
-    to_read, to_write = os.pipe(), os.pipe()
-    with tempfile.TemporaryDirectory(prefix="p2ptrain-chromium-", ignore_cleanup_errors=True) as profile:
-        flags = [
-            "--headless=new",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--remote-debugging-pipe",
-            f"--user-data-dir={profile}",
-        ]
-
-        def wire() -> None:
-            os.dup2(to_read[0], 3)
-            os.dup2(to_write[1], 4)
-
-        process = subprocess.Popen(
-            [program, *flags, f"--user-data-dir={profile}", "--no-first-run", "about:blank"],
-            close_fds=False,
-            preexec_fn=wire,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(to_read[0])
-        os.close(to_write[1])
-        loop = asyncio.get_running_loop()
-        reader = asyncio.StreamReader(limit=64 * 2**20)
-        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(to_write[0], "rb"))
-        transport, protocol = await loop.connect_write_pipe(
-            asyncio.streams.FlowControlMixin, os.fdopen(to_read[1], "wb")
-        )
-        tab = Tab(reader, asyncio.StreamWriter(transport, protocol, None, loop))
-        try:
-            await tab.open()
-            yield tab
-        finally:
-            transport.close()
-            process.terminate()
-            process.wait()
-
-
-async def take(url: str, out: Path, program: str, views: tuple[str, ...]) -> list[str]:
-    """Make all pictures; returns what is wrong with the pages."""
+    Args:
+        axe: the source of axe-core; empty: its rules are not checked.
+    """
     out.mkdir(parents=True, exist_ok=True)
     problems: list[str] = []
     base, _, fragment = url.partition("#")
     async with browser(program) as tab:
         for scheme in SCHEMES:
-            await tab.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
             for size, (width, height) in SIZES.items():
-                await tab.call(
-                    "Emulation.setDeviceMetricsOverride",
-                    width=width,
-                    height=height,
-                    deviceScaleFactor=1,
-                    mobile=size == "phone",
-                )
+                await tab.shape(width, height, scheme, phone=size == "phone")
                 await tab.call("Page.navigate", url="about:blank")
                 await tab.call("Page.navigate", url=f"{base}#{fragment}&view=overview".replace("#&", "#"))
                 await tab.until("document.body?.dataset.drawn === 'yes'", DRAWN_SECONDS)
+                if axe:
+                    await tab.value(f"{axe};0")
                 for view in views:
+                    await show(tab, view)
                     name = f"{view}-{scheme}-{size}"
-                    await tab.value(f"document.getElementById('tab-{view}').click()")
-                    if view in ("credit", "past", "manifest"):
-                        table = {"past": "past-peers"}.get(view, f"{view}-table")
-                        with contextlib.suppress(TimeoutError):
-                            await tab.until(f"document.querySelector('#{table} table') !== null", 20.0)
-                    if view == "overview":
-                        with contextlib.suppress(TimeoutError):
-                            await tab.until("document.querySelectorAll('canvas').length >= 4", 5.0)
-                    await asyncio.sleep(0.3)
-                    picture = await tab.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
-                    (out / f"{name}.png").write_bytes(base64.b64decode(picture["data"]))
-                    problems += [f"{name}: {problem}" for problem in await tab.value(CHECKS)]
-                    problems += [f"{name}: console: {error}" for error in tab.errors]
+                    (out / f"{name}.png").write_bytes(await tab.picture())
+                    found = await tab.value(CHECKS) + (await tab.value(AXE) if axe else []) + tab.errors
+                    problems += [f"{name}: {problem}" for problem in found]
                     tab.errors.clear()
     return problems
 
 
+async def show(tab: Tab, view: str) -> None:
+    """Choose a view, and wait until it is drawn."""
+    await tab.value(f"document.getElementById('tab-{view}').click()")
+    drawn = {
+        "overview": "document.querySelectorAll('canvas').length >= 4",
+        "past": "document.body.dataset.past === 'none' || document.querySelector('#past-rounds table') !== null",
+    }.get(view, f"document.querySelector('#{view}-table table, #{view}-table .hint') !== null")
+    await tab.until(drawn, DRAWN_SECONDS)
+    # Whatever the charts and a change of the layout take to settle.
+    await tab.value("new Promise((then) => requestAnimationFrame(() => requestAnimationFrame(() => then(0))))")
+
+
+async def take_top(address: str, home: Path, out: Path, program: str) -> None:
+    """Make a picture of `p2ptrain top`, by Textual's own drawing of its screen."""
+    from p2ptrain.cli.screen import Screen
+    from p2ptrain.config.home import Home
+    from p2ptrain.peer.observing import Observer
+
+    out.mkdir(parents=True, exist_ok=True)
+    observer = await Observer.create([address], None, Home(home))
+    try:
+        app = Screen(observer.look)
+        async with app.run_test(size=(TOP_COLUMNS, TOP_LINES)) as pilot:
+            for _ in range(15):
+                await app.look_again()
+                await pilot.pause(1.0)
+            drawing = app.export_screenshot(title="p2ptrain top")
+    finally:
+        await observer.close()
+    # Its fonts would come from elsewhere.
+    drawing = re.sub(r"@font-face\s*{[^}]*}", "", drawing).replace("Fira Code", "DejaVu Sans Mono")
+    (out / "top.svg").write_text(drawing)
+    left, top, width, height = map(float, re.search(r'viewBox="([^"]+)"', drawing)[1].split())  # type: ignore[index]
+    async with browser(program) as tab:
+        await tab.shape(int(width - left), int(height - top), "dark", phone=False)
+        await tab.call("Page.navigate", url=(out / "top.svg").absolute().as_uri())
+        await tab.until("document.readyState === 'complete'", DRAWN_SECONDS)
+        (out / "top.png").write_bytes(await tab.picture(whole_page=False))
+
+
+@contextlib.contextmanager
+def dashboard_of_five() -> Iterator[tuple[str, str, Path]]:
+    """A dashboard of five real peers, one of which is paused and one killed: its URL, an address and a home."""
+    with contextlib.ExitStack() as undo:
+        folder = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="p2ptrain-shots-", dir="/tmp")))
+        peers = undo.enter_context(Peers(folder, {name: ("127.0.0.1", ()) for name in NAMES}))
+        note("five peers have started")
+        peers.train(20, 600)
+        home = peers.home(NAMES[0])
+        undo.callback(Command("pause", folder, "pause", "--home", str(peers.home("linus"))).stop)
+        peers.peers["edith"].kill()
+        board = Command("dashboard", folder, "dashboard", "--home", str(home), "--listen", "127.0.0.1:0")
+        undo.callback(board.stop)
+        url = board.says(r"(http://\S+)")
+        yield url, peers.address, home
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--url", default="http://127.0.0.1:8420/", help="address that p2ptrain dashboard printed")
+    """Make all pictures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", help="address that p2ptrain dashboard printed; default: five peers are started")
     parser.add_argument("--out", type=Path, default=Path("pictures"), help="folder for the pictures")
     parser.add_argument("--views", default=",".join(VIEWS), help="which pages, separated by commas")
-    arguments = parser.parse_args()
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    parser.add_argument("--axe", type=Path, metavar="FILE", help="axe.min.js of axe-core")
+    options = parser.parse_args()
+    program = browser_program()
     if program is None:
-        print("there is no chromium on the path: sudo apt install chromium", file=sys.stderr)
+        print(NO_BROWSER, file=sys.stderr)
         return 77
-    with urllib.request.urlopen(arguments.url.partition("#")[0], timeout=10) as page:
-        assert page.status == 200
-    problems = asyncio.run(take(arguments.url, arguments.out, program, tuple(arguments.views.split(","))))
-    print(f"{len(list(arguments.out.glob('*.png')))} pictures in {arguments.out}")
+    axe = options.axe.read_text() if options.axe else ""
+    views = tuple(options.views.split(","))
+    if options.url:
+        with urllib.request.urlopen(options.url.partition("#")[0], timeout=10) as page:
+            assert page.status == 200
+        problems = asyncio.run(take(options.url, options.out, program, views, axe))
+    else:
+        with dashboard_of_five() as (url, address, home):
+            asyncio.run(take_top(address, home, options.out, program))
+            problems = asyncio.run(take(url, options.out, program, views, axe))
+    print(f"{len(list(options.out.glob('*.png')))} pictures in {options.out}")
     print("\n".join(problems) or "no page is too wide, prints errors, lacks names or contrast")
     return 1 if problems else 0
 

@@ -54,10 +54,9 @@ def dashboard(
     here = Home(home or default_home())
     given = addresses or addresses_of(here)
     parse_addresses(given)
-    own = here.manifest.read_bytes() if here.manifest.exists() else None
     with asyncio.Runner(loop_factory=new_network_loop) as runner:
-        past = here if not addresses and own is not None and any(here.events.glob("*")) else None
-        if not runner.run(until_interrupted(_serve(given, run, own, here, host, port, past))):
+        past = here if not addresses and here.manifest.exists() and any(here.events.glob("*")) else None
+        if not runner.run(until_interrupted(_serve(given, run, here, host, port, past))):
             raise typer.Abort
 
 
@@ -76,9 +75,7 @@ def is_this_machine(host: str) -> bool:
         return host == "localhost"
 
 
-async def _serve(
-    addresses: list[str], choice: str | None, own: bytes | None, home: Home, host: str, port: int, past: Home | None
-) -> None:
+async def _serve(addresses: list[str], choice: str | None, home: Home, host: str, port: int, past: Home | None) -> None:
     """Show the swarm at `addresses` until cancelled; where nobody is there, what the peer of `past` has seen of it."""
     import socket
 
@@ -101,14 +98,14 @@ async def _serve(
         hosts = frozenset({"127.0.0.1", "localhost", "[::1]", shown}) if not token else frozenset()
         observer: Observer | None = None
         try:
-            observer = await Observer.create(addresses, choice, own)
+            observer = await Observer.create(addresses, choice, home)
         except UnreachableError as error:
             if past is None:
                 raise
             _logger.debug("%s", error)
             _logger.warning("nobody of this swarm answers: the page shows it as the peer of this home saw it last")
         try:
-            source = HomeSource(home) if observer is None else SwarmSource(observer, home)
+            source = HomeSource(home) if observer is None else SwarmSource(observer)
             name = (await source.manifest())["run"]["name"]
             config = uvicorn.Config(
                 make_app(source, token=token, hosts=hosts),

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from p2ptrain.observe.census import Inspection
     from p2ptrain.peer.observing import Observer
 
-WATCH_SECONDS = 2.0
 FILE_COLUMNS = 160
 """Width of the table where it does not go to a terminal."""
 ROUNDS_SHOWN = 20
@@ -50,7 +49,7 @@ def inspect(
         Literal["name", "state", "round", "tokens", "share", "late", "seen"],
         typer.Option("--sort", help="Order of peers."),
     ] = "name",
-    watch: Annotated[bool, typer.Option("--watch", help="Look again every two seconds, until Ctrl-C.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again every three seconds, until Ctrl-C.")] = False,
     home: HomeOption = None,
     verbose: VerboseOption = 0,
     quiet: QuietOption = False,
@@ -61,16 +60,15 @@ def inspect(
 
     addresses, view, subject = parse_words(words or [])
     here = Home(home or default_home())
-    if view == "credit" and not addresses and run is None and _show_own_credit(here, format):
+    if view == "credit" and not (addresses or watch or run) and _show_own_credit(here, format):
         return
     given = addresses or addresses_of(here)
-    own = here.manifest.read_bytes() if here.manifest.exists() else None
     parse_addresses(given)
     from p2ptrain.swarm.thread import new_network_loop
 
     with asyncio.Runner(loop_factory=new_network_loop) as runner:
         shown = Shown(view, subject, format, sort, watch)
-        if not runner.run(until_interrupted(_inspect(given, run, own, shown))):
+        if not runner.run(until_interrupted(_inspect(given, run, here, shown))):
             raise typer.Abort
 
 
@@ -139,17 +137,17 @@ def addresses_of(home: Home) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-async def _inspect(addresses: list[str], choice: str | None, own: bytes | None, shown: Shown) -> None:
+async def _inspect(addresses: list[str], choice: str | None, home: Home, shown: Shown) -> None:
     from p2ptrain.peer.observing import Observer
 
-    observer = await Observer.create(addresses, choice, own)
+    observer = await Observer.create(addresses, choice, home)
     try:
         while True:
             began = time.monotonic()
             await _show_view(observer, shown)
             if not shown.watch:
                 return
-            await asyncio.sleep(max(0.0, WATCH_SECONDS - (time.monotonic() - began)))
+            await asyncio.sleep(max(0.0, observer.pause_seconds - (time.monotonic() - began)))
     finally:
         await observer.close()
 
@@ -184,10 +182,11 @@ async def _show_view(observer: Observer, shown: Shown) -> None:
             _print(dht_view(seen), shown, rows="nodes")
         case "credit":
             from p2ptrain.calls.messages import CallError
+            from p2ptrain.chain import SealError
 
             try:
                 count = await observer.credit(_counting)
-            except CallError as error:
+            except (CallError, SealError) as error:
                 raise UnreachableError(str(error), hint="on a machine with a peer: p2ptrain inspect credit") from error
             _print({"run": seen.as_json()["run"]} | count.as_json(names_in(seen)), shown, rows="peers")
 
@@ -204,13 +203,11 @@ def _show_own_credit(home: Home, format: str) -> bool:
     if not home.seals.is_dir() or not home.manifest.exists():
         return False
     from p2ptrain.config.manifest import open_manifest
-    from p2ptrain.observe.credit import count_for
+    from p2ptrain.observe.credit import count_in
     from p2ptrain.observe.projection import names_of
-    from p2ptrain.state.seals import SealLog, steps
-    from p2ptrain.swarm.identity import verify
 
     manifest, run_id = open_manifest(home.manifest.read_bytes())
-    count = count_for(manifest).add_all(steps(SealLog(home.seals).since(1), verify))
+    count = count_in(home.seals, manifest)
     if not count.last:
         return False
     run = {"id": run_id.hex(), "name": manifest.name, "round": count.last}

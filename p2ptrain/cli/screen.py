@@ -29,7 +29,7 @@ class Screen(App[None]):
 
     Args:
         look: returns how the swarm is now.
-        every_seconds: between two looks.
+        pause: returns how many seconds there are to be before the next.
     """
 
     CSS = """
@@ -48,10 +48,9 @@ class Screen(App[None]):
         Binding("question_mark", "show_help_panel", "Keys"),
     ]
 
-    def __init__(self, look: Callable[[], Awaitable[Inspection]], every_seconds: float = 2.0) -> None:
+    def __init__(self, look: Callable[[], Awaitable[Inspection]], pause: Callable[[], float] = lambda: 3.0) -> None:
         super().__init__()
-        self._every_seconds = every_seconds
-        self._look = look
+        self._look, self._pause = look, pause
         self._sort = "name"
         self._paused = False
         self._looking = False
@@ -81,8 +80,11 @@ class Screen(App[None]):
     def on_mount(self) -> None:
         """Begin to look."""
         self.title = "p2ptrain"
-        self.set_interval(self._every_seconds, self.look_again)
-        self.call_after_refresh(self.look_again)
+        self.call_after_refresh(self._keep_looking)
+
+    async def _keep_looking(self) -> None:
+        await self.look_again()
+        self.set_timer(self._pause(), self._keep_looking)
 
     async def look_again(self) -> None:
         """Take one look, and draw it."""

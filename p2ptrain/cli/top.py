@@ -15,8 +15,7 @@ from p2ptrain.errors import UsageError
 
 if TYPE_CHECKING:
     from p2ptrain.observe.census import Inspection
-
-LOOK_SECONDS = 2.0
+    from p2ptrain.peer.observing import Observer
 
 
 def top(
@@ -41,13 +40,12 @@ def top(
     here = Home(home or default_home())
     given = addresses or addresses_of(here)
     parse_addresses(given)
-    own = here.manifest.read_bytes() if here.manifest.exists() else None
 
     async def show() -> None:
-        observer = await Observer.create(given, run, own)
+        observer = await Observer.create(given, run, here)
         try:
             if not (sys.stdin.isatty() and sys.stdout.isatty()):
-                await _plain(observer.look)
+                await _plain(observer)
                 return
             try:
                 from p2ptrain.cli.screen import Screen
@@ -55,7 +53,7 @@ def top(
                 raise UsageError(
                     f"top needs {error.name}, which is not installed", hint="pip install 'p2ptrain[top]'"
                 ) from error
-            await Screen(observer.look, LOOK_SECONDS).run_async()
+            await Screen(observer.look, lambda: observer.pause_seconds).run_async()
         finally:
             await observer.close()
 
@@ -75,8 +73,7 @@ def plain_line(seen: Inspection) -> str:
     )
 
 
-async def _plain(look: object) -> None:
-    assert callable(look)
+async def _plain(observer: Observer) -> None:
     while True:
-        print(plain_line(await look()), flush=True)
-        await asyncio.sleep(LOOK_SECONDS)
+        print(plain_line(await observer.look()), flush=True)
+        await asyncio.sleep(observer.pause_seconds)

@@ -1,6 +1,6 @@
 """A page that shows a swarm: it draws what the views say, and works nothing out.
 
-The page gets a look every two seconds by server-sent events, and asks for credit and past moments when it shows them.
+The page gets a look every three seconds by server-sent events, and asks for credit and past moments when it shows them.
 Nothing on it comes from elsewhere: scripts and charts are files beside this one. Where it listens on more than this
 machine, content is for those who have the token that stands in the page's address, and in no cookie.
 """
@@ -28,7 +28,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from p2ptrain.observe.census import Inspection
 from p2ptrain.observe.views import round_row
 
-LOOK_SECONDS = 2.0
 ROUNDS_SHOWN = 40
 POINTS_SHOWN = 512
 READERS_MAX = 32
@@ -49,6 +48,10 @@ _logger = logging.getLogger(__name__)
 
 class Source(Protocol):
     """Where the page's content comes from."""
+
+    @property
+    def pause_seconds(self) -> float:
+        """Before the next look."""
 
     async def look(self) -> Inspection:
         """Return how the swarm is now."""
@@ -231,7 +234,7 @@ class _Board:
                 async with self._changed:
                     self._newest = newest
                     self._changed.notify_all()
-            await asyncio.sleep(max(0.2, LOOK_SECONDS - (clock() - began)))
+            await asyncio.sleep(max(0.2, self._source.pause_seconds - (clock() - began)))
 
     async def follow(self) -> AsyncIterator[dict[str, str]]:
         """Yield the newest look and each that follows."""

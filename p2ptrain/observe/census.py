@@ -1,7 +1,7 @@
 """One look at a swarm: the run, its peers and the DHT, from records and seals. Every view draws this.
 
 A peer is `lost` when its record is older than `LOST_SECONDS`, or somewhat old and its DHT node does not answer: it
-publishes every two seconds while it lives. The run's figures are those of the chain that most live peers are on.
+publishes every three seconds while it lives. The run's figures are those of the chain that most live peers are on.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from p2ptrain.swarm.records import EvaluationRecord, PeerRecord, RefusedRecord, 
 
 LOST_SECONDS = 7.0
 LOST_AND_SILENT_SECONDS = 5.0
+NEW_SECONDS = 10.0
+"""Records so much older than the newest do not say where the run is now: of many, a look reads a few anew."""
 _SETTLED_NOT = ("joining", "syncing")
 
 
@@ -49,10 +51,14 @@ class Inspection:
     """Unix seconds."""
     nodes: tuple[dict[str, Any], ...] = ()
     """Of the DHT, each with whether it answers and whether it has a record in this run."""
+    newest: frozenset[str] | None = None
+    """Ids of the peers whose records are new; None: of all."""
 
     def as_json(self) -> dict[str, Any]:
         """The fixed keys of `inspect --format json`."""
-        round_number, state_id = _majority(self._settled)
+        settled = self._settled
+        newest = [peer for peer in settled if self.newest is None or peer["peer_id"] in self.newest]
+        round_number, state_id = _majority(newest or settled)
         return {
             "run": {
                 "id": self.run_id.hex(),
@@ -173,6 +179,7 @@ def inspect_run(
         # A state that its own publisher has not come to is none of this run's yet.
         if record.evaluation is not None and record.evaluation.round <= record.round
     ]
+    newest = max((record.time for record in records.values()), default=0.0) - NEW_SECONDS
     return Inspection(
         run_id,
         name,
@@ -184,6 +191,7 @@ def inspect_run(
         last_round=last_round,
         since_seal_seconds=since_seal_seconds,
         at=now,
+        newest=frozenset(format_peer_id(id) for id, record in records.items() if record.time >= newest),
         nodes=tuple(_node(id, id in census.alive, records.get(id), now) for id in sorted(census.alive | census.dead)),
     )
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from p2ptrain import chain
 from p2ptrain.config.manifest import Manifest
-from p2ptrain.state.seals import SealedStep
-from p2ptrain.swarm.identity import format_peer_id
+from p2ptrain.state.seals import SealedStep, SealLog, steps
+from p2ptrain.swarm.identity import format_peer_id, verify
 
 
 @dataclass(slots=True)
@@ -132,3 +133,12 @@ class Count:
 def count_for(manifest: Manifest) -> Count:
     """Return an empty count for a run."""
     return Count(manifest.round.weight_cap_ratio, manifest.context)
+
+
+def count_in(folder: Path, manifest: Manifest) -> Count:
+    """Return the count of all seals in a home's folder of them.
+
+    Raises:
+        SealError: something in it is no seal of this run.
+    """
+    return count_for(manifest).add_all(steps(SealLog(folder).since(1), verify))

@@ -158,10 +158,12 @@ class Noted(Happened, frozen=True, kw_only=True, tag="noted"):
 
 
 class Stopped(Happened, frozen=True, kw_only=True, tag="stopped"):
-    """This peer takes no part any more."""
+    """This peer takes no part any more, or not for a while."""
 
     round: int
     why: str
+    paused: bool = False
+    """It will go on."""
 
 
 Event = Started | Sealed | RolledBack | ChangedChain | Worked | Heard | Measured | Noted | Stopped
@@ -248,11 +250,16 @@ def read_line(line: bytes) -> Event | None:
 
 
 class Tail:
-    """Reads what is new in a folder of events at each call; a file that was rotated away is read to its end first."""
+    """Reads what is new in a folder of events at each call; a file that was rotated away is read to its end first.
+
+    The first call reads the newest file and the one before it, which together hold some thousands of rounds.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._inode, self._at = 0, 0
+        #: of the file that was read last, and how far; None: nothing was read yet
+        self._inode: int | None = None
+        self._at = 0
 
     def read(self) -> list[Event]:
         """Return the events written since the last call, in order."""
@@ -260,7 +267,7 @@ class Tail:
         for path in [*_numbered(self._folder)[-1:], self._folder / NEWEST]:
             with contextlib.suppress(OSError), path.open("rb") as file:
                 inode = _inode(path)
-                if path.name != NEWEST and inode != self._inode:
+                if path.name != NEWEST and self._inode not in (inode, None):
                     continue
                 file.seek(self._at if inode == self._inode else 0)
                 data = file.read()

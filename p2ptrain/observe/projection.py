@@ -23,6 +23,7 @@ from p2ptrain.observe.events import (
     Sealed,
     Started,
     Stopped,
+    Tail,
     Worked,
     read_events,
 )
@@ -127,7 +128,9 @@ class Projection:
         newest = self.rounds[-1] if self.rounds else None
         worked = self.worked
         member = newest is not None and any(one.peer_id == own.peer_id for one in newest.members)
-        if self.stopped is not None:
+        if self.stopped is not None and self.stopped.paused:
+            state = "paused"
+        elif self.stopped is not None:
             state = "finished" if own.last_round and self.round >= own.last_round else "leaving"
         elif newest is not None and (member or newest.sealer == own.peer_id):
             state = "solo" if newest.solo or len(newest.members) == 1 else "training"
@@ -141,7 +144,7 @@ class Projection:
             "round": self.round,
             "state_id": own.state_id if newest is None else newest.state_id,
             "total": 0 if newest is None else newest.total,
-            "tokens_per_second": 0.0 if worked is None else worked.tokens_per_second,
+            "tokens_per_second": 0.0 if worked is None or self.stopped is not None else worked.tokens_per_second,
             "bytes_sent_per_round": 0 if worked is None else worked.bytes_sent,
             "bytes_received_per_round": 0 if worked is None else worked.bytes_received,
             "loss": None if worked is None else worked.loss,
@@ -210,6 +213,23 @@ def moment_at(events: Iterable[Event], round: int | None = None) -> Projection:
     for event in kept:
         projection.apply(event)
     return projection
+
+
+class RoundsOfHome:
+    """The newest rounds that the peer of a home went through, read on from its events at each call.
+
+    Args:
+        folder: of events.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._tail, self._projection = Tail(folder), Projection()
+
+    def read(self) -> tuple[Sealed, ...]:
+        """Return them, oldest first."""
+        for event in self._tail.read():
+            self._projection.apply(event)
+        return tuple(self._projection.rounds)
 
 
 def names_of(folder: Path) -> dict[str, str]:

@@ -22,6 +22,8 @@ class Standing:
     #: a member of the round under way, and of how many
     member: bool = False
     members: int = 0
+    #: of them those that others can dial
+    dialable: int = 0
     #: others are further, or their state is being fetched
     syncing: bool = False
     leaving: bool = False
@@ -48,6 +50,8 @@ class Status:
     state_id: bytes = bytes(32)
     total: int = 0
     members: int = 0
+    #: of them those that others can dial
+    dialable: int = 0
     #: nats a token, on what it trained on in the last round: the train loss
     loss: float | None = None
     #: the same in bits a byte of text
@@ -91,7 +95,7 @@ class Status:
         """Fill in what the network thread knows."""
         if not self.finished:
             # After the last round there is no group; the last one stays on show.
-            self.members = standing.members
+            self.members, self.dialable = standing.members, standing.dialable
             self.role = "member" if standing.member else "learner"
         self.bytes_sent_per_round = standing.bytes_sent_per_round
         self.bytes_received_per_round = standing.bytes_received_per_round

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import socket
+import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ import msgspec
 
 from p2ptrain.errors import NotRunningError, P2PTrainError, UsageError
 
+NAME_MAX_BYTES = 100
+"""Of a socket: 103 on macOS, 107 on Linux."""
 REQUEST_MAX_BYTES = 4096
 ANSWER_MAX_BYTES = 2**22
 """More than all decisions that are kept, as text."""
@@ -73,12 +76,15 @@ _requests: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
 
 @contextlib.contextmanager
 def _short(path: Path) -> Iterator[str]:
-    """Give a name of at most 107 bytes for a path in a folder, good while this lasts."""
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{folder}/{path.name}"
-    finally:
-        os.close(folder)
+    """Give a name that is short enough for a socket of a path in a folder, good while this lasts."""
+    if len(os.fsencode(path)) <= NAME_MAX_BYTES:
+        yield str(path)
+        return
+    # Not every system has names for open folders, as Linux has in /proc; all follow links.
+    with tempfile.TemporaryDirectory(prefix="p2ptrain-", dir="/tmp") as folder:
+        link = Path(folder) / "home"
+        link.symlink_to(path.parent.resolve())
+        yield str(link / path.name)
 
 
 class Control:

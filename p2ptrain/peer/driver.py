@@ -198,6 +198,7 @@ class RoundDriver:
             head_round=machine.head.round,
             member=machine.is_member,
             members=len(shape.members) if shape else 0,
+            dialable=sum(member.dialable for member in shape.members) if shape else 0,
             syncing=self.syncing or behind,
             leaving=self.leaving,
             bytes_sent_per_round=sent,

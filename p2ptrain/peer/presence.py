@@ -30,6 +30,8 @@ from p2ptrain.swarm.shelves import Looked, Shelves
 from p2ptrain.swarm.tasks import cancel_and_wait, failure_logged
 
 PUBLISH_SECONDS = 3.0
+TELL_SECONDS = 0.5
+"""How often it looks whether somebody whose record it keeps is missing."""
 RUN_SECONDS = 15.0
 MANIFEST_SECONDS = 600.0
 SPEAKERS = 4
@@ -113,6 +115,7 @@ class Presence:
         finally:
             if self._meeting is not None:
                 await cancel_and_wait([self._meeting])
+            await self.shelves.close()
 
     async def _run(self) -> None:
         run_due = manifest_due = math.inf if self._secret else 0.0
@@ -121,14 +124,18 @@ class Presence:
             await self.publish()
             if began >= run_due:
                 if self._is_speaker(first=run_due == 0.0):
-                    await self._node.publish_run(self._run_record())
+                    await self.shelves.publish_run(self._run_record())
                 run_due = began + RUN_SECONDS
             if began >= manifest_due:
                 if self._is_speaker(first=manifest_due == 0.0):
                     await self._node.store_manifest(self._signed_manifest)
                 manifest_due = began + MANIFEST_SECONDS
             await self._meet()
-            await asyncio.sleep(max(0.2, PUBLISH_SECONDS - (time.monotonic() - began)))
+            due = max(time.monotonic() + 0.2, began + PUBLISH_SECONDS)
+            while (left := due - time.monotonic()) > 0:
+                await asyncio.sleep(min(left, TELL_SECONDS))
+                self.shelves.tell_missing()
+                self.shelves.make_room()
 
     def _is_speaker(self, first: bool) -> bool:
         """Say whether it is this peer's turn: the first time always, later as rarely as there are others."""
@@ -146,7 +153,7 @@ class Presence:
         else:
             driver.publish_standing()
             status.take(driver.standing)
-            self.shelves.sized_for(status.members)
+            self.shelves.sized_for(status.members, status.dialable)
         record = PeerRecord(
             peer_id=self._node.peer_id,
             run_id=self._run_id,

@@ -77,9 +77,9 @@ class Reporter:
             )
         )
 
-    def stopped(self, status: Status, why: str) -> None:
-        """Write that this peer takes no part any more."""
-        self.events.write(told.Stopped(round=status.round, why=why))
+    def stopped(self, status: Status, why: str, paused: bool = False) -> None:
+        """Write that this peer takes no part any more, or, `paused`, not for a while."""
+        self.events.write(told.Stopped(round=status.round, why=why, paused=paused))
 
     def begin(self, head: ChainState, journal: Journal) -> None:
         """Take up the seals where this peer stands; those that the journal has beyond them are added."""

@@ -758,7 +758,7 @@ class PeerSession:
         self._driver = self.owner.driver = None
         self.network.loop.call_soon_threadsafe(part.presence.rest)
         self.owner.paused = True
-        self._report_stop(part.status, why)
+        self._report_stop(part.status, why, paused=True)
         goes_on = "go on: p2ptrain resume" if self.owner.pause_until is not None else "it goes on by itself"
         self.display.say(f"paused at round {part.trainer.replica.chain.round:,}: {why}; {goes_on}")
 
@@ -1042,9 +1042,9 @@ class PeerSession:
         self._report_stop(part.status, "the run is finished" if self._finished else "it was told to")
         self._say_leaving(part.presence, part.announcing)
 
-    def _report_stop(self, status: Status, why: str) -> None:
+    def _report_stop(self, status: Status, why: str, paused: bool = False) -> None:
         if self._reporter is not None:
-            self._reporter.stopped(status, why)
+            self._reporter.stopped(status, why, paused)
             self._reporter = None
 
     def _say_leaving(self, presence: Presence, announcing: Future[None]) -> None:

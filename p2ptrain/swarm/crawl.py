@@ -1,8 +1,8 @@
 """A census of the DHT: who is listed in anyone's routing table, and which of those answer.
 
-Breadth first over FIND requests, each for the node's own id and for ids that differ in one of the leading bits, so
-that the answers cover the whole id space. Cost: one request a node, `PARALLEL` at a time. In DHTs far larger
-than a bucket (20 nodes) it sees a sample.
+Breadth first over FIND requests for each node's own id, and, of a node that knows more than a bucket of others (20),
+for ids that differ in one of the leading bits as well, so that the answers cover the whole id space. Cost: a request
+a node, or two, `PARALLEL` at a time. In DHTs far larger than a bucket it sees a sample.
 """
 
 from __future__ import annotations
@@ -48,16 +48,19 @@ async def crawl(node: DHTNode, routes: Mapping[bytes, Sequence[str]], timeout_se
     slots = asyncio.Semaphore(PARALLEL)
 
     async def visit(node_id: DHTID, peer_id: PeerID) -> list[tuple[DHTID, PeerID]]:
-        queries = [node_id, *(DHTID(int(node_id) ^ (1 << (_ID_BITS - 1 - bit))) for bit in range(_LEADING_BITS))]
         async with slots:
             asked.setdefault(peer_id.to_bytes(), False)
             if peer_id.to_bytes() in routes:
                 with contextlib.suppress(UnreachableError):
                     await dial(node.p2p, peer_id.to_bytes(), routes[peer_id.to_bytes()], DIAL_SECONDS)
-            answer = await node.protocol.call_find(peer_id, queries)
-        if answer is None:
-            return []
-        asked[peer_id.to_bytes()] = True
+            answer = await node.protocol.call_find(peer_id, [node_id])
+            if answer is None:
+                return []
+            asked[peer_id.to_bytes()] = True
+            if any(len(nearest) >= node.protocol.bucket_size for _, nearest in answer.values()):
+                # What it knows does not go into one answer.
+                others = [DHTID(int(node_id) ^ (1 << (_ID_BITS - 1 - bit))) for bit in range(_LEADING_BITS)]
+                answer |= await node.protocol.call_find(peer_id, others) or {}
         return [item for _, nearest in answer.values() for item in nearest.items()]
 
     async def spread() -> None:

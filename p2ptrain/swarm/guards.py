@@ -7,6 +7,7 @@
 4. A request may name any number of keys: to store under, a signature each, or to find, up to 1 MiB each. Both are
    capped, and so is how often one peer may ask.
 5. A dictionary may have any number of records, a signature each. More than a node of ours would store are refused.
+   And where one expires on its way, hivemind refuses all of them: it is left out.
 6. An answer that comes just as its call was cancelled or timed out ends the task that reads the daemon's answers, and
    with it the daemon's use. Such an answer is dropped.
 7. Whoever asks says its own node's id. One that is none ends a task, and writes a traceback into the log. And to each
@@ -33,6 +34,7 @@ from hivemind.p2p import P2P
 from hivemind.p2p.p2p_daemon_bindings.control import ControlClient
 from hivemind.utils.logging import use_hivemind_log_handler
 from hivemind.utils.serializer import MSGPackSerializer
+from hivemind.utils.timed_storage import get_dht_time
 
 from p2ptrain.swarm.limits import Allowance
 from p2ptrain.swarm.storage import RECORDS_PER_KEY, BoundedStorage
@@ -139,6 +141,9 @@ async def _rpc_find(protocol: Any, request: Any, context: Any) -> Any:
 
 
 def _validate_dictionary(protocol: Any, key: bytes, dictionary: Any) -> bool:
+    now = get_dht_time()
+    for subkey in [subkey for subkey, item in dictionary.data.items() if item.expiration_time <= now]:
+        del dictionary[subkey]
     return len(dictionary.data) <= RECORDS_PER_KEY and bool(_validate(protocol, key, dictionary))
 
 

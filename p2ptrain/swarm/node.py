@@ -13,7 +13,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,7 +46,6 @@ from p2ptrain.swarm.records import (
     MANIFEST_SECONDS,
     MANIFEST_SUBKEY,
     PEER_RECORD_SECONDS,
-    RUN_RECORD_SECONDS,
     RUNS_KEY,
     PeerRecord,
     R,
@@ -355,10 +354,6 @@ class SwarmNode:
         """{peer id: its record} of a run; killed peers stay until their records expire."""
         return await self.read(peers_key(run_id), PeerRecord, secret, timeout_seconds=timeout_seconds)
 
-    async def publish_run(self, record: RunRecord) -> bool:
-        """Lists the run in the DHT's index, for `RUN_RECORD_SECONDS`."""
-        return await self.publish(RUNS_KEY, record, RUN_RECORD_SECONDS)
-
     async def read_runs(self, *, timeout_seconds: float = 10.0) -> dict[bytes, list[RunRecord]]:
         """{run id: what each of its peers published} for all runs in this DHT."""
         runs: dict[bytes, list[RunRecord]] = {}
@@ -422,7 +417,8 @@ class SwarmNode:
 
     async def search(self, key: str, count: int, *, timeout_seconds: float = 10.0) -> dict[DHTID, PeerID]:
         """The nodes nearest to `key`, by asking those that are nearer and nearer; fewer when time is over."""
-        place = DHTID.from_bytes(key_id_of(key))
+        # The place beside it has the same nodes around it, and nobody stores anything there that would come along.
+        place = DHTID(int(DHTID.from_bytes(key_id_of(key))) ^ 1)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_seconds):
                 return (await self.dht.find_nearest_nodes([place], k_nearest=count, exclude_self=True))[place]
@@ -441,6 +437,28 @@ class SwarmNode:
     def stored(self, key: str) -> dict[Any, Any]:
         """{subkey: value} under `key` as this node stores it."""
         return _unpacked(self.dht.protocol.storage.get(DHTID.from_bytes(key_id_of(key))))
+
+    def stored_until(self, key_ids: Container[DHTID]) -> dict[DHTID, dict[bytes, float]]:
+        """{key's id: {peer id: when its record expires}} of those keys under which this node stores any."""
+        return {
+            key_id: {peer: one.expiration_time for subkey, one in item.value.items() if (peer := peer_of(subkey))}
+            for key_id, item in self.dht.protocol.storage.items()
+            if key_id in key_ids and isinstance(item.value, DictionaryDHTValue)
+        }
+
+    def spare(self, is_full: Callable[[Any], bool]) -> None:
+        """Have this node store nothing under a key that is new to it, by its id, while `is_full` says so."""
+        self.dht.protocol.storage.is_full = is_full
+
+    def drop(self, key: str) -> None:
+        """Store nothing under a key any more."""
+        with contextlib.suppress(KeyError):
+            del self.dht.protocol.storage[DHTID.from_bytes(key_id_of(key))]
+
+    @property
+    def knows_everybody(self) -> bool:
+        """Whether the network is so small that the routing table has all of it."""
+        return len(self.dht.protocol.routing_table.uid_to_peer_id) < SMALL_NETWORK
 
     async def stored_at(self, peer: PeerID, key: str) -> tuple[dict[Any, Any] | None, list[PeerID]]:
         """What one other node has under `key`, and which nodes it holds for the nearest.

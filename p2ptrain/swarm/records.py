@@ -26,6 +26,7 @@ MAX_RECORD_BYTES = 8 * 1024
 PEER_RECORD_SECONDS = 30.0
 """Life of a peer's record; peers publish every few seconds."""
 RUN_RECORD_SECONDS = 60.0
+MISSING_RECORD_SECONDS = 20.0
 MANIFEST_SECONDS = 3600.0
 MAX_RECORD_SECONDS = max(PEER_RECORD_SECONDS, RUN_RECORD_SECONDS)
 """No signed record may expire later than this from now, on the clock of the node that is asked to store it."""
@@ -55,7 +56,9 @@ PeerId = Annotated[bytes, Meta(min_length=PEER_ID_BYTES, max_length=PEER_ID_BYTE
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Quantity = Annotated[float, Meta(ge=0.0)]
 
-SHELVES_MAX = 256
+MISSING_MAX = 16
+"""Peers that one record says are missing."""
+SHELVES_MAX = 1024
 """Keys over which a run's records are spread."""
 FIGURES_MAX = 8
 """Figures of one evaluation."""
@@ -171,6 +174,16 @@ class RunRecord(Record, frozen=True, kw_only=True):
     members: Count
 
 
+class MissingRecord(Record, frozen=True, kw_only=True):
+    """Peers whose records this one keeps for others, and which do not renew them. Nobody takes that for a fact: it
+    tells whoever looks where to look next."""
+
+    kind: ClassVar[str] = "missing"
+
+    peers: Annotated[dict[PeerId, float], Meta(min_length=1, max_length=MISSING_MAX)]
+    """Each with the time of its last record, in Unix seconds."""
+
+
 class _Envelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     version: Literal[1]
     kind: Annotated[str, Meta(max_length=16)]
@@ -188,6 +201,11 @@ _encoder = msgspec.msgpack.Encoder()
 def peers_key(run_id: bytes) -> str:
     """Where the peers of a run publish `PeerRecord`s."""
     return f"p2ptrain/1/{run_id.hex()}/peers"
+
+
+def missing_key(run_id: bytes) -> str:
+    """Where the peers of a large run publish `MissingRecord`s."""
+    return f"p2ptrain/1/{run_id.hex()}/missing"
 
 
 def manifest_key(run_id: bytes) -> str:

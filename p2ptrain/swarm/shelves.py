@@ -6,8 +6,15 @@ spreads its records over shelves, each a key of its own: their number is a power
 their chain, and a peer's shelf follows from its id. On the first key, where everyone looks first, peers then write now
 and then only; what they write there says how many shelves there are.
 
+Ids lie unevenly, so some nodes are the nearest to many keys. Each therefore keeps a few shelves more than an even share
+and refuses others, which then go to the next nearest node.
+
+Whoever looks at a large run reads one shelf after another, which takes minutes. Those that store a shelf see at once
+who does not renew its record, and say so on one key that is read every time. That is believed from nobody: it says
+which shelf to look at next.
+
 Cost for each peer: `REPLICAS` small calls for each writing, and as many of others' to answer; and one for a shelf of a
-few records every `READ_SECONDS`.
+few records every `READ_SECONDS`, in a large run more rarely.
 What a node that lies leaves out, the next one shows; who has all nodes near a key in hand hides it from everybody.
 """
 
@@ -15,6 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import math
 import random
 import time
@@ -26,29 +34,56 @@ import msgspec
 from hivemind.dht import DHTID
 from hivemind.p2p import PeerID
 
+from p2ptrain.swarm.limits import Allowance
 from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.swarm.records import (
+    MISSING_MAX,
+    MISSING_RECORD_SECONDS,
     PEER_RECORD_SECONDS,
+    RUN_RECORD_SECONDS,
+    RUNS_KEY,
     SHELVES_MAX,
+    MissingRecord,
     PeerRecord,
+    Record,
+    RunRecord,
     encode_record,
+    key_id_of,
+    missing_key,
     peers_key,
     subkey_of,
 )
+from p2ptrain.swarm.tasks import cancel_and_wait, failure_logged
 
 REPLICAS = 3
 ONE_SHELF_MEMBERS = 6
 """So many have one."""
 SHELF_RECORDS = 3
 """With more members for each of several shelves there are twice as many; with a third of them half as many."""
-READ_SECONDS = 8.0
-"""Between two shelves that others are asked for."""
-HOPS_MAX, HOPS_MAX_KNOWN = 6, 2
+READ_SECONDS, READ_SECONDS_MANY = 8.0, 32.0
+"""Between two shelves that others are asked for; where there are many."""
+HOPS_MAX, HOPS_MAX_KNOWN = 10, 2
 """Nodes asked for one shelf; where the routing table has everybody."""
 READ_AT_ONCE = 8
 SHELF_LOOK_SECONDS = 0.25
-SEARCHED_SHELVES, SEARCH_AGAIN_SECONDS = 8, 300.0
-"""With so many shelves the routing table may lack who is nearest: they are searched for, and again after a while."""
+"""Between two looks of an observer at the only shelf."""
+LOOKS_PER_SECOND, LOOKS_BURST = 1.0, 3.0
+"""Shelves that it reads where there are several: those first of which somebody says that a peer is missing."""
+MANY_SHELVES, SEARCH_AGAIN_SECONDS = 8, 900.0
+"""With so many the routing table may lack who is nearest to a key: it is searched for, and again after a while. And
+nodes refuse shelves that are too many for them."""
+SPREAD = 1.5
+"""Once a node has so many times an even share of all records it takes no other shelf."""
+DROPPED_SECONDS = 600.0
+"""So long it takes none of one that it has dropped."""
+EMPTY_SECONDS = 60.0
+"""A node that refused a shelf, or has none of it, is left alone so long."""
+SUSPECT_SECONDS, GONE_SECONDS = 5.0, 7.1
+"""A record so old should have been renewed; and when it is so old that views call its peer lost."""
+HINTS_PER_SECOND, HINTS_BURST = 0.5, 8.0
+"""Shelves that an observer reads beyond that because a peer is missing."""
+HOPS_EMPTY = 3
+"""Nodes asked for a shelf that nobody had anything of the last time."""
 SHOWN_EVERY = 3
 """A peer's record is on the first key, too, once in so many times the number of shelves."""
 
@@ -93,6 +128,10 @@ class Looked:
     """When the peer's shelf was looked at, in Unix seconds: how old its record was then says whether it is lost."""
 
 
+_logger = logging.getLogger(__name__)
+_failure_logged = failure_logged(_logger, "saying who is missing has failed")
+
+
 class Shelves:
     """The records of one run, for one node.
 
@@ -110,14 +149,67 @@ class Shelves:
         self._known: dict[str, dict[bytes, PeerRecord]] = {}
         self._looked_at: dict[str, float] = {}
         self._read_due = 0.0
+        #: (key, node): until when it is left alone, since it has, or takes, none of that shelf
+        self._empty: dict[tuple[str, PeerID], float] = {}
+        #: the shelves' keys by their ids, and how many records of them this node keeps; None: all that it is brought
+        self._keys: dict[DHTID, str] = {}
+        self._room: int | None = None
+        #: key: until when none of that shelf is taken, since it was one too many
+        self._dropped: dict[str, float] = {}
+        #: peers that this node has said to be missing, until their records are renewed or gone
+        self._told: frozenset[bytes] = frozenset()
+        self._telling: asyncio.Task[None] | None = None
+        #: somebody is said to be missing, and no look has shown yet whether it is
+        self.someone_missing = False
+        self._looks, self._hints = Allowance(LOOKS_PER_SECOND, LOOKS_BURST), Allowance(HINTS_PER_SECOND, HINTS_BURST)
 
-    def sized_for(self, members: int) -> None:
-        """Take the number of shelves from that of the members."""
+    async def close(self) -> None:
+        """Say nothing any more."""
+        if self._telling is not None:
+            await cancel_and_wait([self._telling])
+
+    def sized_for(self, members: int, nodes: int = 0) -> None:
+        """Take the number of shelves from that of the members, and from that of nodes among them how much one keeps."""
         self._set_count(shelves_for(members, self.count))
+        many = self.count >= MANY_SHELVES
+        self._room = math.ceil(SPREAD * REPLICAS * members / nodes) if many and nodes else None
+        if self.count > 1 and not self._keys:
+            self._keys = {DHTID.from_bytes(key_id_of(key)): key for key in self._all_keys()}
+            self._node.spare(self._is_full)
+
+    def _all_keys(self) -> list[str]:
+        return [shelf_key(self._run_id, self.count, shelf) for shelf in range(self.count)]
+
+    def _is_full(self, key_id: DHTID) -> bool:
+        """Say whether a shelf that is not here yet would be one too many."""
+        if self._room is None or key_id not in self._keys:
+            return False
+        dropped = self._dropped.get(self._keys[key_id], 0.0) > time.monotonic()
+        return dropped or self._load(self._stored()) >= self._room
+
+    def _load(self, stored: Mapping[str, int]) -> int:
+        """How many records, renewed as often as they are, cost as much as what is stored here."""
+        return sum(stored.values()) + bool(self._node.stored(peers_key(self._run_id)))
+
+    def _stored(self) -> dict[str, int]:
+        """Count the records of each shelf that this node stores any of."""
+        return {self._keys[key_id]: len(until) for key_id, until in self._node.stored_until(self._keys).items()}
+
+    def make_room(self) -> None:
+        """Drop a shelf where those that were taken while they were small have become too much for this node."""
+        if self._room is None:
+            return
+        stored = self._stored()
+        if len(stored) > 1 and self._load(stored) > self._room + 1:
+            # The one that others are nearest to.
+            far = max(stored, key=lambda key: DHTID.from_bytes(key_id_of(key)).xor_distance(self._node.dht.node_id))
+            self._node.drop(far)
+            self._dropped[far] = time.monotonic() + DROPPED_SECONDS
 
     def _set_count(self, count: int) -> None:
         if count != self.count:
             self.count = count
+            self._keys, self._empty, self._dropped = {}, {}, {}
             keep = {shelf_key(self._run_id, count, shelf) for shelf in range(count)} | {peers_key(self._run_id)}
             self._known = {key: known for key, known in self._known.items() if key in keep}
             self._searched = {key: found for key, found in self._searched.items() if key in keep}
@@ -129,40 +221,113 @@ class Shelves:
         record = msgspec.structs.replace(record, shelves=self.count)
         first, own = peers_key(self._run_id), shelf_key(self._run_id, self.count, shelf_of(record.peer_id, self.count))
         if own != first and random.random() * SHOWN_EVERY * self.count < 1:
-            await self._write(first, record)
-        return await self._write(own, record)
+            await self._write(first, record, PEER_RECORD_SECONDS)
+        return await self._write(own, record, PEER_RECORD_SECONDS)
 
-    async def _write(self, key: str, record: PeerRecord) -> bool:
-        if self.count >= SEARCHED_SHELVES:
-            await self._search(key)
-        expires = time.time() + PEER_RECORD_SECONDS
-        data = encode_record(self._node.identity, key, record, expires, self._secret)
+    async def publish_run(self, record: RunRecord) -> bool:
+        """List the run in the DHT's index, which everybody reads; return whether any node took it.
+
+        Without a search, which would bring all that is listed along each time.
+        """
+        return await self._write(RUNS_KEY, record, RUN_RECORD_SECONDS, plain=True)
+
+    async def _write(self, key: str, record: Record, seconds: float, *, plain: bool = False) -> bool:
+        await self._search(key)
+        expires = time.time() + seconds
+        data = encode_record(self._node.identity, key, record, expires, b"" if plain else self._secret)
         subkey, near, taken = subkey_of(record.peer_id), self._near(key), 0
+        if not self._node.stored(key) and self._is_full(DHTID.from_bytes(key_id_of(key))):
+            near = [node for node in near if node != self._node.peer]
         while near and taken < REPLICAS:
             now, near = near[: REPLICAS - taken], near[REPLICAS - taken :]
-            taken += sum(await asyncio.gather(*(self._node.store_at(node, key, data, expires, subkey) for node in now)))
+            took = await asyncio.gather(*(self._node.store_at(node, key, data, expires, subkey) for node in now))
+            for node in (node for node, took_it in zip(now, took, strict=True) if not took_it):
+                self._note_empty(key, node)
+            taken += sum(took)
         return taken > 0
 
     async def _search(self, key: str) -> None:
+        if self.count < MANY_SHELVES and self._node.knows_everybody:
+            return
         at, _ = self._searched.get(key, (-math.inf, {}))
         if time.monotonic() - at >= SEARCH_AGAIN_SECONDS:
             self._searched[key] = time.monotonic(), await self._node.search(key, 2 * REPLICAS)
 
     def _near(self, key: str) -> list[PeerID]:
-        """Nodes to turn to for a key, the nearest first."""
-        return self._node.nearest(key, self._searched.get(key, (0.0, {}))[1])
+        """Nodes to turn to for a key, the nearest first; those that have or take nothing of it last."""
+        near = self._node.nearest(key, self._searched.get(key, (0.0, {}))[1])
+        now = time.monotonic()
+        return sorted(near, key=lambda node: self._empty.get((key, node), 0.0) > now)
+
+    def _note_empty(self, key: str, node: PeerID) -> None:
+        if self.count >= MANY_SHELVES:
+            now = time.monotonic()
+            self._empty = {known: until for known, until in self._empty.items() if until > now}
+            self._empty[key, node] = now + EMPTY_SECONDS
+
+    # ---- who is missing ---------------------------------------------------------------------------------------
+
+    def tell_missing(self) -> None:
+        """Say who does not renew its record on the shelves that are here, where there are several and it is news."""
+        if self.count == 1 or (self._telling is not None and not self._telling.done()):
+            return
+        now = time.time()
+        missing = {
+            peer: expires - PEER_RECORD_SECONDS
+            for until in self._node.stored_until(self._keys).values()
+            for peer, expires in until.items()
+            if expires - PEER_RECORD_SECONDS < now - SUSPECT_SECONDS
+        }
+        news, self._told = missing.keys() - self._told, frozenset(missing)
+        if news:
+            peers = {peer: missing[peer] for peer in [*news, *(missing.keys() - news)][:MISSING_MAX]}
+            record = MissingRecord(peer_id=self._node.peer_id, run_id=self._run_id, time=now, peers=peers)
+            self._telling = asyncio.create_task(self._tell(record))
+            self._telling.add_done_callback(_failure_logged)
+
+    async def _tell(self, record: MissingRecord) -> None:
+        await self._write(missing_key(self._run_id), record, MISSING_RECORD_SECONDS)
+
+    async def _hear_missing(self) -> list[str]:
+        """Return shelves to look at, because somebody says that a peer is missing, whom nobody says to be back."""
+        key = missing_key(self._run_id)
+        await self._search(key)
+        near = [node for node in self._near(key) if node != self._node.peer][:REPLICAS]
+        if not near:
+            return []
+        found, _ = await self._node.stored_at(random.choice(near), key)
+        said = self._node.open_records(key, found or {}, MissingRecord, self._secret).values()
+        shelves, now = [], time.time()
+        self.someone_missing = False
+        for last, peer in sorted((last, peer) for record in said for peer, last in record.peers.items()):
+            shelf = shelf_key(self._run_id, self.count, shelf_of(peer, self.count))
+            known = self._known.get(shelf, {}).get(peer)
+            if (
+                known is None
+                or known.time > last + SUSPECT_SECONDS
+                or self._looked_at[shelf] - known.time > GONE_SECONDS
+            ):
+                continue  # It is back, or a look has shown already that it is not.
+            self.someone_missing = True
+            # So that one look is enough.
+            ripe = now - last > GONE_SECONDS and shelf not in shelves
+            if ripe and (self._looks.take() or self._hints.take()):
+                shelves.append(shelf)
+        return shelves
 
     # ---- reading ----------------------------------------------------------------------------------------------
 
     async def look(self) -> Looked:
         """Look at the shelves that are here and, every `READ_SECONDS`, at any one of all."""
-        keys = [shelf_key(self._run_id, self.count, shelf) for shelf in range(self.count)]
+        # All keys are many, and few of them are stored here.
+        keys = self._all_keys() if not self._keys else list(self._stored())
         looked = [key for key in keys if self._look_here(key)]
         if time.monotonic() >= self._read_due:
-            key = random.choice(keys)
+            key = shelf_key(self._run_id, self.count, random.randrange(self.count))
             await self._look_elsewhere(key)
             looked.append(key)
-            self._read_due = time.monotonic() + READ_SECONDS
+            many = self.count >= MANY_SHELVES
+            self._read_due = time.monotonic() + (READ_SECONDS_MANY if many else READ_SECONDS)
         return self._looked(dict.fromkeys(looked))
 
     async def look_at_all(self) -> Looked:
@@ -176,15 +341,19 @@ class Shelves:
         shown = [r for r in self._known.get(first, {}).values() if r.last_seen_seconds(now) < PEER_RECORD_SECONDS]
         if shown:
             self._set_count(agreed(shown))
-        keys = [shelf_key(self._run_id, self.count, shelf) for shelf in range(self.count)]
-        due = [key for key in keys if key != first and self._is_due(key)]
+        keys = self._all_keys()
+        due: list[str] = []
+        if self.count > 1:
+            due = await self._hear_missing() + [key for key in keys if key not in self._looked_at]
+            rest = sorted((key for key in keys if key not in due), key=lambda key: self._looked_at[key])
+            due += [key for key in rest if self._looks.take()]
         for begin in range(0, len(due), READ_AT_ONCE):
             await asyncio.gather(*(self._look_elsewhere(key) for key in due[begin : begin + READ_AT_ONCE]))
         return self._looked(dict.fromkeys([first, *keys]))
 
     def _is_due(self, key: str) -> bool:
-        # The more there are, the less often: at each of 64 every 16 s.
-        return time.time() - self._looked_at.get(key, 0.0) >= SHELF_LOOK_SECONDS * self.count
+        seconds = SHELF_LOOK_SECONDS if self.count == 1 else self.count / LOOKS_PER_SECOND
+        return time.time() - self._looked_at.get(key, 0.0) >= seconds
 
     def _look_here(self, key: str) -> bool:
         """Look at what this node stores; say whether it stores any of it."""
@@ -198,17 +367,33 @@ class Shelves:
         asked: set[PeerID] = {self._node.peer}
         near = [node for node in self._near(key) if node != self._node.peer][:REPLICAS]
         random.shuffle(near)
-        while near and len(asked) <= (HOPS_MAX if self.count >= SEARCHED_SHELVES else HOPS_MAX_KNOWN):
+        many = self.count >= MANY_SHELVES
+        left = HOPS_MAX_KNOWN if not many else HOPS_EMPTY if self._known.get(key) == {} else HOPS_MAX
+        # Nodes that are full, or lie, may have some of a shelf alone.
+        wanted, answers = 1 if not many or key in self._looked_at else 2, 0
+        answer: Mapping[Any, Any] | None = None
+        while near and left:
             node = near.pop(0)
             if node in asked:
                 continue
             asked.add(node)
+            left -= 1
             found, nearer = await self._node.stored_at(node, key)
             if found:
+                answer, answers = found, answers + 1
                 self._take(key, found)
-                return
+                if not many or answers == REPLICAS or (answers >= wanted and not self._is_anyone_suspect(key)):
+                    return
+            elif found is not None:
+                answer = answer or found
+                self._note_empty(key, node)
             near = nearer or near
-        self._take(key, {} if len(asked) > 1 else None)
+        self._take(key, answer)
+
+    def _is_anyone_suspect(self, key: str) -> bool:
+        """Say whether a record there should have been renewed."""
+        now = time.time()
+        return any(record.last_seen_seconds(now) > SUSPECT_SECONDS for record in self._known[key].values())
 
     def _take(self, key: str, found: Mapping[Any, Any] | None) -> None:
         """Note what was found; None: nobody has answered."""
@@ -227,11 +412,12 @@ class Shelves:
     def _looked(self, keys: Iterable[str]) -> Looked:
         looked = Looked()
         for key in keys:
-            at = self._looked_at.get(key, 0.0)
             for peer, record in self._known.get(key, {}).items():
                 # The first key shows what peers of a large run have said some time ago.
                 if peer not in looked.records or looked.records[peer].time < record.time:
-                    looked.records[peer], looked.at[peer] = record, at
+                    own = shelf_key(self._run_id, self.count, shelf_of(peer, self.count))
+                    looked.records[peer] = record
+                    looked.at[peer] = self._looked_at.get(own, self._looked_at.get(key, 0.0))
         return looked
 
 

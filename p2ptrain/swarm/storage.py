@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,8 @@ class BoundedStorage(DHTLocalStorage):
         #: records or keys that count against ("caller", peer), ("key", peer) and ("signer", peer)
         self._counts: Counter[tuple[str, bytes | None]] = Counter()
         self._purged_at = 0.0
+        #: says of a key that others bring, and that is not stored here yet, whether this node has enough of its kind
+        self.is_full: Callable[[Any], bool] = lambda key: False
 
     def store_subkey(self, key: Any, subkey: Any, value: bytes, expiration_time: float) -> bool:
         """As in hivemind; False when a record may not be stored, or does not fit under its key."""
@@ -70,6 +73,8 @@ class BoundedStorage(DHTLocalStorage):
         first = known.first if known is not None else records is None
         origin = _Origin(caller.get(), peer_of(subkey), first, expiration_time)
         if old is None and not self._may_bring(origin):
+            return False
+        if records is None and origin.caller is not None and self.is_full(key):
             return False
         if records is not None and not self._make_room(key, records, subkey, len(value), origin):
             return False

@@ -27,14 +27,15 @@ def load_no_compiler() -> None:
     """Have torch leave its compiler unloaded, which a peer does not use: 170 MB, and seconds of each start.
 
     Methods of optimizers and the operator of the built-in model's loss, among others, are marked as not to be compiled
-    at their first call, and to mark them loads the compiler (`torch/_compile.py`). Here all that are loaded are marked
+    at their first call, and to mark them loads the compiler (`torch._compile`). Here all that are loaded are marked
     with themselves, where torch keeps the mark. A version of torch that does this otherwise is left as it is.
     Recomputed activations load the compiler all the same.
     """
     with contextlib.suppress(ImportError):
         importlib.import_module("torch.nn.modules.linear_cross_entropy")
     for function in gc.get_objects():
-        if isinstance(function, FunctionType) and function.__code__.co_filename == torch._compile.__file__:
+        # By its type alone: whatever else is there must not be asked anything.
+        if type(function) is FunctionType and function.__code__.co_filename == torch._compile.__file__:
             inner = getattr(function, "__wrapped__", None)
             if inner is not None:
                 inner.__dynamo_disable = inner

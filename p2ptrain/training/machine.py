@@ -76,7 +76,8 @@ def this_machine(root: Path = Path("/")) -> Machine:
         if limit != resource.RLIM_INFINITY and limit < total:
             total, limited_by = limit, "--max-memory" if limit in _own_limits else what
             free = min(free, limit)
-    cores = float(len(os.sched_getaffinity(0)))
+    # macOS binds no process to processors.
+    cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     for group in _groups(root, "cpu"):
         quota = _quota_of(group)
         cores = cores if quota is None else min(cores, quota)
@@ -99,8 +100,20 @@ def _of_meminfo(path: Path) -> tuple[int, int]:
         number = value.split()
         if number and number[0].isdigit():
             found[name] = int(number[0]) * 1024
-    total = found.get("MemTotal", _NO_LIMIT_BYTES)
-    return total, found.get("MemAvailable", total)
+    if "MemTotal" not in found:
+        return _of_sysconf()
+    return found["MemTotal"], found.get("MemAvailable", found["MemTotal"])
+
+
+def _of_sysconf() -> tuple[int, int]:
+    """Return the same where the system has no /proc: without psutil all memory counts as available."""
+    try:
+        import psutil
+    except ImportError:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return total, total
+    memory = psutil.virtual_memory()
+    return int(memory.total), int(memory.available)
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:

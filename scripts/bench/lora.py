@@ -75,8 +75,12 @@ def bits_per_byte(home: Path, tokens: int) -> float:
 
 def medians(path: Path) -> Figures:
     """Return those of what a peer's rounds took, once both are members."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    rounds = [line for line in lines if line.get("members") == 2 and "computing_seconds" in line]
+    by_round: dict[int, Figures] = {}
+    for line in map(json.loads, path.read_text().splitlines()):
+        # Figures of one round come in several lines.
+        by_round.setdefault(line.get("round", 0), {}).update(line)
+    rounds = [figures for figures in by_round.values() if figures.get("members_included") == 2]
+    rounds = [figures for figures in rounds if "computing_seconds" in figures]
     keys = ("computing_seconds", "exchange_seconds", "waiting_seconds", "sent_bytes", "received_bytes")
     found = {key: round(statistics.median(line[key] for line in rounds), 2) for key in keys if rounds}
     return {"rounds_with_both": len(rounds), **found}

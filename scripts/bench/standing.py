@@ -73,6 +73,9 @@ def draw(report: Figures, path: Path) -> None:
             axes.plot(sizes, rates, style, marker=marker, label=f"{name}, {of}")
     axes.axhline(5, color="grey", linewidth=0.8)
     axes.set(xscale="log", xlabel="peers", ylabel="kB/s sent by each while idle", ylim=(0, None))
+    shown = sorted({int(row["peers"]) for part in PARTS for row in report[part].values()})
+    axes.set_xticks(shown, [str(size) for size in shown])
+    axes.minorticks_off()
     axes.legend()
     save(figure, path)
 

@@ -326,7 +326,7 @@ BEGIN_AT = {
     forget_through_a_restart_who_was_there: 180,
     ignore_the_fork_rule: 94,
     judge_forks_by_work_alone: 159,
-    let_strangers_seal_alone: 15,
+    let_strangers_seal_alone: 63,
 }
 
 

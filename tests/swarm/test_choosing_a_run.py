@@ -18,7 +18,7 @@ from p2ptrain.peer import joining
 from p2ptrain.peer.joining import LISTED_RUNS, find_run
 from p2ptrain.swarm.identity import Identity, format_peer_id, new_identity
 from p2ptrain.swarm.node import SwarmNode
-from p2ptrain.swarm.records import RUNS_KEY, RunRecord, encode_record, subkey_of
+from p2ptrain.swarm.records import RUN_RECORD_SECONDS, RUNS_KEY, RunRecord, encode_record, subkey_of
 
 if TYPE_CHECKING:
     from conftest import Swarm
@@ -67,7 +67,7 @@ def test_foreign_runs_by_the_hundred_change_nothing(swarm: Swarm) -> None:
     async def scenario() -> None:
         first = await swarm.node()
         await serve(first, ours)
-        await first.publish_run(listing(first.identity, open_manifest(ours)[1], "ours"))
+        await first.publish(RUNS_KEY, listing(first.identity, open_manifest(ours)[1], "ours"), RUN_RECORD_SECONDS)
         foreign = (publish_foreign(first, number, "ours" if number % 2 else "") for number in range(STRANGERS))
         await asyncio.gather(*foreign)
         newcomer = await swarm.node(first)
@@ -89,7 +89,7 @@ def test_a_peer_that_does_not_answer_is_in_the_run_that_its_record_names(swarm: 
     async def scenario() -> None:
         first = await swarm.node()
         await first.store_manifest(ours)
-        await first.publish_run(listing(first.identity, open_manifest(ours)[1], "ours"))
+        await first.publish(RUNS_KEY, listing(first.identity, open_manifest(ours)[1], "ours"), RUN_RECORD_SECONDS)
         await publish_foreign(first, 1)
         newcomer = await swarm.node(first)
         assert await find_run(newcomer, await first.join_addresses(), None) == ours

@@ -34,6 +34,9 @@ from p2ptrain.swarm.identity import Identity, format_peer_id, new_identity, pars
 from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.swarm.records import (
     PEER_RECORD_SECONDS,
+    RUN_RECORD_SECONDS,
+    RUNS_KEY,
+    MissingRecord,
     PeerRecord,
     RunRecord,
     encode_record,
@@ -41,7 +44,7 @@ from p2ptrain.swarm.records import (
     peers_key,
     subkey_of,
 )
-from p2ptrain.swarm.shelves import REPLICAS, Shelves, find_peer
+from p2ptrain.swarm.shelves import REPLICAS, Shelves, find_peer, shelf_key, shelf_of
 
 RUN = bytes(range(32))
 
@@ -113,7 +116,7 @@ def test_peers_read_what_others_publish(swarm: Swarm) -> None:
         run = RunRecord(
             peer_id=first.peer_id, run_id=RUN, time=time.time(), name="a", protocol=1, round=3, state_id=RUN, members=2
         )
-        assert await first.publish_run(run)
+        assert await first.publish(RUNS_KEY, run, RUN_RECORD_SECONDS)
         assert await observer.read_runs() == {RUN: [run]}
         assert await observer.read_peers(bytes(32)) == {}
 
@@ -169,6 +172,75 @@ def test_records_are_read_from_single_nodes_and_what_one_hides_the_next_one_show
             assert oldest == first.peer_id
         alone = await find_peer(nodes[4], RUN, b"", first.peer_id)
         assert alone is not None and alone.shelves == 4
+
+    swarm.run(scenario())
+
+
+def test_who_is_said_to_be_missing_is_looked_for_and_nobody_believes_it_unseen(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shelves_module, "SHOWN_EVERY", 0)
+    # No shelf is read in its turn.
+    monkeypatch.setattr(shelves_module, "LOOKS_PER_SECOND", 1e-6)
+    monkeypatch.setattr(shelves_module, "LOOKS_BURST", 0.0)
+
+    async def scenario() -> None:
+        first = await swarm.node()
+        nodes = [first, *[await swarm.node(first) for _ in range(3)]]
+        shelves = [Shelves(node, RUN, b"") for node in nodes]
+        for one in shelves:
+            one.sized_for(24, 24)
+            assert one.count == shelves_module.MANY_SHELVES
+
+        async def publish(which: Shelves, seconds_ago: float = 0.0) -> None:
+            at = time.time() - seconds_ago
+            with monkeypatch.context() as then:
+                then.setattr(shelves_module, "PEER_RECORD_SECONDS", PEER_RECORD_SECONDS - seconds_ago)
+                assert await which.publish(peer_record(which._node.identity, time=at))
+
+        live, dead = shelves[1:3]
+        await publish(live)
+        await publish(dead, 1.0)
+        watching = Shelves(await swarm.node(first, observer=True), RUN, b"")
+
+        async def age_of(which: Shelves) -> float:
+            seen = await watching.look_at_all()
+            return seen.at[which._node.peer_id] - seen.records[which._node.peer_id].time
+
+        assert await age_of(live) < 3 and await age_of(dead) < 4
+
+        # Those who keep a record say that it is not renewed, once it is old, and only once.
+        for one in shelves:
+            one.tell_missing()
+            assert one._telling is None
+        monkeypatch.setattr(shelves_module, "SUSPECT_SECONDS", 0.5)
+        monkeypatch.setattr(shelves_module, "GONE_SECONDS", 1.5)
+        await publish(live)
+        for one in shelves:
+            one.tell_missing()
+        told = [one._telling for one in shelves if one._telling is not None]
+        assert told
+        await asyncio.gather(*told)
+        for one in shelves:
+            one.tell_missing()
+        assert [one._telling for one in shelves if one._telling is not None] == told
+        await swarm.eventually(lambda: time.time() - watching._looked_at[key_of(dead)] > 2.0)
+        assert await age_of(dead) > 1.5, "a look at its shelf shows how old its record is now"
+
+        # A liar has shelves read, a few times; what it says shows nowhere.
+        liar = shelves[3]
+        said = MissingRecord(
+            peer_id=liar._node.peer_id,
+            run_id=RUN,
+            time=time.time(),
+            peers={live._node.peer_id: time.time() - 2.0},
+        )
+        await liar._tell(said)
+        await publish(live)
+        assert await age_of(live) < 1.5
+
+    def key_of(which: Shelves) -> str:
+        return shelf_key(RUN, which.count, shelf_of(which._node.peer_id, which.count))
 
     swarm.run(scenario())
 

@@ -25,7 +25,16 @@ from p2ptrain.swarm import guards, validator
 from p2ptrain.swarm.guards import MAX_KEYS_SOUGHT_AT_ONCE, MAX_KEYS_STORED_AT_ONCE
 from p2ptrain.swarm.identity import Identity, format_peer_id, new_identity
 from p2ptrain.swarm.node import SwarmNode
-from p2ptrain.swarm.records import PEER_RECORD_SECONDS, PeerRecord, RunRecord, encode_record, peers_key, subkey_of
+from p2ptrain.swarm.records import (
+    PEER_RECORD_SECONDS,
+    RUN_RECORD_SECONDS,
+    RUNS_KEY,
+    PeerRecord,
+    RunRecord,
+    encode_record,
+    peers_key,
+    subkey_of,
+)
 from p2ptrain.swarm.storage import KEYS_PER_SIGNER, MAX_STORED_KEYS, RECORDS_PER_CALLER
 from p2ptrain.swarm.streams import CALLS_BURST, REQUEST_MAX_BYTES, STREAMS_PER_PEER
 
@@ -326,12 +335,12 @@ def test_keys_of_a_stranger_drive_out_nobodys_run(swarm: Swarm, monkeypatch: pyt
         run = RunRecord(
             peer_id=other.peer_id, run_id=RUN, time=time.time(), name="a", protocol=1, round=3, state_id=RUN, members=2
         )
-        assert await other.publish_run(run)
+        assert await other.publish(RUNS_KEY, run, RUN_RECORD_SECONDS)
         made = [items([outsider.identity], key=f"key {n}", seconds=50)[0] for n in range(MAX_STORED_KEYS + 100)]
         assert await stores(outsider, victim, items([outsider.identity], key="long", seconds=3600)) == 0
         assert await stores(outsider, victim, made) == KEYS_PER_SIGNER
         assert await victim.read_runs() == {RUN: [run]}
-        assert await other.publish_run(run)
+        assert await other.publish(RUNS_KEY, run, RUN_RECORD_SECONDS)
         assert await victim.read_runs() == {RUN: [run]}
 
     swarm.run(scenario())

@@ -40,13 +40,15 @@ async function ask(path) {
   return value;
 }
 
-// columns: [title, key or function, "number" | "wide" | "", draw(row, cell) or undefined]
-function table(columns, rows, caption, onSort) {
-  const made = element("table");
-  if (caption) made.append(element("caption", caption));
+// columns: [title, key or function, "number" | "wide" | "name" | "", draw(row, cell) or undefined]
+function table(columns, rows, onSort) {
+  // On a phone each row is a card, laid out as blocks: roles keep it a table for who has it read aloud.
+  const made = element("table", undefined, { role: "table" });
+  if (onSort) made.className = "sortable";
   const head = made.createTHead().insertRow();
+  head.setAttribute("role", "row");
   for (const column of columns) {
-    const cell = element("th", undefined, { scope: "col" });
+    const cell = element("th", undefined, { scope: "col", role: "columnheader" });
     if (column[2]) cell.className = column[2];
     if (onSort && typeof column[1] === "string") {
       const button = element("button", column[0], { type: "button" });
@@ -59,12 +61,16 @@ function table(columns, rows, caption, onSort) {
   const body = made.createTBody();
   for (const row of rows) {
     const line = body.insertRow();
+    line.setAttribute("role", "row");
     for (const column of columns) {
       const cell = line.insertCell();
+      cell.setAttribute("role", "cell");
+      cell.dataset.title = column[0];
       if (column[2]) cell.className = column[2];
       const value = typeof column[1] === "function" ? column[1](row) : row[column[1]];
       if (column[3]) column[3](row, cell, value);
       else cell.textContent = value === null || value === undefined || value === "" ? "–" : value;
+      if (["–", ""].includes(cell.textContent)) cell.classList.add("nothing");
     }
   }
   return made;
@@ -93,7 +99,9 @@ function drawOverview() {
     made.append(element("b", value), element("span", text));
     return made;
   };
-  const peers = Object.entries(overview.peers).map(([state, count]) => `${count} ${state}`).join(", ");
+  const count = Object.values(overview.peers).reduce((a, b) => a + b, 0);
+  const atWork = (overview.peers.training || 0) + (overview.peers.solo || 0);
+  const others = Object.entries(overview.peers).filter(([state]) => !["training", "solo"].includes(state));
   const tiles = [
     tile(overview.last_round ? `round of ${whole(overview.last_round)}` : "round", whole(run.round)),
     tile("until the run is done", overview.eta_seconds === null ? "–" : span(overview.eta_seconds)),
@@ -103,7 +111,7 @@ function drawOverview() {
       evaluation ? fixed(evaluation.median, 3) : "–",
     ),
     tile("tokens a second in all", short(overview.tokens_per_second)),
-    tile("peers", peers || "none"),
+    tile(`peers train${others.map(([state, some]) => `, ${some} ${state}`).join("")}`, `${atWork} of ${count}`),
   ];
   $("tiles").replaceChildren(...tiles);
   $("branches").replaceChildren(
@@ -179,7 +187,7 @@ function drawCharts() {
 
 const state = (row, cell, value) => cell.append(element("span", value, { class: `state ${value}` }));
 const peerColumns = [
-  ["Name", "name", ""],
+  ["Name", "name", "name"],
   ["State", "state", "", state],
   ["Peer", (row) => row.peer_id.slice(-8), ""],
   ["Round", "round", "number"],
@@ -191,7 +199,7 @@ const peerColumns = [
   ["Loss", "train_loss", "number", (row, cell, value) => (cell.textContent = fixed(value, 3))],
   ["Compute", (row) => (row.round_seconds ? `${row.round_seconds.computing.toFixed(2)} s` : "–"), "number"],
   ["Exchange", (row) => (row.round_seconds ? `${row.round_seconds.exchange.toFixed(2)} s` : "–"), "number"],
-  ["Device", "device", ""],
+  ["Device", "device", "name"],
   ["Version", "version", ""],
   ["Seen", "last_seen_seconds", "number", (row, cell, value) => (cell.textContent = `${value.toFixed(0)} s ago`)],
 ];
@@ -206,16 +214,16 @@ function drawPeers() {
     sort = { key, down: sort.key === key ? !sort.down : number };
     drawPeers();
   };
-  put("peers-table", table(peerColumns, rows, "", onSort));
+  put("peers-table", table(peerColumns, rows, onSort));
 }
 const roundColumns = [
   ["Round", "round", "number"],
-  ["Sealed by", "sealer", ""],
+  ["Sealed by", "sealer", "name"],
   ["Turn", (row) => (row.solo ? "alone" : row.takeover ? `takeover ${row.place}` : "its own"), ""],
   ["Included", (row) => `${row.included.length}/${row.members}`, "number"],
   ["Sequences", "sequences", "number"],
   ["Skipped parts", (row) => `${row.skipped_parts}/${row.parts}`, "number"],
-  ["Late", (row) => row.late.join(", "), ""],
+  ["Late", (row) => row.late.join(", "), "name"],
   [
     "What else",
     (row) =>
@@ -231,15 +239,15 @@ const roundColumns = [
 ];
 function drawRounds() {
   if (!seen.rounds.length) return put("rounds-table", element("p", "No peer hands out seals.", { class: "hint" }));
-  put("rounds-table", table(roundColumns, seen.rounds, ""));
+  put("rounds-table", table(roundColumns, seen.rounds));
 }
 function drawExchange() {
   const { peers, parts } = seen.flows;
   if (!peers.length) return put("exchange-table", element("p", "Nobody has exchanged anything in the last rounds.", { class: "hint" }));
   const most = Math.max(1, ...parts.flat());
-  const columns = [["From", (row) => row.name, ""]].concat(
+  const columns = [["From", (row) => row.name, "name"]].concat(
     peers.map((name, n) => [
-      `to ${name}`,
+      `to ${name.length > 12 ? `${name.slice(0, 11)}…` : name}`,
       (row) => row.parts[n],
       "number",
       (row, cell, value) => {
@@ -249,10 +257,10 @@ function drawExchange() {
       },
     ]),
   );
-  put("exchange-table", table(columns, peers.map((name, n) => ({ name, parts: parts[n] })), ""));
+  put("exchange-table", table(columns, peers.map((name, n) => ({ name, parts: parts[n] }))));
 }
 const creditColumns = [
-  ["Name", "name", ""],
+  ["Name", "name", "name"],
   ["Peer", (row) => row.peer_id.slice(-8), ""],
   ["Tokens", (row) => short(row.tokens), "number"],
   ["Share", (row) => `${(100 * row.share).toFixed(1)} %`, "number"],
@@ -270,7 +278,7 @@ async function drawCredit() {
     const credit = await ask("/api/credit");
     const since = credit.complete ? "all of the run" : "not from its beginning on";
     $("credit-of").textContent = `From the seals of rounds ${whole(credit.first_round)} to ${whole(credit.last_round)}: ${since}.`;
-    put("credit-table", table(creditColumns, credit.peers, ""));
+    put("credit-table", table(creditColumns, credit.peers));
   } catch (error) {
     $("credit-of").textContent = error.message;
   }
@@ -284,7 +292,7 @@ async function drawManifest() {
   };
   try {
     flatten((await ask("/api/manifest")).manifest, "");
-    put("manifest-table", table([["Key", "key", ""], ["Value", "value", "wide"]], rows, ""));
+    put("manifest-table", table([["Key", "key", ""], ["Value", "value", "wide"]], rows));
   } catch (error) {
     put("manifest-table", element("p", error.message, { class: "hint" }));
   }
@@ -293,6 +301,7 @@ let wanted = 0;
 async function drawPast() {
   const slider = $("slider");
   const { span: rounds } = await ask("/api/past");
+  document.body.dataset.past = rounds ? "known" : "none";
   if (!rounds) return;
   const first = slider.disabled;
   slider.min = rounds[0];
@@ -313,8 +322,8 @@ async function drawMoment() {
   }
   if (number !== wanted) return;
   drawHealth("past-health", { level: then.health.level, text: `${new Date(1000 * then.time).toLocaleString()}: ${then.health.text}` });
-  put("past-peers", table(peerColumns.filter((column) => !["Exchange", "Compute"].includes(column[0])), then.peers, ""));
-  put("past-rounds", table(roundColumns, then.rounds.slice(0, 12), ""));
+  put("past-peers", table(peerColumns.filter((column) => !["Exchange", "Compute"].includes(column[0])), then.peers));
+  put("past-rounds", table(roundColumns, then.rounds.slice(0, 12)));
 }
 
 const drawn = { overview: drawOverview, peers: drawPeers, rounds: drawRounds, exchange: drawExchange };
@@ -352,7 +361,11 @@ function take(look) {
   seen = look;
   $("name").textContent = seen.run.name;
   document.title = `${seen.health.level === "ok" ? "" : "! "}${seen.run.name} – p2ptrain`;
-  $("run").textContent = `run ${seen.run.id.slice(0, 16)}, state ${seen.run.state_id.slice(0, 8)}, DHT: ${seen.dht.nodes_alive} nodes answer, ${seen.dht.nodes_dead} do not`;
+  const { nodes_alive: alive, nodes_dead: dead } = seen.dht;
+  const nodes = alive + dead ? `DHT: ${alive} nodes answer${dead ? `, ${dead} do not` : ""}` : "";
+  // What a home saw last may be long ago.
+  const when = Date.now() / 1000 - seen.time > 60 ? `as it was on ${new Date(1000 * seen.time).toLocaleString()}` : "";
+  $("run").textContent = [`run ${seen.run.id.slice(0, 16)}`, `state ${seen.run.state_id.slice(0, 8)}`, nodes, when].filter(Boolean).join(", ");
   drawHealth("health", seen.health);
   live.time.push(seen.time);
   live.loss.push(seen.overview.train_loss);

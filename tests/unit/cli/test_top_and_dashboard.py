@@ -84,6 +84,8 @@ def seen() -> Inspection:
 
 
 class Source:
+    pause_seconds = 3.0
+
     async def look(self) -> Inspection:
         return seen()
 
@@ -104,12 +106,13 @@ class Source:
 
 
 @contextmanager
-def served(**settings: Any) -> Iterator[str]:
+def served(source: Any = None, **settings: Any) -> Iterator[str]:
+    """The address of a page with that source."""
     uvicorn = pytest.importorskip("uvicorn", reason="pip install 'p2ptrain[dashboard]'")
     pytest.importorskip("sse_starlette", reason="pip install 'p2ptrain[dashboard]'")
     from p2ptrain.dashboard.app import make_app
 
-    app = make_app(Source(), **settings)
+    app = make_app(source or Source(), **settings)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run)
     thread.start()

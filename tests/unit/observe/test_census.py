@@ -144,6 +144,15 @@ def test_who_said_goodbye_is_not_lost(state: str) -> None:
     assert states(look(record("ada", age=20, state=state))) == {"ada": state}
 
 
+def test_records_that_were_read_some_time_ago_do_not_say_where_the_run_is_now() -> None:
+    old = [record(name, round=9, age=60.0) for name in "abc"]
+    found = {one.peer_id: one for one in [*old, record("d", round=30, state_id=B), record("e", round=29)]}
+    # Each was new when it was looked at.
+    looked_at = {peer: one.time for peer, one in found.items()}
+    seen = inspect_run(RUN_ID, "run", found, Census(frozenset(found), frozenset()), NOW, looked_at=looked_at).as_json()
+    assert set(states(seen).values()) == {"training"} and seen["run"]["round"] == 30
+
+
 def test_the_run_stands_where_most_live_peers_are() -> None:
     seen = look(
         record("a", round=9, state_id=B, age=LOST_SECONDS + 1),

@@ -17,9 +17,21 @@ from p2ptrain.chain.sealed import SealedRound, decode_sealed
 from p2ptrain.compression import wire
 from p2ptrain.config.manifest import Manifest, open_manifest
 from p2ptrain.observe.credit import Count, count_for
-from p2ptrain.observe.events import FILES_KEPT, EventLog, Heard, Noted, RolledBack, Sealed, Started, Tail, read_events
-from p2ptrain.observe.projection import moment_at
+from p2ptrain.observe.events import (
+    FILES_KEPT,
+    EventLog,
+    Heard,
+    Noted,
+    RolledBack,
+    Sealed,
+    Started,
+    Stopped,
+    Tail,
+    read_events,
+)
+from p2ptrain.observe.projection import RoundsOfHome, moment_at
 from p2ptrain.observe.rounds import sealed_event
+from p2ptrain.peer.observing import Tally, tally_on
 from p2ptrain.state import seals
 from p2ptrain.state.seals import Opening, SealLog, Walk, answer_after, opening_at, read_opening, steps
 from p2ptrain.swarm.identity import format_peer_id, verify
@@ -155,6 +167,32 @@ def test_a_reader_gets_all_by_asking_again_and_only_what_is_new(
     assert isinstance(whole, Count) and run_id == begun.state.run_id
 
 
+def test_a_count_that_goes_on_is_at_any_time_that_of_all_seals(tmp_path: Path) -> None:
+    manifest, _, chunks, rounds, states = recorded()
+    log, tally = SealLog(tmp_path), None
+    log.begin(states[0], chunks)
+    counted: list[Count] = []
+    for number, sealed in enumerate(rounds, 1):
+        log.append(sealed.signed)
+        if number in (50, 84):
+            # The chain goes back by two rounds, and through them again.
+            for again in rounds[number - 2 : number]:
+                log.append(again.signed)
+        if log.full:
+            log.begin(states[number], chunks)
+        if number % 7 == 0:
+            known, at = (b"", 0) if tally is None else (tally.walk.head.id, tally.walk.head.round)
+            opening, handed = answer_after(log, at, known, 0, number)
+            assert len(handed) <= 9, "what is counted is not handed out again"
+            tally = tally_on(tally, manifest, read_opening(opening) if opening else None, handed)
+            assert tally.now() == count_for(manifest).add_all(steps(log.since(1), verify))
+            counted.append(tally.now())
+    assert [count.last for count in counted] == list(range(7, 91, 7)), "and none changes afterwards"
+    # Of another chain, or one with a gap, it begins anew.
+    late = tally_on(tally, manifest, Opening(chunks, states[10]), [sealed.signed for sealed in rounds[10:20]])
+    assert isinstance(tally, Tally) and late is not tally and (late.now().first, late.now().last) == (11, 20)
+
+
 def told() -> list[Sealed]:
     """The rounds as events, a second apart."""
     _, _, chunks, rounds, states = recorded()
@@ -216,6 +254,30 @@ def test_a_past_moment_is_as_it_was_whatever_came_later(tmp_path: Path) -> None:
     assert [event.round for event in moment_at(past).rounds] == list(range(1, 71))
     assert "lost: bo" in moment_at(past).moment().health.text
     assert moment_at(past, 71).own is None
+
+
+def test_the_rounds_of_a_home_are_read_on_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("p2ptrain.observe.events.FILE_BYTES", 8000)
+    log, rounds = EventLog(tmp_path), told()
+    for event in rounds[:20]:
+        log.write(event)
+    home = RoundsOfHome(tmp_path)
+    first = home.read()
+    assert first[-1].round == 20 and len(first) > 5, "also of the file before the newest"
+    for event in (*rounds[20:40], RolledBack(round=38, state_id=rounds[37].state_id), rounds[38]):
+        log.write(event)
+    assert home.read() == (*first, *rounds[20:39]) and home.read()[-1].round == 39
+
+
+def test_a_peer_that_is_paused_has_not_left(tmp_path: Path) -> None:
+    rounds, run_id = told(), recorded()[1].hex()
+    beginning = Started(
+        run_id=run_id, run="", peer_id="me", name="ada", device="cpu", version="1", protocol=1, round=0, state_id=run_id
+    )
+    paused = Stopped(round=3, why="its owner has paused it", paused=True)
+    for stopped, state in ((paused, "paused"), (Stopped(round=3, why="it was told to"), "leaving")):
+        (row,) = moment_at([beginning, *rounds[:3], stopped]).moment().peers
+        assert (row["state"], row["tokens_per_second"]) == (state, 0.0)
 
 
 def test_events_are_bounded_and_a_reader_that_follows_misses_none(

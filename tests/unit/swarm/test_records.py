@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import math
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 from hivemind.dht import DHTID
+from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.dht.validation import DHTRecord
 from hivemind.utils import MSGPackSerializer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from p2ptrain.swarm import guards
 from p2ptrain.swarm.identity import Identity, new_identity
 from p2ptrain.swarm.records import (
     MANIFEST_SUBKEY,
     MAX_RECORD_BYTES,
     MAX_RECORD_SECONDS,
+    MISSING_MAX,
     EvaluationRecord,
+    MissingRecord,
     PeerRecord,
     RecordError,
     RefusedRecord,
@@ -26,6 +32,7 @@ from p2ptrain.swarm.records import (
     check_record,
     encode_record,
     key_id_of,
+    missing_key,
     open_record,
     peer_of,
     peers_key,
@@ -173,6 +180,31 @@ def test_a_record_ends_and_does_not_come_from_the_future() -> None:
 def test_impossible_values_are_not_published(changes: dict[str, Any]) -> None:
     with pytest.raises(RecordError):
         encoded(**changes)
+
+
+def test_who_says_that_peers_are_missing_names_some_and_no_crowd() -> None:
+    def missing(count: int) -> MissingRecord:
+        peers = {new_identity().peer_id: NOW - 6.0 for _ in range(count)}
+        return MissingRecord(peer_id=ME.peer_id, run_id=RUN, time=NOW, peers=peers)
+
+    key = missing_key(RUN)
+    data = encode_record(ME, key, said := missing(MISSING_MAX), NOW + 20)
+    assert open_record(data, key, ME.peer_id, MissingRecord, now=NOW) == said
+    for count in (0, MISSING_MAX + 1):
+        with pytest.raises(RecordError):
+            encode_record(ME, key, missing(count), NOW + 20)
+
+
+def test_a_record_that_expires_on_its_way_takes_no_others_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time()
+    validating: Any = SimpleNamespace(record_validator=SignedRecordValidator(), serializer=MSGPackSerializer)
+    found = DictionaryDHTValue()
+    for identity, left in ((ME, 20.0), (new_identity(), 5.0)):
+        data = encode_record(identity, KEY, peer_record(identity, time=now), expires := now + left)
+        found.store(subkey_of(identity.peer_id), MSGPackSerializer.dumps(data), expires)
+    monkeypatch.setattr(guards, "get_dht_time", lambda: now + 6.0)
+    assert guards._validate_dictionary(validating, key_id_of(KEY), found)
+    assert list(found.data) == [subkey_of(ME.peer_id)]
 
 
 def test_later_versions_may_add_fields() -> None:

@@ -104,6 +104,16 @@ def test_what_was_stored_outlives_any_number_of_keys_that_expire_later() -> None
     assert KEY in storage
 
 
+def test_a_full_node_takes_no_other_key_of_that_kind_and_renews_those_that_it_has() -> None:
+    storage, other = BoundedStorage(), DHTID.generate(b"other")
+    assert brings(storage, peer(1), range(1, 2)) == 1
+    storage.is_full = lambda key: key in (KEY, other)
+    assert brings(storage, peer(2), range(2, 3)) == 1, "the key is here already"
+    assert brings(storage, peer(2), range(2, 3), key=other) == 0
+    assert brings(storage, peer(2), range(2, 3), key=DHTID.generate(b"of another kind")) == 1
+    assert storage.store_subkey(other, subkey_of(peer(9)), b"its own", soon())
+
+
 def test_what_has_expired_counts_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage_module, "_PURGE_SECONDS", 0.0)
     storage = BoundedStorage()

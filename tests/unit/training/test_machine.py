@@ -32,6 +32,15 @@ def test_without_control_groups_the_machine_is_the_limit(tmp_path: Path) -> None
     assert found.cores == found.threads == CORES
 
 
+def test_a_system_without_proc_is_asked_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity")
+    found, whole = this_machine(tmp_path), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert found.memory_bytes == whole and 0 < found.free_bytes < whole and found.cores == os.cpu_count()
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    found = this_machine(tmp_path)
+    assert (found.memory_bytes, found.free_bytes) == (whole, whole)
+
+
 def test_version_2_counts_the_groups_above_and_not_the_files_that_can_go(tmp_path: Path) -> None:
     files = {
         "proc/self/cgroup": "0::/user.slice/job",
