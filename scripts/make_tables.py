@@ -520,6 +520,8 @@ def reach() -> str:
     results = load("reach")
     rows: Rows = []
     for name, what in REACH.items():
+        if name not in results:
+            continue
         of = results[name]
         joined = sum(one["trains"] for one in of["joined"])
         relayed = of.get("relayed_bytes_per_round")
@@ -528,7 +530,7 @@ def reach() -> str:
                 what,
                 f"{of['members']}, {of['members_that_nobody_can_dial']}",
                 f"{100 * min(of['share_that_counts'].values()):.0f} %",
-                f"{of['rounds_per_minute']:.0f}",
+                str(of["rounds"]),
                 f"{joined} of {len(of['joined'])}",
                 f"{relayed / 1000:.1f} kB" if relayed else "",
             )
@@ -537,7 +539,7 @@ def reach() -> str:
         "Swarm",
         "members, not dialable",
         "counts, at least",
-        "rounds a minute",
+        "of rounds",
         "lines that led in",
         "relayed a round",
     )
