@@ -406,14 +406,14 @@ class SwarmNode:
         """This node, as the DHT names it."""
         return PeerID(self.peer_id)
 
-    def nearest(self, key: str, others: Mapping[DHTID, PeerID]) -> list[PeerID]:
+    def nearest(self, key: str, others: Mapping[DHTID, PeerID]) -> dict[DHTID, PeerID]:
         """Nodes that this one knows, and `others`, and itself unless it is an observer; the nearest to `key` first."""
         place, table = DHTID.from_bytes(key_id_of(key)), self.dht.protocol.routing_table
         known = table.get_nearest_neighbors(place, self.dht.protocol.bucket_size, exclude=self.dht.node_id)
         found = {node: peer for node, peer in {**others, **dict(known)}.items() if peer not in self.dht.blacklist}
         if not self.observer:
             found[self.dht.node_id] = self.peer
-        return list(dict.fromkeys(found[node] for node in sorted(found, key=place.xor_distance)))
+        return {node: found[node] for node in sorted(found, key=place.xor_distance)}
 
     async def search(self, key: str, count: int, *, timeout_seconds: float = 10.0) -> dict[DHTID, PeerID]:
         """The nodes nearest to `key`, by asking those that are nearer and nearer; fewer when time is over."""
@@ -460,20 +460,19 @@ class SwarmNode:
         """Whether the network is so small that the routing table has all of it."""
         return len(self.dht.protocol.routing_table.uid_to_peer_id) < SMALL_NETWORK
 
-    async def stored_at(self, peer: PeerID, key: str) -> tuple[dict[Any, Any] | None, list[PeerID]]:
+    async def stored_at(self, peer: PeerID, key: str) -> tuple[dict[Any, Any] | None, dict[DHTID, PeerID]]:
         """What one other node has under `key`, and which nodes it holds for the nearest.
 
         Returns:
-            ({subkey: value}, unchecked, peers): None and [] when it does not answer.
+            ({subkey: value}, unchecked, nodes): None and {} when it does not answer.
         """
         place = DHTID.from_bytes(key_id_of(key))
         found = await self.dht.protocol.call_find(peer, [place])
         self._note_answer(peer, found is not None)
         if found is None:
-            return None, []
+            return None, {}
         stored, nodes = found[place]
-        nearest = sorted(nodes, key=place.xor_distance)
-        return _unpacked(stored), [nodes[node] for node in nearest if nodes[node] not in self.dht.blacklist]
+        return _unpacked(stored), {node: peer for node, peer in nodes.items() if peer not in self.dht.blacklist}
 
     def _note_answer(self, peer: PeerID, answered: bool) -> None:
         if answered:

@@ -6,8 +6,9 @@ spreads its records over shelves, each a key of its own: their number is a power
 their chain, and a peer's shelf follows from its id. On the first key, where everyone looks first, peers then write now
 and then only; what they write there says how many shelves there are.
 
-Ids lie unevenly, so some nodes are the nearest to many keys. Each therefore keeps a few shelves more than an even share
-and refuses others, which then go to the next nearest node.
+Ids lie unevenly, so some nodes are near to many keys. Each therefore keeps a few shelves more than an even share and
+refuses others, which then go to the next nearest node. It refuses none of those that it is the nearest to, so that all
+records of a shelf are together at one node, which readers find however full others are.
 
 Whoever looks at a large run reads one shelf after another, which takes minutes. Those that store a shelf see at once
 who does not renew its record, and say so on one key that is read every time. That is believed from nobody: it says
@@ -62,8 +63,8 @@ SHELF_RECORDS = 3
 """With more members for each of several shelves there are twice as many; with a third of them half as many."""
 READ_SECONDS, READ_SECONDS_MANY = 8.0, 32.0
 """Between two shelves that others are asked for; where there are many."""
-HOPS_MAX, HOPS_MAX_KNOWN = 10, 2
-"""Nodes asked for one shelf; where the routing table has everybody."""
+HOPS_MAX, HOPS_MAX_FEW = 10, 2
+"""Nodes asked for one shelf; where there are few shelves."""
 READ_AT_ONCE = 8
 SHELF_LOOK_SECONDS = 0.25
 """Between two looks of an observer at the only shelf."""
@@ -76,14 +77,12 @@ SPREAD = 1.5
 """Once a node has so many times an even share of all records it takes no other shelf."""
 DROPPED_SECONDS = 600.0
 """So long it takes none of one that it has dropped."""
-EMPTY_SECONDS = 60.0
-"""A node that refused a shelf, or has none of it, is left alone so long."""
+REFUSED_SECONDS = 60.0
+"""A node that refused a shelf is left alone so long."""
 SUSPECT_SECONDS, GONE_SECONDS = 5.0, 7.1
 """A record so old should have been renewed; and when it is so old that views call its peer lost."""
 HINTS_PER_SECOND, HINTS_BURST = 0.5, 8.0
 """Shelves that an observer reads beyond that because a peer is missing."""
-HOPS_EMPTY = 3
-"""Nodes asked for a shelf that nobody had anything of the last time."""
 SHOWN_EVERY = 3
 """A peer's record is on the first key, too, once in so many times the number of shelves."""
 
@@ -149,8 +148,10 @@ class Shelves:
         self._known: dict[str, dict[bytes, PeerRecord]] = {}
         self._looked_at: dict[str, float] = {}
         self._read_due = 0.0
-        #: (key, node): until when it is left alone, since it has, or takes, none of that shelf
-        self._empty: dict[tuple[str, PeerID], float] = {}
+        #: by key that is read: nodes near to it
+        self._met: dict[str, dict[DHTID, PeerID]] = {}
+        #: (key, node): until when it is brought nothing of that shelf, since it has refused it
+        self._full: dict[tuple[str, PeerID], float] = {}
         #: the shelves' keys by their ids, and how many records of them this node keeps; None: all that it is brought
         self._keys: dict[DHTID, str] = {}
         self._room: int | None = None
@@ -184,8 +185,13 @@ class Shelves:
         """Say whether a shelf that is not here yet would be one too many."""
         if self._room is None or key_id not in self._keys:
             return False
-        dropped = self._dropped.get(self._keys[key_id], 0.0) > time.monotonic()
-        return dropped or self._load(self._stored()) >= self._room
+        key = self._keys[key_id]
+        dropped = self._dropped.get(key, 0.0) > time.monotonic()
+        return (dropped or self._load(self._stored()) >= self._room) and not self._is_nearest(key)
+
+    def _is_nearest(self, key: str) -> bool:
+        """Say whether no other node that this one knows is nearer to a key."""
+        return next(iter(self._node.nearest(key, {}).values()), None) == self._node.peer
 
     def _load(self, stored: Mapping[str, int]) -> int:
         """How many records, renewed as often as they are, cost as much as what is stored here."""
@@ -200,16 +206,18 @@ class Shelves:
         if self._room is None:
             return
         stored = self._stored()
-        if len(stored) > 1 and self._load(stored) > self._room + 1:
+        if self._load(stored) <= self._room + 1:
+            return
+        if spare := [key for key in stored if not self._is_nearest(key)]:
             # The one that others are nearest to.
-            far = max(stored, key=lambda key: DHTID.from_bytes(key_id_of(key)).xor_distance(self._node.dht.node_id))
+            far = max(spare, key=lambda key: DHTID.from_bytes(key_id_of(key)).xor_distance(self._node.dht.node_id))
             self._node.drop(far)
             self._dropped[far] = time.monotonic() + DROPPED_SECONDS
 
     def _set_count(self, count: int) -> None:
         if count != self.count:
             self.count = count
-            self._keys, self._empty, self._dropped = {}, {}, {}
+            self._keys, self._full, self._dropped, self._met = {}, {}, {}, {}
             keep = {shelf_key(self._run_id, count, shelf) for shelf in range(count)} | {peers_key(self._run_id)}
             self._known = {key: known for key, known in self._known.items() if key in keep}
             self._searched = {key: found for key, found in self._searched.items() if key in keep}
@@ -242,7 +250,7 @@ class Shelves:
             now, near = near[: REPLICAS - taken], near[REPLICAS - taken :]
             took = await asyncio.gather(*(self._node.store_at(node, key, data, expires, subkey) for node in now))
             for node in (node for node, took_it in zip(now, took, strict=True) if not took_it):
-                self._note_empty(key, node)
+                self._note_full(key, node)
             taken += sum(took)
         return taken > 0
 
@@ -254,16 +262,16 @@ class Shelves:
             self._searched[key] = time.monotonic(), await self._node.search(key, 2 * REPLICAS)
 
     def _near(self, key: str) -> list[PeerID]:
-        """Nodes to turn to for a key, the nearest first; those that have or take nothing of it last."""
-        near = self._node.nearest(key, self._searched.get(key, (0.0, {}))[1])
+        """Nodes to bring records under a key to, the nearest first; those that have refused it last."""
+        near = self._node.nearest(key, self._searched.get(key, (0.0, {}))[1]).values()
         now = time.monotonic()
-        return sorted(near, key=lambda node: self._empty.get((key, node), 0.0) > now)
+        return sorted(dict.fromkeys(near), key=lambda node: self._full.get((key, node), 0.0) > now)
 
-    def _note_empty(self, key: str, node: PeerID) -> None:
+    def _note_full(self, key: str, node: PeerID) -> None:
         if self.count >= MANY_SHELVES:
             now = time.monotonic()
-            self._empty = {known: until for known, until in self._empty.items() if until > now}
-            self._empty[key, node] = now + EMPTY_SECONDS
+            self._full = {known: until for known, until in self._full.items() if until > now}
+            self._full[key, node] = now + REFUSED_SECONDS
 
     # ---- who is missing ---------------------------------------------------------------------------------------
 
@@ -364,31 +372,46 @@ class Shelves:
 
     async def _look_elsewhere(self, key: str) -> None:
         """Look at what one of the nearest nodes stores, or the nearest that those know who store nothing."""
-        asked: set[PeerID] = {self._node.peer}
+        if self.count >= MANY_SHELVES:
+            await self._ask_the_nearest(key)
+            return
         near = [node for node in self._near(key) if node != self._node.peer][:REPLICAS]
         random.shuffle(near)
-        many = self.count >= MANY_SHELVES
-        left = HOPS_MAX_KNOWN if not many else HOPS_EMPTY if self._known.get(key) == {} else HOPS_MAX
-        # Nodes that are full, or lie, may have some of a shelf alone.
-        wanted, answers = 1 if not many or key in self._looked_at else 2, 0
-        answer: Mapping[Any, Any] | None = None
-        while near and left:
+        asked, found = set[PeerID](), None
+        while near and len(asked) < HOPS_MAX_FEW and not found:
             node = near.pop(0)
             if node in asked:
                 continue
             asked.add(node)
-            left -= 1
-            found, nearer = await self._node.stored_at(node, key)
-            if found:
-                answer, answers = found, answers + 1
-                self._take(key, found)
-                if not many or answers == REPLICAS or (answers >= wanted and not self._is_anyone_suspect(key)):
-                    return
-            elif found is not None:
-                answer = answer or found
-                self._note_empty(key, node)
-            near = nearer or near
-        self._take(key, answer)
+            answer, nearer = await self._node.stored_at(node, key)
+            found = answer or found
+            place = DHTID.from_bytes(key_id_of(key))
+            near = [nearer[one] for one in sorted(nearer, key=place.xor_distance)] or near
+        self._take(key, found)
+
+    async def _ask_the_nearest(self, key: str) -> None:
+        """Look at what the nearest node stores, which refuses nothing, and others where that leaves doubts."""
+        place = DHTID.from_bytes(key_id_of(key))
+        near = self._node.nearest(key, self._met.get(key, {}))
+        # What it leaves out if it lies, or has come just now, others show sooner or later.
+        wanted = 1 if key in self._looked_at and random.random() * REPLICAS > 1 else 2
+        asked, answers, beyond, closest = {self._node.peer}, 0, 0, math.inf
+        while len(asked) <= HOPS_MAX and (left := [node for node, peer in near.items() if peer not in asked]):
+            node = min(left, key=place.xor_distance)
+            beyond += place.xor_distance(node) > closest
+            if beyond and (
+                answers >= REPLICAS
+                or (answers >= wanted and not self._is_anyone_suspect(key))
+                or (not answers and beyond >= REPLICAS)
+            ):
+                break
+            closest = min(closest, place.xor_distance(node))
+            asked.add(near[node])
+            found, nearer = await self._node.stored_at(near[node], key)
+            near |= nearer
+            answers += bool(found)
+            self._take(key, found)
+        self._met[key] = {node: near[node] for node in sorted(near, key=place.xor_distance)[: 2 * REPLICAS]}
 
     def _is_anyone_suspect(self, key: str) -> bool:
         """Say whether a record there should have been renewed."""
