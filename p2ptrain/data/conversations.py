@@ -1,7 +1,8 @@
 """Conversations as text, by the template that comes with a tokenizer; what assistants say counts in the loss.
 
 Templates are Jinja, rendered in a sandbox, with what the transformers library gives them. What a message adds is found
-by rendering the conversation up to it, so a template that changes what it wrote before is refused.
+by rendering the conversation up to it, so a template that changes what it wrote before is refused. The date alone is
+not given to them, as a run's text must not depend on the day on which somebody makes it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ def chat_of(tokenizer: TextTokenizer) -> Chat | None:
         return None
     try:
         import jinja2
+        from jinja2 import nodes
+        from jinja2.ext import Extension
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as error:
         raise DataError(
@@ -33,7 +36,19 @@ def chat_of(tokenizer: TextTokenizer) -> Chat | None:
     def refuse(reason: str) -> None:
         raise jinja2.TemplateError(reason)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    class Generation(Extension):
+        """Templates put a block around what an assistant says; for us it changes nothing."""
+
+        tags = {"generation"}  # noqa: RUF012 - as jinja has it
+
+        def parse(self, parser: Any) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
     environment.globals["raise_exception"] = refuse
     try:

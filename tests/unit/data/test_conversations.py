@@ -81,6 +81,25 @@ def test_a_template_that_refuses_or_misbehaves_is_an_error_with_a_place(tmp_path
         list(gather(list_files([tmp_path / "a.jsonl"]), wanted, Gathered()))
 
 
+def test_blocks_and_loops_that_transformers_knows_are_known() -> None:
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    template = (
+        "{% for message in messages %}{% if message.role == 'system' %}{% continue %}{% endif %}{{ message.role }}: "
+        "{% if message.role == 'assistant' %}{% generation %}\n{{ message.content }}{% endgeneration %}\n{% else %}"
+        "{{ message.content }}\n{% endif %}{% endfor %}"
+    )
+    messages = [
+        {"role": role, "content": text}
+        for role, text in (("system", "Be kind."), ("user", "Who?"), ("assistant", "I."), ("user", "Oh."))
+    ]
+    chat = chat_of(with_template(template))
+    assert chat is not None
+    (expected,), _ = utils.render_jinja_template(conversations=[messages], chat_template=template)
+    passages = chat(messages)
+    assert "".join(text for text, _ in passages) == expected
+    assert [text.strip() for text, learned in passages if learned] == ["assistant: I."]
+
+
 def test_a_malformed_template_is_refused() -> None:
     with pytest.raises(DataError, match="template for conversations is malformed"):
         chat_of(with_template("{% for %}"))
