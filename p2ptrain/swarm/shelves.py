@@ -301,9 +301,9 @@ class Shelves:
         key = missing_key(self._run_id)
         await self._search(key)
         near = [node for node in self._near(key) if node != self._node.peer][:REPLICAS]
-        if not near:
-            return []
-        found, _ = await self._node.stored_at(random.choice(near), key)
+        found: Mapping[Any, Any] | None = None
+        while near and found is None:
+            found, _ = await self._node.stored_at(near.pop(random.randrange(len(near))), key)
         said = self._node.open_records(key, found or {}, MissingRecord, self._secret).values()
         shelves, now = [], time.time()
         self.someone_missing = False
