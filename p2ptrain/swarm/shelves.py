@@ -313,7 +313,7 @@ class Shelves:
             if (
                 known is None
                 or known.time > last + SUSPECT_SECONDS
-                or self._looked_at[shelf] - known.time > GONE_SECONDS
+                or self._looked_at.get(shelf, 0.0) - known.time > GONE_SECONDS
             ):
                 continue  # It is back, or a look has shown already that it is not.
             self.someone_missing = True
@@ -416,7 +416,8 @@ class Shelves:
     def _is_anyone_suspect(self, key: str) -> bool:
         """Say whether a record there should have been renewed."""
         now = time.time()
-        return any(record.last_seen_seconds(now) > SUSPECT_SECONDS for record in self._known[key].values())
+        # There may be other shelves since it was looked at.
+        return any(record.last_seen_seconds(now) > SUSPECT_SECONDS for record in self._known.get(key, {}).values())
 
     def _take(self, key: str, found: Mapping[Any, Any] | None) -> None:
         """Note what was found; None: nobody has answered."""

@@ -24,7 +24,7 @@ def give_back() -> None:
 
 
 def load_no_compiler() -> None:
-    """Have torch leave its compiler unloaded, which a peer does not use: 170 MB, and seconds of each start.
+    """Have torch leave its compiler unloaded, which a peer does not use: some 90 MB, and seconds at a start.
 
     Methods of optimizers and the operator of the built-in model's loss, among others, are marked as not to be compiled
     at their first call, and to mark them loads the compiler (`torch._compile`). Here all that are loaded are marked
