@@ -578,6 +578,33 @@ def limits() -> str:
     return table(head, rows)
 
 
+def volunteer() -> str:
+    """Volunteers whose machines are wanted again and again."""
+    of = load("volunteer")
+
+    def spread(key: str, number: Callable[[float], str]) -> str:
+        return f"{number(of[key]['median'])} ({number(of[key]['least'])} to {number(of[key]['most'])})"
+
+    def seconds(value: float) -> str:
+        return f"{value:.1f} s"
+
+    rows: Rows = [
+        ("pauses", str(of["pauses"])),
+        ("from the machine's being wanted until the memory is free", spread("given_back_after_seconds", seconds)),
+        ("until others see the pause", spread("seen_from_outside_after_seconds", seconds)),
+        ("memory that was free after it", spread("freed_bytes", lambda value: f"{mega(value)}")),
+        ("from the machine's being idle until it trains on", spread("resumed_after_seconds", seconds)),
+        ("snapshots fetched to go on", str(of["snapshots_fetched"])),
+        ("contributions given up", str(len(of["contributions_given_up"]))),
+        ("different states on the four disks in the end", str(of["replicas_at_that_round"])),
+        (
+            "rounds a minute of the swarm: in calm, with the pauses",
+            f"{of['rounds_a_minute_in_calm']:.1f}, {of['rounds_a_minute_with_pauses']:.1f}",
+        ),
+    ]
+    return table(("A volunteer among four peers", "median (least to most)"), rows)
+
+
 def soak_home() -> str:
     """Peers at home, and all that befalls them."""
     results = load("soak_home")
@@ -765,6 +792,7 @@ TABLES: dict[str, Callable[[], str]] = {
         soak_home,
         reach,
         limits,
+        volunteer,
         soak_simulation,
         attacks,
         simulated_attacks,
