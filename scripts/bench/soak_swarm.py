@@ -8,9 +8,9 @@ bridge. First all of them train in calm. Then, every 5 to 20 s, one of all but t
 restart from its disk; the same with its home wiped; SIGSTOP for 1 to 60 s; kill -9 of its libp2p daemon; its link down
 for 1 to 30 s; another IP address, as a laptop has that changes networks. With --home, what befalls peers at home comes
 on top: their machines are wanted for 3 to 30 s, or their owners pause them for as long, or allow 300 kbit to 2 Mbit up
-for 10 to 60 s. Such peers are volunteers whose machines' use a file describes, and compute a fixed amount a round. In
-the end all must be on one chain again within --recovery, are asked to leave, and each disk is replayed to one round; no
-log may have a traceback. Prints a table on stderr and one JSON object last; exits with 1 when something does not hold.
+for 10 to 60 s. Such peers are volunteers; a file describes how their machines are used. In the end all must be on one
+chain again within --recovery, are asked to leave, and each disk is replayed to one round; no log may have a traceback.
+Prints a table on stderr and one JSON object last; exits with 1 when something does not hold.
 """
 
 from __future__ import annotations
@@ -73,7 +73,6 @@ min_seconds = 1.0
 max_seconds = 2.0
 root_interval = 16
 """
-FIXED = 'pace = "fixed"\nsequences_per_peer = 8\nmicro_batch = 8\n'
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -382,7 +381,7 @@ class Soak:
         """All of it; the report."""
         options = self.options
         manifest = self.folder / "run.toml"
-        manifest.write_text(MANIFEST.format(nonce=os.urandom(16).hex()) + (FIXED if options.home else ""))
+        manifest.write_text(MANIFEST.format(nonce=os.urandom(16).hex()))
         self.address = self.found(manifest)
         for peer in self.peers[1:]:
             peer.start("join", self.address)
