@@ -592,7 +592,7 @@ def volunteer() -> str:
         ("pauses", str(of["pauses"])),
         ("from the machine's being wanted until the memory is free", spread("given_back_after_seconds", seconds)),
         ("until others see the pause", spread("seen_from_outside_after_seconds", seconds)),
-        ("memory that was free after it", spread("freed_bytes", lambda value: f"{mega(value)}")),
+        ("memory that was free after it", spread("freed_bytes", mega)),
         ("from the machine's being idle until it trains on", spread("resumed_after_seconds", seconds)),
         ("snapshots fetched to go on", str(of["snapshots_fetched"])),
         ("contributions given up", str(len(of["contributions_given_up"]))),

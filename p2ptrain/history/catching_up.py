@@ -164,7 +164,7 @@ class CatchingUp:
         return whole
 
     def _lend(self, snapshot: SnapshotFile) -> None:
-        """Let a snapshot stay while somebody fetches it; one at a time, which takes the disk of the rounds since, too.
+        """Let a snapshot stay while somebody fetches it: one at a time, as the rounds since take room on the disk, too.
 
         Who fetches another, and sees it go too soon, takes the oldest one next: this one.
         """
@@ -365,9 +365,9 @@ class CatchingUp:
         return tip.round - round > 2 * self._root_interval
 
     def _choose(self, offers: tuple[SnapshotOffer, ...], after: int) -> SnapshotOffer | None:
-        """The one after that round which we have begun to fetch, else the newest."""
+        """The one after that round which we have begun to fetch, else the newest, or after one that went, the oldest."""
         begun = [o for o in offers if o.round > after and self._partials.path(o.round, o.id, o.root).exists()]
-        # After one that went before it was here whole: the oldest is the one that stays for those who fetch it.
+        # The oldest is the one that stays for those who fetch it.
         which = min if self._outlived else max
         return max(begun, key=_round_of, default=None) or which(offers, key=_round_of, default=None)
 
