@@ -365,7 +365,7 @@ class CatchingUp:
         return tip.round - round > 2 * self._root_interval
 
     def _choose(self, offers: tuple[SnapshotOffer, ...], after: int) -> SnapshotOffer | None:
-        """The one after that round which we have begun to fetch, else the newest, or after one that went, the oldest."""
+        """The one after that round that we began to fetch; else the newest, or, after one that went, the oldest."""
         begun = [o for o in offers if o.round > after and self._partials.path(o.round, o.id, o.root).exists()]
         # The oldest is the one that stays for those who fetch it.
         which = min if self._outlived else max
