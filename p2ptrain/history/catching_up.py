@@ -42,7 +42,7 @@ from p2ptrain.rounds.inbox import Restore
 from p2ptrain.state.journal import Journal, JournalFile
 from p2ptrain.state.pieces import Partials, PieceFile
 from p2ptrain.state.seals import Opening, SealLog, Walk, opening_at
-from p2ptrain.state.snapshot import KEPT, SnapshotFile, SnapshotStore
+from p2ptrain.state.snapshot import SnapshotFile, SnapshotStore
 from p2ptrain.state.tensors import TensorFileError, mapped
 from p2ptrain.swarm.identity import verify
 
@@ -50,8 +50,6 @@ ROUNDS_ANSWER_BYTES = 64 * 1024 * 1024
 """Sealed rounds in one answer stop here, after at least one."""
 SYNC_BYTES = 1024 * 1024 * 1024
 """Rounds held in memory while switching to another chain."""
-LENT_SECONDS = 60.0
-"""How long a snapshot stays after somebody wanted to know about it, or a piece of it."""
 SEALS_ANSWERS_MAX = 16
 """Of seals, of a fork that is older than its donor's journal: 8 MiB of them in all, of an honest donor."""
 SHOWN_SECONDS = 20.0
@@ -100,13 +98,6 @@ class CatchingUp:
         self._download: Download | None = None
         #: whole snapshots handed out lately
         self._whole: dict[Path, PieceFile] = {}
-        #: the snapshot that stays for those who fetch it, and until when
-        self._lent: SnapshotFile | None = None
-        self._lent_until = 0.0
-        #: one that is not lent again: the rounds since are too long for who fetches it
-        self._too_old: SnapshotFile | None = None
-        #: whether nobody handed out any more the last snapshot that we began to fetch
-        self._outlived = False
         self._hashing = asyncio.Lock()
         #: round -> root that a seal of our chain names
         self._sealed_roots: dict[int, bytes] = {}
@@ -123,8 +114,7 @@ class CatchingUp:
         if sealed.seal.root:
             self._sealed_roots[self._root_round(sealed)] = sealed.seal.root
             for old in sorted(self._sealed_roots)[:-SNAPSHOTS_MAX]:
-                if self._lent is None or old != self._lent.round:
-                    del self._sealed_roots[old]
+                del self._sealed_roots[old]
 
     def _root_round(self, sealed: SealedRound) -> int:
         """The round that a seal's root is of."""
@@ -147,7 +137,7 @@ class CatchingUp:
         return ancestor, rounds, offers
 
     async def open_snapshot(self, identifier: bytes, root: bytes) -> PieceFile | None:
-        """One of our snapshots, which then stays for a while, or what there is of the one that we are fetching."""
+        """One of our snapshots, or what there is of the one that we are fetching."""
         # Looked at before waiting: what is being fetched may be in the store, and no download any more, by then.
         download = self._download
         offer = None if download is None else download.offer
@@ -156,36 +146,10 @@ class CatchingUp:
         found = await asyncio.to_thread(_find_whole, self._snapshots, identifier, root)
         if found is None:
             return None
-        snapshot, whole = found
-        self._lend(snapshot)
-        whole = self._whole.setdefault(whole.path, whole)
+        whole = self._whole.setdefault(found.path, found)
         for old in list(self._whole)[:-SNAPSHOTS_MAX]:
             del self._whole[old]
         return whole
-
-    def _lend(self, snapshot: SnapshotFile) -> None:
-        """Let a snapshot stay while somebody fetches it: one at a time, as the rounds since take room on the disk, too.
-
-        Who fetches another, and sees it go too soon, takes the oldest one next: this one.
-        """
-        now = asyncio.get_running_loop().time()
-        if snapshot != self._too_old and (snapshot == self._lent or now >= self._lent_until):
-            self._lent, self._lent_until = snapshot, now + LENT_SECONDS
-            self._snapshots.lent = snapshot.id
-
-    def prune(self) -> None:
-        """Once a snapshot was written: forget the rounds before the oldest that stays, which may no longer be lent."""
-        held = self._snapshots.all()
-        if len(held) < KEPT:
-            return
-        oldest = held[-1]
-        self._journal.prune(oldest.round + 1)
-        if oldest != self._lent:
-            return
-        if self._journal.bytes_after(oldest.round) > SYNC_BYTES:
-            self._too_old, self._lent_until = oldest, 0.0
-        if asyncio.get_running_loop().time() >= self._lent_until:
-            self._lent, self._snapshots.lent = None, b""
 
     async def hashes_of(self, file: PieceFile) -> list[bytes]:
         """Of all pieces; one file is read at a time. Raises OSError when it is gone."""
@@ -365,11 +329,9 @@ class CatchingUp:
         return tip.round - round > 2 * self._root_interval
 
     def _choose(self, offers: tuple[SnapshotOffer, ...], after: int) -> SnapshotOffer | None:
-        """The one after that round that we began to fetch; else the newest, or, after one that went, the oldest."""
+        """The one after that round which we have begun to fetch, else the newest."""
         begun = [o for o in offers if o.round > after and self._partials.path(o.round, o.id, o.root).exists()]
-        # The oldest is the one that stays for those who fetch it.
-        which = min if self._outlived else max
-        return max(begun, key=_round_of, default=None) or which(offers, key=_round_of, default=None)
+        return max(begun or offers, key=lambda offer: offer.round, default=None)
 
     async def _fetch_snapshot(self, donor: bytes, offer: SnapshotOffer) -> SnapshotFile:
         """From the donor, and whoever else has it, into our store; its root may yet turn out not to be sealed."""
@@ -384,10 +346,8 @@ class CatchingUp:
 
         download = Download(self._client, offer, self._partials, self._peers, progress)
         self._download = download
-        self._outlived = True  # unless it is here whole in the end
         try:
             path = (await download.run(donor)).path
-            self._outlived = False
             try:
                 state = await asyncio.to_thread(_chain_at, path, self._snapshot_chain)
                 if (state.round, state.id) != (offer.round, offer.id):
@@ -495,16 +455,12 @@ def _read_offer(
     return rounds, tuple(offers)
 
 
-def _round_of(offer: SnapshotOffer) -> int:
-    return offer.round
-
-
-def _find_whole(snapshots: SnapshotStore, identifier: bytes, root: bytes) -> tuple[SnapshotFile, PieceFile] | None:
+def _find_whole(snapshots: SnapshotStore, identifier: bytes, root: bytes) -> PieceFile | None:
     """A snapshot that is there whole."""
     found = snapshots.find(identifier)
     if found is None or found.root != root:
         return None
     try:
-        return found, PieceFile(found.path, found.path.stat().st_size)
+        return PieceFile(found.path, found.path.stat().st_size)
     except FileNotFoundError:
         return None

@@ -87,7 +87,6 @@ def driver_parts(
     *,
     journal: Journal,
     own_log: OwnLog,
-    snapshots: SnapshotStore,
     inbox: Inbox,
     uplink: UplinkMeter,
     files: Mapping[bytes, PieceFile] = {},
@@ -107,6 +106,7 @@ def driver_parts(
         keeper: keeps seals where there is no reporter.
         room: keeps the home to the size that its owner allows.
     """
+    snapshots = SnapshotStore(home.checkpoints)
     listener = keeper if reporter is None else reporter
     keeper = keeper if reporter is None else reporter.keeper
     beginning = run.manifest.beginning(run.run_id)

@@ -246,7 +246,9 @@ class RoundDriver:
         if self._p.journal.position(id) == round:
             self.dispatch(events.RootComputed(round, root))
         self.catching_up.forget_partial()
-        self.catching_up.prune()
+        keep_from = min((snapshot.round for snapshot in self._p.snapshots.all()), default=0)
+        if len(self._p.snapshots.all()) >= 3:
+            self._p.journal.prune(keep_from + 1)
 
     def doubt(self, doubted: events.Doubted) -> None:
         """The trainer has a sealed reply that points against what we sent for it."""

@@ -80,7 +80,6 @@ from p2ptrain.state.own_log import OwnLog
 from p2ptrain.state.pieces import PieceFile
 from p2ptrain.state.run_files import RunFile, whole
 from p2ptrain.state.seals import SealLog
-from p2ptrain.state.snapshot import SnapshotStore
 from p2ptrain.state.transfer import MonthlyTransfer
 from p2ptrain.swarm.addresses import parse_addresses
 from p2ptrain.swarm.identity import format_peer_id, load_or_create_identity, verify
@@ -828,7 +827,7 @@ class PeerSession:
         reporter.started(run.manifest, run.run_id, self.node.peer_id, name, shown_device, replica.chain)
         reporter.begin(replica.chain, journal)
         self._reporter = reporter
-        driver = self._start_driver(run, replica, journal, own_log, books.snapshots, uplink, reporter)
+        driver = self._start_driver(run, replica, journal, own_log, uplink, reporter)
         presence = Presence(
             self.node,
             driver,
@@ -878,7 +877,6 @@ class PeerSession:
         replica: Replica,
         journal: Journal,
         own_log: OwnLog,
-        snapshots: SnapshotStore,
         uplink: UplinkMeter,
         reporter: Reporter,
     ) -> RoundDriver:
@@ -889,7 +887,6 @@ class PeerSession:
             replica,
             journal=journal,
             own_log=own_log,
-            snapshots=snapshots,
             inbox=self.inbox,
             uplink=uplink,
             files=self.files,

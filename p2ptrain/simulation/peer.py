@@ -410,7 +410,6 @@ class SimPeer:
             replica,
             journal=self.journal,
             own_log=own_log,
-            snapshots=self.trainer.books.snapshots,
             inbox=inbox,
             uplink=uplink,
             keeper=keeper,

@@ -43,8 +43,6 @@ class Journal:
         #: round -> id, and the parent of the first round kept
         self._ids: dict[int, bytes] = {}
         self._rounds: dict[bytes, int] = {}
-        #: round -> bytes on disk
-        self._lengths: dict[int, int] = {}
         self._parent_of_first = run_id
         self._load()
 
@@ -73,10 +71,6 @@ class Journal:
         """The next rounds after this one, in order, `most` at most."""
         end = min(self.last, round + most) + 1
         return [JournalFile(number, self._ids[number], self._path(number)) for number in range(round + 1, end)]
-
-    def bytes_after(self, round: int) -> int:
-        """What the rounds after this one take on disk."""
-        return sum(self._lengths[number] for number in range(max(round + 1, self.first), self.last + 1))
 
     def keeps(self, files: list[JournalFile]) -> bool:
         """Whether all of these are still the rounds they were."""
@@ -108,9 +102,8 @@ class Journal:
         self.truncate(number - 1)
         if not self._ids:
             self._parent_of_first = sealed.seal.parent
-        encoded = encode_sealed(sealed)
-        atomic_write(self._path(number), encoded)
-        self._remember(number, sealed.id, len(encoded))
+        atomic_write(self._path(number), encode_sealed(sealed))
+        self._remember(number, sealed.id)
 
     def truncate(self, round: int) -> None:
         """Forget every round after this one, newest first: a crash in between leaves no gap."""
@@ -131,14 +124,14 @@ class Journal:
     def _path(self, round: int) -> Path:
         return self._folder / f"round-{round:012d}"
 
-    def _remember(self, number: int, identifier: bytes, length: int) -> None:
-        self._ids[number], self._lengths[number] = identifier, length
+    def _remember(self, number: int, identifier: bytes) -> None:
+        self._ids[number] = identifier
         self._rounds[identifier] = number
 
     def _forget(self, number: int) -> None:
         identifier = self._ids.pop(number, None)
         if identifier is not None:
-            del self._rounds[identifier], self._lengths[number]
+            del self._rounds[identifier]
             self._path(number).unlink(missing_ok=True)
 
     def _load(self) -> None:
@@ -146,8 +139,7 @@ class Journal:
         paths = sorted(self._folder.glob("round-*"))
         for position, path in enumerate(paths):
             try:
-                encoded = path.read_bytes()
-                sealed = decode_sealed(encoded, self._verify)
+                sealed = decode_sealed(path.read_bytes(), self._verify)
                 number, follows = sealed.seal.round, self._ids.get(sealed.seal.round - 1)
                 if path.name != self._path(number).name or (self._ids and sealed.seal.parent != follows):
                     raise SealedRoundError("it does not follow the round before")
@@ -158,4 +150,4 @@ class Journal:
                 return
             if not self._ids:
                 self._parent_of_first = sealed.seal.parent
-            self._remember(number, sealed.id, len(encoded))
+            self._remember(number, sealed.id)

@@ -2,8 +2,7 @@
 
 A snapshot holds the chain's state, the parameters and the directions' replicated state. Its root goes into a later
 seal, so that a newcomer can check each piece from anyone against the chain. The newest `KEPT` are on disk, each with
-the journal since; peers with nothing of a chain in common but a snapshot can still tell where they parted. One more
-stays while it is lent: while somebody fetches it, over a line that takes longer than the next `KEPT` take to come.
+the journal since; peers with nothing of a chain in common but a snapshot can still tell where they parted.
 
 Cost: one write of the parameters every `root_interval` rounds.
 """
@@ -83,12 +82,10 @@ class PieceHasher:
 
 
 class SnapshotStore:
-    """The newest snapshots in a folder. Two threads may use it."""
+    """The newest snapshots in a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        #: state id of the one that stays though newer ones come, and then no longer than the next one's coming
-        self.lent = b""
 
     def all(self) -> list[SnapshotFile]:
         """Newest first."""
@@ -104,7 +101,7 @@ class SnapshotStore:
         return next((snapshot for snapshot in self.all() if snapshot.id == identifier), None)
 
     def save(self, round: int, identifier: bytes, data: bytes | Iterable[bytes | memoryview]) -> SnapshotFile:
-        """Keep a snapshot, whole or as it comes in parts; of the older ones the newest stay, and the one lent.
+        """Keep a snapshot, whole or as it comes in parts, and of the older ones those that belong to the newest.
 
         Raises:
             OSError: the disk does not take it.
@@ -132,10 +129,8 @@ class SnapshotStore:
     def _kept(self, newest: SnapshotFile) -> SnapshotFile:
         # One that was fetched may be older than those of the branch that is left for it.
         others = [snapshot for snapshot in self.all() if snapshot.path != newest.path]
-        lent = self.lent
         for old in others[KEPT - 1 :]:
-            if old.id != lent:
-                old.path.unlink(missing_ok=True)
+            old.path.unlink(missing_ok=True)
         return newest
 
     def drop_after(self, round: int) -> None:

@@ -227,8 +227,8 @@ def needs_of(manifest: Manifest, chunks: int | None = None, machine: Machine | N
         parameters=trained,
         memory_bytes=memory,
         writing=writing,
-        # A file is replaced by one that is whole, so each is there twice for a while. One more snapshot may be lent.
-        disk_bytes=2 * checkpoint + (SNAPSHOTS_KEPT + 2) * snapshot + journal + text + values,
+        # A file is replaced by one that is whole, so each is there twice for a while.
+        disk_bytes=2 * checkpoint + (SNAPSHOTS_KEPT + 1) * snapshot + journal + text + values,
         next_bytes=checkpoint + snapshot,
         written_bytes_a_day=int(min(CHECKPOINTS_A_DAY * checkpoint, CHECKPOINT_BYTES_A_DAY)),
         join_bytes=int(snapshot + rules.root_interval * replies / 2) + text + values,

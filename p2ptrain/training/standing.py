@@ -97,7 +97,7 @@ class Books:
         self.consumed_share = 0.0
         #: parts of the round applied last whose replies point against what we sent for them, of each reducer the worst
         self.opposing: list[int] = []
-        self._checkpoints, self.snapshots = checkpoints, SnapshotStore(checkpoints)
+        self._checkpoints, self._snapshots = checkpoints, SnapshotStore(checkpoints)
         #: what the contribution handed over last takes into the own log: its round, its decays, outcomes
         self._carried: tuple[Key, int, tuple[Outcome, ...]] | None = None
 
@@ -165,7 +165,7 @@ class Books:
         """Start from what the journal reaches back to: the checkpoint is of a branch that was left, or gone."""
         # From before what is pending, so that the journal's rounds can settle it.
         oldest_pending = min((key.round for key in self.ledger.pending), default=journal.last + 1)
-        usable = [snapshot for snapshot in self.snapshots.all() if journal.position(snapshot.id) is not None]
+        usable = [snapshot for snapshot in self._snapshots.all() if journal.position(snapshot.id) is not None]
         if usable:
             before = (snapshot for snapshot in usable if snapshot.round < oldest_pending)
             snapshot = next(before, usable[-1])
@@ -289,7 +289,7 @@ class Books:
 
         def write() -> SnapshotFile:
             try:
-                return self.snapshots.save(round, id, itertools.chain((head,), () if rest is None else rest.parts()))
+                return self._snapshots.save(round, id, itertools.chain((head,), () if rest is None else rest.parts()))
             finally:
                 if rest is not None:
                     rest.let_go()

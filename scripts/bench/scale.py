@@ -50,7 +50,6 @@ from p2ptrain.simulation.network import Line, Network, SimNode
 from p2ptrain.simulation.toy import identity_of
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import OwnEntry, OwnLog
-from p2ptrain.state.snapshot import SnapshotStore
 from p2ptrain.swarm.identity import verify
 from p2ptrain.swarm.node import SwarmNode
 from p2ptrain.training.replica import Replica
@@ -115,7 +114,6 @@ class ScalePeer:
             Beginning(swarm.codec, state),
             journal=self.journal,
             own_log=OwnLog(self.home / "own"),
-            snapshots=SnapshotStore(self.home / "checkpoints"),
             inbox=self,
             uplink=self.uplink,
             traffic=self.traffic,

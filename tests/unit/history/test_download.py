@@ -168,38 +168,6 @@ def test_several_donors_are_fetched_from_at_once(world: World) -> None:
     assert min(sent) > 2 * PIECE_BYTES
 
 
-def test_a_line_on_which_a_snapshot_takes_longer_than_the_next_three_take_to_come_is_fast_enough(world: World) -> None:
-    donor, learner = world.donor(1, kbit=FOUR_MBIT), world.peer(0)
-    written = 0
-
-    async def write_snapshots() -> None:
-        nonlocal written
-        while True:
-            await asyncio.sleep(0.5)
-            written += 1
-            donor.store.save(1000 + written, bytes([written]) * 32, b"")
-            donor.catching_up.prune()
-
-    async def scenario() -> None:
-        writing = asyncio.create_task(write_snapshots())
-        await world.fetch(learner, donor)
-        writing.cancel()
-
-    run(scenario())
-    assert written > 10
-
-
-def test_a_learner_whose_snapshot_went_too_soon_takes_the_one_that_stays_for_others(world: World) -> None:
-    learner, offer = world.peer(0), world.offer
-    newer = msgspec.structs.replace(offer, round=8, id=bytes(32))
-    assert learner.catching_up._choose((newer, offer), 0) == newer
-    with pytest.raises(CallError, match="nobody hands out"):
-        run(learner.catching_up._fetch_snapshot(world.peer(1).id, newer))
-    assert learner.catching_up._choose((newer, offer), 0) == offer
-    run(world.fetch(learner, world.donor(2)))
-    assert learner.catching_up._choose((newer, offer), 0) == newer
-
-
 def test_a_donor_that_dies_inside_a_piece_costs_that_piece(world: World) -> None:
     first, second = world.donor(1, kbit=FOUR_MBIT), world.donor(2, kbit=FOUR_MBIT)
 

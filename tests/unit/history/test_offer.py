@@ -15,23 +15,23 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "rounds"))
 
 from lone import RUN_ID, Lone, identity_of, seal
-from virtual import FakeNode, Network, name_of, run
+from virtual import FakeNode, Network, name_of
 
 from p2ptrain import chain
 from p2ptrain.calls.client import Client
-from p2ptrain.calls.messages import SNAPSHOTS_MAX, CallError, RoundsHeader, SealsHeader, SnapshotOffer, Tip, Traffic
+from p2ptrain.calls.messages import CallError, RoundsHeader, SealsHeader, SnapshotOffer, Tip, Traffic
 from p2ptrain.chain import Join, Row, SealError, SignedSeal
 from p2ptrain.chain.admission import Access, Grant
 from p2ptrain.chain.forks import Mark, Past
-from p2ptrain.chain.sealed import SealedRound, SealedRoundError, decode_sealed, encode_sealed
+from p2ptrain.chain.sealed import SealedRoundError, decode_sealed, encode_sealed
 from p2ptrain.history import catching_up
-from p2ptrain.history.catching_up import LENT_SECONDS, CatchingUp
+from p2ptrain.history.catching_up import CatchingUp
 from p2ptrain.history.download import Download
 from p2ptrain.simulation.forged import Branch
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.pieces import Partials
 from p2ptrain.state.seals import Opening, SealLog, Walk
-from p2ptrain.state.snapshot import SnapshotFile, SnapshotStore, piece_hashes, root_of
+from p2ptrain.state.snapshot import SnapshotStore, piece_hashes, root_of
 from p2ptrain.swarm.identity import Identity, verify
 from p2ptrain.swarm.invitations import invite
 
@@ -134,73 +134,6 @@ def test_a_snapshot_that_the_trainer_removes_meanwhile_is_left_out(
     ancestor, rounds, offers = asyncio.run(made.offer_rounds((RUN_ID,)))
     assert (ancestor, len(rounds), offers) == (RUN_ID, 5, ())
     assert asyncio.run(made.open_snapshot(saved.id, root)) is None
-
-
-def lending(folder: Path, lone: Lone) -> tuple[CatchingUp, SnapshotStore, SnapshotFile]:
-    """And the snapshot of round 2, whose root is sealed."""
-    made, _, snapshots = offering(folder, lone)
-    saved = snapshots.save(2, lone.states[2].id, DATA)
-    made._sealed_roots[2] = saved.root
-    return made, snapshots, saved
-
-
-async def others_are_written(made: CatchingUp, snapshots: SnapshotStore, count: int, first: int = 0) -> None:
-    """Of later rounds, whose roots are sealed; as the trainer and the driver do."""
-    for number in range(first, first + count):
-        snapshots.save(100 + number, bytes([number]) * 32, b"")
-        last = made._journal.read(5)
-        body = msgspec.structs.replace(last.seal, round=104 + 4 * number, root=bytes([number]) * 32)
-        made.note_root(SealedRound(last.id, body, last.signed, last.replies))
-        made.prune()
-
-
-def test_a_snapshot_that_somebody_fetches_stays_with_the_rounds_since(tmp_path: Path, lone: Lone) -> None:
-    made, snapshots, saved = lending(tmp_path, lone)
-
-    async def scenario() -> None:
-        assert await made.open_snapshot(saved.id, saved.root) is not None
-        await others_are_written(made, snapshots, 2 * SNAPSHOTS_MAX)
-        ancestor, rounds, offers = await made.offer_rounds((saved.id,))
-        assert (ancestor, len(rounds)) == (saved.id, 3)
-        assert saved.id in [offer.id for offer in offers]
-        # Another one that is asked for does not take its place, and no second one stays.
-        other = snapshots.all()[2]
-        assert await made.open_snapshot(other.id, other.root) is not None
-        await others_are_written(made, snapshots, 2, 2 * SNAPSHOTS_MAX)
-        assert saved in snapshots.all() and other not in snapshots.all()
-        # A last word of those who fetch it, and then none.
-        await asyncio.sleep(LENT_SECONDS - 1)
-        assert await made.open_snapshot(saved.id, saved.root) is not None
-        await asyncio.sleep(LENT_SECONDS - 1)
-        await others_are_written(made, snapshots, 2, 2 * SNAPSHOTS_MAX + 2)
-        assert saved in snapshots.all()
-        await asyncio.sleep(1)
-        await others_are_written(made, snapshots, 2, 2 * SNAPSHOTS_MAX + 4)
-        assert saved not in snapshots.all() and made._journal.first > 3
-
-    run(scenario())
-
-
-def test_a_snapshot_does_not_stay_where_the_rounds_since_are_more_than_a_learner_takes(
-    tmp_path: Path, lone: Lone, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made, snapshots, saved = lending(tmp_path, lone)
-
-    async def scenario() -> None:
-        await made.open_snapshot(saved.id, saved.root)
-        length = made._journal.bytes_after(2)
-        assert length == sum(len(encode_sealed(sealed)) for sealed in lone.rounds[2:])
-        monkeypatch.setattr(catching_up, "SYNC_BYTES", length)
-        await others_are_written(made, snapshots, 4)
-        assert saved in snapshots.all()
-        monkeypatch.setattr(catching_up, "SYNC_BYTES", length - 1)
-        await others_are_written(made, snapshots, 1, 4)
-        # It is asked for still.
-        await made.open_snapshot(saved.id, saved.root)
-        await others_are_written(made, snapshots, 1, 5)
-        assert saved not in snapshots.all()
-
-    run(scenario())
 
 
 def test_what_is_being_fetched_is_handed_out_though_it_is_whole_before_the_worker_has_looked(

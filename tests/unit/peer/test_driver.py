@@ -36,7 +36,6 @@ from p2ptrain.rounds import events
 from p2ptrain.rounds.inbox import Restore
 from p2ptrain.state.journal import Journal
 from p2ptrain.state.own_log import OwnEntry, OwnLog
-from p2ptrain.state.snapshot import SnapshotStore
 from p2ptrain.swarm.identity import format_peer_id, verify
 
 BOB, ZOE = identity_of("bob"), identity_of("zoe")
@@ -85,7 +84,6 @@ def driver_of(home: Home, lone: Lone, manifest: Manifest = MANIFEST) -> tuple[Ro
         at,
         journal=journal,
         own_log=OwnLog(home.own),
-        snapshots=SnapshotStore(home.checkpoints),
         inbox=inbox,
         uplink=UplinkMeter(dialable=True),
     )

@@ -24,18 +24,6 @@ def test_the_newest_three_are_kept_and_found_by_their_state(tmp_path: Path) -> N
     assert store.find(ids[0]) is None
 
 
-def test_one_that_is_lent_stays_while_newer_ones_come_and_goes_with_the_next_one_after_it(tmp_path: Path) -> None:
-    store = SnapshotStore(tmp_path)
-    ids = [hashlib.sha256(bytes([n])).digest() for n in range(8)]
-    for number in range(6):
-        store.save(number * 64, ids[number], b"")
-        store.lent = ids[1]
-    assert [snapshot.round for snapshot in store.all()] == [320, 256, 192, 64]
-    store.lent = b""
-    store.save(384, ids[6], b"")
-    assert [snapshot.round for snapshot in store.all()] == [384, 320, 256]
-
-
 def test_snapshots_of_a_branch_that_was_left_go(tmp_path: Path) -> None:
     store = SnapshotStore(tmp_path)
     for number in (64, 128, 192):
